@@ -1,0 +1,36 @@
+// One small persistent pool: regions last microseconds in decode, so waiting is a short spin and then a sleep.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace heed {
+
+/// Non-owning reference to a callable; it must outlive the call it is passed to.
+template <class Sig> class FunctionRef;
+template <class R, class... A>
+class FunctionRef<R(A...)> {
+ public:
+  template <class F>
+  FunctionRef(F&& f)  // NOLINT: implicit by design
+      : object_(const_cast<void*>(static_cast<const void*>(&f))),
+        call_([](void* o, A... a) -> R { return (*static_cast<std::remove_reference_t<F>*>(o))(a...); }) {}
+  R operator()(A... a) const { return call_(object_, a...); }
+
+ private:
+  void* object_;
+  R (*call_)(void*, A...);
+};
+
+/// Threads that parallel regions use, the caller included. 0 means one for each physical core this process may run on.
+void set_threads(int count);
+int threads();
+
+/// Calls body(worker) once on each of threads() workers and returns when all have; worker 0 is the caller.
+/// Every worker flushes denormals to zero. A region inside a region runs on the calling worker alone.
+void parallel(FunctionRef<void(int worker)> body);
+
+/// Calls body(i) for each i in [0, count), handed out in order to whichever worker is free: the result of body(i)
+/// must not depend on who runs it (design: reductions never depend on the number of threads).
+void parallel_for(int64_t count, FunctionRef<void(int64_t i)> body);
+
+}  // namespace heed

@@ -1,0 +1,264 @@
+// The narrow waist: every hot loop of heed. Each backend fills one table of these functions; all work on the same
+// views, so a mechanism written once runs on all.
+//
+// Shapes. h query heads read g KV heads; group = h / g. Queries are head-major: a Ragged with heads = h whose segment
+// (sequence, head) is rows [n, d]; keys and values are Ragged with heads = g and rows [m, d], [m, d_v]. With one
+// sequence these are the arrays q [h, n, d], k [g, m, d], v [g, m, d_v]. Queries are the last n positions of the m
+// keys (bottom-right causal). One number for each query row ("row" below) is indexed as q.values' rows are; one number
+// for each key ("key" below) as k.values' rows are. Rows of q.values outside every segment are neither read nor written.
+//
+// Number types. q, k, v: F32, BF16 or F16 (each its own). Everything else F32 unless said. Sums are in f32.
+// Bound of every kernel: |result − reference| ≤ 2^-7 · scale of the operands for BF16 inputs, 2^-10 for F16 and
+// 2^-18 · √(terms) for F32 (tests/kernels states it for each kernel).
+//
+// Errors. Shapes and types that do not fit throw Error(Invalid). An empty segment, or a row that sees no key, gives
+// out = 0 and lse = −∞. No kernel waits for the host.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "base/queue.h"
+#include "base/tensor.h"
+#include "kernels/pages.h"
+#include "kernels/plan.h"
+
+namespace heed {
+
+/// Rotary position embedding of the first `dims` channels. Pair i is channels (i, i + dims/2) (neox) or (2i, 2i + 1);
+/// it turns by position · inv_freq[i].
+struct Rope {
+  Tensor inv_freq;  // F32 [dims / 2]
+  int dims = 0;
+  bool neox = true;
+};
+
+enum class WeightFunction : uint8_t { Softmax, Sigmoid };
+
+/// What changes a logit or an output: logit = softcap(scale · temperature · q·k) + biases. An empty tensor is absent.
+struct Mods {
+  float scale = 0;     // 0 means 1/√d
+  float softcap = 0;   // c > 0: c · tanh(x / c)
+  int64_t window = 0;  // w > 0: a key is seen only while query position − key position < w (sliding-window layers)
+  Tensor q_pos;        // row, I32: true positions, needed by window and until; absent: m − n + i
+  Tensor k_pos;        // key, I32: ascending in a segment; absent: the key's number
+  Tensor key_bias;     // key: added to the logit
+  Tensor row_factor;   // [rows, r] and
+  Tensor key_factor;   // [keys, r]: adds row_factor · key_factor (ALiBi has r = 2)
+  Tensor temperature;  // row: multiplies the logit before the cap
+  Tensor gain;         // row: multiplies the output; 0 skips the work
+  Tensor sink_logits;  // [h]: one more logit in the denominator, with no value (score.md S4)
+  Tensor until;        // key, I32: the last query position that sees the key
+  Tensor k_map, v_map; // I32 [h]: the KV head that a query head reads; absent: head / group
+  WeightFunction weight = WeightFunction::Softmax;
+};
+
+/// Where attend_store reads, and at which positions keys are rotated when the store keeps them plain.
+struct Read {
+  Plan plan;  // q_tile covers a segment's rows; form Dense, Blocks (k_tile divides 64) or Tokens
+  enum class Positions : uint8_t { True, Cache } positions = Positions::True;  // Cache: entry i of a segment at i
+  const Rope* rope = nullptr;  // needed when pages.plain_keys
+};
+
+/// Keys to observe: a panel or a store's pages.
+struct Keys {
+  const Ragged* panel = nullptr;
+  const Pages* pages = nullptr;
+  const Read* read = nullptr;  // with pages: positions and rope of plain keys
+};
+
+/// Statistics of the attention that the given query rows pay to each key.
+struct Observe {
+  enum class Rows : uint8_t {
+    Sum,      // Σ_i P_ij
+    Mean,     // Σ_i P_ij / rows
+    Seen,     // Σ_i P_ij / number of rows that see key j
+    Max,      // max_i P_ij
+    Last,     // P of the last row
+    Decayed,  // Σ_i decay^(n − 1 − i) P_ij
+  } rows = Rows::Mean;
+  enum class Heads : uint8_t { Each, GroupMean, GroupMax, GroupSum, LayerMean } heads = Heads::GroupMean;
+  float decay = 1;
+  bool logits = false;  // of the scaled logits instead of probabilities (keys no row sees: −∞ for Max and Last)
+};
+
+/// Statistics of each query row; tensors left empty are not computed.
+struct RowStats {
+  Tensor entropy;   // row: −Σ P log P, nats
+  Tensor distance;  // row: Σ P_ij (position i − position j)
+  Tensor argmax;    // row, I32: the key with the largest P, the lower one of ties; −1 when none is seen
+  Tensor peak;      // row: its P
+  Tensor lse;       // row
+  Tensor span;      // [rows, spans]: Σ of P over keys spans[s][0] ≤ j < spans[s][1]
+  Tensor spans;     // I32 [spans, 2], in: shared by all segments
+};
+
+enum class PoolKind : uint8_t {
+  Mean, Min, Max, Sum, First, Last,
+  Concat,          // rows of a block side by side: [blocks, block · width], a short block padded with zeros
+  ConcatReversed,  // the same, last row first (XAttention's antidiagonal)
+};
+
+/// Matrices of cheap scores, one for each segment: rows × cols numbers, row-major, in cells (a Ragged of single
+/// numbers with q's heads).
+struct Grids {
+  Ragged cells;
+  Tensor rows, cols;  // I64 [segments]
+};
+
+struct Proxy {
+  float scale = 0;     // 0 means 1/√(width)
+  float softcap = 0;
+  bool softmax = false;
+  bool causal = true;  // row i sees column j when some query of its tile sees some key of the block
+  int q_tile = 1, k_tile = 1;
+  int64_t offset = 0;  // how many keys lie before the first query (m − n), in tokens
+  bool int8 = false;   // quantise both sides to 8 bits, a scale for each row
+};
+
+enum class ReduceKind : uint8_t { Sum, Mean, Max };
+
+struct Reduce {
+  enum class To : uint8_t {
+    Blocks,     // [⌈rows / row_block⌉, ⌈cols / col_block⌉]
+    Columns,    // [1, cols]
+    Diagonals,  // [1, cols]: entry o is the cells with j = cols − rows + i − o, o ≥ 0
+    Rows,       // [rows, 1]
+  } to = To::Blocks;
+  ReduceKind kind = ReduceKind::Sum;
+  int row_block = 1, col_block = 1;
+};
+
+struct Select {
+  enum class By : uint8_t {
+    TopK,       // the k largest; k from `count`, or the same for all
+    TopP,       // the largest, in order, until their share of the segment's total reaches p
+    Threshold,  // all with score ≥ p
+  } by = By::TopK;
+  int64_t k = 0;
+  Tensor count;          // I32 [segments]: k for each segment
+  float p = 0;
+  bool crossing = true;  // TopP: the element that crosses p is in
+  int64_t at_least = 0;  // TopP, Threshold
+};
+// Rules of select: −∞ and NaN are never chosen, +∞ always first (forced entries); of ties the lower index; what is
+// chosen is written in ascending order.
+
+/// The recurrence of catalogue/linear.md (R): S_t = Diag(e^g) S_{t−1} + correction + k v^T, o = scale · S_t^T q.
+/// Head-major rows as in attend; heads of q, k and v agree. State is F32 [segments, d, d_v].
+struct Recur {
+  enum class Decay : uint8_t { None, Scalar, Vector } decay = Decay::None;
+  enum class Correction : uint8_t {
+    None,
+    Delta,    // decay first, then S += β k (v − S^T k)^T
+    LowRank,  // S += b (a^T S_{t−1})^T before k v^T
+  } correction = Correction::None;
+  bool normalise = false;  // divides o by (z_t · q), z_t = e^g z_{t−1} + k
+  float scale = 0;         // 0 means 1/√d
+};
+
+struct RecurInputs {
+  Ragged q, k, v;
+  Tensor g;     // log decay ≤ 0: row [rows] (Scalar) or [rows, d] (Vector)
+  Tensor beta;  // row: Delta
+  Tensor a, b;  // [rows, d]: LowRank
+  Tensor state; // [segments, d, d_v], optional: the state before the first row
+  Tensor z;     // [segments, d], optional with normalise
+};
+
+struct RecurGrads {  // each the shape of what it is the gradient of; empty: not wanted
+  Tensor q, k, v, g, beta, a, b, state;
+};
+
+enum class ScanKind : uint8_t { Linear, Lse, Min, Max, Mean };
+enum class Activation : uint8_t { Silu, GeluTanh };
+
+/// The table. Implementations: reference/ (plain loops, the oracle), cpu/ (one instance for each instruction set).
+struct Kernels {
+  std::string name;  // "reference", "avx2", "avx512", "avx512-bf16", "amx", "neon"
+  bool v_transposed = false;  // the page layout this backend wants for V
+
+  /// out [rows, d_v], lse [rows]; with plan.parts > 1: out [parts, rows, d_v], lse [parts, rows]. lse may be empty.
+  /// Milakov & Gimelshein 2018 (online softmax); Dao 2023 (tiling).
+  void (*attend)(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out, Tensor lse);
+
+  /// Gradients of Σ out · d_out. d_q, d_k, d_v (F32) are overwritten; d_key_bias and d_gain may be empty. out and lse
+  /// are attend's own; with parts they are the merged ones (pattern.md, split-KV).
+  void (*attend_backward)(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&,
+                          Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
+
+  /// attend over pages, for a few rows a sequence. Mods' key tensors are not used: bias and positions lie in the pages.
+  void (*attend_store)(Queue&, const Ragged& q, const Pages&, const Read&, const Mods&, Tensor out, Tensor lse);
+
+  /// outs [parts, rows, d_v], weights [parts, rows] (lse, or any log weights) → out [rows, d_v], lse [rows] (may be empty).
+  void (*merge)(Queue&, Tensor outs, Tensor weights, Tensor out, Tensor lse);
+
+  /// columns: [keys] or, with Heads::Each, [keys, group]; keys numbered as the panel's rows or, for pages, as the
+  /// Ragged that page_read fills. `plan` (may be null) limits which keys count; softmax is over those.
+  void (*observe)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const Observe&, Ragged columns);
+  void (*observe_rows)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const RowStats&);
+
+  /// Blocks of `block` rows of every segment of x → out: segment s has ⌈length / block⌉ rows. A short last block
+  /// counts its true rows.
+  void (*pool)(Queue&, const Ragged& x, PoolKind, int block, Ragged out);
+  /// Smooths each segment of x ([rows] F32) along its rows: a window of `width` (odd), Mean counting zero padding, or Max.
+  void (*smooth)(Queue&, const Ragged& x, PoolKind, int width, Tensor out);
+  /// out.cells [Σ rows·cols]; masked cells are −∞ (0 after softmax; a row that sees nothing is all 0).
+  void (*proxy)(Queue&, const Ragged& q, const Ragged& k, const Proxy&, Grids out);
+  void (*reduce)(Queue&, const Grids& in, const Reduce&, Grids out);
+  /// scores [rows] → index I32 [segments · capacity], count I32 [segments]: segment s at s · capacity.
+  void (*select)(Queue&, const Ragged& scores, const Select&, int64_t capacity, Tensor index, Tensor count);
+
+  /// out F32 [rows, d_v]; state (optional out) [segments, d, d_v], z (optional out) [segments, d].
+  void (*recur)(Queue&, const RecurInputs&, const Recur&, Tensor out, Tensor state, Tensor z);
+  /// d_out [rows, d_v], d_state [segments, d, d_v] (gradient of the final state; may be empty). Not with normalise.
+  void (*recur_backward)(Queue&, const RecurInputs&, const Recur&, Tensor d_out, Tensor d_state, const RecurGrads&);
+  /// x, a, out [rows, width]; along each segment: Linear out_t = a_t out_{t−1} + x_t; the others are running folds of x.
+  void (*scan)(Queue&, const Ragged& x, Tensor a, ScanKind, Tensor out);
+
+  /// Entries first[s] … first[s] + rows of every segment take k, v (any plain type; rows [m, d], [m, d_v]) and their
+  /// positions (I32, indexed as k's rows); block columns they touch are made anew, User columns filled. Quantised
+  /// layouts: first and the number of rows must be multiples of 64 except at the end of a segment.
+  void (*page_write)(Queue&, const Pages&, const Ragged& k, const Ragged& v, Tensor positions, Tensor first);
+  /// All entries of every segment → k, v (F32, BF16 or F16; segments have pages.length rows), positions I32 (each may
+  /// be empty). `read` rotates plain keys; null leaves them plain.
+  void (*page_read)(Queue&, const Pages&, const Read* read, const Ragged& k, const Ragged& v, Tensor positions);
+  /// Entry index[s · capacity + i] of segment s moves to place i of `to`, for i < count[s], User columns and bias with
+  /// it; block columns are made anew. index ascends. `to` may be `from`: moves go downward. Equal layouts move raw bytes
+  /// (Token axis); others go through f32.
+  void (*page_move)(Queue&, const Pages& from, const Pages& to, Tensor index, Tensor count, int64_t capacity);
+  /// User column `column` of all entries ↔ values [keys(, width)], laid out as page_read's rows.
+  void (*column_read)(Queue&, const Pages&, int column, Ragged values);
+  void (*column_write)(Queue&, const Pages&, int column, const Ragged& values);
+  /// Upper bound of q·k over each block from KeyMin and KeyMax columns (Quest: Σ_c max(q_c lo_c, q_c hi_c)), or q·mean
+  /// when low == high (a KeyMean column). q has one row a segment; scores: Ragged, heads = h, ⌈length / block⌉ numbers.
+  void (*page_score)(Queue&, const Ragged& q, const Pages&, int low, int high, Ragged scores);
+
+  /// y [T, out] (+)= x [T, in] · w[out, in]^T + bias[out]. w: any Dtype, rows contiguous; x, y F32; bias may be empty.
+  void (*matmul)(Queue&, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y);
+  /// Rows ids (I32 [T]) of w [vocabulary, width] → y F32 [T, width], times scale.
+  void (*embed)(Queue&, Tensor w, Tensor ids, float scale, Tensor y);
+  /// y = x / √(mean x² + eps) · weight over the last dimension; x, y [T, width] (y may be x).
+  void (*rms_norm)(Queue&, Tensor x, Tensor weight, float eps, Tensor y);
+  /// x [T, heads, d] token-major, sequence s = rows first[s] … first[s + 1] (I64) → out head-major (any plain type):
+  /// RMS norm over d when norm is given, then rotation at positions (I32 [T]) when rope is given.
+  void (*split_heads)(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions, Ragged out);
+  /// The way back: in head-major (F32) → y F32 [T, heads · d_v].
+  void (*merge_heads)(Queue&, const Ragged& in, Tensor first, Tensor y);
+  /// y = act(gate) · up, elementwise; y may be gate.
+  void (*glu)(Queue&, Tensor gate, Tensor up, Activation, Tensor y);
+  /// y += x.
+  void (*add)(Queue&, Tensor x, Tensor y);
+  /// rows of w (any Dtype) → F32 of the same shape.
+  void (*dequantise)(Queue&, Tensor w, Tensor y);
+};
+
+/// Plain loops in f32 with f64 sums: slow, obvious, the oracle of every test.
+const Kernels& reference_kernels();
+
+/// The CPU tables that this build holds and this machine can run, best first; never empty on a supported machine.
+std::vector<const Kernels*> cpu_kernels();
+
+/// The table of that name ("reference" included), or an Error(NotFound) that lists what there is.
+const Kernels& kernels_named(const std::string& name);
+
+}  // namespace heed

@@ -1,0 +1,74 @@
+// The store as kernels see it: pages of 64 entries of one (sequence, KV head), addressed through a table.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "base/tensor.h"
+
+namespace heed {
+
+inline constexpr int kPage = 64;  // entries of a page
+
+/// How one side (K or V) of a page is kept.
+struct PageType {
+  enum class Kind : uint8_t { F32, BF16, F16, Q8, Q4, Q2 } kind = Kind::BF16;
+  /// Quantised kinds: asymmetric, code = round((x − zero) / scale), scale = (max − min) / (2^bits − 1), zero = min,
+  /// both in f16, over `group` consecutive channels of one entry (Token) or `group` consecutive entries of one
+  /// channel (Channel, as KIVI keeps keys; group divides 64). A scale of 0 gives code 0.
+  enum class Axis : uint8_t { Token, Channel } axis = Axis::Token;
+  int group = 32;
+
+  bool quantised() const { return kind >= Kind::Q8; }
+  int bits() const;
+  /// Bytes of 64 entries of `width` numbers, padded to 64: codes, then scales, then zeros.
+  int64_t bytes(int width) const;
+  bool operator==(const PageType&) const = default;
+};
+
+/// A number kept beside entries inside their page, so that it moves with them.
+struct Column {
+  enum class Keeps : uint8_t {
+    User,     // written by a mechanism; `width` f32 an entry
+    KeyMin,   // the store keeps, for each block of `block` entries, the channel-wise minimum of its keys (d f32)
+    KeyMax,
+    KeyMean,
+  };
+  std::string name;
+  Keeps keeps = Keeps::User;
+  int width = 1;   // User only
+  int block = 1;   // entries of a block, a divisor of 64; 1 for User
+  float fill = 0;  // User: the value of a new entry
+};
+
+/// Where things lie inside a page of one store. Everything is 64-byte aligned.
+/// K is row-major [64][d]; V's order is the backend's choice (v_transposed: [d_v][64]).
+struct PageLayout {
+  int d = 0, d_v = 0;
+  PageType k, v;
+  bool v_transposed = false;
+  int64_t k_at = 0, v_at = 0;
+  int64_t position_at = 0;         // I32 [64]: true positions
+  int64_t bias_at = -1;            // F32 [64]: logit bias of synthetic entries; −1: none
+  std::vector<int64_t> column_at;  // F32 [64 / block][width or d], in the order of the store's columns
+  int64_t bytes = 0;
+};
+
+/// One layer of a store. Segment = sequence · kv_heads + KV head. Pages of different layouts (a quantised past and a
+/// recent part in full precision) may follow each other in one segment.
+struct Pages {
+  Tensor table;   // U64 [segments, capacity]: addresses of pages
+  Tensor layout;  // U8 [segments, capacity]: which of `layouts` a page has
+  Tensor length;  // I32 [segments]: entries held
+  int64_t kv_heads = 1;
+  int64_t length_bound = 0;             // host: no segment is longer
+  bool plain_keys = false;              // keys are kept before rotary embedding
+  std::vector<PageLayout> layouts;      // at most 4
+  const std::vector<Column>* columns = nullptr;
+
+  int64_t segments() const { return length.size[0]; }
+  // Host-visible pages only.
+  char* page(int64_t segment, int64_t p) const { return reinterpret_cast<char*>(table.at<uint64_t>(segment, p)); }
+  const PageLayout& layout_of(int64_t segment, int64_t p) const { return layouts[layout.at<uint8_t>(segment, p)]; }
+};
+
+}  // namespace heed
