@@ -65,6 +65,7 @@ Tensor Tensor::select(int axis, int64_t index) const {
     out.stride[size_t(a)] = out.stride[size_t(a + 1)];
   }
   --out.rank;
+  out.size[size_t(out.rank)] = out.stride[size_t(out.rank)] = 0;  // what lies past the rank must compare equal
   return out;
 }
 
