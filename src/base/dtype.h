@@ -57,6 +57,11 @@ struct bf16 {
 };
 
 /// IEEE half precision, rounded to nearest even. g++ and clang convert it in hardware where F16C or NEON is on.
+/// (g++ 12 has no _Float16 in C++ on Arm; there __fp16 is the same storage.)
+#if defined(__aarch64__)
+using f16 = __fp16;
+#else
 using f16 = _Float16;
+#endif
 
 }  // namespace heed
