@@ -1,0 +1,207 @@
+// What a mechanism is, and what it sees.
+//
+// In a layer: project, append, plan, attend, edit, observe, keep. A role function is called once a layer for the whole
+// batch; every primitive it calls is segmented by (sequence, head). It never waits for the device.
+#pragma once
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "attention/params.h"
+#include "attention/store.h"
+#include "base/queue.h"
+#include "kernels/kernels.h"
+
+namespace heed {
+
+enum class Phase : uint8_t {
+  Prompt,  // a whole prompt at once
+  Chunk,   // a part of a prompt, or several tokens behind an earlier text
+  Decode,  // one token a sequence
+  Replay,  // tokens fed by a drive that will be dropped again
+};
+
+enum class Role : uint8_t { Plan = 1, Keep = 2, Read = 4, Edit = 8, State = 16, Drive = 32, Weights = 64 };
+constexpr uint8_t operator|(Role a, Role b) { return uint8_t(uint8_t(a) | uint8_t(b)); }
+constexpr uint8_t operator|(uint8_t a, Role b) { return uint8_t(a | uint8_t(b)); }
+constexpr bool has(uint8_t roles, Role role) { return (roles & uint8_t(role)) != 0; }
+
+/// The shape of a model, as far as attention is concerned.
+struct ModelInfo {
+  std::string architecture;
+  int layers = 1;
+  int h = 1, g = 1;  // query heads, KV heads
+  int d = 0, d_v = 0;
+  int hidden = 0;
+  int vocabulary = 0;
+  int64_t context = 0;             // tokens it was trained for; 0: unknown
+  std::vector<int64_t> windows;    // for each layer: its sliding window, 0 for none; empty: none anywhere
+  std::vector<const Rope*> ropes;  // for each layer; empty or null: no rotary embedding
+  float scale = 0;                 // of the logits; 0: 1/√d
+  float softcap = 0;               // of the logits; 0: none
+  uint64_t hash = 0;               // of the weights file, for calibrations
+
+  int group() const { return h / g; }
+  int64_t window(int layer) const { return windows.empty() ? 0 : windows[size_t(layer)]; }
+  const Rope* rope(int layer) const { return ropes.empty() ? nullptr : ropes[size_t(layer)]; }
+};
+
+/// What the engine must keep or do for a mechanism; it does nothing that nobody named.
+struct Needs {
+  bool plain_keys = false;    // the store keeps keys before rotary embedding
+  bool bias = false;          // entries carry a logit bias
+  bool whole_prompt = false;  // plans from the whole prompt; with chunks it plans per chunk
+  bool all_layers = false;    // cuts only after the last layer: scores of all layers are divided together
+  Read::Positions positions = Read::Positions::True;
+  std::vector<Column> columns;
+  bool quantised = false;     // settle() moves pages to a second layout of these types
+  PageType quantised_k, quantised_v;
+  std::vector<std::string> inputs;  // tensors that `heed apply --input` must give: "beta [h, n]"
+};
+
+/// What a mechanism remembers of one session; copied when the session is forked.
+struct State {
+  virtual ~State() = default;
+  virtual std::unique_ptr<State> clone() const = 0;
+};
+
+/// One layer of one step, as a mechanism sees it. Views are valid until the layer ends.
+class LayerView {
+ public:
+  LayerView(const ModelInfo& model, Queue& queue, int layer, Phase phase)
+      : model(model), queue(queue), layer(layer), phase(phase) {}
+
+  const ModelInfo& model;
+  Queue& queue;
+  int layer;
+  Phase phase;
+  int64_t step = 0;             // tokens decoded before this one
+  State* state = nullptr;       // of the mechanism being called
+  std::vector<int64_t> prompt;  // for each sequence: tokens of its prompt so far (what fractions refer to)
+
+  Ragged q;         // F32, head-major, heads = h: the new queries, rotated
+  Ragged plain_q;   // before rotary embedding; empty unless keys are kept plain
+  Tensor q_pos;     // I32, as q's rows: true positions
+  Ragged k, v;      // Prompt, Chunk, Replay: panels of every key the new queries may see, old ones first. Decode: empty
+  Tensor k_pos;     // I32, as k's rows: true positions
+  Mods mods;        // of this layer; plan and read may change it
+  Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran
+  Read read;        // after attention of a Decode: what was read
+  Tensor out, lse;  // after attention: F32, as q's rows
+  LayerStore* store = nullptr;      // the new entries are in it
+  const Store* stores = nullptr;    // for column numbers
+  const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`
+
+  const Kernels& run() const { return *queue.run; }
+  bool decoding() const { return phase == Phase::Decode; }
+  int sequences() const { return int(q.sequences()); }
+  /// The last `rows` new queries of every sequence (fewer where it has fewer). No copy: indices stay those of q.
+  Ragged last_queries(int64_t rows) const;
+  /// The keys that the new queries see: the panel, or while decoding the store's pages.
+  Keys keys() const;
+  /// An input by name; throws Error(Invalid) that names it and its shape when it is missing.
+  Tensor input(const std::string& name, const std::string& shape) const;
+  /// Scratch, F32: `width` numbers for each entry of the store, segment by segment (heads = g).
+  Ragged per_entry(int64_t width = 1) const;
+  /// Statistics of the attention that `rows` pay to each entry of the store: observe() over keys().
+  /// plan (may be null): which keys count, softmax included.
+  Ragged observe(const Ragged& rows, const Observe& how, const Plan* plan = nullptr) const;
+  /// A User column of the store by name, read or written for all entries.
+  Ragged column(const std::string& name) const;
+  void set_column(const std::string& name, const Ragged& values) const;
+};
+
+/// What an allocator divides: scores of one layer, or of all of them.
+struct Allocation {
+  Queue& queue;
+  const ModelInfo& model;
+  int first_layer = 0;              // scores[0] belongs to it
+  std::span<const Ragged> scores;   // F32, one for each entry; heads = g
+  std::span<const int64_t> prompt;  // for each sequence
+  Budget budget;
+};
+
+class Run;
+
+struct Mechanism {
+  virtual ~Mechanism() = default;
+
+  virtual Needs needs(const ModelInfo&) const { return {}; }
+  virtual std::unique_ptr<State> open(const ModelInfo&) const { return nullptr; }
+
+  /// plan: which keys the new queries read (Prompt, Chunk). May also change at.mods.
+  virtual Plan plan(LayerView&) const { return {}; }
+  /// Called after attention of every step, whatever the role: the place to gather statistics.
+  virtual void observe(LayerView&) const {}
+  /// keep: one number for each entry of the store (heads = g); higher stays, +∞ must stay.
+  virtual Ragged score(LayerView&) const { return {}; }
+  /// keep: entries that each (layer, segment) may hold: I32 [layers, segments]. By default the budget, evenly.
+  virtual Tensor allocate(const Allocation&) const;
+  /// keep: stores entries otherwise (quantised, merged) instead of dropping them. True when that was all there is to do.
+  virtual bool settle(LayerView&) const { return false; }
+  /// read: what the new token of each sequence reads (Decode). May also change at.mods.
+  virtual Read read(LayerView&) const { return {}; }
+  /// edit: the attention output that takes the place of at.out (F32, same rows).
+  virtual Tensor edit(LayerView& at) const { return at.out; }
+  /// state: a linear form on given tensors: writes at.out, returns the final state [segments, d, d_v].
+  virtual Tensor recur(LayerView&) const { return {}; }
+  /// drive: feeds the model its own way, behind the prompt.
+  virtual void drive(Run&) const {}
+
+  /// A message when parameters contradict each other, else empty.
+  virtual std::string check() const { return {}; }
+
+  Range layers, heads;  // where it applies
+};
+
+/// What every keep policy has besides: how much and when.
+struct KeepPolicy : Mechanism {
+  Budget budget;
+  When when;
+  virtual const Budget& kept() const { return budget; }
+  virtual const When& timing() const { return when; }
+};
+
+/// A keep policy around another: what it does not override goes to the inner one, budget and timing included.
+struct KeepWrapper : KeepPolicy {
+  std::unique_ptr<KeepPolicy> inner;
+  Needs needs(const ModelInfo& m) const override { return inner->needs(m); }
+  std::unique_ptr<State> open(const ModelInfo& m) const override { return inner->open(m); }
+  void observe(LayerView& at) const override { inner->observe(at); }
+  Ragged score(LayerView& at) const override { return inner->score(at); }
+  Tensor allocate(const Allocation& a) const override { return inner->allocate(a); }
+  bool settle(LayerView& at) const override { return inner->settle(at); }
+  void drive(Run& run) const override { inner->drive(run); }
+  std::string check() const override { return inner->check(); }
+  const Budget& kept() const override { return inner->kept(); }
+  const When& timing() const override { return inner->timing(); }
+};
+
+/// The run of a model that a drive steers; implemented by model/.
+class Run {
+ public:
+  virtual ~Run() = default;
+  virtual const ModelInfo& model() const = 0;
+  virtual int sequences() const = 0;
+  /// Tokens of a sequence so far.
+  virtual std::span<const int32_t> tokens(int sequence) const = 0;
+  /// The driving mechanism's own state.
+  virtual State* state() = 0;
+  /// Runs tokens through the model behind what is held, in Phase::Replay: observe() of the driving mechanism is called
+  /// in every layer, and the new entries leave the store when the feed ends.
+  virtual void replay(int sequence, std::span<const int32_t> tokens) = 0;
+  /// Scores, allocates and evicts in all layers now.
+  virtual void evict() = 0;
+  /// Text → ids without special tokens; empty where the model has no tokenizer.
+  virtual std::vector<int32_t> tokenize(const std::string& text) const = 0;
+};
+
+/// The first `sinks` and the last `recent` entries of every segment of scores become +∞. Returns scores.
+Ragged force(Queue&, Ragged scores, int64_t sinks, int64_t recent);
+
+/// Keeps in each segment of the layer its counts[segment] best entries by score. KV heads outside `heads` keep all.
+void evict(LayerView&, const Ragged& scores, Tensor counts, const Range& heads);
+
+}  // namespace heed

@@ -1,0 +1,34 @@
+// Ways of building plans, and what a plan costs before it runs.
+#pragma once
+#include <functional>
+#include <vector>
+
+#include "attention/mechanism.h"
+
+namespace heed {
+
+/// What running a plan takes: query–key pairs, FLOPs (4 · pairs · d for d = d_v) and bytes of K and V read once a tile.
+struct Cost {
+  double pairs = 0, flops = 0, bytes = 0;
+};
+/// Host-visible plans. k gives key counts, width and type; d_v the width of values.
+Cost cost(const Plan&, const Ragged& q, const Ragged& k, const Mods&, int64_t d_v);
+
+/// Share of the causal query–key pairs (of the layer's window) that a plan computes, for each query head, over all
+/// sequences.
+std::vector<double> density(const Plan&, const Ragged& q, const Ragged& k, const Mods&);
+
+/// A Blocks plan whose row r holds what select wrote at r · capacity, count[r] of them. q_tile rows × k_tile keys.
+Plan blocks_plan(Queue&, Plan::Scope, int q_tile, int k_tile, Tensor index, Tensor count, int64_t capacity);
+/// A Tokens plan, likewise.
+Plan tokens_plan(Queue&, Plan::Scope, int q_tile, Tensor index, Tensor count, int64_t capacity);
+
+/// Calls visit(query row of the segment, first key, past-the-last key) for everything that query head `head` of sequence
+/// `s` reads under plan, causality, window and until: the plan as a set, for pictures and exports.
+void each_interval(const Plan&, const Ragged& q, const Ragged& k, const Mods&, int64_t s, int64_t head,
+                   const std::function<void(int64_t row, int64_t begin, int64_t end)>& visit);
+
+/// The plan with query heads outside `heads` made dense; the plan itself when none is.
+Plan limit_heads(Queue&, const Plan&, const Ragged& q, const Ragged& k, const Range& heads);
+
+}  // namespace heed
