@@ -1,0 +1,32 @@
+// One mechanism on tensors, without a model (`heed apply`), and the harness that mechanism tests stand on.
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "attention/spec.h"
+
+namespace heed {
+
+struct ApplyInput {
+  Tensor q, k, v;            // [h, n, d], [g, m, d], [g, m, d_v]: any plain type, head-major, contiguous
+  Tensor positions;          // optional I32 [m]: true positions of the keys; queries are the last n
+  std::map<std::string, Tensor> inputs;
+  bool causal = true;
+  float scale = 0;
+  Dtype dtype = Dtype::F32;  // what k and v are rounded to
+  std::string backend = "auto";
+  uint64_t seed = 0;
+};
+
+/// Named arrays as interfaces fix them: out, lse, state, plan_block, plan_offsets, plan_index, kept_offsets, kept_index,
+/// read_offsets, read_index, density.
+struct ApplyOutput {
+  std::vector<std::pair<std::string, Buffer>> arrays;
+  const Buffer* find(const std::string& name) const;
+};
+
+/// Errors: shapes that do not fit (which, and what was expected), a bad spec, a missing input.
+Result<ApplyOutput> apply(const std::string& spec, const ApplyInput& input);
+
+}  // namespace heed

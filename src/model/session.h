@@ -1,0 +1,94 @@
+// A session: sequences of one model, fed in a batch, with the attention of the user's choice.
+#pragma once
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention/spec.h"
+#include "model/model.h"
+
+namespace heed {
+
+struct SessionOptions {
+  std::string attention = "dense";
+  int sequences = 1;
+  int64_t ubatch = 512;    // rows of a tile inside a layer: bounds scratch, changes nothing else
+  int64_t chunk = 0;       // > 0: prompts are fed in parts of so many tokens; mechanisms then plan for each part
+  PageType k, v;           // how the store keeps entries; BF16 unless said
+  std::string backend = "auto";  // auto, cpu, reference, or the name of a kernel table
+};
+
+/// Seconds by part of a step, since the session began.
+struct Times {
+  double plan = 0, observe = 0, select = 0, attend = 0, products = 0, rest = 0;
+  double total() const { return plan + observe + select + attend + products + rest; }
+};
+
+/// Called in every layer of every step behind attention and before entries are evicted: reads of what happened, for
+/// traces and analyses. With none set nothing is computed for it.
+using Tap = std::function<void(LayerView&)>;
+
+class Session final {
+ public:
+  /// Throws Error: a bad spec, an unknown backend, memory.
+  Session(std::shared_ptr<const Model> model, const SessionOptions& options);
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  /// Which rows' logits a feed returns.
+  enum class Logits { None, Last, All };
+
+  /// Feeds the next tokens of each sequence (one span for each; spans may be empty and of unequal length): layer by
+  /// layer, rows tiled. A feed into an empty session, or one before any decode, counts as prompt.
+  /// Returns F32 [rows, vocabulary]: Last: one row for each sequence; All: one for each token, sequences in order. It
+  /// is valid until the next feed. For long texts give `visit` instead of asking for All: it is called with tiles of
+  /// rows (first token number of sequence 0 …) so that no [tokens, vocabulary] matrix is built.
+  /// Throws Error(Invalid) when the text becomes longer than the model's context, Error(Interrupted) between layers
+  /// when interrupt() was called; the session is then as it was before the feed.
+  Tensor prefill(const std::vector<std::span<const int32_t>>& tokens, Logits want = Logits::Last,
+                 const std::function<void(int64_t first, Tensor logits)>& visit = {});
+  /// One sequence.
+  Tensor prefill(std::span<const int32_t> tokens, Logits want = Logits::Last) { return prefill({{tokens}}, want); }
+  /// One new token for each sequence (−1: none, its row of logits is zero) → F32 [sequences, vocabulary].
+  Tensor decode(std::span<const int32_t> tokens);
+  Tensor decode(int32_t token) { return decode(std::span(&token, 1)); }
+
+  /// A copy that shares all pages and goes on separately.
+  std::unique_ptr<Session> fork() const;
+  /// Forgets tokens at positions ≥ `position` of a sequence. Entries that were evicted do not come back.
+  void truncate(int sequence, int64_t position);
+
+  const Model& model() const;
+  const Composition& composition() const;
+  Store& store();
+  std::span<const int32_t> tokens(int sequence = 0) const;
+  int64_t step() const;  // tokens decoded
+  const Times& times() const;
+  /// Share of causal pairs computed in prefill so far: F64 [layers][h].
+  const std::vector<std::vector<double>>& density() const;
+  /// Mean keys read for each decoded token so far: [layers][h].
+  std::vector<std::vector<double>> read_tokens() const;
+  /// Scratch held beside the store and the weights, bytes.
+  int64_t scratch_bytes() const;
+
+  void tap(Tap tap);
+  /// Called with (layers done, layers) during a prefill.
+  void progress(std::function<void(int64_t done, int64_t total)> report);
+
+ private:
+  struct Impl;
+  explicit Session(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Asks running sessions to stop at the next layer: safe in a signal handler. clear_interrupt() forgets it.
+void interrupt() noexcept;
+void clear_interrupt() noexcept;
+bool interrupted() noexcept;
+
+/// The table for a backend name: auto (the best CPU table), cpu, reference, or a table's own name.
+const Kernels& backend(const std::string& name);
+
+}  // namespace heed
