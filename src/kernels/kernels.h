@@ -6,13 +6,15 @@
 // sequence these are the arrays q [h, n, d], k [g, m, d], v [g, m, d_v]. Queries are the last n positions of the m
 // keys (bottom-right causal). One number for each query row ("row" below) is indexed as q.values' rows are; one number
 // for each key ("key" below) as k.values' rows are. Rows of q.values outside every segment are neither read nor written.
+// Rows of numbers (the last dimension) are contiguous; the rows themselves may be strided (a slice of something wider).
+// Tensors of one number a row are contiguous. Offsets and ends of outputs are inputs: the caller has laid them out.
 //
 // Number types. q, k, v: F32, BF16 or F16 (each its own). Everything else F32 unless said. Sums are in f32.
 // Bound of every kernel: |result − reference| ≤ 2^-7 · scale of the operands for BF16 inputs, 2^-10 for F16 and
 // 2^-18 · √(terms) for F32 (tests/kernels states it for each kernel).
 //
 // Errors. Shapes and types that do not fit throw Error(Invalid). An empty segment, or a row that sees no key, gives
-// out = 0 and lse = −∞. No kernel waits for the host.
+// out = 0 and lse = −∞ (with sink_logits: the sink's). No kernel waits for the host.
 #pragma once
 #include <string>
 #include <vector>
@@ -32,6 +34,7 @@ struct Rope {
   bool neox = true;
 };
 
+/// Sigmoid: P = σ(logit) without a denominator; parts add; lse = log Σ P.
 enum class WeightFunction : uint8_t { Softmax, Sigmoid };
 
 /// What changes a logit or an output: logit = softcap(scale · temperature · q·k) + biases. An empty tensor is absent.
@@ -39,14 +42,16 @@ struct Mods {
   float scale = 0;     // 0 means 1/√d
   float softcap = 0;   // c > 0: c · tanh(x / c)
   int64_t window = 0;  // w > 0: a key is seen only while query position − key position < w (sliding-window layers)
-  Tensor q_pos;        // row, I32: true positions, needed by window and until; absent: m − n + i
+  Tensor q_pos;        // row, I32: true positions, needed by window and until; absent: m − n + i (so give it to a store
+                       // that has lost entries)
   Tensor k_pos;        // key, I32: ascending in a segment; absent: the key's number
   Tensor key_bias;     // key: added to the logit
   Tensor row_factor;   // [rows, r] and
   Tensor key_factor;   // [keys, r]: adds row_factor · key_factor (ALiBi has r = 2)
   Tensor temperature;  // row: multiplies the logit before the cap
-  Tensor gain;         // row: multiplies the output; 0 skips the work
-  Tensor sink_logits;  // [h]: one more logit in the denominator, with no value (score.md S4)
+  Tensor gain;         // row: multiplies the output, not lse; 0 skips the row: out = 0, lse = −∞, no gradients
+  Tensor sink_logits;  // F32 [h]: one more logit in the denominator and in lse, with no value (score.md S4); it belongs
+                       // to part 0; Softmax only
   Tensor until;        // key, I32: the last query position that sees the key
   Tensor k_map, v_map; // I32 [h]: the KV head that a query head reads; absent: head / group
   WeightFunction weight = WeightFunction::Softmax;
@@ -76,17 +81,20 @@ struct Observe {
     Last,     // P of the last row
     Decayed,  // Σ_i decay^(n − 1 − i) P_ij
   } rows = Rows::Mean;
+  /// Over the query heads that read the KV head (by k_map; Each only without one). LayerMean: key j's mean over all h
+  /// heads, the same in every segment of the sequence; a segment that has no key j adds 0.
   enum class Heads : uint8_t { Each, GroupMean, GroupMax, GroupSum, LayerMean } heads = Heads::GroupMean;
   float decay = 1;
-  bool logits = false;  // of the scaled logits instead of probabilities (keys no row sees: −∞ for Max and Last)
+  bool logits = false;  // of the logits (cap and biases included) instead of probabilities; rows that do not see a key add
+                        // nothing to sums, and keys that no row (Last: the last row) sees get −∞ from Max and Last
 };
 
 /// Statistics of each query row; tensors left empty are not computed.
 struct RowStats {
-  Tensor entropy;   // row: −Σ P log P, nats
-  Tensor distance;  // row: Σ P_ij (position i − position j)
+  Tensor entropy;   // row: −Σ P log P over the keys it sees, nats
+  Tensor distance;  // row: Σ P_ij (position i − position j), positions as q_pos and k_pos
   Tensor argmax;    // row, I32: the key with the largest P, the lower one of ties; −1 when none is seen
-  Tensor peak;      // row: its P
+  Tensor peak;      // row: its P; 0 when none is seen
   Tensor lse;       // row
   Tensor span;      // [rows, spans]: Σ of P over keys spans[s][0] ≤ j < spans[s][1]
   Tensor spans;     // I32 [spans, 2], in: shared by all segments
@@ -95,7 +103,7 @@ struct RowStats {
 enum class PoolKind : uint8_t {
   Mean, Min, Max, Sum, First, Last,
   Concat,          // rows of a block side by side: [blocks, block · width], a short block padded with zeros
-  ConcatReversed,  // the same, last row first (XAttention's antidiagonal)
+  ConcatReversed,  // the same padded block, last row first: zeros lead (XAttention's antidiagonal)
 };
 
 /// Matrices of cheap scores, one for each segment: rows × cols numbers, row-major, in cells (a Ragged of single
@@ -112,9 +120,10 @@ struct Proxy {
   bool causal = true;  // row i sees column j when some query of its tile sees some key of the block
   int q_tile = 1, k_tile = 1;
   int64_t offset = 0;  // how many keys lie before the first query (m − n), in tokens
-  bool int8 = false;   // quantise both sides to 8 bits, a scale for each row
+  bool int8 = false;   // both sides as round(x / s) with s = max|row| / 127, halves to even
 };
 
+/// Cells of −∞ (masked) do not count; an entry without any other cell is −∞.
 enum class ReduceKind : uint8_t { Sum, Mean, Max };
 
 struct Reduce {
@@ -131,17 +140,18 @@ struct Reduce {
 struct Select {
   enum class By : uint8_t {
     TopK,       // the k largest; k from `count`, or the same for all
-    TopP,       // the largest, in order, until their share of the segment's total reaches p
+    TopP,       // the largest, in order, until their share of the segment's total reaches p (scores ≥ 0)
     Threshold,  // all with score ≥ p
   } by = By::TopK;
   int64_t k = 0;
   Tensor count;          // I32 [segments]: k for each segment
   float p = 0;
-  bool crossing = true;  // TopP: the element that crosses p is in
-  int64_t at_least = 0;  // TopP, Threshold
+  bool crossing = true;  // TopP: an element is in while the sum before it < p · total; false: while the sum with it ≤ p · total
+  int64_t at_least = 0;  // TopP, Threshold: the largest so many are in anyway
 };
-// Rules of select: −∞ and NaN are never chosen, +∞ always first (forced entries); of ties the lower index; what is
-// chosen is written in ascending order.
+// Rules of select: −∞ and NaN are never chosen, +∞ always first (forced entries, no part of TopP's total, but of TopK's
+// k); of ties the lower index; no more than `capacity` are chosen, the largest; what is chosen is written in ascending
+// order, and index beyond count is left as it was.
 
 /// The recurrence of catalogue/linear.md (R): S_t = Diag(e^g) S_{t−1} + correction + k v^T, o = scale · S_t^T q.
 /// Head-major rows as in attend; heads of q, k and v agree. State is F32 [segments, d, d_v].
@@ -152,7 +162,7 @@ struct Recur {
     Delta,    // decay first, then S += β k (v − S^T k)^T
     LowRank,  // S += b (a^T S_{t−1})^T before k v^T
   } correction = Correction::None;
-  bool normalise = false;  // divides o by (z_t · q), z_t = e^g z_{t−1} + k
+  bool normalise = false;  // divides o by (z_t · q), z_t = e^g z_{t−1} + k; o = 0 where that is 0
   float scale = 0;         // 0 means 1/√d
 };
 
@@ -182,7 +192,8 @@ struct Kernels {
   void (*attend)(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out, Tensor lse);
 
   /// Gradients of Σ out · d_out. d_q, d_k, d_v (F32) are overwritten; d_key_bias and d_gain may be empty. out and lse
-  /// are attend's own; with parts they are the merged ones (pattern.md, split-KV).
+  /// are attend's own; with parts they are the merged ones (pattern.md, split-KV). Probabilities are e^(logit − lse), so an
+  /// lse over more keys than the plan's (a ring of devices) gives this share of the gradients.
   void (*attend_backward)(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&,
                           Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
 
@@ -197,12 +208,14 @@ struct Kernels {
   void (*observe)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const Observe&, Ragged columns);
   void (*observe_rows)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const RowStats&);
 
-  /// Blocks of `block` rows of every segment of x → out: segment s has ⌈length / block⌉ rows. A short last block
-  /// counts its true rows.
+  /// Blocks of `block` rows of every segment of x (F32, BF16 or F16) → out (F32): segment s has ⌈length / block⌉ rows. A
+  /// short last block counts its true rows.
   void (*pool)(Queue&, const Ragged& x, PoolKind, int block, Ragged out);
-  /// Smooths each segment of x ([rows] F32) along its rows: a window of `width` (odd), Mean counting zero padding, or Max.
+  /// Smooths each segment of x ([rows] F32) along its rows: a window of `width` (odd) centred on the row, Mean (the sum over
+  /// rows of the segment, divided by width) or Max. out is indexed as x.values.
   void (*smooth)(Queue&, const Ragged& x, PoolKind, int width, Tensor out);
-  /// out.cells [Σ rows·cols]; masked cells are −∞ (0 after softmax; a row that sees nothing is all 0).
+  /// q, k: F32, BF16 or F16; h / g query heads share a key head. out.cells [Σ rows·cols]; masked cells are −∞ (0 after
+  /// softmax; a row that sees nothing is all 0). out.rows, out.cols and the offsets of its cells are inputs.
   void (*proxy)(Queue&, const Ragged& q, const Ragged& k, const Proxy&, Grids out);
   void (*reduce)(Queue&, const Grids& in, const Reduce&, Grids out);
   /// scores [rows] → index I32 [segments · capacity], count I32 [segments]: segment s at s · capacity.
@@ -215,29 +228,33 @@ struct Kernels {
   /// x, a, out [rows, width]; along each segment: Linear out_t = a_t out_{t−1} + x_t; the others are running folds of x.
   void (*scan)(Queue&, const Ragged& x, Tensor a, ScanKind, Tensor out);
 
-  /// Entries first[s] … first[s] + rows of every segment take k, v (any plain type; rows [m, d], [m, d_v]) and their
-  /// positions (I32, indexed as k's rows); block columns they touch are made anew, User columns filled. Quantised
+  /// Entries first[s] (I32 [segments]) … first[s] + rows of every segment take k, v (any plain type; rows [m, d], [m, d_v])
+  /// and their positions (I32, indexed as k's rows); their bias is 0, their User columns are filled; block columns they
+  /// touch are made anew from the keys as kept, of entries before max(length, first + rows). Pages must be there; length
+  /// is not changed. Quantised
   /// layouts: first and the number of rows must be multiples of 64 except at the end of a segment.
   void (*page_write)(Queue&, const Pages&, const Ragged& k, const Ragged& v, Tensor positions, Tensor first);
   /// All entries of every segment → k, v (F32, BF16 or F16; segments have pages.length rows), positions I32 (each may
   /// be empty). `read` rotates plain keys; null leaves them plain.
   void (*page_read)(Queue&, const Pages&, const Read* read, const Ragged& k, const Ragged& v, Tensor positions);
   /// Entry index[s · capacity + i] of segment s moves to place i of `to`, for i < count[s], User columns and bias with
-  /// it; block columns are made anew. index ascends. `to` may be `from`: moves go downward. Equal layouts move raw bytes
-  /// (Token axis); others go through f32.
+  /// it; block columns are made anew (of count[s] entries). index I32 [segments · capacity], count I32 [segments]; index
+  /// ascends. `to` may be `from`: moves go downward. Equal types of a side move raw (Token axis); others go through f32.
+  /// Lengths are not changed.
   void (*page_move)(Queue&, const Pages& from, const Pages& to, Tensor index, Tensor count, int64_t capacity);
   /// User column `column` of all entries ↔ values [keys(, width)], laid out as page_read's rows.
   void (*column_read)(Queue&, const Pages&, int column, Ragged values);
   void (*column_write)(Queue&, const Pages&, int column, const Ragged& values);
   /// Upper bound of q·k over each block from KeyMin and KeyMax columns (Quest: Σ_c max(q_c lo_c, q_c hi_c)), or q·mean
-  /// when low == high (a KeyMean column). q has one row a segment; scores: Ragged, heads = h, ⌈length / block⌉ numbers.
+  /// when low == high (a KeyMean column). Not scaled. q has one row a segment; scores: Ragged, heads = h,
+  /// ⌈length / block⌉ numbers.
   void (*page_score)(Queue&, const Ragged& q, const Pages&, int low, int high, Ragged scores);
 
   /// y [T, out] (+)= x [T, in] · w[out, in]^T + bias[out]. w: any Dtype, rows contiguous; x, y F32; bias may be empty.
   void (*matmul)(Queue&, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y);
   /// Rows ids (I32 [T]) of w [vocabulary, width] → y F32 [T, width], times scale.
   void (*embed)(Queue&, Tensor w, Tensor ids, float scale, Tensor y);
-  /// y = x / √(mean x² + eps) · weight over the last dimension; x, y [T, width] (y may be x).
+  /// y = x / √(mean x² + eps) · weight over the last dimension; x, y [T, width] (y may be x); an empty weight is 1.
   void (*rms_norm)(Queue&, Tensor x, Tensor weight, float eps, Tensor y);
   /// x [T, heads, d] token-major, sequence s = rows first[s] … first[s + 1] (I64) → out head-major (any plain type):
   /// RMS norm over d when norm is given, then rotation at positions (I32 [T]) when rope is given.

@@ -13,14 +13,18 @@ inline constexpr int kPage = 64;  // entries of a page
 struct PageType {
   enum class Kind : uint8_t { F32, BF16, F16, Q8, Q4, Q2 } kind = Kind::BF16;
   /// Quantised kinds: asymmetric, code = round((x − zero) / scale), scale = (max − min) / (2^bits − 1), zero = min,
-  /// both in f16, over `group` consecutive channels of one entry (Token) or `group` consecutive entries of one
-  /// channel (Channel, as KIVI keeps keys; group divides 64). A scale of 0 gives code 0.
+  /// both rounded to f16 before the codes are made, over `group` consecutive channels of one entry (Token; the last group
+  /// may be shorter) or `group` consecutive entries of one channel (Channel, as KIVI keeps keys; group divides 64; only
+  /// entries that are there count). A scale of 0 gives code 0; codes are clamped to their range. Value: zero + code · scale.
   enum class Axis : uint8_t { Token, Channel } axis = Axis::Token;
   int group = 32;
 
   bool quantised() const { return kind >= Kind::Q8; }
   int bits() const;
-  /// Bytes of 64 entries of `width` numbers, padded to 64: codes, then scales, then zeros.
+  /// Scales (and zeros) of 64 entries of `width` numbers; 0 unless quantised.
+  int64_t groups(int width) const;
+  /// Bytes of 64 entries of `width` numbers, padded to 64: codes in the side's order, the first in the low bits of a byte;
+  /// then scales, then zeros, as [64][⌈width / group⌉] (Token) or [64 / group][width] (Channel) whatever the side's order.
   int64_t bytes(int width) const;
   bool operator==(const PageType&) const = default;
 };
@@ -52,6 +56,10 @@ struct PageLayout {
   std::vector<int64_t> column_at;  // F32 [64 / block][width or d], in the order of the store's columns
   int64_t bytes = 0;
 };
+
+/// Lays out a page of d-wide keys and d_v-wide values with these columns. Throws Error(Invalid) for widths, groups or
+/// blocks that do not fit.
+PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias, const std::vector<Column>& columns);
 
 /// One layer of a store. Segment = sequence · kv_heads + KV head. Pages of different layouts (a quantised past and a
 /// recent part in full precision) may follow each other in one segment.

@@ -9,7 +9,8 @@ namespace heed {
 /// Rows of a plan are query tiles: tile t of a head holds query rows t·q_tile … of that sequence's queries. They are
 /// numbered sequence by sequence, then head by head (of the scope), then tile by tile. Key numbers count from the
 /// first key of the segment. `causal` hides keys behind the bottom-right diagonal: query row i of n sees key j of m
-/// when j − i ≤ m − n. It applies on top of every form.
+/// when j − i ≤ m − n. It applies on top of every form. Keys at or past a segment's end are skipped (so heads of unequal
+/// lengths may share a row); no key appears twice in a row. Dense has no rows and one part.
 struct Plan {
   enum class Form : uint8_t {
     Dense,     // every key
@@ -38,6 +39,9 @@ struct Plan {
   int64_t begin(int64_t row) const { return rowptr.at<int64_t>(row); }
   int64_t end(int64_t row) const { return count ? begin(row) + count.at<int32_t>(row) : rowptr.at<int64_t>(row + 1); }
 };
+
+/// Throws Error(Invalid) unless the plan's tensors are there, of the right types, and fit one another. Contents are not read.
+void check_plan(const Plan& plan, const char* where);
 
 /// The heads of a plan's scope for h query heads over g KV heads.
 inline int64_t scope_heads(Plan::Scope scope, int64_t h, int64_t g) {
