@@ -1,9 +1,13 @@
 #include "base/threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <fstream>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -12,19 +16,42 @@
 #include <immintrin.h>
 #endif
 
+#include "base/error.h"
+
 namespace heed {
 namespace {
 
-// An underflowing vector operation costs 70 ns instead of 1 without this (docs/performance.md).
-void flush_denormals() {
+// An underflowing vector operation costs 70 ns instead of 1 without this (docs/performance.md). The way back matters for
+// the caller alone: the arithmetic of a host program is not ours to change.
 #if defined(__x86_64__)
-  _mm_setcsr(_mm_getcsr() | 0x8040);
+uint64_t float_control() { return _mm_getcsr(); }
+void set_float_control(uint64_t control) { _mm_setcsr(unsigned(control)); }
+constexpr uint64_t flush = 0x8040;
 #elif defined(__aarch64__)
-  uint64_t fpcr;
-  asm volatile("mrs %0, fpcr" : "=r"(fpcr));
-  asm volatile("msr fpcr, %0" ::"r"(fpcr | (1ull << 24)));
-#endif
+uint64_t float_control() {
+  uint64_t control;
+  asm volatile("mrs %0, fpcr" : "=r"(control));
+  return control;
 }
+void set_float_control(uint64_t control) { asm volatile("msr fpcr, %0" ::"r"(control)); }
+constexpr uint64_t flush = 1ull << 24;
+#else
+uint64_t float_control() { return 0; }
+void set_float_control(uint64_t) {}
+constexpr uint64_t flush = 0;
+#endif
+
+/// Flushes denormals on this thread for as long as it lives.
+class Flush {
+ public:
+  Flush() : before_(float_control()) { set_float_control(before_ | flush); }
+  ~Flush() { set_float_control(before_); }
+  Flush(const Flush&) = delete;
+  Flush& operator=(const Flush&) = delete;
+
+ private:
+  uint64_t before_;
+};
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -32,10 +59,20 @@ inline void relax() {
 #endif
 }
 
+/// Physical cores this process may run on: of two logical processors of one core, the second adds little to kernels
+/// that keep the vector units busy, and its spinning takes from the first.
 int usable_cores() {
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1u, std::thread::hardware_concurrency());
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return int(std::max(1u, std::thread::hardware_concurrency()));
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &set)) continue;
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string siblings;
+    if (!std::getline(file, siblings)) siblings = "cpu " + std::to_string(cpu);
+    cores.insert(siblings);
+  }
+  return std::max(1, int(cores.size()));
 }
 
 thread_local bool inside_region = false;
@@ -87,7 +124,7 @@ class Pool {
   }
 
   void serve(int worker) {
-    flush_denormals();
+    const Flush scope;
     uint64_t seen = 0;
     for (;;) {
       // Spinning for about 50 µs covers the gaps between a decode step's regions; then the core is given back.
@@ -122,6 +159,7 @@ int wanted = 0;
 }  // namespace
 
 void set_threads(int count) {
+  require(!inside_region, "set_threads", "called inside a parallel region");
   std::lock_guard lock(pool_mutex);
   wanted = count > 0 ? count : usable_cores();
   if (pool && pool->size() != wanted) pool.reset();
@@ -134,12 +172,14 @@ int threads() {
   return wanted;
 }
 
+bool inside_parallel() { return inside_region; }
+
 void parallel(FunctionRef<void(int worker)> body) {
   if (inside_region) return body(0);
   std::lock_guard lock(pool_mutex);
   if (wanted == 0) wanted = usable_cores();
   if (!pool) pool = std::make_unique<Pool>(wanted);
-  flush_denormals();
+  const Flush scope;
   pool->run(body);
 }
 

@@ -1,7 +1,7 @@
 // One small persistent pool: regions last microseconds in decode, so waiting is a short spin and then a sleep.
 #pragma once
 #include <cstdint>
-#include <functional>
+#include <type_traits>
 
 namespace heed {
 
@@ -23,10 +23,14 @@ class FunctionRef<R(A...)> {
 
 /// Threads that parallel regions use, the caller included. 0 means one for each physical core this process may run on.
 void set_threads(int count);
+/// set_threads throws Error(Invalid) inside a region.
 int threads();
 
+/// Whether the caller runs inside a region.
+bool inside_parallel();
+
 /// Calls body(worker) once on each of threads() workers and returns when all have; worker 0 is the caller.
-/// Every worker flushes denormals to zero. A region inside a region runs on the calling worker alone.
+/// Every worker flushes denormals to zero, the caller while the region lasts. A region inside a region runs on the calling worker alone.
 void parallel(FunctionRef<void(int worker)> body);
 
 /// Calls body(i) for each i in [0, count), handed out in order to whichever worker is free: the result of body(i)
