@@ -1,4 +1,4 @@
-#include "kernels/kernels.h"
+#include "kernels/reference/reference.h"
 
 namespace heed {
 
@@ -6,6 +6,34 @@ const Kernels& reference_kernels() {
   static const Kernels table = [] {
     Kernels t{};
     t.name = "reference";
+    t.attend = reference::attend;
+    t.attend_backward = reference::attend_backward;
+    t.attend_store = reference::attend_store;
+    t.merge = reference::merge;
+    t.observe = reference::observe;
+    t.observe_rows = reference::observe_rows;
+    t.pool = reference::pool;
+    t.smooth = reference::smooth;
+    t.proxy = reference::proxy;
+    t.reduce = reference::reduce;
+    t.select = reference::select;
+    t.recur = reference::recur;
+    t.recur_backward = reference::recur_backward;
+    t.scan = reference::scan;
+    t.page_write = reference::page_write;
+    t.page_read = reference::page_read;
+    t.page_move = reference::page_move;
+    t.column_read = reference::column_read;
+    t.column_write = reference::column_write;
+    t.page_score = reference::page_score;
+    t.matmul = reference::matmul;
+    t.embed = reference::embed;
+    t.rms_norm = reference::rms_norm;
+    t.split_heads = reference::split_heads;
+    t.merge_heads = reference::merge_heads;
+    t.glu = reference::glu;
+    t.add = reference::add;
+    t.dequantise = reference::dequantise;
     return t;
   }();
   return table;

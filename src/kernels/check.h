@@ -1,0 +1,18 @@
+// What every backend asks of its arguments. Only shapes and types are looked at: contents may live on a device.
+#pragma once
+#include "kernels/kernels.h"
+
+namespace heed {
+
+/// Queries, keys, values (v.values may be empty where none are read), plan (may be null) and mods fit one another.
+/// Throws Error(Invalid) in the name of `where`.
+void check_attention(const char* where, const Ragged& q, const Ragged& k, const Ragged& v, const Plan* plan, const Mods& mods);
+
+/// `t` is F32 (or `type`) with these sizes and contiguous rows; an empty one passes when `optional`.
+void check_tensor(const char* where, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
+                  bool optional = false, Dtype type = Dtype::F32);
+
+/// Numbers that q, k and v may be made of.
+inline bool is_float(Dtype type) { return type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16; }
+
+}  // namespace heed

@@ -1,0 +1,47 @@
+#include "kernels/check.h"
+#include "kernels/reference/reference.h"
+
+namespace heed::reference {
+
+void split_heads(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions, Ragged out) {
+  constexpr const char* where = "split_heads";
+  require(x.rank == 3, where, "x is [T, heads, d], got " + x.shape());
+  const int64_t tokens = x.size[0], heads = x.size[1], d = x.size[2], sequences = first.size[0] - 1;
+  check_tensor(where, "x", x, {tokens, heads, d});
+  check_tensor(where, "first", first, {sequences + 1}, false, Dtype::I64);
+  check_tensor(where, "norm", norm, {d}, true);
+  require(out.heads == heads && out.segments() == sequences * heads && width(out.values) == d, where, "out has x's heads, sequences and width");
+  if (rope) {
+    require(rope->dims > 0 && rope->dims % 2 == 0 && rope->dims <= d, where, "rope turns an even number of channels, at most d");
+    check_tensor(where, "inv_freq", rope->inv_freq, {rope->dims / 2});
+    check_tensor(where, "positions", positions, {tokens}, false, Dtype::I32);
+  }
+  for (int64_t s = 0; s < sequences; ++s)
+    for (int64_t t = first.at<int64_t>(s); t < first.at<int64_t>(s + 1); ++t)
+      for (int64_t head = 0; head < heads; ++head) {
+        std::vector<double> values = row(x.select(0, t), head);
+        if (norm) {
+          double squares = 0;
+          for (double value : values) squares += value * value;
+          const double factor = 1 / std::sqrt(squares / double(d) + double(eps));
+          for (int64_t c = 0; c < d; ++c) values[size_t(c)] *= factor * number(norm, c);
+        }
+        if (rope) rotate(*rope, positions.at<int32_t>(t), values.data());
+        set_row(out.values, out.begin(s * heads + head) + t - first.at<int64_t>(s), values);
+      }
+}
+
+void merge_heads(Queue&, const Ragged& in, Tensor first, Tensor y) {
+  constexpr const char* where = "merge_heads";
+  const int64_t sequences = first.size[0] - 1, heads = in.heads, d_v = width(in.values);
+  check_tensor(where, "first", first, {sequences + 1}, false, Dtype::I64);
+  check_tensor(where, "y", y, {y.size[0], heads * d_v});
+  require(in.segments() == sequences * heads, where, "in has a segment for each sequence and head");
+  for (int64_t s = 0; s < sequences; ++s)
+    for (int64_t t = first.at<int64_t>(s); t < first.at<int64_t>(s + 1); ++t)
+      for (int64_t head = 0; head < heads; ++head)
+        for (int64_t c = 0; c < d_v; ++c)
+          store(y, offset(y, t, head * d_v + c), number(in.values, in.begin(s * heads + head) + t - first.at<int64_t>(s), c));
+}
+
+}  // namespace heed::reference

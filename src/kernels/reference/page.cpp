@@ -1,0 +1,140 @@
+#include "kernels/reference/page.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+namespace heed::reference {
+
+uint32_t PageSide::code(int entry, int channel) const {
+  const int bits = type_.bits();
+  const int64_t at = place(entry, channel);
+  if (bits >= 8) {
+    uint32_t value = 0;
+    std::memcpy(&value, data_ + at * (bits / 8), size_t(bits / 8));
+    return value;
+  }
+  return uint32_t(uint8_t(data_[at * bits / 8])) >> (at * bits % 8) & ((1u << bits) - 1);
+}
+
+void PageSide::set_code(int entry, int channel, uint32_t code) const {
+  const int bits = type_.bits();
+  const int64_t at = place(entry, channel);
+  if (bits >= 8) {
+    std::memcpy(data_ + at * (bits / 8), &code, size_t(bits / 8));
+    return;
+  }
+  char& byte = data_[at * bits / 8];
+  const int shift = int(at * bits % 8), mask = ((1 << bits) - 1) << shift;
+  byte = char((byte & ~mask) | int(code << shift));
+}
+
+int64_t PageSide::group_of(int entry, int channel) const {
+  if (type_.axis == PageType::Axis::Channel) return int64_t(entry / type_.group) * width_ + channel;
+  return int64_t(entry) * ((width_ + type_.group - 1) / type_.group) + channel / type_.group;
+}
+
+f16* PageSide::scale(int64_t group) const {
+  return reinterpret_cast<f16*>(data_ + int64_t(kPage) * width_ * type_.bits() / 8) + group;
+}
+
+float PageSide::get(int entry, int channel) const {
+  const uint32_t value = code(entry, channel);
+  switch (type_.kind) {
+    case PageType::Kind::F32: return std::bit_cast<float>(value);
+    case PageType::Kind::BF16: return std::bit_cast<float>(value << 16);
+    case PageType::Kind::F16: return float(std::bit_cast<f16>(uint16_t(value)));
+    default: break;
+  }
+  const int64_t group = group_of(entry, channel);
+  return float(*zero(group)) + float(value) * float(*scale(group));
+}
+
+void PageSide::quantise(const Group& group, int begin, const std::vector<double>& values) const {
+  auto value = [&](int e, int c) { return float(values[size_t(int64_t(group.first_entry - begin + e) * width_ + group.first_channel + c)]); };
+  float low = value(0, 0), high = low;
+  for (int e = 0; e < group.entries; ++e)
+    for (int c = 0; c < group.channels; ++c) {
+      low = std::min(low, value(e, c));
+      high = std::max(high, value(e, c));
+    }
+  const int most = (1 << type_.bits()) - 1;
+  *zero(group.index) = f16(low);
+  *scale(group.index) = f16((high - low) / float(most));
+  const float z = float(*zero(group.index)), s = float(*scale(group.index));
+  for (int e = 0; e < group.entries; ++e)
+    for (int c = 0; c < group.channels; ++c) {
+      const float code = s > 0 ? std::clamp(std::nearbyint((value(e, c) - z) / s), 0.0f, float(most)) : 0.0f;
+      set_code(group.first_entry + e, group.first_channel + c, uint32_t(code));
+    }
+}
+
+void PageSide::put(int begin, int count, const std::vector<double>& values) const {
+  if (!type_.quantised()) {
+    for (int e = 0; e < count; ++e)
+      for (int c = 0; c < width_; ++c) {
+        const float x = float(values[size_t(int64_t(e) * width_ + c)]);
+        uint32_t code = std::bit_cast<uint32_t>(x);
+        if (type_.kind == PageType::Kind::BF16) code = bf16(x).bits;
+        if (type_.kind == PageType::Kind::F16) code = std::bit_cast<uint16_t>(f16(x));
+        set_code(begin + e, c, code);
+      }
+    return;
+  }
+  if (type_.axis == PageType::Axis::Token) {
+    for (int e = begin; e < begin + count; ++e)
+      for (int c = 0; c < width_; c += type_.group)
+        quantise({e, 1, c, std::min(type_.group, width_ - c), group_of(e, c)}, begin, values);
+    return;
+  }
+  require(begin % type_.group == 0, "page_write", "entry " + std::to_string(begin) + " is inside a group of " +
+          std::to_string(type_.group) + " entries", "write whole groups");
+  for (int e = begin; e < begin + count; e += type_.group)
+    for (int c = 0; c < width_; ++c)
+      quantise({e, std::min(type_.group, begin + count - e), c, 1, group_of(e, c)}, begin, values);
+}
+
+PageSide::Raw PageSide::raw(int entry) const {
+  Raw out;
+  for (int c = 0; c < width_; ++c) out.codes.push_back(code(entry, c));
+  if (type_.quantised())
+    for (int c = 0; c < width_; c += type_.group) {
+      out.scales.push_back(std::bit_cast<uint16_t>(*scale(group_of(entry, c))));
+      out.scales.push_back(std::bit_cast<uint16_t>(*zero(group_of(entry, c))));
+    }
+  return out;
+}
+
+void PageSide::put_raw(int entry, const Raw& raw) const {
+  for (int c = 0; c < width_; ++c) set_code(entry, c, raw.codes[size_t(c)]);
+  for (size_t i = 0; i < raw.scales.size(); i += 2) {
+    const int64_t group = group_of(entry, int(i / 2) * type_.group);
+    *scale(group) = std::bit_cast<f16>(raw.scales[i]);
+    *zero(group) = std::bit_cast<f16>(raw.scales[i + 1]);
+  }
+}
+
+void Page::refresh(int begin, int end, int held) const {
+  for (size_t i = 0; columns && i < columns->size(); ++i) {
+    const Column& c = (*columns)[i];
+    if (c.keeps == Column::Keeps::User) continue;
+    for (int block = begin / c.block; block * c.block < end; ++block) {
+      const int first = block * c.block, last = std::min(first + c.block, held);
+      for (int channel = 0; channel < layout.d && first < last; ++channel) {
+        double low = infinity, high = -infinity, sum = 0;
+        for (int e = first; e < last; ++e) {
+          const double x = double(k().get(e, channel));
+          low = std::min(low, x);
+          high = std::max(high, x);
+          sum += x;
+        }
+        float& to = column(int(i), block)[channel];
+        if (c.keeps == Column::Keeps::KeyMin) to = float(low);
+        if (c.keeps == Column::Keeps::KeyMax) to = float(high);
+        if (c.keeps == Column::Keeps::KeyMean) to = float(sum / (last - first));
+      }
+    }
+  }
+}
+
+}  // namespace heed::reference
