@@ -1,0 +1,224 @@
+// attend and attend_store: one loop over tiles, whatever the keys lie in.
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#include "kernels/check.h"
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/tile_tasks.h"
+
+namespace heed::HEED_ISA {
+namespace {
+
+/// Keys of one piece of work when a head has too few rows to share out: decode is split over keys (Flash-Decoding).
+constexpr int64_t kSplit = 1024;
+
+/// A tile, or the keys of one that a worker takes alone; `pieces` of them are merged, in order, by whoever ends last.
+struct Piece {
+  int64_t task = 0;
+  int part = 0;
+  int64_t begin = 0, end = 0;  // keys (Dense), entries (other forms); end 0: all
+  int64_t index = 0, pieces = 1, first_piece = 0;
+  int64_t cost = 0;
+};
+
+struct Outputs {
+  Tensor out, lse;
+  bool split;
+  float* row(int part, int64_t row) const {
+    return out.as<float>() + (split ? part * out.stride[0] + row * out.stride[1] : row * out.stride[0]);
+  }
+  void set_lse(int part, int64_t row, float x) const {
+    if (!lse) return;
+    lse.as<float>()[split ? part * lse.stride[0] + row * lse.stride[1] : row * lse.stride[0]] = x;
+  }
+};
+
+class Attend {
+ public:
+  Attend(Queue& queue, const Ragged& q, const KeySource& source, const Plan& plan, const Mods& mods, Outputs to)
+      : queue_(queue), q_(q), source_(source), plan_(plan), mods_(mods), to_(to) {}
+
+  void run(int d_v) {
+    shape_.d = int(q_.values.size[1]);
+    shape_.d_v = d_v;
+    shape_.factors = mods_.row_factor ? int(mods_.row_factor.size[1]) : 0;
+    shape_.dots = source_.dots(q_.values.type, shape_.d);
+    tasks_ = tile_tasks(plan_, q_, source_.heads(), source_.v_heads(), mods_, true);
+    cut();
+    parallel_tiles(queue_, shape_, int64_t(pieces_.size()), [&](Tile& tile, int64_t i) { work(tile, pieces_[size_t(i)]); });
+  }
+
+ private:
+  bool skipped(const Lanes& lanes) const {
+    if (!mods_.gain) return false;
+    for (int lane = 0; lane < lanes.count; ++lane)
+      if (mods_.gain.as<float>()[lanes.row[lane]] != 0) return false;
+    return true;
+  }
+
+  void cut() {
+    int64_t floats = 0;
+    for (size_t t = 0; t < tasks_.size(); ++t) {
+      const TileTask& task = tasks_[t];
+      const KeyView keys = source_.view(task, mods_);
+      const Lanes lanes = lanes_of(task, q_, keys.size(), mods_, plan_.causal);
+      const KeyRange range = visible(lanes, keys, mods_, plan_.causal);
+      const bool dense = plan_.form == Plan::Form::Dense, counted = plan_.form == Plan::Form::Blocks || plan_.form == Plan::Form::Tokens;
+      const int64_t planned = std::min(planned_keys(plan_, task.plan_row, keys.size()), std::max<int64_t>(range.high - range.low, 0));
+      // The number of pieces follows from the shapes alone, never from the number of threads.
+      const bool few = q_.length(task.sequence * q_.heads + task.head) <= kTile && plan_.parts == 1 && (dense || counted);
+      const int64_t per_entry = plan_.form == Plan::Form::Blocks ? plan_.k_tile : 1;
+      const int64_t begin = dense ? range.low : 0;
+      const int64_t units = dense ? std::max<int64_t>(range.high - range.low, 0) : counted ? plan_.end(task.plan_row) - plan_.begin(task.plan_row) : 0;
+      const int64_t step = std::max<int64_t>(1, kSplit / per_entry);
+      const int64_t pieces = few ? std::max<int64_t>(1, (units + step - 1) / step) : 1;
+      for (int part = 0; part < plan_.parts; ++part) {
+        Piece piece;
+        piece.task = int64_t(t);
+        piece.part = part;
+        piece.pieces = pieces;
+        piece.first_piece = int64_t(counters_);
+        piece.cost = planned * lanes.width / pieces;
+        for (int64_t i = 0; i < pieces; ++i) {
+          piece.index = i;
+          if (pieces > 1) {
+            piece.begin = begin + i * step;
+            piece.end = std::min(begin + (i + 1) * step, begin + units);
+          }
+          pieces_.push_back(piece);
+        }
+        if (pieces > 1) {
+          state_at_.push_back({floats});
+          floats += pieces * TileState::floats(shape_.d_v, lanes.width);
+          ++counters_;
+        }
+      }
+    }
+    states_ = floats ? queue_.scratch.take(Dtype::F32, {floats}).as<float>() : nullptr;
+    done_ = counters_ ? queue_.scratch.take(Dtype::I64, {counters_}).as<int64_t>() : nullptr;
+    std::fill_n(done_, counters_, int64_t(0));
+    // The longest first, so that no worker is left alone with one at the end.
+    std::stable_sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+  }
+
+  void work(Tile& tile, const Piece& piece) {
+    const TileTask& task = tasks_[size_t(piece.task)];
+    const KeyView keys = source_.view(task, mods_);
+    const Lanes lanes = lanes_of(task, q_, keys.size(), mods_, plan_.causal);
+    const int64_t floats = TileState::floats(shape_.d_v, lanes.width);
+    float* shared = piece.pieces > 1 ? states_ + state_at_[size_t(piece.first_piece)].floats : nullptr;
+    const TileState state = TileState::at(shared ? shared + piece.index * floats : tile.state, shape_.d_v, lanes.width);
+    clear(state, shape_.d_v, lanes.width, mods_.weight);
+    if (!skipped(lanes)) fill(tile, piece, task, keys, lanes, state);
+    if (!shared) return finish(lanes, piece.part, state);
+    if (std::atomic_ref<int64_t>(done_[piece.first_piece]).fetch_add(1, std::memory_order_acq_rel) + 1 < piece.pieces) return;
+    const TileState all = TileState::at(shared, shape_.d_v, lanes.width);
+    for (int64_t i = 1; i < piece.pieces; ++i)
+      absorb(all, TileState::at(shared + i * floats, shape_.d_v, lanes.width), shape_.d_v, lanes.width);
+    finish(lanes, piece.part, all);
+  }
+
+  void fill(Tile& tile, const Piece& piece, const TileTask& task, const KeyView& keys, const Lanes& lanes, TileState state) const {
+    const LogitRule rule = logit_rule(plan_, mods_, keys, plan_.causal);
+    KeyRange range = visible(lanes, keys, mods_, plan_.causal);
+    const bool dense = plan_.form == Plan::Form::Dense;
+    if (dense && piece.pieces > 1) range = {piece.begin, piece.end};
+    Walk walk(plan_, task.plan_row, plan_.parts > 1 ? piece.part : -1, range.low, range.high);
+    if (!dense && piece.pieces > 1) walk.entries(piece.begin, piece.end);
+    Chunk chunk;
+    bool packed = false;
+    while (keys.gather(walk, lanes, mods_, chunk)) {
+      if (!packed) pack_queries(tile, lanes, q_.values, mods_.row_factor);
+      packed = true;
+      keys.open(tile, chunk, true);
+      scores(tile, lanes, chunk);
+      const bool made = logits(tile, lanes, chunk, rule);
+      absorb(tile, lanes, chunk, made, mods_.weight, state, true);
+    }
+  }
+
+  void finish(const Lanes& lanes, int part, TileState state) const {
+    for (int lane = 0; lane < lanes.count; ++lane) {
+      const int64_t row = lanes.row[lane];
+      const float gain = mods_.gain ? mods_.gain.as<float>()[row] : 1;
+      float* out = to_.row(part, row);
+      if (gain == 0) {
+        std::fill_n(out, shape_.d_v, 0.0f);
+        to_.set_lse(part, row, -std::numeric_limits<float>::infinity());
+        continue;
+      }
+      if (mods_.sink_logits && part == 0)
+        add_sink(state, shape_.d_v, lanes.width, lane, mods_.sink_logits.as<float>()[lanes.head[lane]]);
+      write_lane(state, shape_.d_v, lanes.width, lane, gain, mods_.weight, out);
+      to_.set_lse(part, row, log_sum(state, lane, mods_.weight));
+    }
+  }
+
+  struct Offset { int64_t floats; };
+
+  Queue& queue_;
+  const Ragged& q_;
+  const KeySource& source_;
+  const Plan& plan_;
+  const Mods& mods_;
+  Outputs to_;
+  TileShape shape_;
+  std::vector<TileTask> tasks_;
+  std::vector<Piece> pieces_;
+  std::vector<Offset> state_at_;
+  int64_t counters_ = 0;
+  float* states_ = nullptr;
+  int64_t* done_ = nullptr;
+};
+
+void check_outputs(const char* where, const Ragged& q, const Plan& plan, int64_t d_v, Tensor out, Tensor lse) {
+  const int64_t rows = q.values.size[0];
+  if (plan.parts > 1) {
+    check_tensor(where, "out", out, {plan.parts, rows, d_v});
+    check_tensor(where, "lse", lse, {plan.parts, rows}, true);
+  } else {
+    check_tensor(where, "out", out, {rows, d_v});
+    check_tensor(where, "lse", lse, {rows}, true);
+  }
+}
+
+}  // namespace
+
+void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out, Tensor lse) {
+  check_attention("attend", q, k, v, &plan, mods);
+  require(bool(v.values), "attend", "there are no values");
+  check_outputs("attend", q, plan, v.values.size[1], out, lse);
+  const Scratch scratch(queue.scratch);
+  KeySource source;
+  source.k = &k;
+  source.v = &v;
+  Attend(queue, q, source, plan, mods, {out, lse, plan.parts > 1}).run(int(v.values.size[1]));
+}
+
+void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out, Tensor lse) {
+  constexpr const char* where = "attend_store";
+  require(read.plan.form != Plan::Form::Interval, where, "a read is dense, of blocks or of tokens");
+  require(!pages.layouts.empty(), where, "the store has no layouts");
+  require(!pages.plain_keys || read.rope, where, "the store keeps plain keys, and the read has no rope to turn them");
+  const int64_t d = pages.layouts[0].d, d_v = pages.layouts[0].d_v;
+  require(q.values.rank == 2 && is_float(q.values.type) && q.values.size[1] == d, where, "q and the store's keys differ in width");
+  require(q.sequences() * pages.kv_heads == pages.segments(), where, "q and the store hold different numbers of sequences");
+  require(mods.k_map || q.heads % pages.kv_heads == 0, where, "the store's heads do not divide the query heads", "give k_map and v_map");
+  check_plan(read.plan, where);
+  check_outputs(where, q, read.plan, d_v, out, lse);
+  const Scratch scratch(queue.scratch);
+  Mods own = mods;
+  own.until = own.key_factor = own.row_factor = own.key_bias = own.k_pos = {};
+  KeySource source;
+  source.pages = &pages;
+  source.read = &read;
+  if (pages.plain_keys) {
+    double* each = queue.scratch.take(Dtype::F64, {std::max(read.rope->dims / 2, 1)}).as<double>();
+    turns_of(*read.rope, each);
+    source.turns = {read.rope, each};
+  }
+  Attend(queue, q, source, read.plan, own, {out, lse, read.plan.parts > 1}).run(int(d_v));
+}
+
+}  // namespace heed::HEED_ISA

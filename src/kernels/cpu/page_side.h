@@ -1,0 +1,39 @@
+// The keys or the values of one page: rows in and out as f32, whatever the page keeps.
+#pragma once
+#include "kernels/cpu/simd.h"
+#include "kernels/pages.h"
+
+namespace heed::HEED_ISA {
+
+struct PageSide {
+  char* data;
+  const PageType* type;
+  int width;
+  bool transposed;
+
+  static PageSide keys(const PageLayout& layout, char* page) { return {page + layout.k_at, &layout.k, layout.d, false}; }
+  static PageSide values(const PageLayout& layout, char* page) {
+    return {page + layout.v_at, &layout.v, layout.d_v, layout.v_transposed};
+  }
+  /// Where an entry's numbers lie side by side, else null.
+  char* row(int entry) const {
+    if (transposed || type->quantised()) return nullptr;
+    return data + int64_t(entry) * width * (type->bits() / 8);
+  }
+  int64_t place(int entry, int channel) const { return transposed ? int64_t(channel) * kPage + entry : int64_t(entry) * width + channel; }
+  f16* scales() const { return reinterpret_cast<f16*>(data + int64_t(kPage) * width * type->bits() / 8); }
+  f16* zeros() const { return scales() + type->groups(width); }
+  /// Of the scale and zero of one number.
+  int64_t group(int entry, int channel) const {
+    if (type->axis == PageType::Axis::Channel) return int64_t(entry / type->group) * width + channel;
+    return int64_t(entry) * ((width + type->group - 1) / type->group) + channel / type->group;
+  }
+};
+
+/// One entry as f32; `out` is where it was put, or the page itself when that holds f32 rows.
+const float* read_entry(const PageSide& side, int entry, float* out);
+
+/// Entries begin … begin + count from rows [count][step]. With groups of entries, begin starts a group.
+void write_entries(const PageSide& side, int begin, int count, const float* rows, int64_t step);
+
+}  // namespace heed::HEED_ISA
