@@ -48,7 +48,7 @@ class Attention {
 
   const Ragged& q_;
   const Ragged& k_;
-  const Ragged& v_;
+  Ragged v_;  // by value: those who need none pass a temporary
   Plan plan_;
   const Mods& mods_;
   PlanRows plan_rows_;
