@@ -231,8 +231,7 @@ struct Kernels {
   /// Entries first[s] (I32 [segments]) … first[s] + rows of every segment take k, v (any plain type; rows [m, d], [m, d_v])
   /// and their positions (I32, indexed as k's rows); their bias is 0, their User columns are filled; block columns they
   /// touch are made anew from the keys as kept, of entries before max(length, first + rows). Pages must be there; length
-  /// is not changed. Quantised
-  /// layouts: first and the number of rows must be multiples of 64 except at the end of a segment.
+  /// is not changed. Channel-axis layouts: whole groups only, except at the end of a segment.
   void (*page_write)(Queue&, const Pages&, const Ragged& k, const Ragged& v, Tensor positions, Tensor first);
   /// All entries of every segment → k, v (F32, BF16 or F16; segments have pages.length rows), positions I32 (each may
   /// be empty). `read` rotates plain keys; null leaves them plain.
@@ -257,7 +256,7 @@ struct Kernels {
   /// y = x / √(mean x² + eps) · weight over the last dimension; x, y [T, width] (y may be x); an empty weight is 1.
   void (*rms_norm)(Queue&, Tensor x, Tensor weight, float eps, Tensor y);
   /// x [T, heads, d] token-major, sequence s = rows first[s] … first[s + 1] (I64) → out head-major (any plain type):
-  /// RMS norm over d when norm is given, then rotation at positions (I32 [T]) when rope is given.
+  /// RMS norm over d when norm is given, then rotation at positions (I32 [T], or [T, heads]) when rope is given.
   void (*split_heads)(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions, Ragged out);
   /// The way back: in head-major (F32) → y F32 [T, heads · d_v].
   void (*merge_heads)(Queue&, const Ragged& in, Tensor first, Tensor y);

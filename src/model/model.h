@@ -1,6 +1,7 @@
 // A language model: its configuration and weights, as a GGUF file holds them.
 #pragma once
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 

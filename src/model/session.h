@@ -50,7 +50,7 @@ class Session final {
   Tensor prefill(const std::vector<std::span<const int32_t>>& tokens, Logits want = Logits::Last,
                  const std::function<void(int64_t first, Tensor logits)>& visit = {});
   /// One sequence.
-  Tensor prefill(std::span<const int32_t> tokens, Logits want = Logits::Last) { return prefill({{tokens}}, want); }
+  Tensor prefill(std::span<const int32_t> tokens, Logits want = Logits::Last) { return prefill(std::vector{tokens}, want); }
   /// One new token for each sequence (−1: none, its row of logits is zero) → F32 [sequences, vocabulary].
   Tensor decode(std::span<const int32_t> tokens);
   Tensor decode(int32_t token) { return decode(std::span(&token, 1)); }
@@ -67,7 +67,7 @@ class Session final {
   int64_t step() const;  // tokens decoded
   const Times& times() const;
   /// Share of causal pairs computed in prefill so far: F64 [layers][h].
-  const std::vector<std::vector<double>>& density() const;
+  std::vector<std::vector<double>> density() const;
   /// Mean keys read for each decoded token so far: [layers][h].
   std::vector<std::vector<double>> read_tokens() const;
   /// Scratch held beside the store and the weights, bytes.
@@ -78,6 +78,7 @@ class Session final {
   void progress(std::function<void(int64_t done, int64_t total)> report);
 
  private:
+  friend class SessionRun;
   struct Impl;
   explicit Session(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;

@@ -14,7 +14,8 @@ void split_heads(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const R
   if (rope) {
     require(rope->dims > 0 && rope->dims % 2 == 0 && rope->dims <= d, where, "rope turns an even number of channels, at most d");
     check_tensor(where, "inv_freq", rope->inv_freq, {rope->dims / 2});
-    check_tensor(where, "positions", positions, {tokens}, false, Dtype::I32);
+    if (positions.rank == 2) check_tensor(where, "positions", positions, {tokens, heads}, false, Dtype::I32);
+    else check_tensor(where, "positions", positions, {tokens}, false, Dtype::I32);
   }
   for (int64_t s = 0; s < sequences; ++s)
     for (int64_t t = first.at<int64_t>(s); t < first.at<int64_t>(s + 1); ++t)
@@ -26,7 +27,7 @@ void split_heads(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const R
           const double factor = 1 / std::sqrt(squares / double(d) + double(eps));
           for (int64_t c = 0; c < d; ++c) values[size_t(c)] *= factor * number(norm, c);
         }
-        if (rope) rotate(*rope, positions.at<int32_t>(t), values.data());
+        if (rope) rotate(*rope, positions.rank == 2 ? positions.at<int32_t>(t, head) : positions.at<int32_t>(t), values.data());
         set_row(out.values, out.begin(s * heads + head) + t - first.at<int64_t>(s), values);
       }
 }

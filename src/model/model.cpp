@@ -1,0 +1,189 @@
+#include "model/model.h"
+
+#include <cmath>
+#include <optional>
+
+#include "base/random.h"
+
+namespace heed {
+namespace {
+
+constexpr const char* kKnown = "llama, qwen2, qwen3, gemma3";
+
+std::string layer_name(int layer, const char* what) { return "blk." + std::to_string(layer) + "." + what; }
+
+Buffer rope_table(int dims, double base, double scale, const Tensor& factors) {
+  Buffer table(Dtype::F32, {dims / 2});
+  for (int i = 0; i < dims / 2; ++i) {
+    const double factor = factors ? double(factors.at<float>(i)) : 1.0;
+    table->at<float>(i) = float(scale * std::pow(base, -2.0 * i / dims) / factor);
+  }
+  return table;
+}
+
+}  // namespace
+
+// Reads what the model needs from a file; throws Error, which load() turns into a Failure.
+struct ModelLoader {
+  const Gguf& file;
+  std::string arch;
+
+  std::string key(const char* name) const { return arch + "." + name; }
+  int64_t integer(const char* name) const { return value_or_throw(file.integer(key(name))); }
+  int64_t integer(const char* name, int64_t absent) const { return value_or_throw(file.integer(key(name), absent)); }
+  double number(const char* name, double absent) const { return value_or_throw(file.number(key(name), absent)); }
+
+  int bounded(const char* name, int64_t low, int64_t high) const {
+    const int64_t x = integer(name);
+    if (x < low || x > high)
+      throw Error(Code::Corrupt, file.name(), key(name) + " is " + std::to_string(x) + ", not " + std::to_string(low) + "…" + std::to_string(high));
+    return int(x);
+  }
+  Tensor need(const std::string& name, std::initializer_list<int64_t> sizes) const {
+    return value_or_throw(file.tensor(name, sizes));
+  }
+  Tensor may(const std::string& name, std::initializer_list<int64_t> sizes) const {
+    return file.tensor(name) ? need(name, sizes) : Tensor();
+  }
+  // Norms and biases are used as f32 wherever they are; files keep them so.
+  Tensor f32(Tensor t, const std::string& name) const {
+    if (t && t.type != Dtype::F32) throw Error(Code::Unsupported, file.name(), name + " is " + info(t.type).name + ", not f32");
+    return t;
+  }
+  Tensor vector(const std::string& name, int64_t size) const { return f32(need(name, {size}), name); }
+  Tensor may_vector(const std::string& name, int64_t size) const { return f32(may(name, {size}), name); }
+};
+
+Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
+  auto model = std::make_shared<Model>();
+  model->path_ = path;
+  model->file_ = value_or_throw(Gguf::open(path));
+  const Gguf& file = *model->file_;
+  ModelLoader load{file, std::string(value_or_throw(file.string("general.architecture")))};
+  const std::string& arch = load.arch;
+  const bool gemma = arch == "gemma3", qwen = arch == "qwen2" || arch == "qwen3";
+  if (!gemma && !qwen && arch != "llama")
+    return fail(Code::Unsupported, path, "architecture '" + arch + "' is not known", std::string("known: ") + kKnown);
+
+  ModelInfo& m = model->info_;
+  m.architecture = arch;
+  model->name_ = std::string(value_or_throw(file.string("general.name", arch)));
+  m.layers = load.bounded("block_count", 1, 4096);
+  m.hidden = load.bounded("embedding_length", 1, 1 << 20);
+  m.h = load.bounded("attention.head_count", 1, 1 << 14);
+  m.g = int(load.integer("attention.head_count_kv", m.h));
+  if (m.g < 1 || m.h % m.g != 0)
+    return fail(Code::Corrupt, path, std::to_string(m.h) + " query heads do not divide over " + std::to_string(m.g) + " KV heads");
+  m.d = int(load.integer("attention.key_length", m.hidden / m.h));
+  m.d_v = int(load.integer("attention.value_length", m.d));
+  if (m.d < 1 || m.d > 4096 || m.d_v < 1 || m.d_v > 4096)
+    return fail(Code::Corrupt, path, "head widths of " + std::to_string(m.d) + " and " + std::to_string(m.d_v));
+  m.context = load.integer("context_length", 0);
+  m.scale = float(load.number("attention.scale", 0));
+  m.softcap = float(load.number("attn_logit_softcapping", 0));
+  m.hash = file.hash();
+  const int feed_forward = load.bounded("feed_forward_length", 1, 1 << 20);
+
+  Architecture& a = model->architecture_;
+  a.norm_eps = float(load.number("attention.layer_norm_rms_epsilon", 1e-5));
+  a.final_softcap = float(load.number("final_logit_softcapping", 0));
+  if (gemma) a.activation = Activation::GeluTanh, a.embedding_scale = std::sqrt(float(m.hidden));
+
+  // Rotary embedding: one table for all layers, and for Gemma another for its sliding-window layers.
+  const int dims = int(load.integer("rope.dimension_count", m.d));
+  if (dims < 2 || dims > m.d || dims % 2) return fail(Code::Corrupt, path, "rotary embedding of " + std::to_string(dims) + " of " + std::to_string(m.d) + " channels");
+  const std::string_view scaling = value_or_throw(file.string(load.key("rope.scaling.type"), "none"));
+  double scale = 1;
+  if (scaling == "linear") scale = 1.0 / load.number("rope.scaling.factor", 1);
+  else if (scaling != "none") return fail(Code::Unsupported, path, "rope scaling '" + std::string(scaling) + "'", "known: none, linear, and frequency factors");
+  const double base = load.number("rope.freq_base", 10000);
+  model->rope_tables_.push_back(rope_table(dims, base, scale, load.may_vector("rope_freqs.weight", dims / 2)));
+  if (gemma) model->rope_tables_.push_back(rope_table(dims, load.number("rope.freq_base_swa", 10000), 1, {}));
+  for (const Buffer& table : model->rope_tables_) model->ropes_.push_back({table, dims, arch != "llama"});
+  m.ropes.assign(size_t(m.layers), &model->ropes_[0]);
+  if (gemma) {
+    // Five layers of sliding windows, then one that sees everything (Gemma 3 report, 2025).
+    const int64_t window = load.integer("attention.sliding_window", 512), pattern = load.integer("attention.sliding_window_pattern", 6);
+    m.windows.assign(size_t(m.layers), 0);
+    for (int l = 0; l < m.layers; ++l)
+      if (pattern > 0 && l % pattern != pattern - 1) m.windows[size_t(l)] = window, m.ropes[size_t(l)] = &model->ropes_[1];
+  }
+
+  const Tensor* embedding = file.tensor("token_embd.weight");
+  if (!embedding || embedding->rank != 2) return fail(Code::Corrupt, path, "token_embd.weight is missing or no matrix");
+  m.vocabulary = int(embedding->size[0]);
+  model->embedding_ = load.need("token_embd.weight", {m.vocabulary, m.hidden});
+  model->output_ = load.may("output.weight", {m.vocabulary, m.hidden});
+  if (!model->output_) model->output_ = model->embedding_;
+  model->final_norm_ = load.vector("output_norm.weight", m.hidden);
+
+  const int64_t hidden = m.hidden, q_out = int64_t(m.h) * m.d, k_out = int64_t(m.g) * m.d, v_out = int64_t(m.g) * m.d_v;
+  for (int l = 0; l < m.layers; ++l) {
+    auto name = [l](const char* what) { return layer_name(l, what); };
+    LayerWeights w;
+    w.attn_norm = load.vector(name("attn_norm.weight"), hidden);
+    w.ffn_norm = load.vector(name("ffn_norm.weight"), hidden);
+    w.q = load.need(name("attn_q.weight"), {q_out, hidden});
+    w.k = load.need(name("attn_k.weight"), {k_out, hidden});
+    w.v = load.need(name("attn_v.weight"), {v_out, hidden});
+    w.o = load.need(name("attn_output.weight"), {hidden, int64_t(m.h) * m.d_v});
+    w.q_bias = load.may_vector(name("attn_q.bias"), q_out);
+    w.k_bias = load.may_vector(name("attn_k.bias"), k_out);
+    w.v_bias = load.may_vector(name("attn_v.bias"), v_out);
+    w.o_bias = load.may_vector(name("attn_output.bias"), hidden);
+    if (gemma || arch == "qwen3") {
+      w.q_norm = load.vector(name("attn_q_norm.weight"), m.d);
+      w.k_norm = load.vector(name("attn_k_norm.weight"), m.d);
+    }
+    if (gemma) {
+      w.attn_post_norm = load.vector(name("post_attention_norm.weight"), hidden);
+      w.ffn_post_norm = load.vector(name("post_ffw_norm.weight"), hidden);
+    }
+    w.gate = load.need(name("ffn_gate.weight"), {feed_forward, hidden});
+    w.up = load.need(name("ffn_up.weight"), {feed_forward, hidden});
+    w.down = load.need(name("ffn_down.weight"), {hidden, feed_forward});
+    model->layers_.push_back(w);
+  }
+  for (const Gguf::Entry& entry : file.tensors()) model->bytes_ += entry.tensor.bytes();
+  if (file.find("tokenizer.ggml.model")) model->tokenizer_ = value_or_throw(Tokenizer::from(file));
+  return model;
+} catch (const Error& error) {
+  return tl::unexpected(error.failure());
+}
+
+std::shared_ptr<const Model> Model::random(const ModelInfo& shape, int feed_forward, Dtype type, uint64_t seed) {
+  require(type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16, "Model::random", "weights are f32, bf16 or f16");
+  auto model = std::make_shared<Model>();
+  model->name_ = model->path_ = "random";
+  model->info_ = shape;
+  ModelInfo& m = model->info_;
+  m.architecture = "llama";
+  Random random(seed);
+  auto make = [&](Dtype t, std::initializer_list<int64_t> sizes, bool ones) {
+    Buffer buffer(t, sizes);
+    Tensor flat = buffer->reshape({buffer->numel()});
+    Buffer values(Dtype::F32, {buffer->numel()});
+    for (float& x : values->span<float>()) x = ones ? 1.0f : float(0.02 * random.normal());
+    copy(values, flat);
+    model->bytes_ += buffer->bytes();
+    model->owned_.push_back(std::move(buffer));
+    return model->owned_.back().view();
+  };
+  model->rope_tables_.push_back(rope_table(m.d, 10000, 1, {}));
+  model->ropes_.push_back({model->rope_tables_[0], m.d, true});
+  m.ropes.assign(size_t(m.layers), &model->ropes_[0]);
+  model->embedding_ = model->output_ = make(type, {m.vocabulary, m.hidden}, false);
+  model->final_norm_ = make(Dtype::F32, {m.hidden}, true);
+  for (int l = 0; l < m.layers; ++l) {
+    LayerWeights w;
+    w.attn_norm = make(Dtype::F32, {m.hidden}, true), w.ffn_norm = make(Dtype::F32, {m.hidden}, true);
+    w.q = make(type, {int64_t(m.h) * m.d, m.hidden}, false), w.k = make(type, {int64_t(m.g) * m.d, m.hidden}, false);
+    w.v = make(type, {int64_t(m.g) * m.d_v, m.hidden}, false), w.o = make(type, {m.hidden, int64_t(m.h) * m.d_v}, false);
+    w.gate = make(type, {feed_forward, m.hidden}, false), w.up = make(type, {feed_forward, m.hidden}, false);
+    w.down = make(type, {m.hidden, feed_forward}, false);
+    model->layers_.push_back(w);
+  }
+  return model;
+}
+
+}  // namespace heed

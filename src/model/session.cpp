@@ -1,0 +1,595 @@
+#include "model/session.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+
+#include "attention/plans.h"
+#include "mechanisms/registry.h"
+#include "model/transformer.h"
+
+namespace heed {
+namespace {
+
+std::atomic<bool> stop_requested{false};
+
+class Clock {
+ public:
+  explicit Clock(double& into) : into_(into), begin_(std::chrono::steady_clock::now()) {}
+  ~Clock() { into_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
+
+ private:
+  double& into_;
+  std::chrono::steady_clock::time_point begin_;
+};
+
+/// Lays out segments of the given lengths, each `heads` times for a sequence.
+Tensor ends_to_ends(Queue& queue, std::span<const int64_t> lengths) {
+  Tensor offsets = queue.scratch.take(Dtype::I64, {int64_t(lengths.size()) + 1});
+  offsets.at<int64_t>(0) = 0;
+  for (size_t s = 0; s < lengths.size(); ++s) offsets.at<int64_t>(s + 1) = offsets.at<int64_t>(s) + lengths[s];
+  return offsets;
+}
+
+Dtype plain(PageType type) {
+  switch (type.kind) {
+    case PageType::Kind::BF16: return Dtype::BF16;
+    case PageType::Kind::F16: return Dtype::F16;
+    default: return Dtype::F32;
+  }
+}
+
+}  // namespace
+
+void interrupt() noexcept { stop_requested.store(true, std::memory_order_relaxed); }
+void clear_interrupt() noexcept { stop_requested.store(false, std::memory_order_relaxed); }
+bool interrupted() noexcept { return stop_requested.load(std::memory_order_relaxed); }
+
+const Kernels& backend(const std::string& name) {
+  if (name == "auto" || name == "cpu") return *cpu_kernels().front();
+  return kernels_named(name);
+}
+
+struct Session::Impl {
+  std::shared_ptr<const Model> model;
+  SessionOptions options;
+  std::shared_ptr<const Composition> composition;
+  std::unique_ptr<Store> store;
+  Queue queue;
+  std::vector<std::unique_ptr<State>> states;  // one for each part
+  int quantised_layout = 0;
+  Read::Positions positions = Read::Positions::True;
+  std::vector<std::vector<int32_t>> tokens;
+  std::vector<int64_t> next;    // position of each sequence's next token
+  std::vector<int64_t> prompt;  // tokens of each sequence's prompt
+  int64_t step = 0;
+  Times times;
+  std::vector<std::vector<double>> density, density_pairs, reads;
+  int64_t reads_count = 0;
+  Buffer logits_out;
+  Tap tap;
+  std::function<void(int64_t, int64_t)> progress;
+
+  Impl(std::shared_ptr<const Model> model_in, const SessionOptions& o);
+  Impl(const Impl& other);
+
+  int parts() const { return int(composition->parts().size()); }
+  const Mechanism& part(int p) const { return *composition->parts()[size_t(p)].mechanism; }
+  const ModelInfo& info() const { return model->info(); }
+
+  struct Batch;
+  void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
+            const std::function<void(int64_t, Tensor)>& visit);
+  void layer(Batch& batch, int l, Tensor x);
+  void attend(Batch& batch, LayerView& view);
+  void keep(Batch& batch, LayerView& view);
+  void evict_layer(LayerView& view, const KeepPolicy& policy, const Ragged& scores, Tensor counts);
+  void evict_all(int p, Phase phase);
+  void emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit);
+  void count_reads(const LayerView& view);
+};
+
+/// One feed: the tokens, where they stand, and what it is.
+struct Session::Impl::Batch {
+  Phase phase;
+  bool last_chunk;
+  std::vector<int64_t> count;  // new tokens of each sequence
+  int64_t total = 0;
+  Tensor ids, positions, first;  // I32 [T], I32 [T], I64 [sequences + 1]
+};
+
+/// What a drive sees of its session.
+class SessionRun final : public Run {
+ public:
+  SessionRun(Session::Impl& impl, int part) : impl_(impl), part_(part) {}
+  const ModelInfo& model() const override { return impl_.info(); }
+  int sequences() const override { return impl_.options.sequences; }
+  std::span<const int32_t> tokens(int sequence) const override { return impl_.tokens[size_t(sequence)]; }
+  State* state() override { return impl_.states[size_t(part_)].get(); }
+  void replay(int sequence, std::span<const int32_t> tokens) override {
+    std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
+    batch[size_t(sequence)] = tokens;
+    impl_.feed(batch, Phase::Replay, true, Session::Logits::None, {});
+    impl_.store->truncate(impl_.queue, sequence, impl_.next[size_t(sequence)]);
+  }
+  void evict() override { impl_.evict_all(part_, Phase::Prompt); }
+  std::vector<int32_t> tokenize(const std::string& text) const override {
+    const Tokenizer* tokenizer = impl_.model->tokenizer();
+    return tokenizer ? tokenizer->encode(text) : std::vector<int32_t>{};
+  }
+
+ private:
+  Session::Impl& impl_;
+  int part_;
+};
+
+Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions& o) : model(std::move(model_in)), options(o) {
+  require(o.sequences >= 1 && o.sequences <= 4096, "session", "sequences: 1…4096");
+  require(o.ubatch >= 1, "session", "ubatch must be at least 1");
+  require(o.chunk >= 0, "session", "chunk must not be negative");
+  queue.run = &backend(o.backend);
+  const ModelInfo& m = info();
+  composition = std::make_shared<Composition>(value_or_throw(Composition::parse(o.attention, m, registry())));
+  StoreOptions store_options;
+  store_options.k = o.k, store_options.v = o.v;
+  PageType quantised_k, quantised_v;
+  bool quantised = false;
+  for (const Composition::Part& p : composition->parts()) {
+    if (p.entry->kind != "mechanism")
+      throw Error(Code::Unsupported, "--attention", "'" + p.entry->name + "' is of kind " + p.entry->kind + ", not a mechanism");
+    if (has(p.roles, Role::State))
+      throw Error(Code::Unsupported, "--attention", "'" + p.entry->name + "' is a linear layer: it needs weights trained for it", "try `heed apply`");
+    const Needs needs = p.mechanism->needs(m);
+    if (!needs.inputs.empty())
+      throw Error(Code::Unsupported, "--attention", "'" + p.entry->name + "' needs tensors that no model gives: " + needs.inputs[0], "try `heed apply`");
+    store_options.plain_keys |= needs.plain_keys;
+    store_options.bias |= needs.bias;
+    if (needs.positions != Read::Positions::True) positions = needs.positions;
+    for (const Column& column : needs.columns)
+      if (std::none_of(store_options.columns.begin(), store_options.columns.end(), [&](const Column& c) { return c.name == column.name; }))
+        store_options.columns.push_back(column);
+    if (needs.quantised) quantised = true, quantised_k = needs.quantised_k, quantised_v = needs.quantised_v;
+    states.push_back(p.mechanism->open(m));
+  }
+  const std::vector<StoreShape> shapes(size_t(m.layers), StoreShape{m.g, m.d, m.d_v});
+  store = std::make_unique<Store>(shapes, store_options, queue.run->v_transposed, o.sequences);
+  if (quantised) quantised_layout = store->add_layout(quantised_k, quantised_v);
+  tokens.resize(size_t(o.sequences));
+  next.assign(size_t(o.sequences), 0);
+  prompt.assign(size_t(o.sequences), 0);
+  density.assign(size_t(m.layers), std::vector<double>(size_t(m.h), 0.0));
+  density_pairs = reads = density;
+}
+
+Session::Impl::Impl(const Impl& other)
+    : model(other.model), options(other.options), composition(other.composition), store(std::make_unique<Store>(*other.store)),
+      quantised_layout(other.quantised_layout), positions(other.positions), tokens(other.tokens), next(other.next),
+      prompt(other.prompt), step(other.step), times(other.times), density(other.density), density_pairs(other.density_pairs),
+      reads(other.reads), reads_count(other.reads_count) {
+  queue.device = other.queue.device, queue.run = other.queue.run;
+  for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
+}
+
+void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase phase, bool last_chunk, Logits want,
+                         const std::function<void(int64_t, Tensor)>& visit) {
+  const int sequences = options.sequences;
+  const ModelInfo& m = info();
+  Batch batch{.phase = phase, .last_chunk = last_chunk, .count = {}, .ids = {}, .positions = {}, .first = {}};
+  for (const auto& span : fed) batch.count.push_back(int64_t(span.size())), batch.total += int64_t(span.size());
+  if (batch.total == 0) return;
+  Scratch scope(queue.scratch);
+  batch.ids = queue.scratch.take(Dtype::I32, {batch.total});
+  batch.positions = queue.scratch.take(Dtype::I32, {batch.total});
+  batch.first = ends_to_ends(queue, batch.count);
+  for (int s = 0; s < sequences; ++s) {
+    if (m.context > 0 && positions == Read::Positions::True && next[size_t(s)] + batch.count[size_t(s)] > m.context && phase != Phase::Replay)
+      throw Error(Code::Invalid, "session", std::to_string(next[size_t(s)] + batch.count[size_t(s)]) + " tokens are more than the model's context of " + std::to_string(m.context),
+                  "shorten the text with -c, or read at cache positions: --attention \"streaming-llm\"");
+    for (int64_t i = 0; i < batch.count[size_t(s)]; ++i) {
+      const int64_t row = batch.first.at<int64_t>(s) + i;
+      const int32_t id = fed[size_t(s)][size_t(i)];
+      if (id < 0 || id >= m.vocabulary) throw Error(Code::Invalid, "session", "token " + std::to_string(id) + " is not in the vocabulary of " + std::to_string(m.vocabulary));
+      batch.ids.at<int32_t>(row) = id;
+      batch.positions.at<int32_t>(row) = int32_t(next[size_t(s)] + i);
+    }
+  }
+  Tensor x = queue.scratch.take(Dtype::F32, {batch.total, m.hidden});
+  queue.run->embed(queue, model->embedding(), batch.ids, model->architecture().embedding_scale, x);
+  if (phase == Phase::Prompt || phase == Phase::Chunk)
+    for (int s = 0; s < sequences; ++s) prompt[size_t(s)] += batch.count[size_t(s)];
+  for (int l = 0; l < m.layers; ++l) {
+    if (phase != Phase::Decode && interrupted()) throw Error(Code::Interrupted, "session", "stopped in layer " + std::to_string(l));
+    layer(batch, l, x);
+    if (progress && phase != Phase::Decode) progress(l + 1, m.layers);
+  }
+  if (phase == Phase::Replay) return;
+  for (int s = 0; s < sequences; ++s) {
+    next[size_t(s)] += batch.count[size_t(s)];
+    tokens[size_t(s)].insert(tokens[size_t(s)].end(), fed[size_t(s)].begin(), fed[size_t(s)].end());
+  }
+  if (phase == Phase::Decode) ++step;
+  emit(batch, x, want, visit);
+  if (phase == Phase::Decode || !last_chunk) return;
+  for (int p = 0; p < parts(); ++p) {
+    const uint8_t roles = composition->parts()[size_t(p)].roles;
+    if (has(roles, Role::Drive)) {
+      SessionRun run(*this, p);
+      part(p).drive(run);
+    } else if (has(roles, Role::Keep) && part(p).needs(m).all_layers) {
+      evict_all(p, phase);
+    }
+  }
+}
+
+void Session::Impl::layer(Batch& batch, int l, Tensor x) {
+  const ModelInfo& m = info();
+  const Kernels& run = *queue.run;
+  const int64_t sequences = options.sequences, total = batch.total;
+  const bool decoding = batch.phase == Phase::Decode;
+  LayerStore& entries = store->layer(l);
+  const LayerWeights& w = model->layers()[size_t(l)];
+  Scratch scope(queue.scratch);
+  LayerView view(m, queue, l, batch.phase);
+  view.step = step, view.prompt = prompt, view.store = &entries, view.stores = store.get();
+  view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);
+
+  Tensor q_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.h) * m.d});
+  Tensor k_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.g) * m.d});
+  Tensor v_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.g) * m.d_v});
+  {
+    Clock clock(times.products);
+    project(queue, *model, l, x, options.ubatch, q_rows, k_rows, v_rows);
+  }
+  std::optional<Clock> clock(std::in_place, times.rest);
+  Tensor q_heads = q_rows.reshape({total, m.h, m.d}), k_heads = k_rows.reshape({total, m.g, m.d}), v_heads = v_rows.reshape({total, m.g, m.d_v});
+  const float eps = model->architecture().norm_eps;
+  const Rope* rope = m.rope(l);
+  const bool plain_keys = store->options().plain_keys && rope;
+
+  // Where the new tokens are read: their true positions, or behind what each KV head holds. Heads that hold different
+  // numbers of entries read the same token at different places, so these are numbers for each (token, KV head).
+  Tensor read_at = batch.positions, query_at = batch.positions;
+  if (positions == Read::Positions::Cache) {
+    read_at = queue.scratch.take(Dtype::I32, {total, m.g});
+    query_at = queue.scratch.take(Dtype::I32, {total, m.h});
+    for (int64_t s = 0; s < sequences; ++s)
+      for (int64_t i = 0; i < batch.count[size_t(s)]; ++i)
+        for (int64_t head = 0; head < m.h; ++head) {
+          const int64_t row = batch.first.at<int64_t>(s) + i, kv = head / m.group();
+          const int32_t at = int32_t(entries.length(s * m.g + kv) + i);
+          read_at.at<int32_t>(row, kv) = query_at.at<int32_t>(row, head) = at;
+        }
+  }
+
+  auto head_major = [&](Dtype type, int64_t heads, int64_t width) {
+    std::vector<int64_t> lengths;
+    for (int64_t s = 0; s < sequences; ++s) lengths.insert(lengths.end(), size_t(heads), batch.count[size_t(s)]);
+    return Ragged{.values = queue.scratch.take(type, {total * heads, width}), .offsets = ends_to_ends(queue, lengths), .ends = {}, .heads = heads, .bound = total * heads};
+  };
+  view.q = head_major(Dtype::F32, m.h, m.d);
+  run.split_heads(queue, q_heads, batch.first, w.q_norm, eps, rope, query_at, view.q);
+  if (plain_keys) {
+    view.plain_q = head_major(Dtype::F32, m.h, m.d);
+    run.split_heads(queue, q_heads, batch.first, w.q_norm, eps, nullptr, {}, view.plain_q);
+  }
+  view.q_pos = queue.scratch.take(Dtype::I32, {total * m.h});
+  for (int64_t s = 0; s < view.q.segments(); ++s)
+    for (int64_t i = 0; i < view.q.length(s); ++i)
+      view.q_pos.at<int32_t>(view.q.begin(s) + i) = batch.positions.at<int32_t>(batch.first.at<int64_t>(s / m.h) + i);
+  view.mods.q_pos = view.q_pos;
+
+  // New keys and values, in the panel behind the old ones or, while decoding, on their own.
+  const Dtype k_type = plain(store->options().k), v_type = plain(store->options().v);
+  Ragged k_new, v_new;
+  Tensor new_positions;
+  if (decoding) {
+    k_new = head_major(k_type, m.g, m.d), v_new = head_major(v_type, m.g, m.d_v);
+    new_positions = queue.scratch.take(Dtype::I32, {total * m.g});
+  } else {
+    std::vector<int64_t> lengths;
+    for (int64_t s = 0; s < entries.segments(); ++s) lengths.push_back(entries.length(s) + batch.count[size_t(s / m.g)]);
+    const Tensor offsets = ends_to_ends(queue, lengths);
+    const int64_t rows = offsets.at<int64_t>(entries.segments());
+    view.k = {.values = queue.scratch.take(k_type, {rows, m.d}), .offsets = offsets, .ends = {}, .heads = m.g, .bound = rows};
+    view.v = view.k;
+    view.v.values = queue.scratch.take(v_type, {rows, m.d_v});
+    view.k_pos = queue.scratch.take(Dtype::I32, {rows});
+    view.mods.k_pos = view.k_pos;
+    Ragged k_old = view.k, v_old = view.v;
+    k_new = view.k;
+    Tensor middle = queue.scratch.take(Dtype::I64, {entries.segments() + 1});
+    for (int64_t s = 0; s < entries.segments(); ++s) middle.at<int64_t>(s) = view.k.begin(s) + entries.length(s);
+    middle.at<int64_t>(entries.segments()) = rows;
+    k_old.ends = v_old.ends = middle.slice(0, 0, entries.segments());
+    k_new.offsets = middle;
+    k_new.ends = offsets.slice(0, 1, entries.segments() + 1);
+    v_new = k_new;
+    v_new.values = view.v.values;
+    if (entries.entries() > 0) {
+      const Read read{.plan = {}, .positions = positions, .rope = rope};
+      run.page_read(queue, entries.pages(), plain_keys ? &read : nullptr, k_old, v_old, view.k_pos);
+    }
+    new_positions = view.k_pos;
+  }
+  for (int64_t s = 0; s < k_new.segments(); ++s)
+    for (int64_t i = 0; i < k_new.length(s); ++i)
+      new_positions.at<int32_t>(k_new.begin(s) + i) = batch.positions.at<int32_t>(batch.first.at<int64_t>(s / m.g) + i);
+  run.split_heads(queue, v_heads, batch.first, {}, eps, nullptr, {}, v_new);
+  if (plain_keys) {
+    Ragged kept = k_new;  // the same rows, unrotated
+    kept.values = queue.scratch.take(k_type, {k_new.values.size[0], m.d});
+    run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, nullptr, {}, kept);
+    entries.append(queue, kept, v_new, new_positions);
+    if (!decoding) run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, rope, read_at, k_new);
+  } else {
+    run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, rope, read_at, k_new);
+    entries.append(queue, k_new, v_new, new_positions);
+  }
+
+  view.out = queue.scratch.take(Dtype::F32, {total * m.h, m.d_v});
+  view.lse = queue.scratch.take(Dtype::F32, {total * m.h});
+  clock.reset();
+  attend(batch, view);
+  keep(batch, view);
+  Ragged out = view.q;
+  out.values = view.out;
+  Clock products(times.products);
+  finish(queue, *model, l, out, batch.first, options.ubatch, x);
+}
+
+void Session::Impl::attend(Batch& batch, LayerView& view) {
+  const Kernels& run = *queue.run;
+  const int planner = composition->owner(Role::Plan, view.layer), reader = composition->owner(Role::Read, view.layer);
+  auto enter = [&](int p) -> const Mechanism& {
+    view.state = states[size_t(p)].get();
+    return part(p);
+  };
+  if (batch.phase == Phase::Decode) {
+    view.read.rope = view.model.rope(view.layer);
+    view.read.positions = positions;
+    if (reader >= 0) {
+      Clock clock(times.plan);
+      const Mechanism& mechanism = enter(reader);
+      view.read.plan = mechanism.read(view).plan;
+      Ragged keys{.values = {}, .offsets = view.store->offsets(), .ends = {}, .heads = view.model.g, .bound = view.store->entries()};
+      view.read.plan = limit_heads(queue, view.read.plan, view.q, keys, mechanism.heads);
+    }
+    Clock clock(times.attend);
+    run.attend_store(queue, view.q, view.store->pages(), view.read, view.mods, view.out, view.lse);
+    count_reads(view);
+  } else {
+    if (planner >= 0 && batch.phase != Phase::Replay) {
+      Clock clock(times.plan);
+      const Mechanism& mechanism = enter(planner);
+      view.plan = limit_heads(queue, mechanism.plan(view), view.q, view.k, mechanism.heads);
+    }
+    {
+      Clock clock(times.attend);
+      run.attend(queue, view.q, view.k, view.v, view.plan, view.mods, view.out, view.lse);
+    }
+    if (batch.phase != Phase::Replay) {
+      // Weighted by rows, so that chunks of a prompt add up.
+      const std::vector<double> share = heed::density(view.plan, view.q, view.k, view.mods);
+      for (int h = 0; h < view.model.h; ++h) {
+        density[size_t(view.layer)][size_t(h)] += share[size_t(h)] * double(batch.total);
+        density_pairs[size_t(view.layer)][size_t(h)] += double(batch.total);
+      }
+    }
+  }
+  if (batch.phase != Phase::Replay)
+    for (int p : composition->edits(view.layer)) {
+      Clock clock(times.attend);
+      view.out = enter(p).edit(view);
+    }
+  Clock clock(times.observe);
+  for (int p = 0; p < parts(); ++p)
+    if (part(p).layers.holds(view.layer, view.model.layers)) enter(p).observe(view);
+  view.state = nullptr;
+  if (tap) tap(view);
+}
+
+void Session::Impl::count_reads(const LayerView& view) {
+  const Plan& plan = view.read.plan;
+  const ModelInfo& m = view.model;
+  const bool dense = plan.form == Plan::Form::Dense;
+  Ragged keys{.values = {}, .offsets = view.store->offsets(), .ends = {}, .heads = m.g, .bound = 0};
+  const PlanRows rows(plan, view.q, m.g);
+  if (view.layer == 0) ++reads_count;
+  for (int h = 0; h < m.h; ++h) {
+    double read = 0;
+    for (int64_t s = 0; s < view.q.sequences(); ++s) {
+      const int64_t segment = s * m.g + h / m.group(), length = keys.length(segment);
+      if (view.q.length(s * m.h + h) == 0) continue;
+      if (dense) {
+        const int64_t window = m.window(view.layer);
+        if (window == 0 || length <= window) read += double(length);
+        else {
+          const std::vector<int32_t> held = view.store->positions(segment);
+          read += double(held.end() - std::upper_bound(held.begin(), held.end(), view.q_pos.at<int32_t>(view.q.begin(s * m.h + h)) - window));
+        }
+        continue;
+      }
+      const int64_t row = rows.row(s, h, m.h, 0, plan.q_tile);
+      for (int64_t e = plan.begin(row); e < plan.end(row); ++e) {
+        const int64_t first = int64_t(plan.index.at<int32_t>(e)) * plan.k_tile;
+        read += double(std::clamp<int64_t>(length - first, 0, plan.k_tile));
+      }
+    }
+    reads[size_t(view.layer)][size_t(h)] += read / double(options.sequences);
+  }
+}
+
+void Session::Impl::evict_layer(LayerView& view, const KeepPolicy& policy, const Ragged& scores, Tensor counts) {
+  Clock clock(times.select);
+  evict(view, scores, counts, policy.heads);
+}
+
+void Session::Impl::keep(Batch& batch, LayerView& view) {
+  const int owner = composition->owner(Role::Keep, view.layer);
+  if (owner < 0 || batch.phase == Phase::Replay) return;
+  const auto& policy = static_cast<const KeepPolicy&>(part(owner));
+  view.state = states[size_t(owner)].get();
+  if (policy.settle(view) || policy.needs(view.model).all_layers) return;
+  const When& when = policy.timing();
+  const bool due = batch.phase == Phase::Decode ? when.at == When::At::Every && (step + 1) % when.every == 0
+                                                : when.at != When::At::Prompt || batch.last_chunk;
+  if (!due) return;
+  Scratch scope(queue.scratch);
+  std::optional<Clock> clock(std::in_place, times.observe);
+  const Ragged scores = policy.score(view);
+  const Tensor counts = policy.allocate({.queue = queue, .model = view.model, .first_layer = view.layer, .scores = std::span(&scores, 1), .prompt = prompt, .budget = policy.kept()});
+  clock.reset();
+  evict_layer(view, policy, scores, counts.select(0, 0));
+}
+
+void Session::Impl::evict_all(int p, Phase phase) {
+  const auto& policy = static_cast<const KeepPolicy&>(part(p));
+  const ModelInfo& m = info();
+  Scratch scope(queue.scratch);
+  std::vector<int> where;
+  std::vector<Ragged> scores;
+  std::vector<LayerView> views;
+  std::optional<Clock> clock(std::in_place, times.observe);
+  for (int l = 0; l < m.layers; ++l) {
+    if (!policy.layers.holds(l, m.layers)) continue;
+    LayerView& view = views.emplace_back(m, queue, l, phase);
+    view.step = step, view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get(), view.state = states[size_t(p)].get();
+    scores.push_back(policy.score(view));
+  }
+  if (scores.empty()) return;
+  const Tensor counts = policy.allocate({.queue = queue, .model = m, .first_layer = views[0].layer, .scores = scores, .prompt = prompt, .budget = policy.kept()});
+  clock.reset();
+  for (size_t i = 0; i < views.size(); ++i) evict_layer(views[i], policy, scores[i], counts.select(0, int64_t(i)));
+}
+
+void Session::Impl::emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit) {
+  if (want == Logits::None && !visit) return;
+  Clock clock(times.products);
+  const ModelInfo& m = info();
+  if (visit) {
+    constexpr int64_t tile = 64;  // rows whose logits exist at once: 67 MB at Gemma's vocabulary
+    for (int64_t a = 0; a < batch.total; a += tile) {
+      const int64_t b = std::min(a + tile, batch.total);
+      Scratch scope(queue.scratch);
+      Tensor y = queue.scratch.take(Dtype::F32, {b - a, m.vocabulary});
+      logits(queue, *model, x.slice(0, a, b), y);
+      visit(a, y);
+      if (interrupted()) throw Error(Code::Interrupted, "session", "stopped at row " + std::to_string(b));
+    }
+    return;
+  }
+  if (want == Logits::All) {
+    logits_out = Buffer(Dtype::F32, {batch.total, m.vocabulary});
+    for (int64_t a = 0; a < batch.total; a += options.ubatch) {
+      const int64_t b = std::min(a + options.ubatch, batch.total);
+      logits(queue, *model, x.slice(0, a, b), logits_out->slice(0, a, b));
+    }
+    return;
+  }
+  Scratch scope(queue.scratch);
+  if (!logits_out || logits_out->size[0] != options.sequences) logits_out = Buffer(Dtype::F32, {options.sequences, m.vocabulary});
+  Tensor last = queue.scratch.take(Dtype::F32, {options.sequences, m.hidden});
+  std::memset(last.data, 0, size_t(last.bytes()));
+  for (int64_t s = 0; s < options.sequences; ++s)
+    if (batch.count[size_t(s)] > 0) copy(x.select(0, batch.first.at<int64_t>(s + 1) - 1), last.select(0, s));
+  logits(queue, *model, last, logits_out);
+}
+
+Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options)
+    : impl_(std::make_unique<Impl>(std::move(model), options)) {}
+Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Session::~Session() = default;
+
+Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Logits want,
+                        const std::function<void(int64_t, Tensor)>& visit) {
+  Impl& m = *impl_;
+  require(int(tokens.size()) == m.options.sequences, "prefill", std::to_string(tokens.size()) + " texts for " + std::to_string(m.options.sequences) + " sequences");
+  int64_t longest = 0;
+  for (const auto& span : tokens) longest = std::max(longest, int64_t(span.size()));
+  if (longest == 0) return {};
+  const bool fresh = m.store->entries() == 0;
+  const int64_t chunk = m.options.chunk > 0 ? m.options.chunk : longest;
+  require(want != Logits::All || visit || chunk >= longest, "prefill", "all logits of a chunked prompt need `visit`");
+
+  // What an interruption restores. Pages are shared with the copy, so it costs what is then written over.
+  auto before = std::make_unique<Impl>(m);
+  try {
+    int64_t rows = 0;
+    for (int64_t a = 0; a < longest; a += chunk) {
+      std::vector<std::span<const int32_t>> part;
+      for (const auto& span : tokens) {
+        const size_t from = std::min(size_t(a), span.size());
+        part.push_back(span.subspan(from, std::min(size_t(chunk), span.size() - from)));
+      }
+      const bool last = a + chunk >= longest;
+      auto shifted = [&](int64_t first, Tensor y) { visit(rows + first, y); };
+      const std::function<void(int64_t, Tensor)> shifted_visit = visit ? std::function<void(int64_t, Tensor)>(shifted) : nullptr;
+      m.feed(part, fresh && a == 0 && last ? Phase::Prompt : Phase::Chunk, last, last ? want : Logits::None, shifted_visit);
+      for (const auto& span : part) rows += int64_t(span.size());
+    }
+  } catch (...) {
+    before->tap = m.tap, before->progress = m.progress;
+    impl_ = std::move(before);
+    throw;
+  }
+  return want == Logits::None || visit ? Tensor() : m.logits_out.view();
+}
+
+Tensor Session::decode(std::span<const int32_t> tokens) {
+  Impl& m = *impl_;
+  require(int(tokens.size()) == m.options.sequences, "decode", std::to_string(tokens.size()) + " tokens for " + std::to_string(m.options.sequences) + " sequences");
+  std::vector<std::span<const int32_t>> fed;
+  bool any = false;
+  for (const int32_t& token : tokens) {
+    fed.push_back(token < 0 ? std::span<const int32_t>() : std::span(&token, 1));
+    any |= token >= 0;
+  }
+  require(any, "decode", "no sequence was given a token");
+  m.feed(fed, Phase::Decode, true, Logits::Last, {});
+  return m.logits_out;
+}
+
+std::unique_ptr<Session> Session::fork() const {
+  return std::unique_ptr<Session>(new Session(std::make_unique<Impl>(*impl_)));
+}
+
+void Session::truncate(int sequence, int64_t position) {
+  Impl& m = *impl_;
+  require(sequence >= 0 && sequence < m.options.sequences, "truncate", "no sequence " + std::to_string(sequence));
+  position = std::clamp<int64_t>(position, 0, m.next[size_t(sequence)]);
+  m.store->truncate(m.queue, sequence, position);
+  m.next[size_t(sequence)] = position;
+  m.tokens[size_t(sequence)].resize(size_t(position));
+  m.prompt[size_t(sequence)] = std::min(m.prompt[size_t(sequence)], position);
+}
+
+const Model& Session::model() const { return *impl_->model; }
+const Composition& Session::composition() const { return *impl_->composition; }
+Store& Session::store() { return *impl_->store; }
+std::span<const int32_t> Session::tokens(int sequence) const { return impl_->tokens[size_t(sequence)]; }
+int64_t Session::step() const { return impl_->step; }
+const Times& Session::times() const { return impl_->times; }
+
+std::vector<std::vector<double>> Session::density() const {
+  auto out = impl_->density;
+  for (size_t l = 0; l < out.size(); ++l)
+    for (size_t h = 0; h < out[l].size(); ++h) {
+      const double rows = impl_->density_pairs[l][h];
+      out[l][h] = rows > 0 ? out[l][h] / rows : 1.0;
+    }
+  return out;
+}
+
+std::vector<std::vector<double>> Session::read_tokens() const {
+  auto out = impl_->reads;
+  for (auto& heads : out)
+    for (double& reads : heads) reads = impl_->reads_count ? reads / double(impl_->reads_count) : 0.0;
+  return out;
+}
+
+int64_t Session::scratch_bytes() const { return impl_->queue.scratch.bytes(); }
+void Session::tap(Tap tap) { impl_->tap = std::move(tap); }
+void Session::progress(std::function<void(int64_t, int64_t)> report) { impl_->progress = std::move(report); }
+
+}  // namespace heed

@@ -1,0 +1,69 @@
+#include "model/transformer.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace heed {
+namespace {
+
+template <class Body>
+void tiles(int64_t rows, int64_t tile, Body body) {
+  for (int64_t first = 0; first < rows; first += tile) body(first, std::min(first + tile, rows));
+}
+
+}  // namespace
+
+void project(Queue& queue, const Model& model, int layer, Tensor x, int64_t tile, Tensor q, Tensor k, Tensor v) {
+  const Kernels& run = *queue.run;
+  const LayerWeights& w = model.layers()[size_t(layer)];
+  tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
+    Scratch scope(queue.scratch);
+    Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
+    run.rms_norm(queue, x.slice(0, a, b), w.attn_norm, model.architecture().norm_eps, normed);
+    run.matmul(queue, w.q, normed, w.q_bias, false, q.slice(0, a, b));
+    run.matmul(queue, w.k, normed, w.k_bias, false, k.slice(0, a, b));
+    run.matmul(queue, w.v, normed, w.v_bias, false, v.slice(0, a, b));
+  });
+}
+
+void finish(Queue& queue, const Model& model, int layer, const Ragged& out, Tensor first, int64_t tile, Tensor x) {
+  const Kernels& run = *queue.run;
+  const LayerWeights& w = model.layers()[size_t(layer)];
+  const float eps = model.architecture().norm_eps;
+  Scratch scope(queue.scratch);
+  Tensor merged = queue.scratch.take(Dtype::F32, {x.size[0], w.o.size[1]});
+  run.merge_heads(queue, out, first, merged);
+  // y goes onto the residual stream, through a norm of its own where the architecture has one.
+  auto add_product = [&](Tensor weight, Tensor input, Tensor bias, Tensor post_norm, Tensor residual) {
+    if (!post_norm) return run.matmul(queue, weight, input, bias, true, residual);
+    Tensor y = queue.scratch.take(Dtype::F32, {residual.size[0], residual.size[1]});
+    run.matmul(queue, weight, input, bias, false, y);
+    run.rms_norm(queue, y, post_norm, eps, y);
+    run.add(queue, y, residual);
+  };
+  tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
+    Scratch inner(queue.scratch);
+    Tensor rows = x.slice(0, a, b);
+    add_product(w.o, merged.slice(0, a, b), w.o_bias, w.attn_post_norm, rows);
+    Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
+    Tensor gate = queue.scratch.take(Dtype::F32, {b - a, w.gate.size[0]});
+    Tensor up = queue.scratch.take(Dtype::F32, {b - a, w.up.size[0]});
+    run.rms_norm(queue, rows, w.ffn_norm, eps, normed);
+    run.matmul(queue, w.gate, normed, {}, false, gate);
+    run.matmul(queue, w.up, normed, {}, false, up);
+    run.glu(queue, gate, up, model.architecture().activation, gate);
+    add_product(w.down, gate, {}, w.ffn_post_norm, rows);
+  });
+}
+
+void logits(Queue& queue, const Model& model, Tensor x, Tensor y) {
+  const Kernels& run = *queue.run;
+  Scratch scope(queue.scratch);
+  Tensor normed = queue.scratch.take(Dtype::F32, {x.size[0], x.size[1]});
+  run.rms_norm(queue, x, model.final_norm(), model.architecture().norm_eps, normed);
+  run.matmul(queue, model.output(), normed, {}, false, y);
+  if (const float cap = model.architecture().final_softcap; cap > 0)
+    for (float& value : y.span<float>()) value = cap * std::tanh(value / cap);
+}
+
+}  // namespace heed

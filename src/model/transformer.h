@@ -1,0 +1,18 @@
+// A layer's arithmetic around attention, and the logits behind the last: rows tiled so that scratch stays small.
+#pragma once
+#include "base/queue.h"
+#include "model/model.h"
+
+namespace heed {
+
+/// q [T, h·d], k [T, g·d], v [T, g·d_v] (F32) of x [T, hidden], `tile` rows at a time.
+void project(Queue&, const Model&, int layer, Tensor x, int64_t tile, Tensor q, Tensor k, Tensor v);
+
+/// x += the layer's output matrix · attention (head-major Ragged out, F32; first: I64 [sequences + 1] token offsets),
+/// then x += its feed-forward part.
+void finish(Queue&, const Model&, int layer, const Ragged& out, Tensor first, int64_t tile, Tensor x);
+
+/// Logits F32 [R, vocabulary] of the rows x [R, hidden].
+void logits(Queue&, const Model&, Tensor x, Tensor y);
+
+}  // namespace heed
