@@ -53,6 +53,7 @@ struct Needs {
   bool plain_keys = false;    // the store keeps keys before rotary embedding
   bool bias = false;          // entries carry a logit bias
   bool whole_prompt = false;  // plans from the whole prompt; with chunks it plans per chunk
+  bool same_entries = false;  // entry i must be the same token in every layer and head: goes with no policy that drops
   bool all_layers = false;    // cuts only after the last layer: scores of all layers are divided together
   Read::Positions positions = Read::Positions::True;
   std::vector<Column> columns;

@@ -10,8 +10,12 @@ namespace heed {
 
 /// The text of a spec, taken apart: name(key=value, …, inner(…)).
 struct Spec {
+  struct Setting {
+    std::string key, value;
+    size_t at = 0;  // of the key in the text
+  };
   std::string name;
-  std::vector<std::pair<std::string, std::string>> settings;
+  std::vector<Setting> settings;
   std::vector<Spec> inner;
   size_t at = 0;  // where it stood in the text
   std::string text() const;

@@ -147,6 +147,8 @@ struct Select {
   Tensor count;          // I32 [segments]: k for each segment
   float p = 0;
   bool crossing = true;  // TopP: an element is in while the sum before it < p · total; false: while the sum with it ≤ p · total
+  Tensor held;           // TopP, optional F32 [segments]: weight that entries outside the scores (forced ones) hold already: it
+                         // is part of the total and lies before the first element
   int64_t at_least = 0;  // TopP, Threshold: the largest so many are in anyway
 };
 // Rules of select: −∞ and NaN are never chosen, +∞ always first (forced entries, no part of TopP's total, but of TopK's

@@ -12,6 +12,7 @@ void select(Queue&, const Ragged& scores, const Select& how, int64_t capacity, T
   check_tensor(where, "index", index, {segments * capacity}, false, Dtype::I32);
   check_tensor(where, "count", count, {segments}, false, Dtype::I32);
   check_tensor(where, "k of each segment", how.count, {segments}, true, Dtype::I32);
+  check_tensor(where, "weight held already", how.held, {segments}, true, Dtype::F32);
   for (int64_t s = 0; s < segments; ++s) {
     auto score = [&](int32_t i) { return number(scores.values, scores.begin(s) + i); };
     std::vector<int32_t> order;
@@ -32,7 +33,9 @@ void select(Queue&, const Ragged& scores, const Select& how, int64_t capacity, T
         taken = std::max(taken, how.at_least);
         break;
       case Select::By::TopP: {
-        double before = 0;
+        const double held = how.held ? double(how.held.at<float>(s)) : 0;
+        double before = held;
+        total += held;
         for (; taken < there; ++taken) {
           const double x = score(order[size_t(taken)]);
           if (x == infinity) continue;

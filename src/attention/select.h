@@ -1,0 +1,68 @@
+// Small words between scores and plans: parts of raggeds, counts for allocators, rows of block scores.
+#pragma once
+#include <functional>
+#include <span>
+
+#include "attention/mechanism.h"
+#include "attention/plans.h"
+
+namespace heed {
+
+/// Segments first … last − 1 of x, as sequences of `heads` heads. No copy.
+Ragged segments(const Ragged& x, int64_t first, int64_t last, int64_t heads);
+
+/// x without the last counts[sequence] rows of every segment (no segment becomes longer than it is). No copy.
+Ragged without_last(Queue&, const Ragged& x, std::span<const int64_t> counts);
+
+/// The last counts[sequence] rows of every segment of scores become +∞. Returns scores.
+Ragged force_last(Ragged scores, std::span<const int64_t> counts);
+
+/// A ragged of numbers (or of rows of `width`) whose segment s has lengths[s] rows: scratch, not initialised.
+Ragged numbers(Queue&, std::span<const int64_t> lengths, int64_t heads, int64_t width = 1);
+
+/// Matrices of rows × cols for each of `heads` segments: scratch.
+Grids grids(Queue&, int64_t heads, int64_t rows, int64_t cols);
+
+/// The rows of one-sized matrices as segments: row r (counted through all matrices) is its first visible[r mod rows] cells.
+Ragged rows_of(Queue&, const Grids&, std::span<const int64_t> visible);
+
+/// For each sequence, min(most, what the budget allows it): a window that a fraction of a short prompt can pay for.
+std::vector<int64_t> affordable(const LayerView&, const Budget&, int64_t most);
+
+/// A message when a budget of entries is smaller than what is always kept; `names` says which parameters that is.
+std::string too_small(const Budget&, int64_t forced, const std::string& names);
+
+/// Which (layer, segment) share one pool of a division.
+enum class Pool : uint8_t {
+  Layer,  // the KV heads of a layer (AdaKV)
+  All,    // all layers and KV heads (KVzip)
+};
+
+/// Divides between the members of a pool what `counts` (I32 [layers, segments]) grants them together: the best scores of
+/// the pool win, +∞ first. The sum over a pool is kept, up to its number of entries. Returns I32 [layers, segments].
+Tensor divide(const Allocation&, std::span<const Ragged> scores, Tensor counts, Pool pool);
+
+/// One KV head of one sequence with the query heads that read it. Planners score slice by slice, which bounds scratch.
+struct Slice {
+  Ragged q;            // heads = group
+  Ragged k;            // heads = 1
+  int64_t n, m;
+  int64_t sequence, kv_head;
+  int64_t row, tiles;  // the plan's rows row … row + group · tiles
+};
+/// Calls visit for every slice with queries; scratch that a visit takes is given back behind it.
+void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&)>& visit);
+
+/// Rows of a plan of q_tile rows for at's queries, one scope head for each query head.
+int64_t plan_rows(const LayerView& at, int q_tile);
+
+/// The most keys that a sequence's queries see.
+int64_t longest_keys(const LayerView& at);
+
+/// A plan from rows of ascending block numbers, rows as Plan counts them.
+Plan listed_blocks(Queue&, int q_tile, int k_tile, std::span<const std::vector<int32_t>> rows);
+
+/// A dense plan that names its tiles, for a planner that sees nothing to leave out.
+Plan dense_plan(int q_tile, int k_tile);
+
+}  // namespace heed

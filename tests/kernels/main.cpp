@@ -1,0 +1,44 @@
+// Registers every check with every table of this machine as Kernels/<table>.<check>.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+
+#include "kernels/checks.h"
+
+namespace {
+
+using heed::Kernels;
+using heed::test::Check;
+
+class OneCheck : public testing::Test {
+ public:
+  OneCheck(const Kernels& table, Check check) : table_(table), check_(check) {}
+  void TestBody() override { check_.run(table_, heed::Random(2024)); }
+
+ private:
+  const Kernels& table_;
+  Check check_;
+};
+
+void add(const Kernels& table, const Check& check) {
+  std::string suite = "Kernels/" + table.name;
+  std::replace(suite.begin(), suite.end(), '-', '_');  // a dash means "not" in --gtest_filter
+  testing::RegisterTest(suite.c_str(), check.name, nullptr, nullptr, __FILE__, __LINE__,
+                        [&table, check]() -> testing::Test* { return new OneCheck(table, check); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  testing::InitGoogleTest(&argc, argv);
+  using namespace heed::test;
+  const Kernels& oracle = heed::reference_kernels();
+  for (const auto& checks : {attention_checks(), store_checks(), observe_checks(), planning_checks(), recurrence_checks(), model_checks()})
+    for (const Check& check : checks) {
+      if (check.against == Check::Against::Property) add(oracle, check);
+      for (const Kernels* table : heed::cpu_kernels())
+        if (table != &oracle) add(*table, check);
+    }
+  return RUN_ALL_TESTS();
+}
