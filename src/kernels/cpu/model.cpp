@@ -2,6 +2,15 @@
 
 namespace heed::HEED_ISA {
 
-void fill_model(Kernels&) {}
+void fill_model(Kernels& t) {
+  t.matmul = matmul;
+  t.embed = embed;
+  t.dequantise = dequantise;
+  t.rms_norm = rms_norm;
+  t.split_heads = split_heads;
+  t.merge_heads = merge_heads;
+  t.glu = glu;
+  t.add = add;
+}
 
 }  // namespace heed::HEED_ISA

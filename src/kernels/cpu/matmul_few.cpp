@@ -1,0 +1,186 @@
+// Products with a few tokens (decode).
+#include "kernels/cpu/parts.h"
+#include "kernels/cpu/quants.h"
+#include "kernels/cpu/weights.h"
+
+namespace heed::HEED_ISA {
+namespace {
+
+/// Columns done at once, so that the scales of a row's part fit the first cache beside its codes.
+constexpr int64_t kPart = 2048;
+
+/// Activations of one token in 8 bits: value = scale · code. Sums hold scale · Σ codes. Both have one number for each
+/// group of the weights' format (a scale belongs to 32 activations), and a vector of zeros at the end.
+struct Rounded {
+  const int8_t* codes;
+  const float *scale, *sum;
+};
+
+template <int Group>
+void round_to_8_bits(const float* x, int64_t width, int8_t* codes, float* scale, float* sum) {
+  constexpr int n = 32 / kLanes, groups = 32 / Group;
+  for (int64_t b = 0; b < width / 32; ++b) {
+    F v[n], peak = zero();
+    for (int i = 0; i < n; ++i) {
+      v[i] = load(x + 32 * b + i * kLanes);
+      peak = max(peak, abs(v[i]));
+    }
+    const float largest = hmax(peak), d = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    F part[groups];
+    for (int g = 0; g < groups; ++g) part[g] = zero();
+    for (int i = 0; i < n; ++i) {
+      v[i] = round(v[i] * set(inverse));
+      part[i * groups / n] = part[i * groups / n] + v[i];
+      store_rounded(codes + 32 * b + i * kLanes, v[i]);
+    }
+    for (int g = 0; g < groups; ++g) {
+      scale[b * groups + g] = d;
+      sum[b * groups + g] = d * hsum(part[g]);
+    }
+  }
+  store(scale + width / Group, zero());
+  store(sum + width / Group, zero());
+}
+
+/// Row · token for Tokens tokens at once; result[t] is overwritten.
+template <Dtype D, int Tokens>
+void row_times_tokens(const char* row, int64_t width, const Rounded* x, float* result) {
+  using Q = Quant<D>;
+  using Block = typename Q::Block;
+  constexpr int per_block = info(D).block, units = per_block / 32, groups = per_block / Q::group;
+  // With one token a single chain of sums would wait for its own latency.
+  constexpr int chains = Tokens == 1 ? 4 : Tokens == 2 ? 2 : 1;
+  constexpr int shift = Q::offset + (Q::is_signed ? kSignedBias : 0);
+  float scale[kPart / Q::group + 16], low[kPart / Q::group + 16], both[Tokens][kPart / Q::group + 16];
+  Acc acc[Tokens][chains];
+  F lows[Tokens];
+  for (int t = 0; t < Tokens; ++t) {
+    lows[t] = zero();
+    for (Acc& a : acc[t]) a = no_sum();
+  }
+  const Block* blocks = reinterpret_cast<const Block*>(row);
+  for (int64_t begin = 0; begin < width; begin += kPart) {
+    const int64_t n = std::min(kPart, width - begin) / per_block, n_groups = n * groups, g0 = begin / Q::group;
+    for (int64_t b = 0; b < n; ++b) Q::scales(blocks[b], scale + b * groups, low + b * groups);
+    store(scale + n_groups, zero());
+    if constexpr (Q::has_low) store(low + n_groups, zero());
+    for (int64_t g = 0; g < n_groups; g += kLanes) {
+      const F s = load(scale + g);
+      for (int t = 0; t < Tokens; ++t) {
+        const F product = s * load(x[t].scale + g0 + g);
+        store(both[t] + g, product);
+        if constexpr (Q::has_low) lows[t] = fma(load(low + g), load(x[t].sum + g0 + g), lows[t]);
+        else if constexpr (shift != 0) lows[t] = fma(s, load(x[t].sum + g0 + g), lows[t]);
+      }
+    }
+    const auto unit = [&]<int i>(int64_t b, int chain) {
+      const Codes w = Q::template codes<i>(blocks[b]);
+      for (int t = 0; t < Tokens; ++t) {
+        const Sums s = dot<Q::is_signed>(w, load_codes(x[t].codes + begin + b * per_block + 32 * i));
+        acc[t][chain % chains] = accumulate<Q::group>(acc[t][chain % chains], s, both[t] + b * groups + i * (32 / Q::group));
+      }
+    };
+    int64_t b = 0;
+    if constexpr (units == 1) {
+      for (; b + 4 <= n; b += 4)
+        for (int j = 0; j < 4; ++j) unit.template operator()<0>(b + j, j);
+    }
+    for (; b < n; ++b) {
+      [&]<int... i>(std::integer_sequence<int, i...>) { (unit.template operator()<i>(b, i), ...); }
+      (std::make_integer_sequence<int, units>());
+    }
+    blocks += n;
+  }
+  for (int t = 0; t < Tokens; ++t) {
+    Acc sum = acc[t][0];
+    for (int c = 1; c < chains; ++c) sum = plus(sum, acc[t][c]);
+    result[t] = total(sum) + hsum(lows[t]) * (Q::has_low ? 1.0f : -float(shift));
+  }
+}
+
+template <class T, int Tokens>
+void plain_row_times_tokens(const char* row, int64_t width, const float* const* x, float* result) {
+  constexpr int chains = Tokens == 1 ? 4 : 2;
+  const T* w = reinterpret_cast<const T*>(row);
+  F acc[Tokens][chains];
+  for (auto& a : acc)
+    for (F& c : a) c = zero();
+  int64_t i = 0;
+  for (; i + chains * kLanes <= width; i += chains * kLanes)
+    for (int c = 0; c < chains; ++c) {
+      const F v = load(w + i + c * kLanes);
+      for (int t = 0; t < Tokens; ++t) acc[t][c] = fma(v, load(x[t] + i + c * kLanes), acc[t][c]);
+    }
+  for (; i < width; i += kLanes) {
+    const int n = int(std::min<int64_t>(kLanes, width - i));
+    const F v = load_part(w + i, n);
+    for (int t = 0; t < Tokens; ++t) acc[t][0] = fma(v, load_part(x[t] + i, n), acc[t][0]);
+  }
+  for (int t = 0; t < Tokens; ++t) {
+    F sum = acc[t][0];
+    for (int c = 1; c < chains; ++c) sum = sum + acc[t][c];
+    result[t] = hsum(sum);
+  }
+}
+
+/// Splits the tokens into fours, a pair and one, and calls f.operator()<how many>(first).
+template <class Fn>
+HEED_INLINE void over_tokens(int64_t tokens, Fn&& f) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) f.template operator()<4>(t);
+  if (t + 2 <= tokens) {
+    f.template operator()<2>(t);
+    t += 2;
+  }
+  if (t < tokens) f.template operator()<1>(t);
+}
+
+template <Dtype D>
+void multiply_quant(Arena& scratch, const Product& p) {
+  constexpr int group = Quant<D>::group;
+  const int64_t tokens = p.tokens(), width = p.w.width, n_groups = width / group + 16;
+  const Tensor codes = scratch.take(Dtype::I8, {tokens, width}), scale = scratch.take(Dtype::F32, {tokens, n_groups}),
+               sum = scratch.take(Dtype::F32, {tokens, n_groups}),
+               rows = scratch.take(Dtype::U8, {tokens * int64_t(sizeof(Rounded))});
+  Rounded* x = rows.as<Rounded>();
+  for (int64_t t = 0; t < tokens; ++t) {
+    float *s = scale.as<float>() + t * n_groups, *m = sum.as<float>() + t * n_groups;
+    int8_t* c = codes.as<int8_t>() + t * width;
+    round_to_8_bits<group>(p.x_row(t), width, c, s, m);
+    x[t] = {c, s, m};
+  }
+  over_parts(p.w.rows, p.w.row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      over_tokens(tokens, [&]<int n>(int64_t t) {
+        float result[n];
+        row_times_tokens<D, n>(p.w.at(r, 0), width, x + t, result);
+        for (int i = 0; i < n; ++i) p.put(t + i, r, result[i]);
+      });
+  });
+}
+
+template <class T>
+void multiply_plain(const Product& p) {
+  over_parts(p.w.rows, p.w.row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      over_tokens(p.tokens(), [&]<int n>(int64_t t) {
+        const float* x[n];
+        float result[n];
+        for (int i = 0; i < n; ++i) x[i] = p.x_row(t + i);
+        plain_row_times_tokens<T, n>(p.w.at(r, 0), p.w.width, x, result);
+        for (int i = 0; i < n; ++i) p.put(t + i, r, result[i]);
+      });
+  });
+}
+
+}  // namespace
+
+void multiply_few(Arena& arena, const Product& p) {
+  const Scratch give_back(arena);
+  if (with_quant(p.w.type, [&]<Dtype D>() { multiply_quant<D>(arena, p); })) return;
+  if (p.w.type == Dtype::F32) return multiply_plain<float>(p);
+  if (p.w.type == Dtype::F16) return multiply_plain<f16>(p);
+  multiply_plain<bf16>(p);
+}
+
+}  // namespace heed::HEED_ISA

@@ -1,0 +1,53 @@
+// A matrix of weights as products read it, and its rows as plain numbers.
+#pragma once
+#include "base/queue.h"
+#include "kernels/cpu/simd.h"
+
+namespace heed::HEED_ISA {
+
+struct Weights {
+  const char* data;
+  Dtype type;
+  int64_t rows, width, row_bytes;
+
+  /// Throws Error(Invalid) unless w is [rows, width], its rows contiguous and whole blocks.
+  Weights(const Tensor& w, const char* where);
+  /// Whether this is a type that files keep weights in; others are left to the reference.
+  static bool holds(Dtype type) { return is_block(type) || type == Dtype::F32 || type == Dtype::F16 || type == Dtype::BF16; }
+  /// Where value `column` of row `row` lies; column is a multiple of the type's block.
+  const char* at(int64_t row, int64_t column) const {
+    const DtypeInfo i = info(type);
+    return data + row * row_bytes + column / i.block * i.bytes;
+  }
+};
+
+/// Values begin … begin + count of a row, in f32 or rounded to bf16. begin and count are multiples of the block.
+void unpack(const Weights& w, int64_t row, int64_t begin, int64_t count, float* out);
+void unpack(const Weights& w, int64_t row, int64_t begin, int64_t count, bf16* out);
+
+/// y [T, rows] (+)= x [T, width] · w^T + bias, checked: x and y F32 with contiguous rows, bias contiguous or empty.
+struct Product {
+  Weights w;
+  Tensor x, bias, y;
+  bool accumulate;
+
+  int64_t tokens() const { return x.size[0]; }
+  const float* x_row(int64_t t) const { return x.as<float>() + t * x.stride[0]; }
+  float* y_row(int64_t t) const { return y.as<float>() + t * y.stride[0]; }
+  /// Writes or adds one result.
+  void put(int64_t t, int64_t row, float value) const {
+    float& place = y_row(t)[row];
+    if (bias) value += bias.as<float>()[row];
+    place = accumulate ? place + value : value;
+  }
+};
+
+/// For a few tokens: the weights are read once, as they are, against activations rounded to 8 bits with a scale for
+/// each 32 (plain types: against the activations themselves). Bound by memory.
+void multiply_few(Arena& scratch, const Product& p);
+
+/// For many tokens: panels of weights are unpacked to f32, or bf16 where the machine multiplies that faster, and
+/// multiplied in registers. Bound by arithmetic.
+void multiply_many(Arena& scratch, const Product& p);
+
+}  // namespace heed::HEED_ISA
