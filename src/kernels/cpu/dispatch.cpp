@@ -66,10 +66,18 @@ std::vector<const Kernels*> cpu_kernels() {
     std::vector<const Kernels*> all;
 #if defined(__x86_64__)
     const Machine has;
+#ifdef HEED_HAS_amx
     if (has.amx) all.push_back(&amx::table());
+#endif
+#ifdef HEED_HAS_avx512_bf16
     if (has.avx512_bf16) all.push_back(&avx512_bf16::table());
+#endif
+#ifdef HEED_HAS_avx512
     if (has.avx512) all.push_back(&avx512::table());
+#endif
+#ifdef HEED_HAS_avx2
     if (has.avx2) all.push_back(&avx2::table());
+#endif
 #elif defined(__aarch64__)
     all.push_back(&neon::table());
 #endif

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Everything that must hold, in the order in which failures are cheapest to read. The last line is "N passed, N failed".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/common.sh
+
+quick=no
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick) quick=yes ;;
+    --backend)
+      [ $# -ge 2 ] || { say "--backend needs a name"; exit 2; }
+      export HEED_BACKEND=$2
+      shift
+      ;;
+    *) say "test: no option '$1' (--quick, --backend NAME)"; exit 2 ;;
+  esac
+  shift
+done
+
+tools/setup.sh test
+results=$PWD/build/results
+rm -rf "$results"
+mkdir -p "$results"
+start=$SECONDS
+
+# note NAME ok|failed: a check that is not a GoogleTest program counts as one.
+note() {
+  echo "$1 $2" >>"$results/checks"
+  say "$2: $1"
+}
+
+# suites STAGE PRESET [CTEST ARGUMENTS]: runs ctest; tools/count.py reads what the programs wrote.
+suites() {
+  local stage=$1 tree
+  tree=$(tree_of "$2")
+  shift 2
+  say "$stage: tests ($((SECONDS - start)) s since the start)"
+  mkdir -p "$results/$stage"
+  GTEST_OUTPUT="json:$results/$stage/" ctest --test-dir "$tree" --output-on-failure --timeout 900 \
+    --output-junit "$results/$stage.xml" "$@" || true
+}
+
+# compiled STAGE PRESET TARGET...: whether it builds; a build that fails is a failed check and its tests do not run.
+compiled() {
+  local stage=$1
+  shift
+  build_tree "$@" || { note "$stage-build" failed; return 1; }
+}
+
+if compiled release release all; then suites release release; fi
+
+if [ $quick = no ]; then
+  export ASAN_OPTIONS=detect_stack_use_after_return=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
+  export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
+
+  # Addresses and undefined behaviour: everything except what runs whole models through the command line; a tenth of
+  # the random cases, since each takes ten times as long.
+  if compiled sanitizers fuzz tests fuzzers; then
+    HEED_CASES=0.1 suites sanitizers fuzz -E '^(apps|lab)$'
+    for program in build-fuzz/fuzz_*; do
+      [ -x "$program" ] || continue
+      target=${program##*/fuzz_}
+      if tools/fuzz.sh --built "$target" 8; then note "fuzz-$target" ok; else note "fuzz-$target" failed; fi
+    done
+  fi
+
+  # Data races: what shares memory between threads.
+  if compiled threads tsan test_base; then HEED_CASES=0.1 suites threads tsan -R '^base$'; fi
+
+  # Arm kernels, emulated: about fifty times slower than this machine, so a twentieth of the cases.
+  if compiled arm aarch64 tests; then HEED_CASES=0.05 suites arm aarch64; fi
+fi
+
+say "took $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
+python3 tools/count.py "$results"
