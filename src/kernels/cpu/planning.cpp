@@ -2,6 +2,13 @@
 
 namespace heed::HEED_ISA {
 
-void fill_planning(Kernels&) {}
+void fill_planning(Kernels& t) {
+  t.pool = pool;
+  t.smooth = smooth;
+  t.proxy = proxy;
+  t.reduce = reduce;
+  t.select = select;
+  t.scan = scan;
+}
 
 }  // namespace heed::HEED_ISA

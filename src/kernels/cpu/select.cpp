@@ -1,0 +1,192 @@
+// Selection without sorting: scores become integers of the same order, three histograms of 11, 11 and 10 bits find the
+// lowest score taken, and one pass in index order writes what lies above it and as many of its equals as fit.
+#include <bit>
+#include <cstring>
+
+#include "kernels/check.h"
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/padded_rows.h"
+
+namespace heed::HEED_ISA {
+namespace {
+
+using Key = uint32_t;
+constexpr Key kForced = 0xff800000u;  // the key of +∞
+constexpr int kBins = 2048;
+
+/// 0 for −∞ and NaN, which are never chosen; otherwise ordered as scores are, −0 equal to +0.
+Key key_of(float score) {
+  uint32_t bits = std::bit_cast<uint32_t>(score);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  bits = magnitude == 0 ? 0 : bits;
+  const bool never = (magnitude > 0x7f800000u) | (bits == 0xff800000u);
+  const Key key = bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
+  return never ? 0 : key;
+}
+
+float score_of(Key key) { return std::bit_cast<float>(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
+/// What is taken: every key above `lowest`, and the first `ties` keys equal to it.
+struct Cut {
+  Key lowest = 0;
+  int64_t ties = 0, above = 0;
+  int64_t count() const { return above + ties; }
+};
+
+/// The digits of a key from the top: 11, 11 and 10 bits.
+struct Digit {
+  int shift, bits;
+  Key of(Key key) const { return key >> shift & ((1u << bits) - 1); }
+  /// Whether the digits above this one agree.
+  bool follows(Key key, Key prefix) const { return shift + bits == 32 || key >> (shift + bits) == prefix >> (shift + bits); }
+};
+constexpr Digit kDigits[] = {{21, 11}, {10, 11}, {0, 10}};
+
+struct Bins {
+  int64_t count[kBins];
+  double sum[kBins];
+};
+
+/// The `wanted` largest of keys that are not 0 (there must be so many).
+Cut largest(const Key* keys, int64_t n, int64_t wanted, Bins& bins) {
+  Cut cut;
+  if (wanted <= 0) {
+    cut.lowest = ~Key(0);
+    return cut;
+  }
+  for (const Digit digit : kDigits) {
+    std::memset(bins.count, 0, sizeof bins.count);
+    for (int64_t i = 0; i < n; ++i)
+      if (digit.follows(keys[i], cut.lowest)) ++bins.count[digit.of(keys[i])];
+    int bin = (1 << digit.bits) - 1;
+    while (cut.above + bins.count[bin] < wanted) cut.above += bins.count[bin--];
+    cut.lowest |= Key(bin) << digit.shift;
+  }
+  cut.ties = wanted - cut.above;
+  return cut;
+}
+
+/// The largest, in order, until their share of the total of scores below +∞ reaches p; +∞ is taken without counting.
+Cut largest_share(const Key* keys, int64_t n, float p, bool crossing, Bins& bins) {
+  Cut cut;
+  double before = 0, limit = 0;
+  for (const Digit digit : kDigits) {
+    std::memset(&bins, 0, sizeof bins);
+    for (int64_t i = 0; i < n; ++i)
+      if (keys[i] != 0 && digit.follows(keys[i], cut.lowest)) {
+        const Key d = digit.of(keys[i]);
+        ++bins.count[d];
+        if (keys[i] < kForced) bins.sum[d] += double(score_of(keys[i]));
+      }
+    const int most = (1 << digit.bits) - 1;
+    if (digit.shift == kDigits[0].shift) {
+      double total = 0;
+      for (int bin = most; bin >= 0; --bin) total += bins.sum[bin];
+      limit = double(p) * total;
+    }
+    // The first bin in which something is not taken; its last element decides when all before it are equal.
+    int bin = most, last = -1;
+    for (; bin >= 0; --bin) {
+      if (bins.count[bin] == 0) continue;
+      last = bin;
+      const bool forced = digit.shift == 0 && (cut.lowest | Key(bin)) >= kForced;
+      if (!forced && before + bins.sum[bin] > limit) break;
+      if (!forced && crossing && before >= limit) break;
+      before += bins.sum[bin];
+      cut.above += bins.count[bin];
+    }
+    if (bin < 0) {
+      // Everything is taken: the lowest bin is entered again, so that the digits below it are found too.
+      if (last < 0) return cut;
+      bin = last;
+      before -= bins.sum[bin];
+      cut.above -= bins.count[bin];
+    }
+    cut.lowest |= Key(bin) << digit.shift;
+  }
+  // Equal scores, one after another.
+  const double score = cut.lowest < kForced ? double(score_of(cut.lowest)) : 0;
+  const int64_t equal = bins.count[kDigits[2].of(cut.lowest)];
+  while (cut.ties < equal) {
+    if (cut.lowest < kForced && (crossing ? before >= limit : before + score > limit)) break;
+    before += score;
+    ++cut.ties;
+  }
+  return cut;
+}
+
+Cut at_least_score(const Key* keys, int64_t n, Key lowest) {
+  Cut cut{std::max<Key>(lowest, 1), 0, 0};
+  for (int64_t i = 0; i < n; ++i) {
+    cut.above += keys[i] > cut.lowest;
+    cut.ties += keys[i] == cut.lowest;
+  }
+  return cut;
+}
+
+void write(const Key* keys, int64_t n, const Cut& cut, int32_t* index) {
+  constexpr int64_t step = 32;
+  int64_t ties = cut.ties, written = 0;
+  const int64_t count = cut.count();
+  for (int64_t first = 0; first < n && written < count; first += step) {
+    const int64_t last = std::min(n, first + step);
+    Key most = 0;
+    for (int64_t i = first; i < last; ++i) most = std::max(most, keys[i]);
+    if (most < cut.lowest) continue;
+    for (int64_t i = first; i < last; ++i) {
+      bool taken = keys[i] > cut.lowest;
+      if (keys[i] == cut.lowest && ties > 0) {
+        taken = true;
+        --ties;
+      }
+      if (taken) index[written++] = int32_t(i);
+    }
+  }
+}
+
+}  // namespace
+
+void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capacity, Tensor index, Tensor count) {
+  constexpr const char* where = "select";
+  const int64_t segments = scores.segments();
+  require(scores.values.type == Dtype::F32 && scores.values.rank == 1 && scores.values.contiguous(), where, "scores are F32 [rows]");
+  require(capacity >= 0, where, "a negative capacity");
+  check_tensor(where, "index", index, {segments * capacity}, false, Dtype::I32);
+  check_tensor(where, "count", count, {segments}, false, Dtype::I32);
+  check_tensor(where, "k of each segment", how.count, {segments}, true, Dtype::I32);
+  int64_t longest = 0;
+  for (int64_t s = 0; s < segments; ++s) longest = std::max(longest, scores.length(s));
+  constexpr int64_t bins_floats = int64_t(sizeof(Bins) / sizeof(float));
+  for_each(queue, segments, bins_floats + padded(longest), [&](int64_t s, float* scratch) {
+    Bins& bins = *reinterpret_cast<Bins*>(scratch);
+    Key* keys = reinterpret_cast<Key*>(scratch + bins_floats);
+    const float* from = scores.values.as<float>() + scores.begin(s);
+    const int64_t n = scores.length(s);
+    int64_t there = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      keys[i] = key_of(from[i]);
+      there += keys[i] != 0;
+    }
+    const int64_t most = std::min(there, capacity);
+    Cut cut;
+    int64_t wanted = -1;  // so many of the largest, when the rule comes down to that
+    switch (how.by) {
+      case Select::By::TopK: wanted = how.count ? how.count.at<int32_t>(s) : how.k; break;
+      case Select::By::TopP:
+        cut = largest_share(keys, n, how.p, how.crossing, bins);
+        if (cut.count() < how.at_least) wanted = how.at_least;
+        break;
+      case Select::By::Threshold:
+        if (!std::isnan(how.p)) cut = at_least_score(keys, n, key_of(how.p));
+        if (cut.count() < how.at_least) wanted = how.at_least;
+        break;
+    }
+    if (how.by == Select::By::TopK || wanted >= 0) wanted = std::clamp<int64_t>(wanted, 0, most);
+    else if (cut.count() > most) wanted = most;
+    if (wanted >= 0) cut = largest(keys, n, wanted, bins);
+    write(keys, n, cut, index.as<int32_t>() + s * capacity);
+    count.at<int32_t>(s) = int32_t(cut.count());
+  });
+}
+
+}  // namespace heed::HEED_ISA
