@@ -115,14 +115,17 @@ std::string_view Tokenizer::piece(int32_t id) const {
 
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool special) const {
   std::string out;
-  // The space that encoding put before the text is no part of it.
+  // Encoding puts a space before text that begins or follows a literal token; it is no part of the text.
   bool drop_space = state_->vocabulary.add_space_prefix;
   for (const int32_t id : ids) {
-    if (!special && (is_control(id) || id == unknown())) continue;
+    if (id < 0 || id >= size()) continue;
+    const TokenKind kind = state_->vocabulary.kind[size_t(id)];
+    const bool named = kind == TokenKind::Control || kind == TokenKind::Unknown;
+    const bool literal = named || kind == TokenKind::User;
     std::string_view text = piece(id);
-    if (drop_space && text.starts_with(' ') && !is_control(id)) text.remove_prefix(1);
-    drop_space = drop_space && is_control(id);
-    out += text;
+    if (drop_space && !literal && text.starts_with(' ')) text.remove_prefix(1);
+    if (special || !named) out += text;
+    drop_space = literal && state_->vocabulary.add_space_prefix;
   }
   return out;
 }
