@@ -163,6 +163,9 @@ struct KeepPolicy : Mechanism {
   When when;
   virtual const Budget& kept() const { return budget; }
   virtual const When& timing() const { return when; }
+  /// While decoding, cut before the new token is appended and leave room for it, so that no query ever sees more than
+  /// the budget. Others cut behind attention: a query sees one entry more, and that step's weights decide.
+  virtual bool makes_room() const { return false; }
 };
 
 /// A keep policy around another: what it does not override goes to the inner one, budget and timing included.
@@ -178,6 +181,7 @@ struct KeepWrapper : KeepPolicy {
   std::string check() const override { return inner->check(); }
   const Budget& kept() const override { return inner->kept(); }
   const When& timing() const override { return inner->timing(); }
+  bool makes_room() const override { return inner->makes_room(); }
 };
 
 /// The run of a model that a drive steers; implemented by model/.

@@ -84,7 +84,9 @@ struct Session::Impl {
   void layer(Batch& batch, int l, Tensor x);
   void attend(Batch& batch, LayerView& view);
   void keep(Batch& batch, LayerView& view);
-  void evict_layer(LayerView& view, const KeepPolicy& policy, const Ragged& scores, Tensor counts);
+  void make_room(Batch& batch, LayerView& view);
+  bool due(const Batch& batch, const KeepPolicy& policy) const;
+  void cut(LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming);
   void evict_all(int p, Phase phase);
   void emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit);
   void count_reads(const LayerView& view);
@@ -246,6 +248,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   const float eps = model->architecture().norm_eps;
   const Rope* rope = m.rope(l);
   const bool plain_keys = store->options().plain_keys && rope;
+  if (decoding) make_room(batch, view);
 
   // Where the new tokens are read: their true positions, or behind what each KV head holds. Heads that hold different
   // numbers of entries read the same token at different places, so these are numbers for each (token, KV head).
@@ -420,9 +423,33 @@ void Session::Impl::count_reads(const LayerView& view) {
   }
 }
 
-void Session::Impl::evict_layer(LayerView& view, const KeepPolicy& policy, const Ragged& scores, Tensor counts) {
-  Clock clock(times.select);
+bool Session::Impl::due(const Batch& batch, const KeepPolicy& policy) const {
+  const When& when = policy.timing();
+  if (batch.phase == Phase::Decode) return when.at == When::At::Every && (step + 1) % when.every == 0;
+  return when.at != When::At::Prompt || batch.last_chunk;
+}
+
+// Scores, allocates and evicts in one layer, leaving room for `coming` tokens of each sequence.
+void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming) {
+  Scratch scope(queue.scratch);
+  std::optional<Clock> clock(std::in_place, times.observe);
+  const Ragged scores = policy.score(view);
+  Tensor counts = policy.allocate({.queue = queue, .model = view.model, .first_layer = view.layer, .scores = std::span(&scores, 1), .prompt = prompt, .budget = policy.kept()}).select(0, 0);
+  if (!coming.empty())
+    for (int64_t s = 0; s < scores.segments(); ++s)
+      counts.at<int32_t>(s) = std::max(0, counts.at<int32_t>(s) - int32_t(coming[size_t(s / scores.heads)]));
+  clock.reset();
+  Clock select(times.select);
   evict(view, scores, counts, policy.heads);
+}
+
+void Session::Impl::make_room(Batch& batch, LayerView& view) {
+  const int owner = composition->owner(Role::Keep, view.layer);
+  if (owner < 0) return;
+  const auto& policy = static_cast<const KeepPolicy&>(part(owner));
+  if (!policy.makes_room() || !due(batch, policy)) return;
+  view.state = states[size_t(owner)].get();
+  cut(view, policy, batch.count);
 }
 
 void Session::Impl::keep(Batch& batch, LayerView& view) {
@@ -430,17 +457,9 @@ void Session::Impl::keep(Batch& batch, LayerView& view) {
   if (owner < 0 || batch.phase == Phase::Replay) return;
   const auto& policy = static_cast<const KeepPolicy&>(part(owner));
   view.state = states[size_t(owner)].get();
-  if (policy.settle(view) || policy.needs(view.model).all_layers) return;
-  const When& when = policy.timing();
-  const bool due = batch.phase == Phase::Decode ? when.at == When::At::Every && (step + 1) % when.every == 0
-                                                : when.at != When::At::Prompt || batch.last_chunk;
-  if (!due) return;
-  Scratch scope(queue.scratch);
-  std::optional<Clock> clock(std::in_place, times.observe);
-  const Ragged scores = policy.score(view);
-  const Tensor counts = policy.allocate({.queue = queue, .model = view.model, .first_layer = view.layer, .scores = std::span(&scores, 1), .prompt = prompt, .budget = policy.kept()});
-  clock.reset();
-  evict_layer(view, policy, scores, counts.select(0, 0));
+  if (policy.settle(view) || policy.needs(view.model).all_layers || !due(batch, policy)) return;
+  if (view.decoding() && policy.makes_room()) return;
+  cut(view, policy, {});
 }
 
 void Session::Impl::evict_all(int p, Phase phase) {
@@ -460,7 +479,8 @@ void Session::Impl::evict_all(int p, Phase phase) {
   if (scores.empty()) return;
   const Tensor counts = policy.allocate({.queue = queue, .model = m, .first_layer = views[0].layer, .scores = scores, .prompt = prompt, .budget = policy.kept()});
   clock.reset();
-  for (size_t i = 0; i < views.size(); ++i) evict_layer(views[i], policy, scores[i], counts.select(0, int64_t(i)));
+  Clock select(times.select);
+  for (size_t i = 0; i < views.size(); ++i) evict(views[i], scores[i], counts.select(0, int64_t(i)), policy.heads);
 }
 
 void Session::Impl::emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit) {

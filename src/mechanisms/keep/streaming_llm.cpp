@@ -6,8 +6,8 @@ namespace heed::mechanisms {
 namespace {
 
 // StreamingLLM (Xiao et al., 2023): the first `sinks` and the latest entries stay, and keys are read at their place in the
-// cache. The cut follows the append of a step, so a query never sees more than the budget (the released perplexity script
-// cuts behind the step and sees one more).
+// cache. While decoding the cut comes before the new token, so a query never sees more than the budget (the released
+// perplexity script cuts behind the step and sees one more).
 struct StreamingLLM final : KeepPolicy {
   int sinks;
   int64_t window;
@@ -20,6 +20,8 @@ struct StreamingLLM final : KeepPolicy {
     });
   }
   std::string check() const override { return window > 0 ? "" : too_small(budget, sinks + 1, "sinks + 1"); }
+
+  bool makes_room() const override { return true; }
 
   Needs needs(const ModelInfo&) const override {
     Needs n;

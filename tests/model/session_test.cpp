@@ -1,0 +1,252 @@
+// Sessions against recomputation: a plain forward pass of the whole text in which each key may be seen until the step
+// that evicted it.
+#include "model/session.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <map>
+
+#include "base/random.h"
+#include "model/transformer.h"
+
+namespace heed {
+namespace {
+
+std::shared_ptr<const Model> tiny(std::vector<int64_t> windows = {0, 24, 0}, int h = 6, int g = 2) {
+  ModelInfo shape;
+  shape.layers = int(windows.size()), shape.h = h, shape.g = g, shape.d = shape.d_v = 16, shape.hidden = 48, shape.vocabulary = 97;
+  shape.windows = windows;
+  return Model::random(shape, 64, Dtype::F32, 7);
+}
+
+std::vector<int32_t> text(int64_t length, uint64_t seed = 1) {
+  Random random(seed);
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < length; ++i) ids.push_back(int32_t(random.below(97)));
+  return ids;
+}
+
+SessionOptions options(const std::string& attention, const std::string& backend = "auto") {
+  SessionOptions o;
+  o.attention = attention, o.backend = backend;
+  o.k.kind = o.v.kind = PageType::Kind::F32;
+  return o;
+}
+
+std::vector<float> row(Tensor logits, int64_t r) {
+  const float* p = logits.as<float>() + r * logits.size[1];
+  return {p, p + logits.size[1]};
+}
+
+double distance(const std::vector<float>& a, const std::vector<float>& b) {
+  double most = 0;
+  for (size_t i = 0; i < a.size(); ++i) most = std::max(most, std::abs(double(a[i]) - double(b[i])));
+  return a.size() == b.size() && !std::isnan(most) ? most : 1e9;
+}
+
+// until[layer][KV head][position]: the last position whose query sees the key.
+using Until = std::vector<std::vector<std::vector<int32_t>>>;
+
+// The whole text at once through the reference kernels, masked by `until`: logits of every row.
+std::vector<std::vector<float>> recompute(const Model& model, const std::vector<int32_t>& ids, const Until& until) {
+  Queue queue;
+  queue.run = &reference_kernels();
+  const ModelInfo& m = model.info();
+  const int64_t n = int64_t(ids.size());
+  std::vector<int32_t> positions(static_cast<size_t>(n)), tokens = ids;
+  for (int64_t i = 0; i < n; ++i) positions[size_t(i)] = int32_t(i);
+  std::vector<int64_t> first{0, n};
+  const Tensor ends(first.data(), Dtype::I64, {2}), at(positions.data(), Dtype::I32, {n});
+  Buffer x(Dtype::F32, {n, m.hidden});
+  queue.run->embed(queue, model.embedding(), Tensor(tokens.data(), Dtype::I32, {n}), 1, x);
+  auto heads = [&](int64_t count, const Buffer& values) {
+    static std::vector<std::vector<int64_t>> keep;
+    keep.emplace_back();
+    for (int64_t s = 0; s <= count; ++s) keep.back().push_back(s * n);
+    return Ragged{values, Tensor(keep.back().data(), Dtype::I64, {count + 1}), {}, count, count * n};
+  };
+  for (int l = 0; l < m.layers; ++l) {
+    Buffer q(Dtype::F32, {n, m.h, m.d}), k(Dtype::F32, {n, m.g, m.d}), v(Dtype::F32, {n, m.g, m.d});
+    project(queue, model, l, x, n, q->reshape({n, m.h * m.d}), k->reshape({n, m.g * m.d}), v->reshape({n, m.g * m.d}));
+    Buffer qh(Dtype::F32, {m.h * n, m.d}), kh(Dtype::F32, {m.g * n, m.d}), vh(Dtype::F32, {m.g * n, m.d}), out(Dtype::F32, {m.h * n, m.d});
+    queue.run->split_heads(queue, q, ends, {}, 0, m.rope(l), at, heads(m.h, qh));
+    queue.run->split_heads(queue, k, ends, {}, 0, m.rope(l), at, heads(m.g, kh));
+    queue.run->split_heads(queue, v, ends, {}, 0, nullptr, {}, heads(m.g, vh));
+    std::vector<int32_t> seen;
+    for (int g = 0; g < m.g; ++g) seen.insert(seen.end(), until[size_t(l)][size_t(g)].begin(), until[size_t(l)][size_t(g)].end());
+    Mods mods;
+    mods.window = m.window(l);
+    mods.until = Tensor(seen.data(), Dtype::I32, {m.g * n});
+    queue.run->attend(queue, heads(m.h, qh), heads(m.g, kh), heads(m.g, vh), {}, mods, out, {});
+    finish(queue, model, l, heads(m.h, out), ends, n, x);
+  }
+  Buffer y(Dtype::F32, {n, m.vocabulary});
+  logits(queue, model, x, y);
+  std::vector<std::vector<float>> rows;
+  for (int64_t i = 0; i < n; ++i) rows.push_back(row(y, i));
+  return rows;
+}
+
+struct Case {
+  std::string attention;
+  int64_t chunk = 0;
+};
+
+class EvictionTest : public testing::TestWithParam<Case> {};
+
+// After an eviction, 24 further tokens give what a mask over the whole text gives: positions are true, and what each
+// head dropped is gone for it alone. Layer 1 has a sliding window of 24.
+TEST_P(EvictionTest, EqualsTheUntilMask) {
+  const auto model = tiny();
+  const ModelInfo& m = model->info();
+  const int64_t prefix = 70, length = 94;
+  const std::vector<int32_t> ids = text(length);
+  for (const char* backend : {"reference", "auto"}) {
+    SessionOptions o = options(GetParam().attention, backend);
+    o.chunk = GetParam().chunk;
+    Session session(model, o);
+    Until until(size_t(m.layers), std::vector(size_t(m.g), std::vector<int32_t>(size_t(length), -1)));
+    int64_t fed = 0;
+    bool shorter = false;
+    session.tap([&](LayerView& at) {
+      if (at.phase == Phase::Replay) return;
+      const int64_t rows = at.q.length(0);
+      if (at.layer == 0) fed += rows;
+      for (int g = 0; g < m.g; ++g) {
+        const std::vector<int32_t> held = at.store->positions(g);
+        EXPECT_TRUE(std::is_sorted(held.begin(), held.end()));
+        EXPECT_EQ(held.back(), fed - 1);
+        shorter |= int64_t(held.size()) < fed;
+        for (int32_t position : held) until[size_t(at.layer)][size_t(g)][size_t(position)] = int32_t(fed - 1);
+      }
+    });
+    std::vector<std::vector<float>> got;
+    got.push_back(row(session.prefill(std::span(ids).first(size_t(prefix))), 0));
+    for (int64_t i = prefix; i < length; ++i) got.push_back(row(session.decode(ids[size_t(i)]), 0));
+    EXPECT_TRUE(shorter) << "nothing was evicted";
+    const auto expected = recompute(*model, ids, until);
+    for (size_t i = 0; i < got.size(); ++i)
+      ASSERT_LT(distance(got[i], expected[size_t(prefix) - 1 + i]), 2e-4) << GetParam().attention << " on " << backend << ", row " << i;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Policies, EvictionTest, testing::Values(
+    Case{"snapkv(budget=20,window=4)"}, Case{"snapkv(budget=20,window=4,when=every(3))"}, Case{"snapkv(budget=24,window=4,when=chunk)", 30},
+    Case{"pyramidkv(budget=20,window=4)"}, Case{"adakv(snapkv(budget=20,window=4))"}, Case{"h2o(budget=16)"}, Case{"h2o(budget=16)", 25},
+    Case{"tova(budget=16)"}, Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"}, Case{"snapkv(budget=20,window=4,layers=1-)"}),
+    [](const auto& info) {
+      std::string name = info.param.attention + (info.param.chunk ? "_chunk" : "");
+      for (char& c : name) if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
+      return name;
+    });
+
+// A batch of unequal sequences gives what each gives alone.
+TEST(Session, BatchEqualsEachAlone) {
+  const auto model = tiny();
+  for (const char* attention : {"dense", "snapkv(budget=12,window=4)", "h2o(budget=12)", "streaming-llm(budget=12)"}) {
+    const std::vector<std::vector<int32_t>> texts = {text(41, 3), text(1, 4), text(17, 5)};
+    SessionOptions o = options(attention);
+    o.sequences = 3;
+    Session batch(model, o);
+    std::vector<std::vector<float>> together;
+    Tensor y = batch.prefill({texts[0], texts[1], texts[2]});
+    for (int s = 0; s < 3; ++s) together.push_back(row(y, s));
+    const std::vector<int32_t> next{5, 6, 7};
+    y = batch.decode(next);
+    for (int s = 0; s < 3; ++s) together.push_back(row(y, s));
+    for (int s = 0; s < 3; ++s) {
+      Session alone(model, options(attention));
+      EXPECT_LT(distance(row(alone.prefill(texts[size_t(s)]), 0), together[size_t(s)]), 1e-5) << attention << s;
+      EXPECT_LT(distance(row(alone.decode(next[size_t(s)]), 0), together[size_t(3 + s)]), 1e-5) << attention << s;
+    }
+  }
+}
+
+TEST(Session, ForkGoesItsOwnWay) {
+  const auto model = tiny();
+  for (const char* attention : {"dense", "snapkv(budget=70,window=4)", "h2o(budget=30)"}) {
+    const std::vector<int32_t> ids = text(75);
+    Session session(model, options(attention));
+    session.prefill(ids);
+    session.decode(1);
+    auto fork = session.fork();
+    const std::vector<float> here = row(session.decode(2), 0);
+    const std::vector<float> other = row(fork->decode(3), 0);
+    fork->decode(4);
+    Session again(model, options(attention));
+    again.prefill(ids);
+    again.decode(1);
+    auto copy = again.fork();
+    EXPECT_EQ(distance(row(copy->decode(3), 0), other), 0);
+    EXPECT_EQ(distance(row(again.decode(2), 0), here), 0);
+    EXPECT_EQ(distance(row(session.decode(9), 0), row(again.decode(9), 0)), 0) << attention << ": the fork wrote into its origin";
+  }
+}
+
+TEST(Session, TruncateForgets) {
+  const auto model = tiny();
+  const std::vector<int32_t> ids = text(150);
+  for (int64_t cut : {149, 128, 65, 1}) {
+    Session session(model, options("dense"));
+    session.prefill(ids);
+    session.decode(3);
+    session.truncate(0, cut);
+    Session fresh(model, options("dense"));
+    fresh.prefill(std::span(ids).first(size_t(cut)));
+    EXPECT_EQ(session.store().bytes(), fresh.store().bytes());
+    EXPECT_LT(distance(row(session.decode(8), 0), row(fresh.decode(8), 0)), 1e-5) << cut;
+  }
+}
+
+TEST(Session, ChunksAndTilesChangeNothing) {
+  const auto model = tiny();
+  const std::vector<int32_t> ids = text(133);
+  Session whole(model, options("dense"));
+  const std::vector<float> expected = row(whole.prefill(ids), 0);
+  for (int64_t chunk : {1, 7, 64, 200})
+    for (int64_t ubatch : {1, 50}) {
+      SessionOptions o = options("dense");
+      o.chunk = chunk, o.ubatch = ubatch;
+      Session session(model, o);
+      EXPECT_LT(distance(row(session.prefill(ids), 0), expected), 1e-4) << chunk << " " << ubatch;
+    }
+}
+
+TEST(Session, MemoryFollowsTheBudget) {
+  const auto model = tiny({0, 0});
+  Session dense(model, options("dense")), small(model, options("snapkv(budget=64,window=8)"));
+  const std::vector<int32_t> ids = text(1000);
+  dense.prefill(ids);
+  small.prefill(ids);
+  EXPECT_EQ(small.store().entries(), 2 * 2 * 64);
+  EXPECT_EQ(dense.store().entries(), 2 * 2 * 1000);
+  EXPECT_EQ(dense.store().bytes(), small.store().bytes() * 16);  // ⌈1000 / 64⌉ pages against one
+}
+
+TEST(Session, InterruptionRestores) {
+  const auto model = tiny();
+  const std::vector<int32_t> ids = text(60);
+  Session session(model, options("h2o(budget=20)"));
+  session.prefill(ids);
+  auto untouched = session.fork();
+  session.progress([](int64_t done, int64_t) { if (done == 2) interrupt(); });
+  EXPECT_THROW(session.prefill(ids), Error);
+  clear_interrupt();
+  session.progress({});
+  EXPECT_EQ(session.tokens().size(), ids.size());
+  EXPECT_EQ(distance(row(session.decode(5), 0), row(untouched->decode(5), 0)), 0);
+}
+
+TEST(Session, RefusesWhatItCannotDo) {
+  const auto model = tiny();
+  EXPECT_THROW(Session(model, options("snapvk")), Error);
+  EXPECT_THROW(Session(model, options("snapkv(budget=8,window=32)")), Error);
+  EXPECT_THROW(Session(model, options("dense", "no-such-backend")), Error);
+  Session session(model, options("dense"));
+  EXPECT_THROW(session.prefill(std::vector<int32_t>{97}), Error);
+  EXPECT_THROW(session.decode(-1), Error);
+}
+
+}  // namespace
+}  // namespace heed
