@@ -100,7 +100,8 @@ void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, c
   if (rope) {
     require(rope->dims > 0 && rope->dims % 2 == 0 && rope->dims <= d, where, "rope turns an even number of channels, at most d");
     check_tensor(where, "inv_freq", rope->inv_freq, {rope->dims / 2});
-    check_tensor(where, "positions", positions, {tokens}, false, Dtype::I32);
+    if (positions.rank == 2) check_tensor(where, "positions", positions, {tokens, heads}, false, Dtype::I32);
+    else check_tensor(where, "positions", positions, {tokens}, false, Dtype::I32);
   }
   if (sequences == 0) return;
   const int dims = rope ? rope->dims : 0;
@@ -111,11 +112,14 @@ void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, c
     over_parts(count, heads * d * 8, [&](int64_t begin, int64_t end) {
       over_tokens(first, start + begin, start + end, [&](int64_t t, int64_t s, int64_t i) {
         float* table = tables.as<float>() + (t - start) * dims;
-        if (rope) turns(*rope, positions.at<int32_t>(t), table, table + dims / 2);
+        // One table serves all heads of a token unless each has a position of its own.
+        const bool each = rope && positions.rank == 2;
+        if (rope && !each) turns(*rope, positions.at<int32_t>(t), table, table + dims / 2);
         const Turn turn{table, table + dims / 2, dims, !rope || rope->neox};
         for (int64_t head = 0; head < heads; ++head) {
           const float* in = x.as<float>() + t * x.stride[0] + head * x.stride[1];
           const float factor = norm ? rms_factor(in, d, eps) : 1;
+          if (each) turns(*rope, positions.at<int32_t>(t, head), table, table + dims / 2);
           write_head(in, d, factor, norm.as<float>(), turn, out.values.as<T>() + (out.begin(s * heads + head) + i) * out.values.stride[0]);
         }
       });
