@@ -44,7 +44,7 @@ fi
 # Models and the text, each checked by SHA-256: a whole file is left alone, anything else is fetched again.
 model_smollm2=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 model_gemma3=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
-text=dd08b340a56ad4a0a00718d5682528a5a5886ae0aef91c9e0fa528074fa64b75
+text=014da3de7a69ff51f9754531e406c148535b2bbcabca2b8d210a2ed41d452cfa
 
 # intact FILE SHA256. Reading 350 MB takes most of a second, so a stamp (size, time) of the last good check is believed.
 intact() {
@@ -91,13 +91,15 @@ if [ "$level" = test ] && ! intact gemma3-270m.gguf $model_gemma3; then
   place gemma3-270m.gguf $model_gemma3
 fi
 if ! intact text.txt $text; then
-  say "fetching the text, Jane Austen's Emma (2 MB)"
+  say "fetching the text, the Jargon File (1 MB)"
   mkdir -p "$work/text"
-  (cd "$work/text" && apt-get -qq download r-cran-janeaustenr >log 2>&1) || {
+  (cd "$work/text" && apt-get -qq download jargon-text >log 2>&1) || {
     update_lists
-    (cd "$work/text" && quietly apt-get download r-cran-janeaustenr)
+    (cd "$work/text" && quietly apt-get download jargon-text)
   }
-  dpkg-deb -x "$work"/text/r-cran-janeaustenr_*.deb "$work/text"
-  python3 tools/emma.py "$work/text/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb" models/text.txt.part
+  dpkg-deb -x "$work"/text/jargon-text_*.deb "$work/text"
+  # From the first chapter on: before it stand the changes of the package and a long table of contents.
+  gzip -dc "$work/text/usr/share/doc/jargon-text/jargon.txt.gz" | LC_ALL=C sed -n '/^Chapter.*Hacker Slang and Hacker Culture/,$p' \
+    >models/text.txt.part
   place text.txt $text
 fi
