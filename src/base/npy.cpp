@@ -130,6 +130,10 @@ std::span<const char> data_of(const Tensor& tensor) {
   return {static_cast<const char*>(tensor.data), size_t(tensor.bytes())};
 }
 
+[[noreturn]] void stop(const std::string& path, const Archive& archive) {
+  throw Error(Code::Io, path, zip_strerror(archive.get()), "check the folder, its permissions and the space left");
+}
+
 void write_archive(const std::string& path, const std::vector<std::pair<std::string, Tensor>>& arrays, bool compress) {
   int code = 0;
   std::set<std::string> names;
@@ -142,9 +146,6 @@ void write_archive(const std::string& path, const std::vector<std::pair<std::str
     zip_error_init_with_code(&error, code);
     throw Error(Code::Io, path, message(error), "check the folder and its permissions");
   }
-  const auto stop = [&] [[noreturn]] {
-    throw Error(Code::Io, path, zip_strerror(archive.get()), "check the folder, its permissions and the space left");
-  };
   for (const auto& [name, tensor] : arrays) {
     require(!name.empty() && names.insert(name).second, "write_npz", "array name '" + name + "' is empty or used twice");
     const Tensor plain = contiguous(tensor, copies);
@@ -154,17 +155,17 @@ void write_archive(const std::string& path, const std::vector<std::pair<std::str
         {static_cast<zip_uint8_t*>(plain.data), zip_uint64_t(plain.bytes())},
     };
     zip_source_t* source = zip_source_buffer_fragment(archive.get(), fragments, plain.bytes() > 0 ? 2 : 1, 0);
-    if (!source) stop();
+    if (!source) stop(path, archive);
     const zip_int64_t index = zip_file_add(archive.get(), (name + ".npy").c_str(), source, ZIP_FL_ENC_UTF_8);
     if (index < 0) {
       zip_source_free(source);
-      stop();
+      stop(path, archive);
     }
     const auto entry = zip_uint64_t(index);
     constexpr zip_uint16_t kFirstDay = 1 << 5 | 1;  // 1980-01-01: the clock must not change the bytes
     if (zip_set_file_compression(archive.get(), entry, compress ? ZIP_CM_DEFLATE : ZIP_CM_STORE, 0) != 0 ||
         zip_file_set_dostime(archive.get(), entry, 0, kFirstDay, 0) != 0) {
-      stop();
+      stop(path, archive);
     }
   }
   // libzip would remove a file that is to hold no entries.
@@ -174,7 +175,7 @@ void write_archive(const std::string& path, const std::vector<std::pair<std::str
     return write_whole(path, {std::span<const char>(kEmpty)});
   }
   // Closing writes beside the file and renames.
-  if (zip_close(archive.get()) != 0) stop();
+  if (zip_close(archive.get()) != 0) stop(path, archive);
   (void)archive.release();
 }
 
