@@ -1,7 +1,310 @@
+#include "kernels/bounds.h"
 #include "kernels/checks.h"
+#include "kernels/harness.h"
+#include "kernels/quant.h"
 
 namespace heed::test {
+namespace {
 
-std::vector<Check> model_checks() { return {}; }
+const Kernels& oracle() { return reference_kernels(); }
+
+constexpr Dtype all_types[] = {Dtype::F32,  Dtype::F16,  Dtype::BF16, Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1,  Dtype::Q8_0,
+                               Dtype::Q2_K, Dtype::Q3_K, Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K, Dtype::IQ4_NL};
+
+/// Where a block's scales lie, so that random bytes around them make random, finite weights.
+template <class Block>
+void scale_block(Random& random, void* at, double typical) {
+  Block* block = static_cast<Block*>(at);
+  block->d = f16(typical * (0.5 + random.uniform()) * (chance(random, 0.2) ? -1 : 1));
+  if constexpr (requires { block->m; }) block->m = f16(typical * random.normal());
+  if constexpr (requires { block->dmin; }) block->dmin = f16(typical * random.uniform());
+}
+
+void scale_block(Random& random, Dtype type, void* at) {
+  switch (type) {
+    case Dtype::Q4_0: return scale_block<BlockQ4_0>(random, at, 0.1);
+    case Dtype::Q4_1: return scale_block<BlockQ4_1>(random, at, 0.1);
+    case Dtype::Q5_0: return scale_block<BlockQ5_0>(random, at, 0.05);
+    case Dtype::Q5_1: return scale_block<BlockQ5_1>(random, at, 0.05);
+    case Dtype::Q8_0: return scale_block<BlockQ8_0>(random, at, 0.01);
+    case Dtype::IQ4_NL: return scale_block<BlockIQ4_NL>(random, at, 0.01);
+    case Dtype::Q2_K: return scale_block<BlockQ2_K>(random, at, 0.03);
+    case Dtype::Q3_K: return scale_block<BlockQ3_K>(random, at, 0.01);
+    case Dtype::Q4_K: return scale_block<BlockQ4_K>(random, at, 0.003);
+    case Dtype::Q5_K: return scale_block<BlockQ5_K>(random, at, 0.002);
+    case Dtype::Q6_K: return scale_block<BlockQ6_K>(random, at, 0.0005);
+    default: break;
+  }
+}
+
+struct Weights {
+  Buffer memory;
+  Tensor view;
+  Weights(Random& random, Dtype type, int64_t rows, int64_t width) {
+    const DtypeInfo kind = info(type);
+    memory = Buffer(Dtype::U8, {rows * width / kind.block * kind.bytes});
+    view = Tensor(memory->data, type, {rows, width});
+    if (!is_block(type)) {
+      each(view, [&](auto index) { set(view, index, random.normal()); });
+      return;
+    }
+    for (int64_t i = 0; i < memory->numel(); ++i) memory->as<uint8_t>()[i] = uint8_t(random.next());
+    for (int64_t b = 0; b < rows * width / kind.block; ++b) scale_block(random, type, memory->as<char>() + b * kind.bytes);
+  }
+  /// The largest row norm, of the exact values.
+  double norm() const {
+    double out = 0;
+    std::vector<float> row(static_cast<size_t>(view.size[1]));
+    for (int64_t r = 0; r < view.size[0]; ++r) {
+      double squares = 0;
+      if (is_block(view.type)) dequantise_row(view.type, view.slice(0, r, r + 1).data, view.size[1], row.data());
+      for (int64_t c = 0; c < view.size[1]; ++c) {
+        const int64_t index[] = {r, c};
+        const double x = is_block(view.type) ? double(row[size_t(c)]) : number(view, index);
+        squares += x * x;
+      }
+      out = std::max(out, squares);
+    }
+    return std::sqrt(out);
+  }
+};
+
+int64_t some_width(Random& random, Dtype type) {
+  const int64_t block = info(type).block;
+  if (block == 256) return pick<int64_t>(random, {256, 512, 768});
+  if (block == 32) return pick<int64_t>(random, {32, 64, 96, 576, 640});
+  return pick<int64_t>(random, {1, 7, 64, 65, 200, 576});
+}
+
+void matmul_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(4); ++i)
+    for (Dtype type : all_types) {
+      const int64_t inputs = some_width(random, type), outputs = pick<int64_t>(random, {1, 3, 17, 64, 100}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 70});
+      const Weights w(random, type, outputs, inputs);
+      const Poisoned x = filled(Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+      const Poisoned bias = filled(Dtype::F32, {outputs}, [&] { return random.normal(); }, random.below(2));
+      const bool biased = chance(random, 0.5), accumulate = chance(random, 0.5);
+      Poisoned want(Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
+      if (accumulate)
+        each(want, [&](auto index) {
+          const double held = random.normal();
+          set(want, index, held);
+          set(got, index, held);
+        });
+      SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape() + ", " + std::to_string(tokens) + " tokens" + (biased ? ", bias" : "") + (accumulate ? ", accumulate" : ""));
+      Queue queue;
+      oracle().matmul(queue, w.view, x, biased ? bias.view() : Tensor(), accumulate, want);
+      run.matmul(queue, w.view, x, biased ? bias.view() : Tensor(), accumulate, got);
+      const double rms = tokens ? longest_row(x) / std::sqrt(double(inputs)) : 0;
+      expect_close("y", want, got, product(type, rms, largest(x), w.norm(), double(inputs)));
+    }
+}
+
+void embed_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(2); ++i)
+    for (Dtype type : all_types) {
+      const int64_t width = some_width(random, type), vocabulary = 1 + random.below(30), tokens = random.below(20);
+      const Weights w(random, type, vocabulary, width);
+      const Poisoned ids = filled(Dtype::I32, {tokens}, [&] { return double(random.below(vocabulary)); });
+      Poisoned want(Dtype::F32, {tokens, width}, 1, 3), got = want.twin();
+      SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape());
+      Queue queue;
+      oracle().embed(queue, w.view, ids, 1.5f, want);
+      run.embed(queue, w.view, ids, 1.5f, got);
+      expect_close("y", want, got, plain(4, largest(want)));
+    }
+}
+
+void dequantise_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(2); ++i)
+    for (Dtype type : all_types) {
+      const Weights w(random, type, 1 + random.below(9), some_width(random, type));
+      Poisoned want(Dtype::F32, {w.view.size[0], w.view.size[1]}, random.below(2), 3), got = want.twin();
+      SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape());
+      Queue queue;
+      oracle().dequantise(queue, w.view, want);
+      run.dequantise(queue, w.view, got);
+      expect_close("y", want, got, plain(4, largest(want)));
+    }
+}
+
+void rms_norm_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(40); ++i) {
+    const int64_t rows = random.below(20), width = pick<int64_t>(random, {1, 7, 64, 80, 576, 1000});
+    const double size = pick(random, {1e-6, 1.0, 1e5});
+    const Poisoned x = filled(Dtype::F32, {rows, width}, [&] { return size * random.normal(); }, random.below(2), random.below(2) * 3);
+    const Poisoned weight = filled(Dtype::F32, {width}, [&] { return random.normal(); }, random.below(2));
+    const Tensor by = chance(random, 0.7) ? weight.view() : Tensor();
+    Poisoned want = x.twin(), got = x.twin(), same = x.twin();
+    copy(x.view(), same.view());
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + x->shape() + " of size " + std::to_string(size));
+    Queue queue;
+    oracle().rms_norm(queue, x, by, 1e-6f, want);
+    run.rms_norm(queue, x, by, 1e-6f, got);
+    run.rms_norm(queue, same, by, 1e-6f, same);
+    expect_close("y", want, got, plain(double(width), std::max(1.0, largest(want))));
+    expect_close("y in place", got, same, 0);
+  }
+}
+
+/// Sequences of random lengths: the tokens of each, and its head-major segments.
+struct Tokens {
+  std::vector<int64_t> first{0}, segments;
+  Buffer offsets;
+  Tokens(Random& random, int64_t heads) {
+    for (int64_t s = 1 + random.below(3); s > 0; --s) {
+      const int64_t n = chance(random, 0.2) ? 0 : 1 + random.below(20);
+      first.push_back(first.back() + n);
+      segments.insert(segments.end(), size_t(heads), n);
+    }
+    offsets = Buffer::of<int64_t>({int64_t(first.size())}, first);
+  }
+};
+
+void split_heads_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(50); ++i) {
+    const int64_t heads = pick<int64_t>(random, {1, 3, 8}), d = pick<int64_t>(random, {64, 80, 96, 128, 256});
+    const Tokens tokens(random, heads);
+    const int64_t count = tokens.first.back(), others = random.below(2) * 2;  // a slice of the heads of a wider product
+    const Poisoned wide = filled(Dtype::F32, {count, heads + others, d}, [&] { return random.normal(); }, random.below(2));
+    const Tensor x = wide->slice(1, others / 2, others / 2 + heads);
+    const Poisoned norm = filled(Dtype::F32, {d}, [&] { return random.normal(); });
+    Rope rope;
+    rope.dims = int(chance(random, 0.7) ? d : d / 4 * 2);
+    rope.neox = chance(random, 0.5);
+    double power = 0;
+    const Poisoned inv_freq = filled(Dtype::F32, {rope.dims / 2}, [&] { return std::pow(1e4, -2 * power++ / rope.dims); });
+    rope.inv_freq = inv_freq;
+    const double furthest = pick(random, {1.0, 100.0, 30000.0});
+    const bool by_head = chance(random, 0.3);
+    const Poisoned positions = filled(Dtype::I32, by_head ? std::vector<int64_t>{count, heads} : std::vector<int64_t>{count}, [&] { return std::floor(furthest * random.uniform()); });
+    const bool turned = chance(random, 0.7), normed = chance(random, 0.5);
+    const RaggedData want = ragged(random, pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16}), tokens.segments, heads, d, Layout::any(random));
+    const Poisoned got = want.values.twin();
+    Ragged to = want.view;
+    to.values = got;
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + x.shape() + " to " + info(want.values->type).name + (turned ? ", rope" : "") + (normed ? ", norm" : "") + (rope.neox ? ", neox" : ""));
+    Queue queue;
+    oracle().split_heads(queue, x, tokens.offsets, normed ? norm.view() : Tensor(), 1e-6f, turned ? &rope : nullptr, positions, want);
+    run.split_heads(queue, x, tokens.offsets, normed ? norm.view() : Tensor(), 1e-6f, turned ? &rope : nullptr, positions, to);
+    const double type_unit = low_precision(want.values->type, want.values->type);
+    expect_close("out", want.values, got, largest(want.values) * (type_unit + 0x1p-19 + (turned ? 0x1p-23 * furthest : 0)));
+  }
+}
+
+void merge_heads_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(30); ++i) {
+    const int64_t heads = pick<int64_t>(random, {1, 3, 8}), d = pick<int64_t>(random, {5, 64, 80, 128});
+    const Tokens tokens(random, heads);
+    const RaggedData in = normal_ragged(random, Dtype::F32, tokens.segments, heads, d, Layout::any(random));
+    const Poisoned want(Dtype::F32, {tokens.first.back(), heads * d}, random.below(2), random.below(2) * 3), got = want.twin();
+    Queue queue;
+    oracle().merge_heads(queue, in, tokens.offsets, want);
+    run.merge_heads(queue, in, tokens.offsets, got);
+    expect_close("y", want, got, 0);
+  }
+}
+
+void glu_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(30); ++i) {
+    const int64_t rows = random.below(10), width = pick<int64_t>(random, {1, 7, 64, 100, 1536});
+    const double size = pick(random, {1.0, 50.0});
+    const Poisoned gate = filled(Dtype::F32, {rows, width}, [&] { return size * random.normal(); }, random.below(2), random.below(2) * 3);
+    const Poisoned up = filled(Dtype::F32, {rows, width}, [&] { return random.normal(); }, random.below(2));
+    const Activation activation = pick(random, {Activation::Silu, Activation::GeluTanh});
+    Poisoned want = gate.twin(), got = gate.twin(), same = gate.twin();
+    copy(gate.view(), same.view());
+    Queue queue;
+    oracle().glu(queue, gate, up, activation, want);
+    run.glu(queue, gate, up, activation, got);
+    run.glu(queue, same, up, activation, same);
+    expect_close("y", want, got, plain(1, std::max(1.0, largest(want))));
+    expect_close("y in place", got, same, 0);
+  }
+}
+
+void add_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(20); ++i) {
+    const int64_t rows = random.below(10), width = pick<int64_t>(random, {1, 7, 64, 100, 1536});
+    const Poisoned x = filled(Dtype::F32, {rows, width}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+    const Poisoned want = filled(Dtype::F32, {rows, width}, [&] { return random.normal(); }, random.below(2)), got = want.twin();
+    copy(want.view(), got.view());
+    Queue queue;
+    oracle().add(queue, x, want);
+    run.add(queue, x, got);
+    expect_close("y", want, got, 0);
+  }
+}
+
+std::vector<float> read(const Tensor& t) {
+  std::vector<float> out;
+  each(t, [&](auto index) { out.push_back(float(number(t, index))); });
+  return out;
+}
+
+TEST(Reference, ModelArithmeticOfSmallNumbers) {
+  Queue queue;
+  using V = std::vector<float>;
+  const Buffer w = Buffer::of<float>({2, 3}, V{1, 2, 3, 4, 5, 6}), x = Buffer::of<float>({2, 3}, V{1, 0, -1, 2, 1, 0}), bias = Buffer::of<float>({2}, V{10, 20});
+  Buffer y = Buffer::of<float>({2, 2}, V{1, 1, 1, 1});
+  oracle().matmul(queue, w, x, bias, true, y);
+  EXPECT_EQ(read(y), (V{9, 19, 15, 34}));
+  oracle().matmul(queue, w, x, {}, false, y);
+  EXPECT_EQ(read(y), (V{-2, -2, 4, 13}));
+  const Buffer ids = Buffer::of<int32_t>({2}, std::vector<int32_t>{1, 0});
+  Buffer rows(Dtype::F32, {2, 3});
+  oracle().embed(queue, w, ids, 2, rows);
+  EXPECT_EQ(read(rows), (V{8, 10, 12, 2, 4, 6}));
+  const Buffer wrong = Buffer::of<int32_t>({2}, std::vector<int32_t>{2, 0});
+  EXPECT_THROW(oracle().embed(queue, w, wrong, 2, rows), Error);
+  const Buffer four = Buffer::of<float>({1, 2}, V{3, 4}), twice = Buffer::of<float>({2}, V{2, 1});
+  Buffer norm(Dtype::F32, {1, 2});
+  oracle().rms_norm(queue, four, twice, 0, norm);
+  EXPECT_NEAR(norm->at<float>(0, 0), 6 / std::sqrt(12.5), 1e-6);
+  EXPECT_NEAR(norm->at<float>(0, 1), 4 / std::sqrt(12.5), 1e-6);
+  const Buffer gate = Buffer::of<float>({1, 2}, V{1, -2}), up = Buffer::of<float>({1, 2}, V{2, 3});
+  Buffer act(Dtype::F32, {1, 2});
+  oracle().glu(queue, gate, up, Activation::Silu, act);
+  EXPECT_NEAR(act->at<float>(0, 0), 2 / (1 + std::exp(-1.0)), 1e-6);
+  oracle().glu(queue, gate, up, Activation::GeluTanh, act);  // the tanh form is within 1e-3 of x Φ(x)
+  EXPECT_NEAR(act->at<float>(0, 1), 3 * -2 * 0.5 * std::erfc(2 / std::sqrt(2.0)), 2e-3);
+}
+
+TEST(Reference, HeadsAreSplitTurnedAndMerged) {
+  Queue queue;
+  using V = std::vector<float>;
+  // Two tokens of two heads of four channels; a quarter turn at position 1, none at position 0.
+  const Buffer x = Buffer::of<float>({2, 2, 4}, V{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16});
+  const Buffer first = Buffer::of<int64_t>({2}, std::vector<int64_t>{0, 2}), positions = Buffer::of<int32_t>({2}, std::vector<int32_t>{0, 1});
+  const Buffer inv_freq = Buffer::of<float>({2}, V{1.5707964f, 0});
+  Random random(0);
+  RaggedData out = ragged(random, Dtype::F32, {2, 2}, 2, 4, {});
+  Rope rope;
+  rope.inv_freq = inv_freq;
+  rope.dims = 4;
+  auto close = [&](const V& expected) {
+    const V got = read(out.values);
+    for (size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(got[i], expected[i], 1e-5) << i;
+  };
+  oracle().split_heads(queue, x, first, {}, 0, &rope, positions, out);
+  close({1, 2, 3, 4, -11, 10, 9, 12, 5, 6, 7, 8, -15, 14, 13, 16});  // pairs (0, 2) and (1, 3)
+  rope.neox = false;
+  oracle().split_heads(queue, x, first, {}, 0, &rope, positions, out);
+  close({1, 2, 3, 4, -10, 9, 11, 12, 5, 6, 7, 8, -14, 13, 15, 16});  // pairs (0, 1) and (2, 3)
+  oracle().split_heads(queue, x, first, {}, 0, nullptr, {}, out);
+  Buffer y(Dtype::F32, {2, 8});
+  oracle().merge_heads(queue, out, first, y);
+  EXPECT_EQ(read(y), read(x));
+}
+
+}  // namespace
+
+std::vector<Check> model_checks() {
+  using enum Check::Against;
+  return {{Reference, "matmul", matmul_equals_reference},           {Reference, "embed", embed_equals_reference},
+          {Reference, "dequantise", dequantise_equals_reference},   {Reference, "rms_norm", rms_norm_equals_reference},
+          {Reference, "split_heads", split_heads_equals_reference}, {Reference, "merge_heads", merge_heads_equals_reference},
+          {Reference, "glu", glu_equals_reference},                 {Reference, "add", add_equals_reference}};
+}
 
 }  // namespace heed::test
