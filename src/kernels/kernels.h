@@ -235,8 +235,8 @@ struct Kernels {
   /// touch are made anew from the keys as kept, of entries before max(length, first + rows). Pages must be there; length
   /// is not changed. Channel-axis layouts: whole groups only, except at the end of a segment.
   void (*page_write)(Queue&, const Pages&, const Ragged& k, const Ragged& v, Tensor positions, Tensor first);
-  /// All entries of every segment → k, v (F32, BF16 or F16; segments have pages.length rows), positions I32 (each may
-  /// be empty). `read` rotates plain keys; null leaves them plain.
+  /// All entries of every segment → k, v (F32, BF16 or F16; segments have pages.length rows), positions I32 (laid out
+  /// as k, which may have offsets and no values; each may be empty). `read` rotates plain keys; null leaves them plain.
   void (*page_read)(Queue&, const Pages&, const Read* read, const Ragged& k, const Ragged& v, Tensor positions);
   /// Entry index[s · capacity + i] of segment s moves to place i of `to`, for i < count[s], User columns and bias with
   /// it; block columns are made anew (of count[s] entries). index I32 [segments · capacity], count I32 [segments]; index

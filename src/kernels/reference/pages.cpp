@@ -79,7 +79,7 @@ void page_read(Queue&, const Pages& pages, const Read* read, const Ragged& k, co
         }
         if (v.values)
           for (int c = 0; c < page.layout.d_v; ++c) store(v.values, offset(v.values, v.begin(s) + e, c), double(page.v().get(in_page + i, c)));
-        if (positions) positions.at<int32_t>((k.values ? k : v).begin(s) + e) = position;
+        if (positions) positions.at<int32_t>((k.offsets ? k : v).begin(s) + e) = position;
       }
     });
 }

@@ -34,7 +34,9 @@ struct StreamingLLM final : KeepPolicy {
   Ragged score(LayerView& at) const override {
     Ragged age = at.per_entry();
     const Tensor positions = at.queue.scratch.take(Dtype::I32, {age.bound});
-    at.run().page_read(at.queue, at.store->pages(), nullptr, {}, {}, positions);
+    Ragged places = age;  // where each segment's numbers lie; keys and values themselves are not wanted
+    places.values = {};
+    at.run().page_read(at.queue, at.store->pages(), nullptr, places, {}, positions);
     copy(positions, age.values);
     return force(at.queue, age, sinks, 0);
   }
