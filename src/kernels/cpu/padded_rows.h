@@ -35,13 +35,15 @@ struct Rows {
   explicit Rows(const Tensor& t)
       : data(static_cast<const char*>(t.data)), stride(t.stride[0] * info(t.type).bytes), width(t.rank > 1 ? t.size[1] : 1), type(t.type) {}
 
-  /// Row `row` into `to`, which has padded(width) floats.
-  void read(int64_t row, float* to, float by = 1) const {
+  /// Row `row` times `by` into `to`, which has padded(width) floats.
+  void read(int64_t row, float* to, float by = 1) const { read_part(row, 0, width, to, by); }
+  /// Numbers first … first + count of it, into padded(count) floats.
+  void read_part(int64_t row, int64_t first, int64_t count, float* to, float by = 1) const {
     const char* from = data + row * stride;
     switch (type) {
-      case Dtype::BF16: return widen(reinterpret_cast<const bf16*>(from), width, padded(width), by, to);
-      case Dtype::F16: return widen(reinterpret_cast<const f16*>(from), width, padded(width), by, to);
-      default: return widen(reinterpret_cast<const float*>(from), width, padded(width), by, to);
+      case Dtype::BF16: return widen(reinterpret_cast<const bf16*>(from) + first, count, padded(count), by, to);
+      case Dtype::F16: return widen(reinterpret_cast<const f16*>(from) + first, count, padded(count), by, to);
+      default: return widen(reinterpret_cast<const float*>(from) + first, count, padded(count), by, to);
     }
   }
 };

@@ -2,6 +2,6 @@
 
 namespace heed::HEED_ISA {
 
-void fill_recurrence(Kernels&) {}
+void fill_recurrence(Kernels& t) { t.recur = recur; }
 
 }  // namespace heed::HEED_ISA
