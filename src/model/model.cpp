@@ -145,7 +145,9 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
     model->layers_.push_back(w);
   }
   for (const Gguf::Entry& entry : file.tensors()) model->bytes_ += entry.tensor.bytes();
-  if (file.find("tokenizer.ggml.model")) model->tokenizer_ = value_or_throw(Tokenizer::from(file));
+  // Files without a vocabulary say "none"; they run on token numbers.
+  const std::string_view vocabulary = value_or_throw(file.string("tokenizer.ggml.model", "none"));
+  if (vocabulary != "none" && vocabulary != "no_vocab") model->tokenizer_ = value_or_throw(Tokenizer::from(file));
   return model;
 } catch (const Error& error) {
   return tl::unexpected(error.failure());
