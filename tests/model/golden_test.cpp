@@ -26,9 +26,11 @@ TEST_P(GoldenTest, EqualsLlamaCpp) {
   std::vector<int32_t> ids;
   for (int i = 0; i < kTokens; ++i) ids.push_back((i * 37 + 11) % vocabulary);
 
-  std::vector<std::pair<std::string, double>> backends{{"reference", 2e-4}};
+  // llama.cpp looks GELU up in a table of half-precision numbers, which alone moves Gemma's logits by 2e-3.
+  const double exact = GetParam() == std::string("gemma3") ? 5e-3 : 2e-4;
+  std::vector<std::pair<std::string, double>> backends{{"reference", exact}};
   for (const Kernels* table : cpu_kernels())
-    backends.emplace_back(table->name, table->name.find("bf16") != std::string::npos || table->name == "amx" ? 0.2 : 1e-3);
+    backends.emplace_back(table->name, table->name.find("bf16") != std::string::npos || table->name == "amx" ? 0.2 : exact + 1e-3);
   for (const auto& [backend, bound] : backends) {
     SessionOptions options;
     options.backend = backend;
