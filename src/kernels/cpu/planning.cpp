@@ -3,6 +3,7 @@
 namespace heed::HEED_ISA {
 
 void fill_planning(Kernels& t) {
+  t.attend_backward = attend_backward;
   t.pool = pool;
   t.smooth = smooth;
   t.proxy = proxy;
