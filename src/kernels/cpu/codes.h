@@ -11,7 +11,8 @@ namespace heed::HEED_ISA {
 
 using Codes = __m256i;
 using Sums = __m256i;  // eight sums of four products: the lower four of codes 0–15, the upper four of 16–31
-using Acc = __m256;
+using Acc = __m256;    // eight f32
+inline constexpr int kSums = 8;
 
 HEED_INLINE Codes load_codes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 /// 16 bytes → 32 codes: the low halves, then the high halves.
@@ -79,7 +80,14 @@ HEED_INLINE Acc accumulate(Acc acc, Sums sums, const float* scale) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), s, acc);
 }
 HEED_INLINE Acc no_sum() { return _mm256_setzero_ps(); }
-HEED_INLINE Acc plus(Acc a, Acc b) { return _mm256_add_ps(a, b); }
+HEED_INLINE Acc load_sums(const float* p) { return _mm256_loadu_ps(p); }
+HEED_INLINE void store_sums(float* p, Acc x) { _mm256_storeu_ps(p, x); }
+HEED_INLINE Acc add_product(Acc acc, Acc a, Acc b) { return _mm256_fmadd_ps(a, b, acc); }
+/// x with its first n lanes 0.
+HEED_INLINE Acc without_first(Acc x, int n) {
+  const __m256i kept = _mm256_cmpgt_epi32(_mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8), _mm256_set1_epi32(n));
+  return _mm256_and_ps(x, _mm256_castsi256_ps(kept));
+}
 HEED_INLINE float total(Acc a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -98,6 +106,25 @@ HEED_INLINE void widen(Codes c, F f[32 / kLanes]) {
     f[i] = _mm256_cvtepi32_ps(Signed ? _mm256_cvtepi8_epi32(eight) : _mm256_cvtepu8_epi32(eight));
   }
 #endif
+}
+
+/// kSums half-precision numbers, `stride` bytes apart: inserted one by one, because scalar stores and a wide load in
+/// their place would be a failed store forwarding.
+template <int stride>
+HEED_INLINE Acc load_strided(const void* first) {
+  const auto half = [&](int i) {
+    uint16_t bits;
+    std::memcpy(&bits, static_cast<const char*>(first) + i * stride, 2);
+    return int(bits);
+  };
+  __m128i x = _mm_cvtsi32_si128(half(0));
+  x = _mm_insert_epi16(x, half(1), 1);
+  x = _mm_insert_epi16(x, half(2), 2);
+  x = _mm_insert_epi16(x, half(3), 3);
+  x = _mm_insert_epi16(x, half(4), 4);
+  x = _mm_insert_epi16(x, half(5), 5);
+  x = _mm_insert_epi16(x, half(6), 6);
+  return _mm256_cvtph_ps(_mm_insert_epi16(x, half(7), 7));
 }
 
 /// out[i] = by · byte i.
@@ -126,6 +153,7 @@ struct Sums {
   int32x4_t low, high;
 };
 using Acc = float32x4_t;
+inline constexpr int kSums = 4;
 
 HEED_INLINE Codes load_codes(const void* p) {
   const uint8_t* b = static_cast<const uint8_t*>(p);
@@ -178,7 +206,14 @@ HEED_INLINE Acc accumulate(Acc acc, Sums sums, const float* scale) {
   return vfmaq_n_f32(acc, vcvtq_f32_s32(sums.high), scale[1]);
 }
 HEED_INLINE Acc no_sum() { return vdupq_n_f32(0); }
-HEED_INLINE Acc plus(Acc a, Acc b) { return vaddq_f32(a, b); }
+HEED_INLINE Acc load_sums(const float* p) { return vld1q_f32(p); }
+HEED_INLINE void store_sums(float* p, Acc x) { vst1q_f32(p, x); }
+HEED_INLINE Acc add_product(Acc acc, Acc a, Acc b) { return vfmaq_f32(acc, a, b); }
+HEED_INLINE Acc without_first(Acc x, int n) {
+  constexpr int32_t lane[4] = {0, 1, 2, 3};
+  const uint32x4_t kept = vcgeq_s32(vld1q_s32(lane), vdupq_n_s32(n));
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), kept));
+}
 HEED_INLINE float total(Acc a) { return vaddvq_f32(a); }
 
 template <bool Signed>
@@ -200,6 +235,16 @@ HEED_INLINE void widen(Codes c, F f[32 / kLanes]) {
       }
     }
   }
+}
+
+template <int stride>
+HEED_INLINE Acc load_strided(const void* first) {
+  const char* p = static_cast<const char*>(first);
+  float16x4_t x = vld1_dup_f16(reinterpret_cast<const __fp16*>(p));
+  x = vld1_lane_f16(reinterpret_cast<const __fp16*>(p + stride), x, 1);
+  x = vld1_lane_f16(reinterpret_cast<const __fp16*>(p + 2 * stride), x, 2);
+  x = vld1_lane_f16(reinterpret_cast<const __fp16*>(p + 3 * stride), x, 3);
+  return vcvt_f32_f16(x);
 }
 
 HEED_INLINE void scale_bytes(uint64_t bytes, float by, float out[8]) {

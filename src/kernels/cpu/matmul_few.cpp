@@ -53,48 +53,65 @@ void row_times_tokens(const char* row, int64_t width, const Rounded* x, float* r
   constexpr int shift = Q::offset + (Q::is_signed ? kSignedBias : 0);
   float scale[kPart / Q::group + 16], low[kPart / Q::group + 16], both[Tokens][kPart / Q::group + 16];
   Acc acc[Tokens][chains];
-  F lows[Tokens];
+  Acc lows[Tokens];
   for (int t = 0; t < Tokens; ++t) {
-    lows[t] = zero();
+    lows[t] = no_sum();
     for (Acc& a : acc[t]) a = no_sum();
   }
   const Block* blocks = reinterpret_cast<const Block*>(row);
   for (int64_t begin = 0; begin < width; begin += kPart) {
     const int64_t n = std::min(kPart, width - begin) / per_block, n_groups = n * groups, g0 = begin / Q::group;
-    for (int64_t b = 0; b < n; ++b) Q::scales(blocks[b], scale + b * groups, low + b * groups);
-    store(scale + n_groups, zero());
-    if constexpr (Q::has_low) store(low + n_groups, zero());
-    for (int64_t g = 0; g < n_groups; g += kLanes) {
-      const F s = load(scale + g);
+    // Scales of kSums groups from g on, the first `done` of which have been here before.
+    const auto prepare = [&](int64_t g, Acc s, Acc l, int done) {
       for (int t = 0; t < Tokens; ++t) {
-        const F product = s * load(x[t].scale + g0 + g);
-        store(both[t] + g, product);
-        if constexpr (Q::has_low) lows[t] = fma(load(low + g), load(x[t].sum + g0 + g), lows[t]);
-        else if constexpr (shift != 0) lows[t] = fma(s, load(x[t].sum + g0 + g), lows[t]);
+        store_sums(both[t] + g, s * load_sums(x[t].scale + g0 + g));
+        if constexpr (Q::has_low || shift != 0) {
+          const Acc sum = without_first(load_sums(x[t].sum + g0 + g), done);
+          lows[t] = add_product(lows[t], Q::has_low ? l : s, sum);
+        }
       }
+    };
+    if (units == 1 && n >= kSums) {
+      for (int64_t ready = 0; ready < n; ready += kSums) {
+        const int64_t from = std::min(ready, n - kSums);
+        const Block* at = blocks + from;
+        Acc l = no_sum();
+        if constexpr (units == 1 && Q::has_low) l = load_strided<sizeof(Block)>(&at->m);
+        prepare(from, load_strided<sizeof(Block)>(&at->d), l, int(ready - from));
+      }
+    } else {
+      for (int64_t b = 0; b < n; ++b) Q::scales(blocks[b], scale + b * groups, low + b * groups);
+      store(scale + n_groups, zero());
+      store(low + n_groups, zero());
+      for (int64_t g = 0; g < n_groups; g += kSums) prepare(g, load_sums(scale + g), Q::has_low ? load_sums(low + g) : no_sum(), 0);
     }
-    const auto unit = [&]<int i>(int64_t b, int chain) {
+    const auto unit = [&]<int i, int chain>(int64_t b) {
       const Codes w = Q::template codes<i>(blocks[b]);
       for (int t = 0; t < Tokens; ++t) {
+        Acc& sum = acc[t][chain % chains];
         const Sums s = dot<Q::is_signed>(w, load_codes(x[t].codes + begin + b * per_block + 32 * i));
-        acc[t][chain % chains] = accumulate<Q::group>(acc[t][chain % chains], s, both[t] + b * groups + i * (32 / Q::group));
+        sum = accumulate<Q::group>(sum, s, both[t] + b * groups + i * (32 / Q::group));
       }
     };
     int64_t b = 0;
     if constexpr (units == 1) {
-      for (; b + 4 <= n; b += 4)
-        for (int j = 0; j < 4; ++j) unit.template operator()<0>(b + j, j);
+      for (; b + 4 <= n; b += 4) {
+        unit.template operator()<0, 0>(b);
+        unit.template operator()<0, 1>(b + 1);
+        unit.template operator()<0, 2>(b + 2);
+        unit.template operator()<0, 3>(b + 3);
+      }
     }
     for (; b < n; ++b) {
-      [&]<int... i>(std::integer_sequence<int, i...>) { (unit.template operator()<i>(b, i), ...); }
+      [&]<int... i>(std::integer_sequence<int, i...>) { (unit.template operator()<i, i>(b), ...); }
       (std::make_integer_sequence<int, units>());
     }
     blocks += n;
   }
   for (int t = 0; t < Tokens; ++t) {
     Acc sum = acc[t][0];
-    for (int c = 1; c < chains; ++c) sum = plus(sum, acc[t][c]);
-    result[t] = total(sum) + hsum(lows[t]) * (Q::has_low ? 1.0f : -float(shift));
+    for (int c = 1; c < chains; ++c) sum = sum + acc[t][c];
+    result[t] = total(sum) + total(lows[t]) * (Q::has_low ? 1.0f : -float(shift));
   }
 }
 
