@@ -128,8 +128,8 @@ bool KeyView::gather(Walk& walk, const Lanes& lanes, const Mods& mods, Chunk& ch
 void KeyView::open(Tile& tile, Chunk& chunk, bool values) const {
   if (pages_) open_pages(tile, chunk, values);
   else open_panel(tile, chunk, values);
-  // Micro-kernels take whole blocks of keys: the last one again.
-  for (int j = chunk.count; j % 12; ++j) chunk.k[j] = chunk.k[chunk.count - 1];
+  // Micro-kernels take whole blocks of 6, 8 or 12 keys: the last key again, up to a multiple of all three.
+  for (int j = chunk.count; j % 24; ++j) chunk.k[j] = chunk.k[chunk.count - 1];
 }
 
 void KeyView::open_panel(Tile& tile, Chunk& chunk, bool values) const {
