@@ -88,7 +88,7 @@ class LayerView {
   Ragged k, v;      // Prompt, Chunk, Replay: panels of every key the new queries may see, old ones first. Decode: empty
   Tensor k_pos;     // I32, as k's rows: true positions
   Mods mods;        // of this layer; plan and read may change it
-  Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran
+  Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran; before it: dense, causal or not
   Read read;        // after attention of a Decode: what was read
   Tensor out, lse;  // after attention: F32, as q's rows
   LayerStore* store = nullptr;      // the new entries are in it

@@ -40,7 +40,9 @@ Ragged LayerView::per_entry(int64_t width) const {
 
 Ragged LayerView::observe(const Ragged& rows, const Observe& how, const Plan* plan) const {
   Ragged columns = per_entry(how.heads == Observe::Heads::Each ? model.group() : 1);
-  run().observe(queue, rows, keys(), plan, mods, how, columns);
+  Plan all;
+  all.causal = this->plan.causal;
+  run().observe(queue, rows, keys(), plan ? plan : &all, mods, how, columns);
   return columns;
 }
 

@@ -144,10 +144,10 @@ struct Select {
     Threshold,  // all with score ≥ p
   } by = By::TopK;
   int64_t k = 0;
-  Tensor count;          // I32 [segments]: k for each segment
+  Tensor count = {};     // I32 [segments]: k for each segment
   float p = 0;
   bool crossing = true;  // TopP: an element is in while the sum before it < p · total; false: while the sum with it ≤ p · total
-  Tensor held;           // TopP, optional F32 [segments]: weight that entries outside the scores (forced ones) hold already: it
+  Tensor held = {};      // TopP, optional F32 [segments]: weight that entries outside the scores (forced ones) hold already: it
                          // is part of the total and lies before the first element
   int64_t at_least = 0;  // TopP, Threshold: the largest so many are in anyway
 };

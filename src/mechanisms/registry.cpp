@@ -6,7 +6,10 @@ namespace heed {
 
 std::span<const Entry> registry() {
   using namespace mechanisms;
-  static const std::vector<Entry> entries = {dense(), adakv(), h2o(), pyramidkv(), snapkv(), streaming_llm(), tova()};
+  static const std::vector<Entry> entries = {
+      dense(), act(), adakv(), flexprefill(), gdn(), h2o(), kivi(), kvzip(), moba(), pyramidkv(), quest(), ring(),
+      snapkv(), streaming_llm(), tidal_decode(), tova(), xattention(),
+  };
   return entries;
 }
 

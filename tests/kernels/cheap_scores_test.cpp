@@ -180,6 +180,8 @@ TEST_P(CheapScores, SelectEqualsReference) {
     how.at_least = chance(random, 0.4) ? random.below(20) : 0;
     const Poisoned each_k = filled(Dtype::I32, {segments}, [&] { return double(random.below(60) - 1); });
     if (chance(random, 0.4)) how.count = each_k;
+    const Poisoned held = filled(Dtype::F32, {segments}, [&] { return double(random.below(400)) / 64; });
+    if (chance(random, 0.3)) how.held = held;
     const Poisoned index(Dtype::I32, {segments * capacity}), count(Dtype::I32, {segments}), got_index = index.twin(), got_count = count.twin();
     oracle.select(queue, scores, how, capacity, index, count);
     run.select(queue, scores, how, capacity, got_index, got_count);

@@ -66,10 +66,11 @@ Cut largest(const Key* keys, int64_t n, int64_t wanted, Bins& bins) {
   return cut;
 }
 
-/// The largest, in order, until their share of the total of scores below +∞ reaches p; +∞ is taken without counting.
-Cut largest_share(const Key* keys, int64_t n, float p, bool crossing, Bins& bins) {
+/// The largest, in order, until their share of the total of scores below +∞ and what is held reaches p; +∞ is taken
+/// without counting.
+Cut largest_share(const Key* keys, int64_t n, float p, double held, bool crossing, Bins& bins) {
   Cut cut;
-  double before = 0, limit = 0;
+  double before = held, limit = 0;
   for (const Digit digit : kDigits) {
     std::memset(&bins, 0, sizeof bins);
     for (int64_t i = 0; i < n; ++i)
@@ -80,7 +81,7 @@ Cut largest_share(const Key* keys, int64_t n, float p, bool crossing, Bins& bins
       }
     const int most = (1 << digit.bits) - 1;
     if (digit.shift == kDigits[0].shift) {
-      double total = 0;
+      double total = held;
       for (int bin = most; bin >= 0; --bin) total += bins.sum[bin];
       limit = double(p) * total;
     }
@@ -154,6 +155,7 @@ void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capac
   check_tensor(where, "index", index, {segments * capacity}, false, Dtype::I32);
   check_tensor(where, "count", count, {segments}, false, Dtype::I32);
   check_tensor(where, "k of each segment", how.count, {segments}, true, Dtype::I32);
+  check_tensor(where, "weight held already", how.held, {segments}, true, Dtype::F32);
   int64_t longest = 0;
   for (int64_t s = 0; s < segments; ++s) longest = std::max(longest, scores.length(s));
   constexpr int64_t bins_floats = int64_t(sizeof(Bins) / sizeof(float));
@@ -173,7 +175,7 @@ void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capac
     switch (how.by) {
       case Select::By::TopK: wanted = how.count ? how.count.at<int32_t>(s) : how.k; break;
       case Select::By::TopP:
-        cut = largest_share(keys, n, how.p, how.crossing, bins);
+        cut = largest_share(keys, n, how.p, how.held ? double(how.held.at<float>(s)) : 0, how.crossing, bins);
         if (cut.count() < how.at_least) wanted = how.at_least;
         break;
       case Select::By::Threshold:

@@ -35,6 +35,7 @@ struct AdaKV final : KeepWrapper {
     for (int64_t l = 0; l < counts.size[0]; ++l) {
       const std::vector<int64_t> forced = certain(a, a.scores[size_t(l)]);
       for (int64_t s = 0; s < counts.size[1]; ++s) {
+        if (even.at<int32_t>(l, s) >= a.scores[size_t(l)].length(s)) continue;  // room for all: nothing to divide
         const int64_t f = std::min<int64_t>(forced[size_t(s)], even.at<int32_t>(l, s));
         const int64_t share = std::max<int64_t>(0, counts.at<int32_t>(l, s) - f), budget = even.at<int32_t>(l, s) - f;
         counts.at<int32_t>(l, s) = int32_t(f + std::llround((1 - alpha) * double(share) + std::floor(alpha * double(budget))));

@@ -1,0 +1,293 @@
+#include "lab/apply.h"
+
+#include <algorithm>
+
+#include "attention/plans.h"
+#include "mechanisms/registry.h"
+
+namespace heed {
+namespace {
+
+Dtype float_type(Dtype type, const char* where) {
+  if (type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16) return type;
+  throw Error(Code::Invalid, where, std::string("'") + info(type).name + "' is no type to attend in", "f32, bf16 or f16");
+}
+
+PageType page_type(Dtype type) {
+  PageType page;
+  page.kind = type == Dtype::F32 ? PageType::Kind::F32 : type == Dtype::BF16 ? PageType::Kind::BF16 : PageType::Kind::F16;
+  return page;
+}
+
+bool real(Dtype type) { return type == Dtype::F32 || type == Dtype::F64 || type == Dtype::F16 || type == Dtype::BF16; }
+
+/// One layer without a model: h heads of n queries over g heads of m keys.
+class Harness {
+ public:
+  Harness(const std::string& spec, const ApplyInput& in) : in_(in) {
+    check(in);
+    queue_.run = in.backend == "auto" || in.backend == "cpu" ? cpu_kernels().front() : &kernels_named(in.backend);
+    h_ = in.q.size[0], n_ = in.q.size[1], g_ = in.k.size[0], m_ = in.k.size[1];
+    model_.architecture = "apply";
+    model_.h = int(h_), model_.g = int(g_), model_.d = int(in.q.size[2]), model_.d_v = int(in.v.size[2]);
+    model_.scale = in.scale;
+    composition_ = value_or_throw(Composition::parse(spec, model_, registry()));
+
+    const Dtype type = float_type(in.dtype, "--dtype");
+    q_ = Buffer(Dtype::F32, {h_ * n_, model_.d}), k_ = Buffer(type, {g_ * m_, model_.d}), v_ = Buffer(type, {g_ * m_, model_.d_v});
+    copy(in.q, q_->reshape({h_, n_, model_.d}));
+    copy(in.k, k_->reshape({g_, m_, model_.d}));
+    copy(in.v, v_->reshape({g_, m_, model_.d_v}));
+    q_offsets_ = steps(h_, n_), k_offsets_ = steps(g_, m_);
+    q_pos_ = Buffer(Dtype::I32, {h_ * n_}), k_pos_ = Buffer(Dtype::I32, {g_ * m_});
+    for (int64_t r = 0; r < g_ * m_; ++r) k_pos_->at<int32_t>(r) = position(r % m_);
+    for (int64_t r = 0; r < h_ * n_; ++r) q_pos_->at<int32_t>(r) = position(m_ - n_ + r % n_);
+    for (const auto& [name, tensor] : in.inputs) {
+      if (!real(tensor.type)) {
+        inputs_[name] = tensor;
+        continue;
+      }
+      owned_.emplace_back(Dtype::F32, std::span(tensor.size.data(), size_t(tensor.rank)));
+      copy(tensor, owned_.back());
+      inputs_[name] = owned_.back();
+    }
+
+    StoreOptions options;  // keys come as they are read: without a rotation of its own the store keeps none plain
+    options.k = options.v = page_type(type);
+    bool quantised = false;
+    Needs types;
+    for (const Composition::Part& p : composition_.parts()) {
+      if (has(p.roles, Role::Drive))
+        throw Error(Code::Unsupported, "apply", p.entry->name + " feeds a model its own way", "use it with a model: heed run, heed eval");
+      const Needs needs = p.mechanism->needs(model_);
+      options.bias |= needs.bias;
+      if (needs.positions != Read::Positions::True) positions_ = needs.positions;
+      options.columns.insert(options.columns.end(), needs.columns.begin(), needs.columns.end());
+      if (needs.quantised) quantised = true, types = needs;
+      states_.push_back(p.mechanism->open(model_));
+    }
+    const StoreShape shape{int(g_), model_.d, model_.d_v};
+    store_ = std::make_unique<Store>(std::span(&shape, 1), options, queue_.run->v_transposed);
+    if (quantised) store_->add_layout(types.quantised_k, types.quantised_v);
+  }
+
+  ApplyOutput run() {
+    if (int p = composition_.owner(Role::State, 0); p >= 0) return recur(p);
+    LayerView at = view(Phase::Prompt);
+    at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_}, at.v = {v_, k_offsets_, {}, g_, g_ * m_};
+    at.q_pos = at.mods.q_pos = q_pos_, at.k_pos = at.mods.k_pos = k_pos_;
+    at.plan.causal = in_.causal;
+    out_ = Buffer(Dtype::F32, {h_ * n_, model_.d_v}), lse_ = Buffer(Dtype::F32, {h_ * n_});
+    at.out = out_, at.lse = lse_;
+    store_->layer(0).append(queue_, at.k, at.v, k_pos_);
+
+    const int planner = composition_.owner(Role::Plan, 0), reader = composition_.owner(Role::Read, 0), keeper = composition_.owner(Role::Keep, 0);
+    if (planner >= 0) {
+      Plan plan = enter(at, planner).plan(at);
+      plan.causal = in_.causal;
+      at.plan = limit_heads(queue_, plan, at.q, at.k, part(planner).heads);
+    }
+    queue_.run->attend(queue_, at.q, at.k, at.v, at.plan, at.mods, at.out, at.lse);
+    density_ = density(at.plan, at.q, at.k, at.mods);
+    for (int p : composition_.edits(0)) at.out = enter(at, p).edit(at);
+    for (size_t p = 0; p < states_.size(); ++p) enter(at, int(p)).observe(at);
+    if (planner >= 0) export_plan(at);
+    if (reader >= 0) read(at, reader);
+    if (keeper >= 0) keep(at, keeper);
+
+    add("out", Dtype::F32, {h_, n_, model_.d_v}, at.out);
+    add("lse", Dtype::F32, {h_, n_}, at.lse);
+    Buffer share(Dtype::F32, {h_});
+    for (int64_t head = 0; head < h_; ++head) share->at<float>(head) = float(density_[size_t(head)]);
+    add("density", Dtype::F32, {h_}, share);
+    return std::move(output_);
+  }
+
+ private:
+  static void check(const ApplyInput& in) {
+    const Tensor &q = in.q, &k = in.k, &v = in.v;
+    for (const auto& [name, t] : {std::pair{"--q", &q}, std::pair{"--k", &k}, std::pair{"--v", &v}}) {
+      require(t->rank == 3 && t->data && real(t->type), name, "is " + t->shape() + "; three dimensions of real numbers are needed", "heads, tokens, channels");
+      require(t->size[0] >= 1 && t->size[1] >= 1 && t->size[2] >= 1 && t->size[2] <= 4096 && t->size[0] <= 65536 && t->size[1] < (int64_t(1) << 30), name,
+              t->shape() + " is empty or too large");
+    }
+    require(q.size[2] == k.size[2], "--k", "keys are " + std::to_string(k.size[2]) + " wide and queries " + std::to_string(q.size[2]));
+    require(k.size[0] == v.size[0] && k.size[1] == v.size[1], "--v", "v is " + v.shape() + " and k " + k.shape(), "the same heads and tokens are needed");
+    require(q.size[0] % k.size[0] == 0, "--q", std::to_string(q.size[0]) + " query heads are no multiple of " + std::to_string(k.size[0]) + " KV heads");
+    require(q.size[1] <= k.size[1], "--q", std::to_string(q.size[1]) + " queries over " + std::to_string(k.size[1]) + " keys", "queries are the last of the keys' positions");
+    require(in.scale >= 0, "--scale", "is negative");
+    const Tensor& at = in.positions;
+    if (!at) return;
+    require(at.rank == 1 && at.type == Dtype::I32 && at.size[0] == k.size[1], "--positions", "is " + at.shape() + "; one 32-bit number for each of " + std::to_string(k.size[1]) + " keys is needed");
+    for (int64_t j = 0; j < at.size[0]; ++j)
+      require(at.at<int32_t>(j) >= 0 && (j == 0 || at.at<int32_t>(j) > at.at<int32_t>(j - 1)), "--positions", "positions must ascend from 0 or more");
+  }
+
+  int32_t position(int64_t key) const { return in_.positions ? in_.positions.at<int32_t>(key) : int32_t(key); }
+
+  static Buffer steps(int64_t count, int64_t step) {
+    Buffer out(Dtype::I64, {count + 1});
+    for (int64_t s = 0; s <= count; ++s) out->at<int64_t>(s) = s * step;
+    return out;
+  }
+
+  LayerView view(Phase phase) {
+    LayerView at(model_, queue_, 0, phase);
+    at.prompt = {m_};
+    at.mods.scale = in_.scale;
+    at.store = &store_->layer(0), at.stores = store_.get();
+    at.inputs = &inputs_;
+    at.read.positions = positions_;
+    return at;
+  }
+
+  const Mechanism& part(int p) const { return *composition_.parts()[size_t(p)].mechanism; }
+  const Mechanism& enter(LayerView& at, int p) const {
+    at.state = states_[size_t(p)].get();
+    return part(p);
+  }
+
+  ApplyOutput recur(int p) {
+    require(composition_.parts().size() == 1, "apply", "a linear form stands alone");
+    LayerView at = view(Phase::Prompt);
+    at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_}, at.v = {v_, k_offsets_, {}, g_, g_ * m_};
+    out_ = Buffer(Dtype::F32, {h_ * n_, model_.d_v});
+    at.out = out_;
+    const Tensor state = enter(at, p).recur(at);
+    add("out", Dtype::F32, {h_, n_, model_.d_v}, at.out);
+    add("state", Dtype::F32, {h_, model_.d, model_.d_v}, state);
+    return std::move(output_);
+  }
+
+  // The last query as a decoded token: its row of out and lse is what it reads from the store.
+  void read(LayerView& prompt, int reader) {
+    LayerView at = view(Phase::Decode);
+    Buffer offsets(Dtype::I64, {h_ + 1}), ends(Dtype::I64, {h_});
+    for (int64_t head = 0; head < h_; ++head) offsets->at<int64_t>(head) = (head + 1) * n_ - 1, ends->at<int64_t>(head) = (head + 1) * n_;
+    offsets->at<int64_t>(h_) = h_ * n_;
+    at.q = {q_, offsets, ends, h_, h_ * n_};
+    at.q_pos = at.mods.q_pos = q_pos_;
+    at.read.plan = limit_heads(queue_, enter(at, reader).read(at).plan, at.q, prompt.k, part(reader).heads);
+    queue_.run->attend_store(queue_, at.q, store_->layer(0).pages(), at.read, at.mods, prompt.out, prompt.lse);
+    std::vector<std::vector<int32_t>> tokens(static_cast<size_t>(h_));
+    Mods plain;
+    for (int64_t head = 0; head < h_; ++head) {
+      auto& list = tokens[size_t(head)];
+      each_interval(at.read.plan, at.q, prompt.k, plain, 0, head, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) list.push_back(int32_t(j));
+      });
+      const double pairs = in_.causal ? double(n_) * double(m_ - n_) + double(n_) * double(n_ + 1) / 2 : double(n_) * double(m_);
+      density_[size_t(head)] -= double(m_ - int64_t(list.size())) / pairs;
+    }
+    add_lists("read", tokens);
+  }
+
+  void keep(LayerView& at, int keeper) {
+    const auto& policy = static_cast<const KeepPolicy&>(enter(at, keeper));
+    if (!policy.settle(at)) {
+      const Ragged scores = policy.score(at);
+      const Tensor counts = policy.allocate({queue_, model_, 0, std::span(&scores, 1), at.prompt, policy.kept()});
+      evict(at, scores, counts.select(0, 0), policy.heads);
+    }
+    std::vector<std::vector<int32_t>> positions;
+    for (int64_t head = 0; head < g_; ++head) positions.push_back(store_->layer(0).positions(head));
+    add_lists("kept", positions);
+
+    // What the last query would read from what is left.
+    Buffer out(Dtype::F32, {h_, model_.d_v}), lse(Dtype::F32, {h_}), q(Dtype::F32, {h_, model_.d}), pos(Dtype::I32, {h_});
+    copy(q_->reshape({h_, n_, model_.d}).select(1, n_ - 1), q);
+    std::fill_n(pos->as<int32_t>(), h_, position(m_ - 1));
+    const Buffer offsets = steps(h_, 1);
+    Read read;
+    read.positions = positions_;
+    Mods mods = at.mods;
+    mods.q_pos = pos, mods.k_pos = {};
+    queue_.run->attend_store(queue_, {q, offsets, {}, h_, h_}, store_->layer(0).pages(), read, mods, out, lse);
+    add("kept_out", Dtype::F32, {h_, model_.d_v}, out);
+    add("kept_lse", Dtype::F32, {h_}, lse);
+  }
+
+  // Blocks that hold a key some query of the tile sees; plans of other forms are listed token by token.
+  void export_plan(const LayerView& at) {
+    const Plan& plan = at.plan;
+    const bool dense = plan.form == Plan::Form::Dense, blocks = dense || (plan.form == Plan::Form::Blocks && !plan.mask);
+    const int64_t rows = blocks ? plan.q_tile : 1, cols = blocks ? plan.k_tile : 1;
+    const PlanRows numbers(plan, at.q, g_);
+    std::vector<std::vector<int32_t>> lists;
+    for (int64_t head = 0; head < h_; ++head) {
+      const size_t first = lists.size();
+      for (int64_t t = 0; t * rows < n_; ++t) {
+        auto& list = lists.emplace_back();
+        if (!blocks) continue;
+        const int64_t seen = in_.causal ? m_ - n_ + std::min((t + 1) * rows, n_) : m_;
+        if (dense) {
+          for (int64_t j = 0; j * cols < seen; ++j) list.push_back(int32_t(j));
+          continue;
+        }
+        const int64_t row = numbers.row(0, head, h_, t * rows, plan.q_tile);
+        for (int64_t e = plan.begin(row); e < plan.end(row); ++e)
+          if (plan.index.at<int32_t>(e) * cols < seen) list.push_back(plan.index.at<int32_t>(e));
+      }
+      if (!blocks)
+        each_interval(plan, at.q, at.k, at.mods, 0, head, [&](int64_t row, int64_t begin, int64_t end) {
+          for (int64_t j = begin; j < end; ++j) lists[first + size_t(row)].push_back(int32_t(j));
+        });
+    }
+    add_lists("plan", lists);
+    Buffer block(Dtype::I32, {2});
+    block->at<int32_t>(0) = int32_t(rows), block->at<int32_t>(1) = int32_t(cols);
+    add("plan_block", Dtype::I32, {2}, block);
+  }
+
+  void add(const std::string& name, Dtype type, std::initializer_list<int64_t> sizes, const Tensor& from) {
+    Buffer copied(type, sizes);
+    copy(from.reshape(sizes), copied);
+    output_.arrays.emplace_back(name, std::move(copied));
+  }
+
+  void add_lists(const std::string& name, const std::vector<std::vector<int32_t>>& lists) {
+    Buffer offsets(Dtype::I64, {int64_t(lists.size()) + 1});
+    std::vector<int32_t> index;
+    offsets->at<int64_t>(0) = 0;
+    for (size_t i = 0; i < lists.size(); ++i) {
+      index.insert(index.end(), lists[i].begin(), lists[i].end());
+      offsets->at<int64_t>(i + 1) = int64_t(index.size());
+    }
+    output_.arrays.emplace_back(name + "_offsets", std::move(offsets));
+    output_.arrays.emplace_back(name + "_index", Buffer::of<int32_t>({int64_t(index.size())}, index));
+  }
+
+  const ApplyInput& in_;
+  Queue queue_;
+  ModelInfo model_;
+  Composition composition_;
+  int64_t h_ = 0, n_ = 0, g_ = 0, m_ = 0;
+  Buffer q_, k_, v_, q_offsets_, k_offsets_, q_pos_, k_pos_, out_, lse_;
+  std::vector<Buffer> owned_;
+  std::map<std::string, Tensor> inputs_;
+  std::vector<std::unique_ptr<State>> states_;
+  std::unique_ptr<Store> store_;
+  Read::Positions positions_ = Read::Positions::True;
+  std::vector<double> density_;
+  ApplyOutput output_;
+};
+
+}  // namespace
+
+const Buffer* ApplyOutput::find(const std::string& name) const {
+  for (const auto& [key, buffer] : arrays)
+    if (key == name) return &buffer;
+  return nullptr;
+}
+
+Result<ApplyOutput> apply(const std::string& spec, const ApplyInput& input) {
+  try {
+    return Harness(spec, input).run();
+  } catch (const Error& error) {
+    return tl::unexpected(error.failure());
+  } catch (const std::bad_alloc&) {
+    return fail(Code::Memory, "apply", "not enough memory for tensors of this size");
+  }
+}
+
+}  // namespace heed

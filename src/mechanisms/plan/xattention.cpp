@@ -1,0 +1,106 @@
+#include <cmath>
+#include <limits>
+
+#include "attention/select.h"
+#include "mechanisms/entries.h"
+
+namespace heed::mechanisms {
+
+namespace {
+
+// XAttention (Xu et al., 2025): sums along the antidiagonals of stride × stride tiles stand for the scores of a block. The
+// paper's rule holds for every chunk: block 0 and the diagonal stay, and blocks join in order of their mass while what is
+// in holds less than `threshold` of the row, the crossing one included. (As released, the first chunk keeps no block 0
+// and its test lags by one block.)
+struct XAttention final : Mechanism {
+  int stride, block;
+  double threshold;
+
+  static std::vector<ParamInfo> params() {
+    using M = XAttention;
+    return {
+        param(&M::stride, "stride", 8, 1, 128, "side of the tiles whose antidiagonals are summed; divides block"),
+        param(&M::threshold, "threshold", 0.9, 0, 1, "share of a row's estimated mass that is read"),
+        param(&M::block, "block", 128, 1, 1 << 16, "queries and keys of a block"),
+    };
+  }
+  std::string check() const override {
+    return block % stride ? "stride=" + std::to_string(stride) + " does not divide block=" + std::to_string(block) : "";
+  }
+  Needs needs(const ModelInfo&) const override {
+    Needs n;
+    n.whole_prompt = true;
+    return n;
+  }
+
+  Plan plan(LayerView& at) const override {
+    // A sliding window already bounds what is read.
+    if (at.mods.window > 0 || threshold >= 1) return dense_plan(block, block);
+    const int64_t capacity = (longest_keys(at) + block - 1) / block, all = plan_rows(at, block);
+    const Tensor index = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
+    const bool causal = at.plan.causal;
+    each_slice(at, block, [&](const Slice& s) {
+      const Grids mass = block_mass(at, s);
+      const int64_t before = s.m - s.n;
+      std::vector<int64_t> visible;
+      for (int64_t t = 0; t < s.tiles; ++t) visible.push_back(((causal ? before + std::min((t + 1) * block, s.n) : s.m) - 1) / block + 1);
+      const Ragged rows = rows_of(at.queue, mass, visible);
+      // Forced blocks leave the competition, their mass counts.
+      Select most;
+      most.by = Select::By::TopP, most.p = float(threshold);
+      most.held = at.queue.scratch.take(Dtype::F32, {rows.segments()});
+      for (int64_t r = 0; r < rows.segments(); ++r) {
+        float* row = rows.values.as<float>() + rows.begin(r);
+        float held = 0;
+        auto force_one = [&](int64_t j) {
+          if (std::isinf(row[j])) return;
+          held += row[j];
+          row[j] = std::numeric_limits<float>::infinity();
+        };
+        force_one(0);
+        const int64_t t = r % s.tiles;
+        const int64_t own = (before + std::min((t + 1) * block, s.n) - 1) / block;
+        for (int64_t j = (before + t * block) / block; j <= own; ++j) force_one(j);
+        most.held.at<float>(r) = held;
+      }
+      const int64_t end = s.row + s.q.heads * s.tiles;
+      at.run().select(at.queue, rows, most, capacity, index.slice(0, s.row * capacity, end * capacity), count.slice(0, s.row, end));
+    });
+    return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, index, count, capacity);
+  }
+
+  // Softmax over groups of `stride` keys of the antidiagonal sums, summed to blocks.
+  Grids block_mass(LayerView& at, const Slice& s) const {
+    const int64_t heads = s.q.heads, d = s.k.values.size[1];
+    const int64_t q_groups = (s.n + stride - 1) / stride, k_groups = (s.m + stride - 1) / stride;
+    const std::vector<int64_t> q_lengths(static_cast<size_t>(heads), q_groups);
+    const Ragged q = numbers(at.queue, q_lengths, heads, stride * d), k = numbers(at.queue, std::span(&k_groups, 1), 1, stride * d);
+    at.run().pool(at.queue, s.q, PoolKind::ConcatReversed, stride, q);
+    at.run().pool(at.queue, s.k, PoolKind::Concat, stride, k);
+    Proxy anti;
+    anti.scale = (at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(d))) / float(stride);
+    anti.softmax = true, anti.causal = at.plan.causal;
+    anti.q_tile = anti.k_tile = stride;
+    anti.offset = s.m - s.n;
+    const Grids groups = grids(at.queue, heads, q_groups, k_groups);
+    at.run().proxy(at.queue, q, k, anti, groups);
+    const Grids blocks = grids(at.queue, heads, (s.n + block - 1) / block, (s.m + block - 1) / block);
+    Reduce sum;
+    sum.row_block = sum.col_block = block / stride;
+    at.run().reduce(at.queue, groups, sum, blocks);
+    return blocks;
+  }
+};
+
+}  // namespace
+
+Entry xattention() {
+  Entry e = entry<XAttention>("xattention", "XAttention: Block Sparse Attention with Antidiagonal Scoring", "Xu et al., 2025, arXiv 2503.16428", 2025, uint8_t(Role::Plan));
+  e.equation = "M[I, J] = Σ softmax_c(Σ_u q_{aS+S−1−u} · k_{cS+u} s / S); read the largest M of a row until they hold τ of it";
+  e.needs = "the whole prompt";
+  e.identity = "xattention(threshold=1)";
+  e.verified = {"identity", "formula"};
+  return e;
+}
+
+}  // namespace heed::mechanisms
