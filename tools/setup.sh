@@ -10,7 +10,7 @@ case $level in build | demo | test) ;; *) say "setup: no level '$level' (build, 
 
 # docs/dependencies.md says what each is for.
 packages=(g++ cmake ninja-build ccache pkg-config
-          libexpected-dev libcli11-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libzip-dev)
+          libexpected-dev libcli11-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libzip-dev libjs-chart.js)
 [ "$level" = build ] || packages+=(ca-certificates python3-pip)
 [ "$level" != test ] || packages+=(libgtest-dev clang-19 libclang-rt-19-dev llvm-19 clang-format-19 clang-tidy-19
                                    g++-aarch64-linux-gnu qemu-user chromium)

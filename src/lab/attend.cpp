@@ -1,0 +1,47 @@
+#include "lab/attend.h"
+
+#include "model/session.h"
+
+namespace heed {
+namespace {
+
+Ragged heads(const Tensor& x, const Buffer& offsets) {
+  return {.values = x.reshape({x.size[0] * x.size[1], x.size[2]}), .offsets = offsets, .ends = {}, .heads = x.size[0], .bound = x.size[0] * x.size[1]};
+}
+
+Buffer equal_segments(const Tensor& x) {
+  Buffer offsets(Dtype::I64, {x.size[0] + 1});
+  for (int64_t s = 0; s <= x.size[0]; ++s) offsets->at<int64_t>(s) = s * x.size[1];
+  return offsets;
+}
+
+}  // namespace
+
+Attended attend(const Tensor& q, const Tensor& k, const Tensor& v, const Plan& plan, const AttendOptions& options) {
+  for (const auto& [x, name] : {std::pair{q, "q"}, {k, "k"}, {v, "v"}})
+    require(x.data && x.rank == 3 && x.contiguous(), "attend", std::string(name) + " " + x.shape() + " is not a contiguous [heads, rows, width]");
+  require(q.type == k.type && k.type == v.type, "attend", "q, k and v are of different types");
+  require(k.size[0] == v.size[0] && k.size[1] == v.size[1], "attend", "k " + k.shape() + " and v " + v.shape() + " differ in heads or rows");
+  require(q.size[2] == k.size[2], "attend", "q " + q.shape() + " and k " + k.shape() + " differ in width");
+  require(k.size[0] > 0 && q.size[0] % k.size[0] == 0, "attend", std::to_string(k.size[0]) + " KV heads do not divide " + std::to_string(q.size[0]) + " heads");
+  require(!options.causal || q.size[1] <= k.size[1] || plan.form != Plan::Form::Dense, "attend", "more queries than keys", "say causal = false");
+
+  Queue queue;
+  queue.run = &backend(options.backend);
+  Plan used = plan;
+  if (used.form == Plan::Form::Dense) used.causal = options.causal;
+  check_plan(used, "attend");
+  Mods mods;
+  mods.scale = options.scale, mods.softcap = options.softcap, mods.window = options.window;
+  const Buffer q_offsets = equal_segments(q), k_offsets = equal_segments(k);
+  const int64_t h = q.size[0], n = q.size[1], d_v = v.size[2];
+  const bool parts = used.parts > 1;
+  Attended result{parts ? Buffer(Dtype::F32, {used.parts, h, n, d_v}) : Buffer(Dtype::F32, {h, n, d_v}),
+                  parts ? Buffer(Dtype::F32, {used.parts, h, n}) : Buffer(Dtype::F32, {h, n})};
+  const Tensor out = parts ? result.out->reshape({used.parts, h * n, d_v}) : result.out->reshape({h * n, d_v});
+  const Tensor lse = parts ? result.lse->reshape({used.parts, h * n}) : result.lse->reshape({h * n});
+  queue.run->attend(queue, heads(q, q_offsets), heads(k, k_offsets), heads(v, k_offsets), used, mods, out, lse);
+  return result;
+}
+
+}  // namespace heed

@@ -1,0 +1,74 @@
+// Mechanisms side by side: what each costs in quality and saves in time and memory, on one text.
+#pragma once
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lab/niah.h"
+#include "lab/probe.h"
+#include "model/session.h"
+
+namespace heed {
+
+/// The first `prompt` tokens are prefilled, which is when a mechanism plans and cuts; the others are fed one at a time
+/// and scored, the first of them by the prefill's own logits.
+struct Passage {
+  std::vector<int32_t> tokens;
+  int64_t prompt = 0;
+  int64_t scored() const { return int64_t(tokens.size()) - prompt; }
+};
+
+/// The first `context` tokens of a text, the last `score` of them scored (0: a quarter). Throws Error(Invalid) when the
+/// text is too short for that.
+Passage passage(std::vector<int32_t> text, int64_t context, int64_t score);
+
+/// One mechanism on the passage. Times are medians over repetitions; everything else is of the first.
+struct Row {
+  std::string attention;
+  double prefill_tps = 0, decode_tps = 0;
+  int64_t kv_bytes = 0, peak_bytes = 0;  // held right behind the prefill; most held at any time
+  double ppl = 0, kld_mean = 0, kld_p99 = 0, top1_agree = 1;
+  double density_prefill = 1;  // share of causal pairs computed
+  double density_kept = 1;     // entries held behind the prefill, against dense
+  double density_read = 1;     // entries read by a decoded token, against dense
+  double mass_prefill = 1, mass_decode = 1;
+  Times prefill_times, decode_times;  // of the last repetition
+  std::map<std::string, NiahScore> tasks;
+
+  // For the report.
+  std::vector<float> nll;                     // of each scored token
+  std::vector<std::vector<int64_t>> kept;     // [layers][g]: entries held behind the prefill
+  std::vector<std::vector<float>> kept_where;  // [layers · g][bins]: share kept of each part of the prompt
+  std::vector<Map> plans, reads;
+
+  /// The least of the three: what share of dense attention's work or memory is left where it is least.
+  double density() const;
+};
+
+struct CompareOptions {
+  std::vector<std::string> attention;  // dense is put first
+  SessionOptions session;
+  int repetitions = 1;
+  std::vector<std::string> tasks;  // niah, niah-aware
+  bool details = false;            // what the report draws
+  uint64_t seed = 0;               // of the order in which repetitions are timed
+};
+
+struct Comparison {
+  std::vector<Row> rows;
+  int64_t prompt = 0, scored = 0;
+  bool interrupted = false;  // rows are those that were finished
+};
+
+inline constexpr int kKeptBins = 96;
+
+/// `progress(share, name)`. Throws Error for bad specs before any work is done.
+Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, const CompareOptions& options,
+                   const std::function<void(double, const std::string&)>& progress = {});
+
+/// Why a row's quality says little: "density 0.72" or "4096 tokens"; empty when the mechanism was truly at work.
+std::string not_exercised(const Row& row, int64_t tokens);
+
+}  // namespace heed

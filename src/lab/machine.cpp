@@ -1,0 +1,135 @@
+#include "lab/machine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+
+#include "base/threads.h"
+#include "lab/progress.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace heed {
+namespace {
+
+// Ten accumulators hide the latency of a multiply-add (4 cycles, two a cycle) on every core so far. The empty asm keeps
+// the compiler from seeing that the results are not needed.
+constexpr int kChains = 10;
+constexpr int64_t kRounds = 2'000'000;
+
+#define HEED_CHAINS(STEP)                                                       \
+  for (int64_t round = 0; round < rounds; ++round) {                            \
+    for (int c = 0; c < kChains; ++c) STEP;                                     \
+    asm volatile("" : "+v"(sum[0]), "+v"(sum[1]), "+v"(sum[2]), "+v"(sum[3]), "+v"(sum[4])); \
+    asm volatile("" : "+v"(sum[5]), "+v"(sum[6]), "+v"(sum[7]), "+v"(sum[8]), "+v"(sum[9])); \
+  }
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) void chains_avx2(int64_t rounds) {
+  __m256 sum[kChains] = {}, a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
+  asm volatile("" : "+v"(a), "+v"(b));
+  HEED_CHAINS(sum[c] = _mm256_fmadd_ps(a, b, sum[c]))
+}
+__attribute__((target("avx512f"))) void chains_avx512(int64_t rounds) {
+  __m512 sum[kChains] = {}, a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
+  asm volatile("" : "+v"(a), "+v"(b));
+  HEED_CHAINS(sum[c] = _mm512_fmadd_ps(a, b, sum[c]))
+}
+__attribute__((target("avx512f,avx512bf16"))) void chains_bf16(int64_t rounds) {
+  __m512 sum[kChains] = {};
+  __m512i ones = _mm512_set1_epi16(0x3f00);
+  asm volatile("" : "+v"(ones));
+  __m512bh pairs;
+  std::memcpy(&pairs, &ones, sizeof pairs);
+  HEED_CHAINS(sum[c] = _mm512_dpbf16_ps(sum[c], pairs, pairs))
+}
+#elif defined(__aarch64__)
+void chains_neon(int64_t rounds) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four sum[kChains] = {}, a = {0.5f, 0.5f, 0.5f, 0.5f}, b = a;
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (int c = 0; c < kChains; ++c) sum[c] += a * b;
+    for (int c = 0; c < kChains; ++c) asm volatile("" : "+w"(sum[c]));
+  }
+}
+#endif
+#undef HEED_CHAINS
+
+double best_gflops(void (*chains)(int64_t), double flops_a_step) {
+  double best = 0;
+  for (int round = 0; round < 3; ++round) {
+    const double begin = now();
+    parallel([&](int) { chains(kRounds); });
+    best = std::max(best, double(kRounds) * kChains * flops_a_step * threads() / (now() - begin) * 1e-9);
+  }
+  return best;
+}
+
+double read_rate() {
+  // Four times the last-level cache of a large server core complex, and small enough for any machine that runs models.
+  const int64_t bytes = int64_t(256) << 20;
+  const Buffer memory = Buffer::zeros(Dtype::U64, {bytes / 8});
+  const uint64_t* data = memory->as<uint64_t>();
+  const int64_t parts = threads() * 8, each = bytes / 8 / parts;
+  double best = 0;
+  for (int round = 0; round < 5; ++round) {
+    const double begin = now();
+    parallel_for(parts, [&](int64_t p) {
+      uint64_t sum[8] = {};
+      for (int64_t i = p * each; i + 8 <= (p + 1) * each; i += 8)
+        for (int j = 0; j < 8; ++j) sum[j] |= data[i + j];
+      for (uint64_t s : sum) asm volatile("" : : "r"(s) : "memory");
+    });
+    best = std::max(best, double(bytes) / (now() - begin) * 1e-9);
+  }
+  return best;
+}
+
+}  // namespace
+
+std::string cpu_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.rfind("model name", 0) == 0 && line.find(": ") != std::string::npos) return line.substr(line.find(": ") + 2);
+  return "unknown";
+}
+
+int64_t memory_bytes() { return int64_t(sysconf(_SC_PHYS_PAGES)) * int64_t(sysconf(_SC_PAGESIZE)); }
+
+int64_t parameters(const Model& model) {
+  int64_t sum = 0;
+  const auto add = [&](const Tensor& t) { sum += t ? t.numel() : 0; };
+  for (const LayerWeights& w : model.layers())
+    for (const Tensor& t : {w.attn_norm, w.attn_post_norm, w.ffn_norm, w.ffn_post_norm, w.q, w.k, w.v, w.o, w.q_bias, w.k_bias, w.v_bias,
+                            w.o_bias, w.q_norm, w.k_norm, w.gate, w.up, w.down})
+      add(t);
+  add(model.embedding());
+  add(model.final_norm());
+  if (model.output().data != model.embedding().data) add(model.output());
+  return sum;
+}
+
+double MachineLimits::peak(const std::string& name) const {
+  for (const Peak& p : peaks)
+    if (p.name == name) return p.gflops;
+  return 0;
+}
+
+MachineLimits machine_limits() {
+  MachineLimits out;
+  out.read_gb_s = read_rate();
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out.peaks.push_back({"avx2 f32", best_gflops(chains_avx2, 16)});
+  if (__builtin_cpu_supports("avx512f")) out.peaks.push_back({"avx512 f32", best_gflops(chains_avx512, 32)});
+  if (__builtin_cpu_supports("avx512bf16")) out.peaks.push_back({"avx512 bf16", best_gflops(chains_bf16, 64)});
+#elif defined(__aarch64__)
+  out.peaks.push_back({"neon f32", best_gflops(chains_neon, 8)});
+#endif
+  return out;
+}
+
+}  // namespace heed

@@ -1,0 +1,170 @@
+#include "lab/probe.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "attention/plans.h"
+#include "lab/progress.h"
+
+namespace heed {
+namespace {
+
+constexpr int kRows = 16;       // query rows looked at in one place of a prefill
+constexpr int kCells = 64;      // rows and columns of a map
+constexpr int kMapHeads = 4;
+
+/// The keys of a store as a Ragged without values: what each_interval needs of them.
+Ragged key_segments(LayerView& at) {
+  return {.values = {}, .offsets = at.store->offsets(), .ends = {}, .heads = at.model.g, .bound = at.store->entries()};
+}
+
+/// Calls visit(first entry, past the last) for what query head `head` of sequence 0 reads of the store.
+template <class F>
+void each_read(LayerView& at, int head, F visit) {
+  const Ragged keys = key_segments(at);
+  each_interval(at.read.plan, at.q, keys, Mods(), 0, head, [&](int64_t, int64_t begin, int64_t end) { visit(begin, end); });
+}
+
+}  // namespace
+
+DenseMass::DenseMass(const ModelInfo& model, int64_t length, int64_t decoded, int layers, int steps)
+    : layer_slot_(size_t(model.layers), -1), heads_(model.h), length_(length) {
+  layers = std::min(layers, model.layers);
+  for (int i = 0; i < layers; ++i) layer_slot_[size_t((2 * i + 1) * model.layers / (2 * layers))] = i;
+  steps = int(std::min<int64_t>(steps, decoded));
+  for (int i = 0; i < steps; ++i) steps_.push_back((2 * i + 1) * decoded / (2 * steps));
+  values_.assign(size_t(layers) * size_t(steps) * size_t(heads_) * size_t(length), 0.0f);
+}
+
+int DenseMass::step(int64_t s) const {
+  const auto found = std::find(steps_.begin(), steps_.end(), s);
+  return found == steps_.end() ? -1 : int(found - steps_.begin());
+}
+
+std::span<float> DenseMass::row(int layer_slot, int step_slot, int head) {
+  const size_t at = (size_t(layer_slot) * steps_.size() + size_t(step_slot)) * size_t(heads_) + size_t(head);
+  return {values_.data() + at * size_t(length_), size_t(length_)};
+}
+
+Probe::Probe(Session& session, std::shared_ptr<DenseMass> dense, bool record, int64_t prompt, int64_t length, bool maps)
+    : session_(session), dense_(std::move(dense)), record_(record), maps_(maps), prompt_(prompt), length_(length) {
+  session.tap([this](LayerView& at) { look(at); });
+}
+
+Probe::~Probe() { session_.tap({}); }
+
+double Probe::prefill_mass() const { return prefill_count_ ? prefill_sum_ / double(prefill_count_) : 1.0; }
+double Probe::decode_mass() const { return decode_count_ ? decode_sum_ / double(decode_count_) : 1.0; }
+
+void Probe::look(LayerView& at) {
+  const double begin = now();
+  Scratch scope(at.queue.scratch);
+  if (at.stores) peak_ = std::max(peak_, at.stores->bytes());
+  if (at.phase == Phase::Decode) look_decode(at);
+  if (at.phase == Phase::Prompt || at.phase == Phase::Chunk) {
+    if (dense_->layer(at.layer) >= 0) look_prefill(at);
+    if (maps_ && at.phase == Phase::Prompt && at.layer == at.model.layers / 2) draw_plan(at);
+  }
+  seconds_ += now() - begin;
+}
+
+void Probe::look_prefill(LayerView& at) {
+  if (at.plan.form == Plan::Form::Dense || !at.lse) return;
+  const Tensor full = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
+  const int64_t n = at.q.length(0);
+  // Rows in the middle see fewer keys: the panel is cut so that they are its last queries.
+  for (const int64_t eighth : {4, 6, 7}) {
+    const int64_t last = n * eighth / 8, first = std::max<int64_t>(0, last - kRows);
+    if (last == 0) continue;
+    Ragged rows = at.q, keys = at.k;
+    rows.offsets = at.queue.scratch.take(Dtype::I64, {at.q.segments() + 1});
+    rows.ends = at.queue.scratch.take(Dtype::I64, {at.q.segments()});
+    keys.ends = at.queue.scratch.take(Dtype::I64, {at.k.segments()});
+    for (int64_t s = 0; s < at.q.segments(); ++s) {
+      rows.offsets.at<int64_t>(s) = at.q.begin(s) + first;
+      rows.ends.at<int64_t>(s) = at.q.begin(s) + last;
+    }
+    rows.offsets.at<int64_t>(at.q.segments()) = at.q.end(at.q.segments() - 1);
+    for (int64_t s = 0; s < at.k.segments(); ++s) keys.ends.at<int64_t>(s) = at.k.end(s) - (n - last);
+    RowStats stats;
+    stats.lse = full;
+    at.run().observe_rows(at.queue, rows, {.panel = &keys, .pages = nullptr, .read = nullptr}, nullptr, at.mods, stats);
+    for (int64_t s = 0; s < rows.segments(); ++s)
+      for (int64_t row = rows.begin(s); row < rows.end(s); ++row) {
+        const double share = std::exp(double(at.lse.at<float>(row)) - double(full.at<float>(row)));
+        if (!std::isfinite(share)) continue;
+        prefill_sum_ += std::min(1.0, share), ++prefill_count_;
+      }
+  }
+}
+
+void Probe::look_decode(LayerView& at) {
+  const int layer = dense_->layer(at.layer), step = dense_->step(at.step);
+  if (layer >= 0 && step >= 0 && record_) {
+    const Ragged columns = at.observe(at.q, {.rows = Observe::Rows::Sum, .heads = Observe::Heads::Each});
+    const int group = at.model.group();
+    const float* values = columns.values.as<float>();
+    for (int head = 0; head < at.model.h; ++head) {
+      const int64_t segment = head / group;
+      const std::vector<int32_t> positions = at.store->positions(segment);
+      const std::span<float> row = dense_->row(layer, step, head);
+      for (size_t i = 0; i < positions.size(); ++i)
+        row[size_t(positions[i])] = values[(columns.begin(segment) + int64_t(i)) * group + head % group];
+    }
+  }
+  if (layer >= 0 && step >= 0 && !record_) {
+    for (int head = 0; head < at.model.h; ++head) {
+      const std::vector<int32_t> positions = at.store->positions(head / at.model.group());
+      const std::span<const float> row = dense_->row(layer, step, head);
+      double sum = 0;
+      each_read(at, head, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) sum += row[size_t(positions[size_t(i)])];
+      });
+      decode_sum_ += std::min(1.0, sum), ++decode_count_;
+    }
+  }
+  // Reads of the middle layer, one map row for an equal share of the decoded tokens.
+  if (!maps_ || at.layer != at.model.layers / 2) return;
+  const int64_t decoded = std::max<int64_t>(1, length_ - prompt_);
+  if (reads_.empty())
+    for (int head = 0; head < std::min(kMapHeads, at.model.h); ++head)
+      reads_.push_back({at.layer, head * at.model.h / std::min(kMapHeads, at.model.h), kCells, kCells, std::vector<float>(size_t(kCells) * kCells)});
+  const int64_t y = at.step * kCells / decoded;
+  if (y >= kCells) return;
+  const double steps = double((y + 1) * decoded / kCells - y * decoded / kCells);
+  for (Map& map : reads_) {
+    const std::vector<int32_t> positions = at.store->positions(map.head / at.model.group());
+    each_read(at, map.head, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t x = std::min<int64_t>(kCells - 1, int64_t(positions[size_t(i)]) * kCells / length_);
+        map.share[size_t(y * kCells + x)] += float(double(kCells) / double(length_) / std::max(1.0, steps));
+      }
+    });
+  }
+}
+
+void Probe::draw_plan(LayerView& at) {
+  const int64_t n = at.q.length(0), m = at.k.length(0);
+  const int heads = std::min(kMapHeads, at.model.h), cells = int(std::min<int64_t>(kCells, n));
+  for (int i = 0; i < heads; ++i) {
+    Map map{at.layer, i * at.model.h / heads, cells, cells, std::vector<float>(size_t(cells) * size_t(cells))};
+    // Every pair counts as its share of a cell; a few rows a cell are enough for a picture.
+    const int64_t every = std::max<int64_t>(1, n / cells / 4);
+    std::vector<int64_t> sampled(static_cast<size_t>(cells));
+    for (int64_t row = 0; row < n; row += every) ++sampled[size_t(row * cells / n)];
+    each_interval(at.plan, at.q, at.k, at.mods, 0, map.head, [&](int64_t row, int64_t begin, int64_t end) {
+      if (row % every != 0) return;
+      const int64_t y = row * cells / n;
+      for (int64_t x = begin * cells / m; x < cells; ++x) {
+        const int64_t from = std::max(begin, x * m / cells), to = std::min(end, (x + 1) * m / cells);
+        if (from >= to && x * m / cells >= end) break;
+        if (from < to) map.share[size_t(y * cells + x)] += float(double(to - from) * cells / double(m) / double(sampled[size_t(y)]));
+      }
+    });
+    for (float& share : map.share) share = std::min(share, 1.0f);
+    plans_.push_back(std::move(map));
+  }
+}
+
+}  // namespace heed

@@ -1,0 +1,73 @@
+// What a session's attention reads, seen from outside: how much of dense attention's mass it still covers, and where.
+#pragma once
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "model/session.h"
+
+namespace heed {
+
+/// Dense attention of sampled decode steps in sampled layers, by true position.
+class DenseMass {
+ public:
+  /// At most `layers` layers and `steps` of the `decoded` steps, evenly spread.
+  DenseMass(const ModelInfo& model, int64_t length, int64_t decoded, int layers = 6, int steps = 8);
+  /// The slot of a layer or a step; −1 when it is not sampled.
+  int layer(int l) const { return layer_slot_[size_t(l)]; }
+  int step(int64_t s) const;
+  /// Probabilities over positions [length].
+  std::span<float> row(int layer_slot, int step_slot, int head);
+
+ private:
+  std::vector<int> layer_slot_;
+  std::vector<int64_t> steps_;
+  int heads_;
+  int64_t length_;
+  std::vector<float> values_;
+};
+
+/// Shares of how often each pair of (query, key) ranges was computed or read: rows × columns numbers in [0, 1].
+struct Map {
+  int layer = 0, head = 0;
+  int rows = 0, columns = 0;
+  std::vector<float> share;
+};
+
+/// Watches one session by its tap. Cheap: a few rows of a few layers; seconds() is what it took, to be taken off timings.
+class Probe {
+ public:
+  /// Fills `dense` when `record`, else measures against it. `maps`: also draw plans and reads.
+  Probe(Session& session, std::shared_ptr<DenseMass> dense, bool record, int64_t prompt, int64_t length, bool maps);
+  ~Probe();
+  Probe(const Probe&) = delete;
+  Probe& operator=(const Probe&) = delete;
+
+  /// Mean share of the softmax mass that the prefill's plan computes, for rows at 1/2, 3/4 and 7/8 of the prompt, under
+  /// the session's own queries: e^(lse of the plan − lse of all keys).
+  double prefill_mass() const;
+  /// Mean share of dense attention's mass (of the dense run, same text and step) on what is read while decoding.
+  double decode_mass() const;
+  /// Most bytes that the store held between two layers.
+  int64_t peak_bytes() const { return peak_; }
+  double seconds() const { return seconds_; }
+  const std::vector<Map>& plans() const { return plans_; }
+  const std::vector<Map>& reads() const { return reads_; }
+
+ private:
+  void look(LayerView& at);
+  void look_prefill(LayerView& at);
+  void look_decode(LayerView& at);
+  void draw_plan(LayerView& at);
+
+  Session& session_;
+  std::shared_ptr<DenseMass> dense_;
+  bool record_, maps_;
+  int64_t prompt_, length_;
+  double prefill_sum_ = 0, decode_sum_ = 0;
+  int64_t prefill_count_ = 0, decode_count_ = 0, peak_ = 0;
+  double seconds_ = 0;
+  std::vector<Map> plans_, reads_;
+};
+
+}  // namespace heed
