@@ -171,7 +171,7 @@ TEST(Compare, MassOfAUniformAttentionIsTheShareKept) {
   // Tiny weights make attention nearly uniform, so what is kept holds its share of the mass.
   const auto model = small_model();
   CompareOptions options;
-  options.attention = {"streaming-llm(sinks=4,window=28)"};
+  options.attention = {"streaming-llm(sinks=4,window=28,when=prompt)"};
   const Comparison result = compare(model, passage(random_text(200), 200, 40), options);
   const double decoded = 20.5;  // tokens behind the prompt that a step sees, on average
   EXPECT_NEAR(result.rows[1].mass_decode, (32 + decoded) / (160 + decoded), 0.05);

@@ -1,0 +1,162 @@
+#include "lab/bench.h"
+
+#include <ctime>
+#include <iostream>
+
+#include "apps/bench_kernels.h"
+#include "base/threads.h"
+#include "kernels/kernels.h"
+#include "lab/files.h"
+#include "lab/machine.h"
+#include "lab/progress.h"
+
+namespace heed::apps {
+namespace {
+
+/// llama-bench's fields that mean something here, and `attention`.
+Json to_json(const Model& model, const ModelFlags& flags, const std::string& attention, const BenchResult& r, const std::string& time) {
+  Json samples_ns = Json::array();
+  for (double s : r.seconds) samples_ns.push_back(int64_t(s * 1e9));
+  const size_t comma = flags.kv.find(',');
+  return {{"build_commit", HEED_VERSION},
+          {"build_number", 0},
+          {"cpu_info", cpu_name()},
+          {"gpu_info", ""},
+          {"backends", backend(flags.backend).name},
+          {"model_filename", model.path()},
+          {"model_type", model.name()},
+          {"model_size", model.bytes()},
+          {"model_n_params", parameters(model)},
+          {"n_batch", std::max(r.test.prompt, flags.ubatch)},
+          {"n_ubatch", flags.ubatch},
+          {"n_threads", threads()},
+          {"type_k", flags.kv.substr(0, comma)},
+          {"type_v", comma == std::string::npos ? flags.kv : flags.kv.substr(comma + 1)},
+          {"n_gpu_layers", 0},
+          {"attention", attention},
+          {"n_prompt", r.test.prompt},
+          {"n_gen", r.test.generate},
+          {"n_depth", r.test.depth},
+          {"test_time", time},
+          {"avg_ns", int64_t(r.mean_ns())},
+          {"stddev_ns", int64_t(r.deviation_ns())},
+          {"avg_ts", r.mean_ts()},
+          {"stddev_ts", r.deviation_ts()},
+          {"samples_ns", samples_ns},
+          {"samples_ts", r.rates()}};
+}
+
+std::string utc_now() {
+  const std::time_t time = std::time(nullptr);
+  char text[32];
+  std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&time));
+  return text;
+}
+
+std::string csv_field(const Json& value) {
+  std::string out = "\"";
+  for (char c : value.is_string() ? value.get<std::string>() : value.dump()) out += c == '"' ? "\"\"" : std::string(1, c);
+  return out + "\"";
+}
+
+class BenchCommand final : public Command {
+ public:
+  void declare(CLI::App& app) override {
+    flags_.declare(app, false);
+    app.add_option("-p,--n-prompt", prompts_, "prompt lengths; 0: none")->delimiter(',')->type_name("LIST")->check(CLI::NonNegativeNumber)->capture_default_str();
+    app.add_option("-n,--n-gen", generates_, "numbers of generated tokens; 0: none")->delimiter(',')->type_name("LIST")->check(CLI::NonNegativeNumber)->capture_default_str();
+    app.add_option("-d,--n-depth", depths_, "tokens already in the cache")->delimiter(',')->type_name("LIST")->check(CLI::NonNegativeNumber)->capture_default_str();
+    app.add_option("-r,--repetitions", repetitions_, "timed runs of each test")->type_name("N")->check(CLI::Range(1, 1000))->capture_default_str();
+    app.add_option("--attention", attention_, "a mechanism; once for each")->type_name("SPEC")->allow_extra_args(false)->capture_default_str();
+    app.add_option("-o,--output", format_, "md, json or csv")->check(CLI::IsMember({"md", "json", "csv"}))->capture_default_str();
+    app.add_option("-s,--seed", seed_, "of the tokens")->type_name("N");
+    app.add_option("what", what_, "kernels: every kernel of this machine's instruction sets beside the machine's limits")->check(CLI::IsMember({"kernels"}));
+    app.add_option("--kernel", kernel_, "kernels: only those whose name begins so")->type_name("NAME");
+    add_json(app, json_);
+    app.footer("Field names are llama-bench's. Numbers mean something only on an idle machine.\n\n"
+               "Examples:\n"
+               "  heed bench -m model.gguf -p 512 -n 128 -d 0,4096,16384\n"
+               "  heed bench -m model.gguf -p 0 -n 64 -d 16384 --attention dense --attention \"quest(budget=1024)\" -o json\n"
+               "  heed bench kernels --kernel attend");
+  }
+
+  int run() override {
+    if (json_) format_ = "json";
+    if (what_ == "kernels") return bench_kernels(kernel_, flags_.threads, format_);
+    require(!flags_.model.empty(), "bench", "--model is required", "give -m FILE, or say `heed bench kernels`");
+    const auto model = flags_.load();
+    std::vector<BenchTest> tests;
+    for (int64_t depth : depths_) {
+      for (int64_t n : prompts_)
+        if (n > 0) tests.push_back({.prompt = n, .generate = 0, .depth = depth});
+      for (int64_t n : generates_)
+        if (n > 0) tests.push_back({.prompt = 0, .generate = n, .depth = depth});
+    }
+    require(!tests.empty(), "bench", "nothing to do", "give -p or -n above 0");
+    if (attention_.empty()) attention_ = {"dense"};
+    Json results = Json::array();
+    Progress progress("bench");
+    const double total = double(tests.size() * attention_.size());
+    bool stopped = false;
+    for (const std::string& attention : attention_) {
+      for (const BenchTest& test : tests) {
+        progress.at(double(results.size()) / total, attention);
+        const std::string time = utc_now();
+        try {
+          results.push_back(to_json(*model, flags_, attention, bench(model, flags_.session(attention), test, repetitions_, seed_), time));
+        } catch (const Error& e) {
+          if (e.failure().code != Code::Interrupted) throw;
+          stopped = true;
+        }
+        if (stopped) break;
+      }
+      if (stopped) break;
+    }
+    progress.clear();
+    if (format_ == "json") print(results);
+    if (format_ == "csv") csv(results);
+    if (format_ == "md") markdown(results);
+    if (stopped) std::cerr << "heed: interrupted; " << results.size() << " tests were finished\n";
+    return stopped ? 130 : 0;
+  }
+
+ private:
+  static void csv(const Json& results) {
+    for (size_t i = 0; i < results.size(); ++i) {
+      std::string names, values;
+      for (const auto& [name, value] : results[i].items()) {
+        if (name.rfind("samples_", 0) == 0) continue;
+        names += (names.empty() ? "" : ",") + name;
+        values += (values.empty() ? "" : ",") + csv_field(value);
+      }
+      if (i == 0) std::cout << names << '\n';
+      std::cout << values << '\n';
+    }
+  }
+
+  static void markdown(const Json& results) {
+    std::vector<std::vector<std::string>> rows;
+    for (const Json& r : results) {
+      const int64_t prompt = r["n_prompt"], depth = r["n_depth"];
+      std::string test = prompt > 0 ? "pp" + std::to_string(prompt) : "tg" + std::to_string(r["n_gen"].get<int64_t>());
+      if (depth > 0) test += " @ d" + std::to_string(depth);
+      rows.push_back({r["model_type"], size_text(r["model_size"].get<double>()), fixed(r["model_n_params"].get<double>() / 1e6, 2) + " M", r["backends"],
+                      std::to_string(r["n_threads"].get<int>()), r["attention"], test, fixed(r["avg_ts"], 2) + " ± " + fixed(r["stddev_ts"], 2)});
+    }
+    std::cout << table({"<model", "size", "params", "<backend", "threads", "<attention", "test", "t/s"}, rows);
+  }
+
+  ModelFlags flags_;
+  std::vector<int64_t> prompts_ = {512}, generates_ = {128}, depths_ = {0};
+  std::vector<std::string> attention_;
+  std::string format_ = "md", what_, kernel_;
+  int repetitions_ = 5;
+  uint64_t seed_ = 0;
+  bool json_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<Command> bench_command() { return std::make_unique<BenchCommand>(); }
+
+}  // namespace heed::apps

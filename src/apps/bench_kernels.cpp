@@ -1,0 +1,67 @@
+#include "apps/bench_kernels.h"
+
+#include <iostream>
+
+#include "base/threads.h"
+#include "lab/kernel_bench.h"
+#include "lab/machine.h"
+#include "lab/progress.h"
+
+namespace heed::apps {
+namespace {
+
+/// The arithmetic limit that a kernel of this table stands against.
+double limit(const MachineLimits& limits, const std::string& table, bool bf16) {
+  if (table == "neon") return limits.peak("neon f32");
+  if (table == "avx2") return limits.peak("avx2 f32");
+  if (bf16 && table != "avx512" && limits.peak("avx512 bf16") > 0) return limits.peak("avx512 bf16");
+  return limits.peak("avx512 f32");
+}
+
+}  // namespace
+
+int bench_kernels(const std::string& prefix, int count, const std::string& format) {
+  set_threads(count);
+  Progress progress("bench kernels");
+  progress.at(0, "machine limits");
+  const MachineLimits limits = machine_limits();
+  Json rows = Json::array();
+  bool any = false;
+  for (const Kernels* table : cpu_kernels())
+    for (const KernelCase& c : kernel_cases(*table, prefix)) {
+      any = true;
+      if (interrupted()) break;
+      progress.at(0.5, table->name + " " + c.kernel);
+      const double seconds = time_kernel(c, *table), rate = c.work / seconds * 1e-9;
+      const double most = c.compute ? limit(limits, table->name, c.bf16) : limits.read_gb_s;
+      rows.push_back({{"kernel", c.kernel}, {"isa", table->name}, {"shape", c.shape}, {"seconds", seconds}, {"rate", rate},
+                      {"unit", c.compute ? "GFLOP/s" : "GB/s"}, {"limit", most}, {"share", most > 0 ? rate / most : 0.0}});
+    }
+  progress.clear();
+  require(any, "bench kernels", "no kernel's name begins with '" + prefix + "'", "leave --kernel out to see all");
+
+  Json peaks = Json::object();
+  for (const auto& peak : limits.peaks) peaks[peak.name] = peak.gflops;
+  if (format == "json") {
+    print({{"cpu", cpu_name()}, {"threads", threads()}, {"read_gb_s", limits.read_gb_s}, {"peak_gflops", peaks}, {"kernels", rows}});
+  } else if (format == "csv") {
+    std::cout << "kernel,isa,shape,seconds,rate,unit,limit\n";
+    for (const Json& r : rows)
+      std::cout << r["kernel"].get<std::string>() << ',' << r["isa"].get<std::string>() << ",\"" << r["shape"].get<std::string>() << "\"," << r["seconds"] << ','
+                << r["rate"] << ',' << r["unit"].get<std::string>() << ',' << r["limit"] << '\n';
+  } else {
+    std::cout << cpu_name() << ", " << threads() << " threads: reads " << fixed(limits.read_gb_s, 1) << " GB/s";
+    for (const auto& peak : limits.peaks) std::cout << "; " << peak.name << ' ' << fixed(peak.gflops, 0) << " GFLOP/s";
+    std::cout << "\nRates in GB/s stand against memory; what fits in a cache may pass it.\n\n";
+    std::vector<std::vector<std::string>> cells;
+    for (const Json& r : rows)
+      cells.push_back({r["kernel"], r["isa"], r["shape"], fixed(r["rate"], 1) + " " + r["unit"].get<std::string>(), fixed(100 * r["share"].get<double>(), 0) + " %",
+                       fixed(1e3 * r["seconds"].get<double>(), 3)});
+    std::cout << table({"<kernel", "<isa", "<shape", "rate", "of limit", "ms"}, cells);
+  }
+  if (!interrupted()) return 0;
+  std::cerr << "heed: interrupted; " << rows.size() << " measurements were finished\n";
+  return 130;
+}
+
+}  // namespace heed::apps
