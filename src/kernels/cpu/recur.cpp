@@ -11,26 +11,6 @@ constexpr int64_t kFewRows = 4;            // at most so many rows step
 constexpr int64_t kStrip = 4 * kLanes;     // value columns of a step
 constexpr int64_t kNarrowest = 32;         // value columns of a block of the chunked form
 
-void check(const RecurInputs& in, const Recur& how, const Tensor& out, const Tensor& state, const Tensor& z) {
-  constexpr const char* where = "recur";
-  const int64_t segments = in.q.segments(), d = width_of(in.q.values), d_v = width_of(in.v.values), rows = in.q.values.size[0];
-  require(is_float(in.q.values.type) && is_float(in.k.values.type) && is_float(in.v.values.type), where, "q, k and v are F32, BF16 or F16");
-  require(in.k.segments() == segments && in.v.segments() == segments, where, "q, k and v have the same segments");
-  require(width_of(in.k.values) == d, where, "q and k differ in width");
-  if (how.decay == Recur::Decay::Scalar) check_tensor(where, "g", in.g, {rows});
-  if (how.decay == Recur::Decay::Vector) check_tensor(where, "g", in.g, {rows, d});
-  if (how.correction == Recur::Correction::Delta) check_tensor(where, "beta", in.beta, {rows});
-  if (how.correction == Recur::Correction::LowRank) {
-    check_tensor(where, "a", in.a, {rows, d});
-    check_tensor(where, "b", in.b, {rows, d});
-  }
-  check_tensor(where, "out", out, {rows, d_v});
-  for (const Tensor& t : {in.state, state}) check_tensor(where, "state", t, {segments, d, d_v}, true);
-  for (const Tensor& t : {in.z, z}) check_tensor(where, "z", t, {segments, d}, true);
-  for (int64_t s = 0; s < segments; ++s)
-    require(in.k.length(s) == in.q.length(s) && in.v.length(s) == in.q.length(s), where, "segments of q, k and v differ in length");
-}
-
 /// Row r of matrix s of [segments, rows, width].
 float* matrix_row(const Tensor& t, int64_t s, int64_t r) { return t.as<float>() + s * t.stride[0] + r * t.stride[1]; }
 
@@ -89,8 +69,8 @@ void Recurrence::step(int64_t s, int64_t first, float* scratch) const {
     from.k.read(from.k_begin + t, k);
     from.decay(shape.how, t, shape.d, e);
     if (low_rank) {
-      from.a.read(from.q_begin + t, a);
-      from.b.read(from.q_begin + t, b);
+      from.a.read(from.a_begin + t, a);
+      from.b.read(from.a_begin + t, b);
     }
     float value[kStrip];
     from.v.read_part(from.v_begin + t, first, columns, value);
@@ -183,7 +163,12 @@ void Recurrence::walk(const RecurSource& from, const RecurChunk& chunk, int64_t 
 }  // namespace
 
 void recur(Queue& queue, const RecurInputs& in, const Recur& how, Tensor out, Tensor state, Tensor z) {
-  check(in, how, out, state, z);
+  constexpr const char* where = "recur";
+  check_recur(where, in, how);
+  const int64_t rows = in.q.values.size[0];
+  check_tensor(where, "out", out, {rows, width_of(in.v.values)});
+  check_tensor(where, "final state", state, {in.q.segments(), width_of(in.q.values), width_of(in.v.values)}, true);
+  check_tensor(where, "final z", z, {in.q.segments(), width_of(in.q.values)}, true);
   Recurrence run{in, {how, width_of(in.q.values), width_of(in.v.values), how.scale}, out, state, z, nullptr};
   if (how.scale == 0) run.shape.scale = 1 / std::sqrt(float(run.shape.d));
   const int64_t segments = in.q.segments(), wide = run.shape.wide(), d = run.shape.d, d_v = run.shape.d_v;

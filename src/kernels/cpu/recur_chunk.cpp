@@ -1,5 +1,9 @@
 #include "kernels/cpu/recur_chunk.h"
 
+#include <array>
+
+#include "kernels/check.h"
+
 namespace heed::HEED_ISA {
 namespace {
 
@@ -128,6 +132,24 @@ void pairs_with_vector_decay(std::span<const Pair> pairs, const float* decay, in
 
 }  // namespace
 
+void check_recur(const char* where, const RecurInputs& in, const Recur& how) {
+  const int64_t segments = in.q.segments(), d = width_of(in.q.values), d_v = width_of(in.v.values), rows = in.q.values.size[0];
+  require(is_float(in.q.values.type) && is_float(in.k.values.type) && is_float(in.v.values.type), where, "q, k and v are F32, BF16 or F16");
+  require(in.k.segments() == segments && in.v.segments() == segments, where, "q, k and v have the same segments");
+  require(width_of(in.k.values) == d, where, "q and k differ in width");
+  if (how.decay == Recur::Decay::Scalar) check_tensor(where, "g", in.g, {rows});
+  if (how.decay == Recur::Decay::Vector) check_tensor(where, "g", in.g, {rows, d});
+  if (how.correction == Recur::Correction::Delta) check_tensor(where, "beta", in.beta, {rows});
+  if (how.correction == Recur::Correction::LowRank) {
+    check_tensor(where, "a", in.a, {rows, d});
+    check_tensor(where, "b", in.b, {rows, d});
+  }
+  check_tensor(where, "state", in.state, {segments, d, d_v}, true);
+  check_tensor(where, "z", in.z, {segments, d}, true);
+  for (int64_t s = 0; s < segments; ++s)
+    require(in.k.length(s) == in.q.length(s) && in.v.length(s) == in.q.length(s), where, "segments of q, k and v differ in length");
+}
+
 RecurChunk::RecurChunk(const RecurShape& shape, float* memory) {
   const int64_t panel = C * shape.wide(), square = C * C;
   const auto take = [&](int64_t floats) {
@@ -144,6 +166,9 @@ RecurChunk::RecurChunk(const RecurShape& shape, float* memory) {
   m = shape.corrects() ? take(square) : nullptr;
   b = shape.low_rank() ? take(panel) : nullptr;
   qb = shape.low_rank() ? take(square) : nullptr;
+  n = shape.keep ? take(square) : nullptr;
+  plain_m = shape.keep ? take(square) : nullptr;
+  left = shape.keep ? take(panel) : nullptr;
 }
 
 void RecurChunk::make(const RecurShape& shape, const RecurSource& from, int64_t first, int64_t count, float* scratch) {
@@ -158,8 +183,8 @@ void RecurChunk::make(const RecurShape& shape, const RecurSource& from, int64_t 
   float* steps = rights + panel;    // e^g of each row and channel
   float* rest = steps + 2 * panel;  // one panel stays free for `inside`
   float* inside = steps + panel;
-  float* n = rest;                  // [64, 64]
-  float* square = n + C * C;
+  float* triangle = shape.keep ? n : rest;  // [64, 64]
+  float* square = rest + C * C;
   float* sofar = square + 2 * C * C;
   float* row_decay = sofar + 2 * wide;
   float* between = row_decay + C;
@@ -174,8 +199,8 @@ void RecurChunk::make(const RecurShape& shape, const RecurSource& from, int64_t 
     from.q.read(from.q_begin + first + i, q + i * wide, shape.scale);
     from.k.read(from.k_begin + first + i, keys + i * wide);
     if (low_rank) {
-      from.a.read(from.q_begin + first + i, lefts + i * wide);
-      from.b.read(from.q_begin + first + i, rights + i * wide);
+      from.a.read(from.a_begin + first + i, lefts + i * wide);
+      from.b.read(from.a_begin + first + i, rights + i * wide);
     }
   }
   transpose(keys, wide, padded_rows, wide, k, C);
@@ -184,11 +209,11 @@ void RecurChunk::make(const RecurShape& shape, const RecurSource& from, int64_t 
   Pair pairs[4];
   size_t wanted = 0;
   pairs[wanted++] = {q, k, qk, false, true};
-  if (delta) pairs[wanted++] = {keys, k, n, false, false};
+  if (delta) pairs[wanted++] = {keys, k, triangle, false, false};
   if (low_rank) {
     pairs[wanted++] = {lefts, k, m, true, false};
     pairs[wanted++] = {q, b, qb, false, true};
-    pairs[wanted++] = {lefts, b, n, true, false};
+    pairs[wanted++] = {lefts, b, triangle, true, false};
   }
   const std::span<const Pair> all(pairs, wanted);
 
@@ -220,6 +245,9 @@ void RecurChunk::make(const RecurShape& shape, const RecurSource& from, int64_t 
   }
 
   for (int64_t i = 0; i < padded_rows; ++i) {
+    const int64_t columns = (i / B + 1) * B;
+    std::fill(qk + i * C + columns, qk + (i + 1) * C, 0.0f);
+    if (low_rank) std::fill(qb + i * C + columns, qb + (i + 1) * C, 0.0f);
     float sum = 0;
     for (int64_t j = 0; j <= i; ++j) sum += qk[i * C + j];
     weights[i] = sum;
@@ -234,13 +262,17 @@ void RecurChunk::make(const RecurShape& shape, const RecurSource& from, int64_t 
       scale_row(w + i * wide, beta, wide);
       std::fill_n(m + i * C, columns, 0.0f);
       m[i * C + i] = beta;
-      scale_row(n + i * C, beta, columns);
+      scale_row(triangle + i * C, beta, columns);
     } else {
-      scale_row(n + i * C, -1.0f, columns);
+      scale_row(triangle + i * C, -1.0f, columns);
     }
   }
-  solve(n, padded_rows, w, wide, false);
-  solve(n, padded_rows, m, C, true);
+  if (shape.keep) {
+    std::copy_n(m, padded_rows * C, plain_m);
+    std::copy_n(w, padded_rows * wide, left);
+  }
+  solve(triangle, padded_rows, w, wide, false);
+  solve(triangle, padded_rows, m, C, true);
 }
 
 }  // namespace heed::HEED_ISA

@@ -12,10 +12,14 @@ namespace heed::HEED_ISA {
 inline constexpr int64_t kChunkRows = 64;
 inline constexpr int64_t kSubRows = 16;  // rows that vector decays are applied to one by one
 
+/// Throws unless the inputs fit one another.
+void check_recur(const char* where, const RecurInputs& in, const Recur& how);
+
 struct RecurShape {
   Recur how;
   int64_t d = 0, d_v = 0;
   float scale = 1;
+  bool keep = false;  // what the gradient of LowRank needs besides
   int64_t wide() const { return padded(d); }
   bool corrects() const { return how.correction != Recur::Correction::None; }
   bool low_rank() const { return how.correction == Recur::Correction::LowRank; }
@@ -26,11 +30,11 @@ struct RecurSource {
   Rows q, k, v, g, a, b;
   const float* g_row = nullptr;
   const float* beta = nullptr;
-  int64_t q_begin = 0, k_begin = 0, v_begin = 0;
+  int64_t q_begin = 0, k_begin = 0, v_begin = 0, a_begin = 0;
 
   RecurSource(const RecurInputs& in, const Recur& how, int64_t segment)
       : q(in.q.values), k(in.k.values), v(in.v.values), q_begin(in.q.begin(segment)), k_begin(in.k.begin(segment)),
-        v_begin(in.v.begin(segment)) {
+        v_begin(in.v.begin(segment)), a_begin(q_begin) {
     if (how.decay == Recur::Decay::Vector) g = Rows(in.g);
     if (how.decay == Recur::Decay::Scalar) g_row = in.g.as<float>() + q_begin;
     if (how.correction == Recur::Correction::Delta) beta = in.beta.as<float>() + q_begin;
@@ -63,6 +67,9 @@ struct RecurChunk {
   float* qk;       // [64, 64], lower triangular
   float* qb;       // [64, 64]: LowRank
   float* m;        // [64, 64]
+  float* n;        // [64, 64]: −Aab, kept
+  float* plain_m;  // [64, 64]: Aak, kept
+  float* left;     // [64, wide]: a ⊙ e^G′, kept
   float* decay;    // [wide]: e^(G_C)
   float* weights;  // [64]: row sums of qk
 
@@ -71,6 +78,7 @@ struct RecurChunk {
     int64_t count = 2 * panel + square + wide + kChunkRows;
     if (shape.corrects()) count += panel + square;
     if (shape.low_rank()) count += panel + square;
+    if (shape.keep) count += panel + 2 * square;
     return count;
   }
   RecurChunk(const RecurShape& shape, float* memory);
