@@ -69,6 +69,22 @@ Ragged rows_of(Queue& queue, const Grids& grid, std::span<const int64_t> visible
   return out;
 }
 
+Ragged with_queries(Queue& queue, const Ragged& scores, const Ragged& q) {
+  Ragged out = scores;
+  int64_t rows = 0;
+  for (int64_t s = 0; s < q.segments(); ++s) rows += q.length(s) > 0;
+  out.offsets = queue.scratch.take(Dtype::I64, {rows + 1});
+  out.ends = queue.scratch.take(Dtype::I64, {rows});
+  int64_t row = 0;
+  for (int64_t s = 0; s < q.segments(); ++s) {
+    if (q.length(s) == 0) continue;
+    out.offsets.at<int64_t>(row) = scores.begin(s);
+    out.ends.at<int64_t>(row++) = scores.end(s);
+  }
+  out.offsets.at<int64_t>(rows) = scores.bound;
+  return out;
+}
+
 std::vector<int64_t> affordable(const LayerView& at, const Budget& budget, int64_t most) {
   std::vector<int64_t> out;
   for (int64_t length : at.prompt) out.push_back(std::min(most, budget.entries(length)));

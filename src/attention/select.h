@@ -26,6 +26,10 @@ Grids grids(Queue&, int64_t heads, int64_t rows, int64_t cols);
 /// The rows of one-sized matrices as segments: row r (counted through all matrices) is its first visible[r mod rows] cells.
 Ragged rows_of(Queue&, const Grids&, std::span<const int64_t> visible);
 
+/// The segments of scores (heads = q's) that belong to a query, in order: the rows of a plan that read() makes, where a
+/// sequence without a new token has none.
+Ragged with_queries(Queue&, const Ragged& scores, const Ragged& q);
+
 /// For each sequence, min(most, what the budget allows it): a window that a fraction of a short prompt can pay for.
 std::vector<int64_t> affordable(const LayerView&, const Budget&, int64_t most);
 

@@ -247,7 +247,8 @@ struct Kernels {
   void (*column_read)(Queue&, const Pages&, int column, Ragged values);
   void (*column_write)(Queue&, const Pages&, int column, const Ragged& values);
   /// Upper bound of q·k over each block from KeyMin and KeyMax columns (Quest: Σ_c max(q_c lo_c, q_c hi_c)), or q·mean
-  /// when low == high (a KeyMean column). Not scaled. q has one row a segment; scores: Ragged, heads = h,
+  /// when low == high (a KeyMean column). Not scaled. q has one row a segment, or none (whose
+  /// scores stay as they were); scores: Ragged, heads = h,
   /// ⌈length / block⌉ numbers.
   void (*page_score)(Queue&, const Ragged& q, const Pages&, int low, int high, Ragged scores);
 

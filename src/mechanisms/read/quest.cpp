@@ -33,23 +33,22 @@ struct Quest final : Mechanism {
   Read read(LayerView& at) const override {
     // A sliding window already bounds what is read.
     if ((at.layer < first_dense && at.model.layers > first_dense) || at.mods.window > 0) return {};
-    const int64_t all = at.q.segments(), group = at.model.group();
     std::vector<int64_t> pages;
-    Select best;
-    best.count = at.queue.scratch.take(Dtype::I32, {all});
-    int64_t capacity = 1;
-    for (int64_t s = 0; s < all; ++s) {
-      const int64_t length = at.store->length(s / group);
-      const int64_t count = (std::min(budget.entries(length), length) + page - 1) / page;
-      pages.push_back((length + page - 1) / page);
-      best.count.at<int32_t>(s) = int32_t(count);
-      capacity = std::max(capacity, count);
-    }
+    for (int64_t s = 0; s < at.q.segments(); ++s) pages.push_back((at.store->length(s / at.model.group()) + page - 1) / page);
     const Ragged scores = numbers(at.queue, pages, at.q.heads);
     at.run().page_score(at.queue, at.q, at.store->pages(), at.stores->column(low()), at.stores->column(high()), scores);
-    force(at.queue, scores, 0, 1);
-    const Tensor index = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
-    at.run().select(at.queue, scores, best, capacity, index, count);
+    const Ragged rows = with_queries(at.queue, force(at.queue, scores, 0, 1), at.q);
+    int64_t capacity = 1;
+    Select best;
+    best.count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
+    for (int64_t s = 0, row = 0; s < at.q.segments(); ++s) {
+      if (at.q.length(s) == 0) continue;
+      const int64_t length = at.store->length(s / at.model.group()), count = (std::min(budget.entries(length), length) + page - 1) / page;
+      best.count.at<int32_t>(row++) = int32_t(count);
+      capacity = std::max(capacity, count);
+    }
+    const Tensor index = at.queue.scratch.take(Dtype::I32, {rows.segments() * capacity}), count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
+    at.run().select(at.queue, rows, best, capacity, index, count);
     Read read;
     read.plan = blocks_plan(at.queue, Plan::Scope::QueryHead, 1, page, index, count, capacity);
     return read;

@@ -56,30 +56,30 @@ struct TidalDecode final : Mechanism {
   }
 
   void choose(LayerView& at, Chosen& chosen) const {
-    const int64_t all = at.q.segments(), group = at.model.group();
+    const int64_t group = at.model.group();
     std::vector<int64_t> lengths;
-    Select best;
-    best.count = at.queue.scratch.take(Dtype::I32, {all});
-    int64_t capacity = 1;
-    for (int64_t s = 0; s < all; ++s) {
-      lengths.push_back(at.store->length(s / group));
-      const int64_t count = std::min(budget.entries(lengths.back()), lengths.back());
-      best.count.at<int32_t>(s) = int32_t(count);
-      capacity = std::max(capacity, count);
-    }
+    for (int64_t s = 0; s < at.q.segments(); ++s) lengths.push_back(at.store->length(s / group));
     Observe how;
     how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
     const Ragged columns = at.observe(at.q, how);
     // [entries, group] of each KV head → one run of entries for each query head.
     const Ragged logits = numbers(at.queue, lengths, at.q.heads);
-    for (int64_t s = 0; s < all; ++s) {
+    for (int64_t s = 0; s < at.q.segments(); ++s) {
       const Tensor entries = columns.values.reshape({columns.bound, group}).slice(0, columns.begin(s / group), columns.end(s / group));
       copy(entries.select(1, s % group), logits.segment(s));
     }
-    force(at.queue, logits, 0, 1);
-    chosen.index = Buffer(Dtype::I32, {all * capacity}), chosen.count = Buffer(Dtype::I32, {all});
-    chosen.capacity = capacity;
-    at.run().select(at.queue, logits, best, capacity, chosen.index, chosen.count);
+    const Ragged rows = with_queries(at.queue, force(at.queue, logits, 0, 1), at.q);
+    Select best;
+    best.count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
+    chosen.capacity = 1;
+    for (int64_t s = 0, row = 0; s < at.q.segments(); ++s) {
+      if (at.q.length(s) == 0) continue;
+      const int64_t count = std::min(budget.entries(lengths[size_t(s)]), lengths[size_t(s)]);
+      best.count.at<int32_t>(row++) = int32_t(count);
+      chosen.capacity = std::max(chosen.capacity, count);
+    }
+    chosen.index = Buffer(Dtype::I32, {rows.segments() * chosen.capacity}), chosen.count = Buffer(Dtype::I32, {rows.segments()});
+    at.run().select(at.queue, rows, best, chosen.capacity, chosen.index, chosen.count);
   }
 };
 

@@ -1,0 +1,95 @@
+// Every mechanism inside sessions: its identity is dense in all phases, and small budgets run on what nobody tuned for.
+#include "harness.h"
+#include "mechanisms/registry.h"
+#include "model/session.h"
+
+namespace heed::test {
+namespace {
+
+std::shared_ptr<const Model> tiny(int h, int g) {
+  ModelInfo shape;
+  shape.layers = 4, shape.h = h, shape.g = g, shape.d = shape.d_v = 16, shape.hidden = 48, shape.vocabulary = 61;
+  shape.windows = {0, 24, 0, 0};
+  return Model::random(shape, 64, Dtype::F32, 5);
+}
+
+std::vector<int32_t> text(int64_t length, uint64_t seed) {
+  Random random(seed);
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < length; ++i) ids.push_back(int32_t(random.below(61)));
+  return ids;
+}
+
+/// Logits of every decoded step of two sequences of unequal length, one of them idle at times, the prompt in parts of `chunk`.
+std::vector<float> logits(const std::shared_ptr<const Model>& model, const std::string& spec, int64_t chunk) {
+  SessionOptions o;
+  o.attention = spec, o.sequences = 2, o.chunk = chunk, o.backend = "reference";
+  o.k.kind = o.v.kind = PageType::Kind::F32;
+  Session session(model, o);
+  const auto a = text(83, 1), b = text(30, 2);
+  std::vector<float> out;
+  auto take = [&](const Tensor& t) { out.insert(out.end(), t.as<float>(), t.as<float>() + t.numel()); };
+  take(session.prefill({a, b}));
+  for (int32_t i = 0; i < 6; ++i) {
+    const std::vector<int32_t> next{(i * 13) % 61, i % 3 == 2 ? -1 : (i * 7) % 61};
+    take(session.decode(next));
+  }
+  return out;
+}
+
+double distance(const std::vector<float>& a, const std::vector<float>& b) {
+  double worst = a.size() == b.size() ? 0 : INFINITY;
+  for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    const double d = std::abs(double(a[i]) - double(b[i]));
+    worst = std::isnan(d) ? INFINITY : std::max(worst, d);
+  }
+  return worst;
+}
+
+TEST(Sessions, IdentitiesAreDense) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}}) {
+    const auto model = tiny(h, g);
+    for (int64_t chunk : {0, 25}) {
+      const auto dense = logits(model, "dense", chunk);
+      for (const Entry& e : registry())
+        EXPECT_LT(distance(dense, logits(model, e.identity, chunk)), 1e-4) << e.identity << " chunk " << chunk;
+    }
+  }
+}
+
+TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
+  const auto model = tiny(6, 2);
+  for (int64_t chunk : {0, 25}) {
+    const auto dense = logits(model, "dense", chunk);
+    for (const char* spec : {"streaming-llm(window=12)", "snapkv(budget=16,window=4)", "snapkv(budget=0.1)", "pyramidkv(budget=16,window=4)", "pyramidkv(budget=20,window=4,rule=authors)",
+                             "adakv(snapkv(budget=16,window=4))", "adakv(pyramidkv(budget=16,window=4),port=true)", "adakv(h2o(budget=10))", "h2o(budget=10)", "h2o(budget=10,when=chunk)+quest(budget=8,page=4,dense=0)",
+                             "tova(budget=7)", "quest(budget=16,page=8,dense=1)", "tidal-decode(budget=9,selection=1,correction=2)", "xattention(block=8,stride=4,threshold=0.3)", "moba(block=8,topk=2)",
+                             "flexprefill(block=8,gamma=0.3,min_budget=8)", "kvzip(budget=0.2,chunk=32)", "kvzip(budget=0.2,chunk=32,share=layer)", "kivi(residual=0)", "act(threshold=0.02,skip_first=0,skip_last=0)",
+                             "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
+      const double changed = distance(dense, logits(model, spec, chunk));
+      EXPECT_GT(changed, 1e-4) << spec << " chunk " << chunk;
+      EXPECT_LT(changed, 100) << spec << " chunk " << chunk;
+    }
+  }
+}
+
+TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
+  const auto model = tiny(6, 2);
+  for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)", "quest(budget=8,page=4,dense=0)"}) {
+    SessionOptions o;
+    o.attention = spec, o.backend = "reference";
+    Session session(model, o);
+    session.prefill(text(70, 3));
+    session.decode(4);
+    const auto other = session.fork();
+    for (int32_t token : {9, 17, 3}) {
+      const Tensor a = session.decode(token);
+      const std::vector<float> x(a.as<float>(), a.as<float>() + a.numel());
+      const Tensor b = other->decode(token);
+      EXPECT_EQ(x, std::vector<float>(b.as<float>(), b.as<float>() + b.numel())) << spec;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace heed::test
