@@ -5,6 +5,13 @@ namespace heed::HEED_ISA {
 void fill_attention(Kernels& t) {
   t.attend = attend;
   t.attend_store = attend_store;
+  t.merge = merge;
+  t.page_write = page_write;
+  t.page_read = page_read;
+  t.page_move = page_move;
+  t.column_read = column_read;
+  t.column_write = column_write;
+  t.page_score = page_score;
 }
 
 }  // namespace heed::HEED_ISA

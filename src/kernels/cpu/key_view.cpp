@@ -4,22 +4,10 @@
 #include <limits>
 
 #include "kernels/cpu/page_side.h"
+#include "kernels/cpu/convert.h"
 
 namespace heed::HEED_ISA {
 namespace {
-
-/// A row of n numbers as f32, in place when it is.
-const float* widen(const char* row, Dtype type, int n, float* to) {
-  auto convert = [&](const auto* from) {
-    int c = 0;
-    for (; c + kLanes <= n; c += kLanes) store(to + c, load(from + c));
-    if (c < n) store_part(to + c, load_part(from + c, n - c), n - c);
-    return static_cast<const float*>(to);
-  };
-  if (type == Dtype::BF16) return convert(reinterpret_cast<const bf16*>(row));
-  if (type == Dtype::F16) return convert(reinterpret_cast<const f16*>(row));
-  return reinterpret_cast<const float*>(row);
-}
 
 /// to[c] = even[c] | odd[c] << 16; `odd` null: zeros.
 void pair_rows(const char* even, const char* odd, int n, uint32_t* to) {
@@ -39,14 +27,13 @@ char* entry_page(const Pages& pages, int64_t segment, int64_t key) { return page
 KeyView KeyView::panel(const Ragged& k, const Ragged* v, int64_t k_segment, int64_t v_segment, const Mods& mods) {
   KeyView out;
   const int64_t first = k.begin(k_segment);
-  auto row = [](const Tensor& t, int64_t r) { return static_cast<const char*>(t.data) + r * t.stride[0] * info(t.type).bytes; };
   out.size_ = k.length(k_segment);
-  out.k_ = row(k.values, first);
+  out.k_ = row_of(k.values, first);
   out.k_type_ = k.values.type;
   out.k_step_ = k.values.stride[0] * info(k.values.type).bytes;
   if (v) {
     require(v->length(v_segment) == out.size_, "attend", "a segment of v is not as long as its keys");
-    out.v_ = row(v->values, v->begin(v_segment));
+    out.v_ = row_of(v->values, v->begin(v_segment));
     out.v_type_ = v->values.type;
     out.v_step_ = v->values.stride[0] * info(v->values.type).bytes;
   }
@@ -142,10 +129,10 @@ void KeyView::open_panel(Tile& tile, Chunk& chunk, bool values) const {
                 reinterpret_cast<uint32_t*>(tile.v_rows) + int64_t(j / 2) * d_v);
     return;
   }
-  for (int j = 0; j < count; ++j) chunk.k[j] = widen(k_ + chunk.key[j] * k_step_, k_type_, d, tile.k_rows + int64_t(j) * d);
+  for (int j = 0; j < count; ++j) chunk.k[j] = widen_row(k_ + chunk.key[j] * k_step_, k_type_, d, tile.k_rows + int64_t(j) * d);
   if (!values) return;
   for (int j = 0; j < count; ++j)
-    chunk.v[j] = widen(v_ + chunk.key[j] * v_step_, v_type_, d_v, tile.v_rows + int64_t(j) * d_v);
+    chunk.v[j] = widen_row(v_ + chunk.key[j] * v_step_, v_type_, d_v, tile.v_rows + int64_t(j) * d_v);
 }
 
 void KeyView::open_pages(Tile& tile, Chunk& chunk, bool values) const {

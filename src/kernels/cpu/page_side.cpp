@@ -2,22 +2,10 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/convert.h"
+
 namespace heed::HEED_ISA {
 namespace {
-
-template <class T>
-void widen_row(const T* from, int n, float* to) {
-  int c = 0;
-  for (; c + kLanes <= n; c += kLanes) store(to + c, load(from + c));
-  if (c < n) store_part(to + c, load_part(from + c, n - c), n - c);
-}
-
-template <class T>
-void narrow_row(const float* from, int n, T* to) {
-  int c = 0;
-  for (; c + kLanes <= n; c += kLanes) store(to + c, load(from + c));
-  if (c < n) store_part(to + c, load_part(from + c, n - c), n - c);
-}
 
 uint32_t code_at(const PageSide& side, int64_t place) {
   const int bits = side.type->bits();
@@ -95,6 +83,12 @@ void quantise(const PageSide& side, int entry, int entries, int channel, int cha
 
 }  // namespace
 
+void read_codes(const PageSide& side, int entry, uint8_t* codes) { expand(side, entry, 0, side.width, codes); }
+
+void write_codes(const PageSide& side, int entry, const uint8_t* codes) {
+  for (int c = 0; c < side.width; ++c) set_code(side, side.place(entry, c), codes[c]);
+}
+
 const float* read_entry(const PageSide& side, int entry, float* out) {
   using Kind = PageType::Kind;
   const int n = side.width;
@@ -113,8 +107,8 @@ const float* read_entry(const PageSide& side, int entry, float* out) {
   }
   const char* row = side.row(entry);
   if (side.type->kind == Kind::F32) return reinterpret_cast<const float*>(row);
-  if (side.type->kind == Kind::BF16) widen_row(reinterpret_cast<const bf16*>(row), n, out);
-  else widen_row(reinterpret_cast<const f16*>(row), n, out);
+  if (side.type->kind == Kind::BF16) convert_row(reinterpret_cast<const bf16*>(row), n, out);
+  else convert_row(reinterpret_cast<const f16*>(row), n, out);
   return out;
 }
 
@@ -145,8 +139,8 @@ void write_entries(const PageSide& side, int begin, int count, const float* rows
     }
     char* row = side.row(begin + e);
     if (side.type->kind == Kind::F32) std::copy_n(from, n, reinterpret_cast<float*>(row));
-    else if (side.type->kind == Kind::BF16) narrow_row(from, n, reinterpret_cast<bf16*>(row));
-    else narrow_row(from, n, reinterpret_cast<f16*>(row));
+    else if (side.type->kind == Kind::BF16) convert_row(from, n, reinterpret_cast<bf16*>(row));
+    else convert_row(from, n, reinterpret_cast<f16*>(row));
   }
 }
 

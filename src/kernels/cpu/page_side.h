@@ -33,6 +33,10 @@ struct PageSide {
 /// One entry as f32; `out` is where it was put, or the page itself when that holds f32 rows.
 const float* read_entry(const PageSide& side, int entry, float* out);
 
+/// The codes of one entry of a quantised side, one a byte.
+void read_codes(const PageSide& side, int entry, uint8_t* codes);
+void write_codes(const PageSide& side, int entry, const uint8_t* codes);
+
 /// Entries begin … begin + count from rows [count][step]. With groups of entries, begin starts a group.
 void write_entries(const PageSide& side, int begin, int count, const float* rows, int64_t step);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels/cpu/convert.h"
 #include "kernels/cpu/tile_products.h"
 
 namespace heed::HEED_ISA {
@@ -12,22 +13,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147181f;
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-/// Row r of [rows, width] as f32.
-const float* widen(const Tensor& t, int64_t r, float* to) {
-  const int64_t n = t.size[1], at = r * t.stride[0];
-  auto convert = [&](const auto* from) {
-    int64_t c = 0;
-    for (; c + kLanes <= n; c += kLanes) store(to + c, load(from + c));
-    if (c < n) store_part(to + c, load_part(from + c, int(n - c)), int(n - c));
-    return static_cast<const float*>(to);
-  };
-  switch (t.type) {
-    case Dtype::BF16: return convert(t.as<bf16>() + at);
-    case Dtype::F16: return convert(t.as<f16>() + at);
-    default: return t.as<float>() + at;
-  }
-}
 
 }  // namespace
 
@@ -63,7 +48,7 @@ void pack_queries(Tile& tile, const Lanes& lanes, const Tensor& q, const Tensor&
       const auto* from = reinterpret_cast<const char*>(q.as<bf16>() + row * q.stride[0]);
       for (int c = 0; c < d / 2; ++c) std::memcpy(tile.q + int64_t(c) * width + lane, from + 4 * c, 4);
     } else {
-      const float* from = widen(q, row, tile.row);
+      const float* from = widen_row(row_of(q, row), q.type, d, tile.row);
       for (int c = 0; c < d; ++c) tile.q[int64_t(c) * width + lane] = from[c];
     }
     for (int r = 0; r < tile.shape.factors; ++r)
@@ -72,12 +57,11 @@ void pack_queries(Tile& tile, const Lanes& lanes, const Tensor& q, const Tensor&
 }
 
 void scores(Tile& tile, const Lanes& lanes, const Chunk& chunk) {
-  const int padded = (chunk.count + 11) / 12 * 12;
 #if defined(HEED_BF16_DOT)
   if (tile.shape.dots)
-    return score_tile<PairMath>(chunk, padded, reinterpret_cast<const uint32_t*>(tile.q), lanes.width, tile.shape.d / 2, tile.s);
+    return score_tile<PairMath>(chunk, reinterpret_cast<const uint32_t*>(tile.q), lanes.width, tile.shape.d / 2, tile.s);
 #endif
-  score_tile<PlainMath>(chunk, padded, tile.q, lanes.width, tile.shape.d, tile.s);
+  score_tile<PlainMath>(chunk, tile.q, lanes.width, tile.shape.d, tile.s);
 }
 
 bool logits(Tile& tile, const Lanes& lanes, const Chunk& chunk, const LogitRule& rule) {

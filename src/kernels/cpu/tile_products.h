@@ -72,23 +72,23 @@ void value_block(const typename Math::Element* p, int width, int count, const ty
     for (int w = 0; w < W; ++w) store(out + r * width + w * kLanes, sum[r][w]);
 }
 
-/// S^T of a chunk whose k has `padded` rows, a multiple of 12.
+/// S^T of a chunk; its k repeats the last row up to a whole block.
 template <class Math, int W>
-void score_columns(const Chunk& chunk, int padded, const typename Math::Element* q, int width, int depth, float* s) {
+void score_columns(const Chunk& chunk, const typename Math::Element* q, int width, int depth, float* s) {
   constexpr int R = block_rows(W);
-  for (int j = 0; j < padded; j += R) score_block<Math, R, W>(chunk.k + j, q, width, depth, s + int64_t(j) * width);
+  for (int j = 0; j < chunk.count; j += R) score_block<Math, R, W>(chunk.k + j, q, width, depth, s + int64_t(j) * width);
 }
 
 template <class Math>
-void score_tile(const Chunk& chunk, int padded, const typename Math::Element* q, int width, int depth, float* s) {
+void score_tile(const Chunk& chunk, const typename Math::Element* q, int width, int depth, float* s) {
   for (int lane = 0; lane < width;) {
     const int vectors = std::min(kMaxVectors, (width - lane) / kLanes);
     switch (vectors) {
-      case 1: score_columns<Math, 1>(chunk, padded, q + lane, width, depth, s + lane); break;
-      case 2: score_columns<Math, 2>(chunk, padded, q + lane, width, depth, s + lane); break;
+      case 1: score_columns<Math, 1>(chunk, q + lane, width, depth, s + lane); break;
+      case 2: score_columns<Math, 2>(chunk, q + lane, width, depth, s + lane); break;
 #if !defined(__AVX2__) || defined(__AVX512F__)
-      case 3: score_columns<Math, 3>(chunk, padded, q + lane, width, depth, s + lane); break;
-      default: score_columns<Math, 4>(chunk, padded, q + lane, width, depth, s + lane); break;
+      case 3: score_columns<Math, 3>(chunk, q + lane, width, depth, s + lane); break;
+      default: score_columns<Math, 4>(chunk, q + lane, width, depth, s + lane); break;
 #endif
     }
     lane += vectors * kLanes;

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels/cpu/key_view.h"
+#include "kernels/cpu/workers.h"
 
 namespace heed::HEED_ISA {
 
@@ -45,30 +46,13 @@ struct KeySource {
   bool dots(Dtype queries, int d) const;
 };
 
-/// A tile's memory for each worker, taken from the queue's scratch. Calls body(tile, i) for i in [0, count).
-template <class Body>
-void parallel_tiles(Queue& queue, const TileShape& shape, int64_t count, Body&& body);
-
-}  // namespace heed::HEED_ISA
-
-#include <atomic>
-
-#include "base/threads.h"
-
-namespace heed::HEED_ISA {
-
+/// Calls body(tile, i) for i in [0, count), each worker with a tile of its own in the queue's scratch.
 template <class Body>
 void parallel_tiles(Queue& queue, const TileShape& shape, int64_t count, Body&& body) {
-  const int workers = threads();
-  const int64_t each = Tile::bytes(shape);
-  char* memory = queue.scratch.take(Dtype::U8, {each * workers}).as<char>();
-  std::atomic<int64_t> next{0};
-  auto work = [&](int worker) {
-    if (worker >= workers) return;
-    Tile tile(shape, memory + each * worker);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(tile, i);
-  };
-  parallel(work);
+  parallel_with(queue, Tile::bytes(shape), count, [&](char* memory, int64_t i) {
+    Tile tile(shape, memory);
+    body(tile, i);
+  });
 }
 
 }  // namespace heed::HEED_ISA

@@ -1,0 +1,118 @@
+#include "kernels/cpu/page_columns.h"
+
+#include <algorithm>
+
+#include "base/threads.h"
+#include "kernels/check.h"
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/page_side.h"
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/workers.h"
+
+namespace heed::HEED_ISA {
+
+void fill_columns(const Pages& pages, const PageLayout& layout, char* page, int begin, int end) {
+  for (int i = 0; i < column_count(pages); ++i) {
+    const Column& c = (*pages.columns)[size_t(i)];
+    if (c.keeps == Column::Keeps::User)
+      std::fill_n(column_at(pages, layout, page, i, begin), int64_t(end - begin) * c.width, c.fill);
+  }
+}
+
+void refresh_columns(const Pages& pages, const PageLayout& layout, char* page, int begin, int end, int held, float* row) {
+  const PageSide keys = PageSide::keys(layout, page);
+  for (int i = 0; i < column_count(pages); ++i) {
+    const Column& c = (*pages.columns)[size_t(i)];
+    if (c.keeps == Column::Keeps::User) continue;
+    for (int block = begin / c.block; block * c.block < end; ++block) {
+      const int first = block * c.block, last = std::min(first + c.block, held);
+      float* to = column_at(pages, layout, page, i, block);
+      for (int e = first; e < last; ++e) {
+        const float* key = read_entry(keys, e, row);
+        for (int at = 0; at < layout.d; at += kLanes) {
+          const int n = std::min(kLanes, layout.d - at);
+          const F x = load_part(key + at, n), old = e == first ? x : load_part(to + at, n);
+          F made = c.keeps == Column::Keeps::KeyMin ? min(old, x) : c.keeps == Column::Keeps::KeyMax ? max(old, x) : e == first ? x : old + x;
+          if (c.keeps == Column::Keeps::KeyMean && e + 1 == last) made = made * set(1 / float(last - first));
+          store_part(to + at, made, n);
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+void check_column(const char* where, const Pages& pages, int column, const Ragged& values) {
+  require(column >= 0 && column < column_count(pages), where, "the store has no column " + std::to_string(column));
+  const Column& c = (*pages.columns)[size_t(column)];
+  require(c.keeps == Column::Keeps::User, where, "column '" + c.name + "' is kept by the store");
+  require(values.segments() == pages.segments(), where, "values have the store's segments");
+  const int64_t width = values.values.rank > 1 ? values.values.size[1] : 1;
+  require(values.values.type == Dtype::F32 && width == c.width, where, "values are F32 [keys, " + std::to_string(c.width) + "]");
+}
+
+/// Calls body(the page's numbers, the values' row, how many entries) for every page that holds entries.
+template <class Body>
+void each_column(const Pages& pages, int column, const Ragged& values, Body&& body) {
+  parallel_for(pages.segments(), [&](int64_t s) {
+    const int64_t held = pages.length.at<int32_t>(s);
+    for (int64_t p = 0; p * kPage < held; ++p)
+      body(column_at(pages, pages.layout_of(s, p), pages.page(s, p), column, 0), values.begin(s) + p * kPage,
+           std::min<int64_t>(kPage, held - p * kPage));
+  });
+}
+
+}  // namespace
+
+void column_read(Queue&, const Pages& pages, int column, Ragged values) {
+  check_column("column_read", pages, column, values);
+  const int64_t width = (*pages.columns)[size_t(column)].width, step = values.values.stride[0];
+  each_column(pages, column, values, [&](const float* from, int64_t row, int64_t count) {
+    for (int64_t e = 0; e < count; ++e) std::copy_n(from + e * width, width, values.values.as<float>() + (row + e) * step);
+  });
+}
+
+void column_write(Queue&, const Pages& pages, int column, const Ragged& values) {
+  check_column("column_write", pages, column, values);
+  const int64_t width = (*pages.columns)[size_t(column)].width, step = values.values.stride[0];
+  each_column(pages, column, values, [&](float* to, int64_t row, int64_t count) {
+    for (int64_t e = 0; e < count; ++e) std::copy_n(values.values.as<float>() + (row + e) * step, width, to + e * width);
+  });
+}
+
+void page_score(Queue& queue, const Ragged& q, const Pages& pages, int low, int high, Ragged scores) {
+  constexpr const char* where = "page_score";
+  auto is_block = [&](int i) { return i >= 0 && i < column_count(pages) && (*pages.columns)[size_t(i)].keeps != Column::Keeps::User; };
+  require(is_block(low) && is_block(high), where, "low and high name columns that the store keeps for blocks");
+  const int block = (*pages.columns)[size_t(low)].block;
+  require((*pages.columns)[size_t(high)].block == block, where, "the two columns have blocks of one size");
+  const int64_t h = q.heads, g = pages.kv_heads;
+  require(h % g == 0 && q.segments() == pages.segments() * (h / g) && scores.segments() == q.segments(), where,
+          "q and scores have a segment for each sequence and query head");
+  require(is_float(q.values.type) && scores.values.type == Dtype::F32, where, "q is a plain type and scores are F32");
+  for (int64_t s = 0; s < q.segments(); ++s) require(q.length(s) == 1, where, "q has one row a segment");
+  for (const PageLayout& layout : pages.layouts) require(q.values.size[1] == layout.d, where, "q and the store's keys differ in width");
+  const Scratch scratch(queue.scratch);
+  const int64_t d = q.values.size[1], step = scores.values.stride[0];
+  parallel_with(queue, d * int64_t(sizeof(float)), q.segments(), [&](char* memory, int64_t s) {
+    const int64_t kv = s / h * g + s % h * g / h, held = pages.length.at<int32_t>(kv);
+    const float* query = widen_row(row_of(q.values, q.begin(s)), q.values.type, d, reinterpret_cast<float*>(memory));
+    float* to = scores.values.as<float>() + scores.begin(s) * step;
+    for (int64_t b = 0; b * block < held; ++b) {
+      const int64_t page = b * block / kPage, in_page = b * block % kPage / block;
+      const PageLayout& layout = pages.layout_of(kv, page);
+      const float* lo = column_at(pages, layout, pages.page(kv, page), low, in_page);
+      const float* hi = column_at(pages, layout, pages.page(kv, page), high, in_page);
+      F sum = zero();
+      for (int64_t c = 0; c < d; c += kLanes) {
+        const int n = int(std::min<int64_t>(kLanes, d - c));
+        const F x = load_part(query + c, n);
+        sum = sum + max(x * load_part(lo + c, n), x * load_part(hi + c, n));
+      }
+      to[b * step] = hsum(sum);
+    }
+  });
+}
+
+}  // namespace heed::HEED_ISA
