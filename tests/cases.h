@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-namespace heed {
+namespace heed::test {
 
 /// The number of random cases to run where `full` is meant: scaled by the environment variable HEED_CASES (0.1 runs a
 /// tenth, 10 runs ten times as many), never less than one.
@@ -12,4 +12,4 @@ inline int cases(int full) {
   return scale ? std::max(1, int(full * std::atof(scale))) : full;
 }
 
-}  // namespace heed
+}  // namespace heed::test

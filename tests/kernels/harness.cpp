@@ -5,11 +5,6 @@
 
 namespace heed::test {
 
-int cases(int modest) {
-  const char* factor = std::getenv("HEED_CASES");
-  return std::max(1, int(modest * (factor ? std::atof(factor) : 1.0)));
-}
-
 Poisoned::Poisoned(Dtype type, std::vector<int64_t> sizes, int64_t shift, int64_t pad)
     : sizes_(std::move(sizes)), shift_(shift), pad_(sizes_.size() > 1 ? pad : 0) {
   view_ = Tensor(nullptr, type, std::span<const int64_t>(sizes_));

@@ -8,12 +8,10 @@
 #include <vector>
 
 #include "base/random.h"
+#include "cases.h"
 #include "kernels/kernels.h"
 
 namespace heed::test {
-
-/// Cases of a check: its own modest number times HEED_CASES (a factor, 1 when absent).
-int cases(int modest);
 
 /// One of the values given.
 template <class T>
