@@ -1,7 +1,455 @@
+#include <memory>
+
+#include "kernels/attention_case.h"
+#include "kernels/bounds.h"
 #include "kernels/checks.h"
+#include "kernels/store_case.h"
 
 namespace heed::test {
+namespace {
 
-std::vector<Check> store_checks() { return {}; }
+const Kernels& oracle() { return reference_kernels(); }
+
+/// A store with its panels: keys, values and positions as they were before they were written.
+struct FilledStore {
+  std::unique_ptr<StoreCase> store;
+  RaggedData k, v;
+  Poisoned positions, first;
+
+  FilledStore(Random& random, const Kernels& writer, Kinds kinds, bool v_transposed, bool wide = true) {
+    const int64_t g = 1 + random.below(3), sequences = 1 + random.below(2);
+    const int64_t d = pick<int64_t>(random, {64, 80, 96, 128, wide ? 192 : 64, wide ? 256 : 64}), d_v = chance(random, 0.6) ? d : pick<int64_t>(random, {64, 80, 128});
+    std::vector<int64_t> lengths;
+    for (int64_t s = 0; s < g * sequences; ++s) lengths.push_back(pick<int64_t>(random, {0, 1, 7, 63, 64, 65, 130, 200}));
+    store = std::make_unique<StoreCase>(random, lengths, g, d, d_v, kinds, v_transposed);
+    const Dtype type = pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16});
+    k = normal_ragged(random, type, lengths, g, d, Layout::any(random));
+    v = normal_ragged(random, type, lengths, g, d_v, Layout::any(random));
+    positions = Poisoned(Dtype::I32, {k.values->size[0]});
+    for (int64_t s = 0; s < k.view.segments(); ++s) {
+      int32_t at = int32_t(random.below(3));
+      for (int64_t r = k.view.begin(s); r < k.view.end(s); ++r, at += int32_t(1 + random.below(3))) positions->at<int32_t>(r) = at;
+    }
+    first = filled(Dtype::I32, {g * sequences}, [] { return 0.0; });
+    write(writer, *store);
+  }
+
+  void write(const Kernels& writer, StoreCase& to) const {
+    Queue queue;
+    writer.page_write(queue, to.pages, k, v, positions, first);
+    to.set_lengths(to.lengths);
+  }
+};
+
+/// One step of the coarsest code among these page types, for numbers up to `most`: where rounding falls the other way.
+double code_step(const StoreCase& store, double most) {
+  double step = 0;
+  for (const PageLayout& l : store.pages.layouts)
+    for (const PageType& t : {l.k, l.v})
+      if (t.quantised()) step = std::max(step, 2.01 * most / ((1 << t.bits()) - 1));
+  return step;
+}
+
+void expect_same_contents(const StoreCase& want_store, const StoreCase& got_store, double step) {
+  const Contents want(want_store), got(got_store);
+  EXPECT_EQ(got_store.strays(), 0) << "bytes outside the pages were written";
+  expect_close("keys", want.k.values, got.k.values, step);
+  expect_close("values", want.v.values, got.v.values, step);
+  expect_close("positions", want.positions, got.positions, 0);
+  expect_close("bias", want.bias, got.bias, 0);
+  for (size_t i = 0; i < want.columns.size(); ++i) {
+    const Column::Keeps keeps = want_store.columns[i].keeps;
+    expect_close(want_store.columns[i].name.c_str(), want.columns[i], got.columns[i],
+                 keeps == Column::Keeps::User ? 0 : step + (keeps == Column::Keeps::KeyMean ? 1e-5 : 0));
+  }
+}
+
+void page_write_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(30) && !testing::Test::HasFailure(); ++i) {
+    const FilledStore want(random, oracle(), Kinds::Any, run.v_transposed);
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + want.store->text());
+    const double step = code_step(*want.store, std::max(largest(want.k.values), largest(want.v.values)));
+    const FilledStore& from = want;
+    // In one piece over the old contents, and in two pieces from nothing.
+    std::unique_ptr<StoreCase> again = want.store->copy();
+    from.write(run, *again);
+    expect_same_contents(*want.store, *again, step);
+
+    Random same = random;
+    StoreCase fresh(same, want.store->lengths, want.store->g, want.store->d, want.store->d_v, Kinds::Plain, run.v_transposed);
+    std::unique_ptr<StoreCase> whole = fresh.copy();
+    from.write(oracle(), *whole);
+    const int64_t segments = from.k.view.segments();
+    Buffer middle(Dtype::I64, {segments}), begin(Dtype::I64, {segments + 1}), end(Dtype::I64, {segments});
+    Poisoned start(Dtype::I32, {segments});
+    std::vector<int64_t> cuts;
+    for (int64_t s = 0; s < segments; ++s) cuts.push_back(random.below(from.k.view.length(s) + 1));
+    Queue queue;
+    for (int piece = 0; piece < 2; ++piece) {
+      Ragged k = from.k.view, v = from.v.view;
+      Buffer v_begin(Dtype::I64, {segments + 1}), v_end(Dtype::I64, {segments});
+      for (int64_t s = 0; s < segments; ++s) {
+        const int64_t a = piece ? cuts[size_t(s)] : 0, b = piece ? from.k.view.length(s) : cuts[size_t(s)];
+        start->at<int32_t>(s) = int32_t(a);
+        begin->at<int64_t>(s) = from.k.view.begin(s) + a;
+        end->at<int64_t>(s) = from.k.view.begin(s) + b;
+        v_begin->at<int64_t>(s) = from.v.view.begin(s) + a;
+        v_end->at<int64_t>(s) = from.v.view.begin(s) + b;
+      }
+      begin->at<int64_t>(segments) = from.k.values->size[0];
+      v_begin->at<int64_t>(segments) = from.v.values->size[0];
+      k.offsets = begin;
+      k.ends = end;
+      v.offsets = v_begin;
+      v.ends = v_end;
+      run.page_write(queue, fresh.pages, k, v, from.positions, start);
+      fresh.set_lengths(piece ? fresh.lengths : cuts);
+    }
+    expect_same_contents(*whole, fresh, 0);
+  }
+}
+
+/// What is read is what was written: exactly in f32, else rounded once; quantised within half a step of its group.
+void pages_keep_what_is_written(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(30) && !testing::Test::HasFailure(); ++i) {
+    const FilledStore from(random, run, Kinds::Any, run.v_transposed);
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + from.store->text());
+    const StoreCase& store = *from.store;
+    RaggedData k = ragged(random, Dtype::F32, store.lengths, store.g, store.d, Layout::any(random));
+    RaggedData v = ragged(random, Dtype::F32, store.lengths, store.g, store.d_v, Layout::any(random));
+    Poisoned positions(Dtype::I32, {k.values->size[0]});
+    Queue queue;
+    run.page_read(queue, store.pages, nullptr, k, v, positions);
+    auto check_side = [&](const Ragged& in, const Ragged& out, bool keys) {
+      for (int64_t s = 0; s < in.segments(); ++s)
+        for (int64_t first = 0; first < in.length(s); first += kPage) {
+          const PageLayout& layout = store.pages.layout_of(s, first / kPage);
+          const PageType& t = keys ? layout.k : layout.v;
+          const int64_t rows = std::min<int64_t>(kPage, in.length(s) - first), width = in.values.size[1];
+          const bool by_entry = t.axis == PageType::Axis::Channel;
+          const int64_t group_rows = by_entry ? t.group : 1, group_cols = by_entry ? 1 : t.group;
+          auto x = [&](const Ragged& of, int64_t e, int64_t c) {
+            const int64_t index[] = {first + e, c};
+            return number(of.segment(s), index);
+          };
+          for (int64_t e0 = 0; e0 < rows; e0 += group_rows)
+            for (int64_t c0 = 0; c0 < width; c0 += group_cols) {
+              const int64_t e1 = std::min(rows, e0 + group_rows), c1 = std::min(width, c0 + group_cols);
+              double low = 1e30, high = -1e30;
+              for (int64_t e = e0; e < e1; ++e)
+                for (int64_t c = c0; c < c1; ++c) {
+                  low = std::min(low, x(in, e, c));
+                  high = std::max(high, x(in, e, c));
+                }
+              // zero and scale are rounded to f16 before the codes are made.
+              const double half_step = t.quantised() ? (high - low) / ((1 << t.bits()) - 1) / 2 : 0, rounding = (std::abs(low) + high - low) * 0x1p-10;
+              for (int64_t e = e0; e < e1; ++e)
+                for (int64_t c = c0; c < c1; ++c) {
+                  const double a = x(in, e, c), b = x(out, e, c);
+                  double bound = half_step + rounding;
+                  if (t.kind == PageType::Kind::F32) bound = 0;
+                  if (t.kind == PageType::Kind::BF16) bound = 0x1p-8 * std::abs(a);
+                  if (t.kind == PageType::Kind::F16) bound = 0x1p-11 * std::abs(a) + 0x1p-24;
+                  ASSERT_LE(std::abs(a - b), bound) << (keys ? "key" : "value") << " of segment " << s << ", entry " << first + e << ", channel " << c << ": " << a << " became " << b;
+                }
+            }
+        }
+    };
+    check_side(from.k, k, true);
+    check_side(from.v, v, false);
+    for (int64_t s = 0; s < k.view.segments(); ++s)
+      for (int64_t e = 0; e < k.view.length(s); ++e) EXPECT_EQ(positions->at<int32_t>(k.view.begin(s) + e), from.positions->at<int32_t>(from.k.view.begin(s) + e));
+    EXPECT_EQ(k.values.strays() + v.values.strays() + positions.strays(), 0);
+  }
+}
+
+struct Turning {
+  Poisoned inv_freq;
+  Rope rope;
+  Read read;
+  Turning(Random& random, int64_t d) {
+    rope.dims = int(chance(random, 0.7) ? d : d / 4 * 2);
+    rope.neox = chance(random, 0.5);
+    double power = 0;
+    inv_freq = filled(Dtype::F32, {rope.dims / 2}, [&] { return std::pow(1e4, -2 * power++ / rope.dims); });
+    rope.inv_freq = inv_freq;
+    read.positions = pick(random, {Read::Positions::True, Read::Positions::Cache});
+  }
+};
+
+void page_read_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(30) && !testing::Test::HasFailure(); ++i) {
+    const FilledStore from(random, oracle(), Kinds::Any, run.v_transposed);
+    StoreCase& store = *from.store;
+    Turning turning(random, store.d);
+    turning.read.rope = &turning.rope;
+    store.pages.plain_keys = chance(random, 0.5);
+    const Read* read = chance(random, 0.7) ? &turning.read : nullptr;
+    const Dtype type = pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16});
+    const RaggedData k = ragged(random, type, store.lengths, store.g, store.d, Layout::any(random)), v = ragged(random, type, store.lengths, store.g, store.d_v, Layout::any(random));
+    Poisoned positions(Dtype::I32, {k.values->size[0]}), got_positions = positions.twin(), got_k = k.values.twin(), got_v = v.values.twin();
+    Ragged to_k = k.view, to_v = v.view;
+    to_k.values = got_k;
+    to_v.values = got_v;
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text() + " to " + info(type).name + (store.pages.plain_keys && read ? ", turned" : ""));
+    Queue queue;
+    oracle().page_read(queue, store.pages, read, k, v, positions);
+    run.page_read(queue, store.pages, read, to_k, to_v, got_positions);
+    const double u = low_precision(type, type) + 0x1p-19 + (read && store.pages.plain_keys ? 0x1p-14 : 0);  // angles up to 600 in f32
+    expect_close("keys", k.values, got_k, u * largest(k.values));
+    expect_close("values", v.values, got_v, u * largest(v.values));
+    expect_close("positions", positions, got_positions, 0);
+    Poisoned only_v = v.values.twin();
+    to_v.values = only_v;
+    run.page_read(queue, store.pages, read, {}, to_v, {});
+    expect_close("values alone", got_v, only_v, 0);
+  }
+}
+
+void page_move_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(30) && !testing::Test::HasFailure(); ++i) {
+    const FilledStore from(random, oracle(), Kinds::Any, run.v_transposed);
+    from.store->randomise_bias(random);
+    const int64_t segments = from.k.view.segments(), capacity = std::max<int64_t>(1, from.store->pages.length_bound);
+    Poisoned index(Dtype::I32, {segments * capacity}), count(Dtype::I32, {segments});
+    std::vector<int64_t> kept;
+    const double share = pick(random, {0.0, 0.3, 0.9, 1.0});
+    for (int64_t s = 0; s < segments; ++s) {
+      int32_t n = 0;
+      for (int64_t e = 0; e < from.store->lengths[size_t(s)]; ++e)
+        if (chance(random, share)) index->at<int32_t>(s * capacity + n++) = int32_t(e);
+      count->at<int32_t>(s) = n;
+      kept.push_back(n);
+    }
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + from.store->text() + ", share " + std::to_string(share));
+    Queue queue;
+    const double step = code_step(*from.store, std::max(largest(from.k.values), largest(from.v.values)));
+    std::unique_ptr<StoreCase> want = from.store->copy(), got = from.store->copy();
+    oracle().page_move(queue, want->pages, want->pages, index, count, capacity);
+    run.page_move(queue, got->pages, got->pages, index, count, capacity);
+    want->set_lengths(kept);
+    got->set_lengths(kept);
+    expect_same_contents(*want, *got, step);
+
+    // To a store of other layouts, with the same columns.
+    Random same = random;
+    std::unique_ptr<StoreCase> other;
+    do other = std::make_unique<StoreCase>(same, from.store->lengths, from.store->g, from.store->d, from.store->d_v, Kinds::Any, run.v_transposed);
+    while (other->columns.size() != from.store->columns.size());
+    SCOPED_TRACE("to " + other->text());
+    std::unique_ptr<StoreCase> other_got = other->copy();
+    oracle().page_move(queue, from.store->pages, other->pages, index, count, capacity);
+    run.page_move(queue, from.store->pages, other_got->pages, index, count, capacity);
+    other->set_lengths(kept);
+    other_got->set_lengths(kept);
+    expect_same_contents(*other, *other_got, step + code_step(*other, std::max(largest(from.k.values), largest(from.v.values))));
+  }
+}
+
+/// Keeping entries by page_move equals writing only those entries (of types that round each number alone).
+void page_move_equals_writing_the_kept(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(20) && !testing::Test::HasFailure(); ++i) {
+    const FilledStore from(random, run, Kinds::Alike, run.v_transposed);  // an entry keeps its rounding wherever it goes
+    const int64_t segments = from.k.view.segments(), capacity = std::max<int64_t>(1, from.store->pages.length_bound);
+    Poisoned index(Dtype::I32, {segments * capacity}), count(Dtype::I32, {segments});
+    std::vector<int64_t> kept;
+    for (int64_t s = 0; s < segments; ++s) {
+      int32_t n = 0;
+      for (int64_t e = 0; e < from.store->lengths[size_t(s)]; ++e)
+        if (chance(random, 0.5)) index->at<int32_t>(s * capacity + n++) = int32_t(e);
+      count->at<int32_t>(s) = n;
+      kept.push_back(n);
+    }
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + from.store->text());
+    const RaggedData k = ragged(random, from.k.values->type, kept, from.store->g, from.store->d, {}), v = ragged(random, from.v.values->type, kept, from.store->g, from.store->d_v, {});
+    Poisoned positions(Dtype::I32, {k.values->size[0]});
+    for (int64_t s = 0; s < segments; ++s)
+      for (int64_t e = 0; e < kept[size_t(s)]; ++e) {
+        const int64_t source = index->at<int32_t>(s * capacity + e);
+        copy(from.k.view.segment(s).slice(0, source, source + 1), k.view.segment(s).slice(0, e, e + 1));
+        copy(from.v.view.segment(s).slice(0, source, source + 1), v.view.segment(s).slice(0, e, e + 1));
+        positions->at<int32_t>(k.view.begin(s) + e) = from.positions->at<int32_t>(from.k.view.begin(s) + source);
+      }
+    Queue queue;
+    std::unique_ptr<StoreCase> written = from.store->copy();
+    written->set_lengths(std::vector<int64_t>(size_t(segments), 0));
+    run.page_write(queue, written->pages, k, v, positions, from.first);
+    written->set_lengths(kept);
+    run.page_move(queue, from.store->pages, from.store->pages, index, count, capacity);
+    from.store->set_lengths(kept);
+    expect_same_contents(*written, *from.store, 0);
+  }
+}
+
+void columns_are_read_and_written(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(20); ++i) {
+    const FilledStore from(random, oracle(), Kinds::Any, run.v_transposed, false);
+    const StoreCase& store = *from.store;
+    if (store.columns.empty()) continue;
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text());
+    Queue queue;
+    for (int column : {0, 4}) {
+      const int64_t width = store.columns[size_t(column)].width;
+      RaggedData values = ragged(random, Dtype::F32, store.lengths, store.g, width == 1 ? 0 : width, Layout::any(random));
+      Poisoned fill = values.values.twin(), back = values.values.twin();
+      Ragged to = values.view;
+      to.values = fill;
+      run.column_read(queue, store.pages, column, to);
+      for (int64_t s = 0; s < to.segments(); ++s) each(to.segment(s), [&](auto index) { EXPECT_EQ(number(to.segment(s), index), store.columns[size_t(column)].fill); });
+      for (int64_t s = 0; s < to.segments(); ++s) each(values.view.segment(s), [&](auto index) { set(values.view.segment(s), index, random.normal()); });
+      run.column_write(queue, store.pages, column, values);
+      to.values = back;
+      run.column_read(queue, store.pages, column, to);
+      expect_close("column", values.values, back, 0);
+    }
+    EXPECT_EQ(store.strays(), 0);
+    EXPECT_THROW(run.column_read(queue, store.pages, 1, from.k), Error);
+  }
+}
+
+void page_score_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(20); ++i) {
+    const FilledStore from(random, oracle(), Kinds::Any, run.v_transposed);
+    const StoreCase& store = *from.store;
+    if (store.columns.empty()) continue;
+    const int64_t group = pick<int64_t>(random, {1, 3, 8}), h = store.g * group;
+    const RaggedData q = normal_ragged(random, pick(random, {Dtype::F32, Dtype::BF16}), std::vector<int64_t>(size_t(h * store.sequences), 1), h, store.d, Layout::any(random));
+    const bool bounds = chance(random, 0.6);
+    const int low = bounds ? 1 : 3, high = bounds ? 2 : 3;
+    const int64_t block = store.columns[size_t(low)].block;
+    std::vector<int64_t> blocks;
+    for (int64_t s = 0; s < q.view.segments(); ++s) blocks.push_back((store.lengths[size_t(s / h * store.g + s % h / group)] + block - 1) / block);
+    const RaggedData want = ragged(random, Dtype::F32, blocks, h, 0, Layout::any(random));
+    const Poisoned got = want.values.twin();
+    Ragged to = want.view;
+    to.values = got;
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text());
+    Queue queue;
+    oracle().page_score(queue, q, store.pages, low, high, want);
+    run.page_score(queue, q, store.pages, low, high, to);
+    expect_close("scores", want.values, got, plain(double(store.d), longest_row(q.values) * longest_row(from.k.values)));
+    if (!bounds) continue;
+    const Contents kept(store);
+    for (int64_t s = 0; s < q.view.segments(); ++s) {
+      const int64_t kv = s / h * store.g + s % h / group;
+      for (int64_t e = 0; e < store.lengths[size_t(kv)]; ++e) {
+        double dot = 0;
+        for (int64_t c = 0; c < store.d; ++c) {
+          const int64_t a[] = {0, c}, b[] = {e, c};
+          dot += number(q.view.segment(s), a) * number(kept.k.view.segment(kv), b);
+        }
+        EXPECT_GE(double(to.segment(s).at<float>(e / block)), dot - 1e-3) << "a bound that does not hold, entry " << e;
+      }
+    }
+  }
+}
+
+double store_unit(const StoreCase& store, Dtype q, double terms) {
+  double out = unit(q, terms);
+  for (const PageLayout& l : store.pages.layouts)
+    for (const PageType& t : {l.k, l.v})
+      out = std::max(out, t.kind == PageType::Kind::F32 ? unit(Dtype::F32, terms) : t.kind == PageType::Kind::F16 ? unit(Dtype::F16, terms) : unit(Dtype::BF16, terms));
+  return out;
+}
+
+void attend_store_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
+    const FilledStore from(random, oracle(), Kinds::Any, run.v_transposed);
+    StoreCase& store = *from.store;
+    store.randomise_bias(random);
+    const int64_t group = pick<int64_t>(random, {1, 3, 8}), h = store.g * group;
+    std::vector<int64_t> q_lengths;
+    double terms = 1;
+    for (int64_t s = 0; s < store.sequences; ++s) q_lengths.insert(q_lengths.end(), size_t(h), pick<int64_t>(random, {1, 1, 1, 2, 5, 0}));
+    for (int64_t n : store.lengths) terms = std::max(terms, double(n));
+    const RaggedData q = normal_ragged(random, pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16}), q_lengths, h, store.d, Layout::any(random));
+    std::vector<int64_t> k_head;
+    for (int64_t head = 0; head < h; ++head) k_head.push_back(head / group);
+    const PlanData plan = random_plan(random, pick(random, {Plan::Form::Dense, Plan::Form::Dense, Plan::Form::Blocks, Plan::Form::Tokens}),
+                                      pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}), 8, pick(random, {1, 16, 32, 64}),
+                                      chance(random, 0.3) ? 3 : 1, q, from.k, k_head);
+    Turning turning(random, store.d);
+    store.pages.plain_keys = chance(random, 0.4);
+    turning.read.plan = plan.plan;
+    turning.read.rope = &turning.rope;
+
+    Mods mods;
+    if (chance(random, 0.2)) mods.softcap = 5;
+    if (chance(random, 0.2)) mods.scale = 0.3f;
+    const Poisoned gain = row_numbers(q, Dtype::F32, 0, [&] { return chance(random, 0.3) ? 0.0 : 0.2 + random.uniform(); });
+    const Poisoned temperature = row_numbers(q, Dtype::F32, 0, [&] { return 0.5 + random.uniform(); });
+    const Poisoned sinks = filled(Dtype::F32, {h}, [&] { return random.normal(); });
+    const Poisoned q_pos = row_numbers(q, Dtype::I32, 0, [&] { return double(2 * terms); });
+    if (chance(random, 0.2)) mods.gain = gain;
+    if (chance(random, 0.2)) mods.temperature = temperature;
+    if (chance(random, 0.2)) mods.sink_logits = sinks;
+    else if (chance(random, 0.15)) mods.weight = WeightFunction::Sigmoid;
+    if (chance(random, 0.6)) mods.q_pos = q_pos;
+    if (chance(random, 0.3)) mods.window = 1 + random.below(int64_t(3 * terms));
+    const double scale = mods.scale != 0 ? double(mods.scale) : 1 / std::sqrt(double(store.d));
+    double logit = longest_row(q.values) * longest_row(from.k.values) * scale * (mods.temperature ? 1.5 : 1);
+    if (mods.softcap > 0) logit = std::min(logit, 5.0);
+    logit += 4;
+
+    const int64_t rows = q.values->size[0], parts = plan.plan.parts;
+    Poisoned out = parts > 1 ? Poisoned(Dtype::F32, {parts, rows, store.d_v}) : Poisoned(Dtype::F32, {rows, store.d_v});
+    Poisoned lse = parts > 1 ? Poisoned(Dtype::F32, {parts, rows}) : Poisoned(Dtype::F32, {rows}), got = out.twin(), got_lse = lse.twin(), alone = out.twin();
+    std::string mods_text;
+    for (const auto& [is, name] : std::initializer_list<std::pair<bool, const char*>>{
+             {mods.softcap > 0, ", softcap"}, {mods.scale != 0, ", scale"}, {bool(mods.gain), ", gain"}, {bool(mods.temperature), ", temperature"},
+             {bool(mods.sink_logits), ", sinks"}, {mods.weight == WeightFunction::Sigmoid, ", sigmoid"}, {bool(mods.q_pos), ", positions"}, {mods.window > 0, ", window"},
+             {store.pages.plain_keys, ", plain keys"}, {turning.read.positions == Read::Positions::Cache, ", cache positions"}})
+      if (is) mods_text += name;
+    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + ", q " + info(q.values->type).name + ", form " + std::to_string(int(plan.plan.form)) + ", scope " +
+                 std::to_string(int(plan.plan.scope)) + ", blocks of " + std::to_string(plan.plan.k_tile) + ", parts " + std::to_string(parts) + mods_text + ", " + store.text());
+    Queue queue;
+    oracle().attend_store(queue, q, store.pages, turning.read, mods, out, lse);
+    run.attend_store(queue, q, store.pages, turning.read, mods, got, got_lse);
+    run.attend_store(queue, q, store.pages, turning.read, mods, alone, {});
+    const double u = store_unit(store, q.values->type, terms) + (store.pages.plain_keys ? 0x1p-14 * logit : 0);
+    const double weights = mods.weight == WeightFunction::Sigmoid ? terms : 1;
+    expect_close("out", out, got, attend_out(u, logit, weights * std::max(1.0, largest(from.v.values))));
+    expect_close("lse", lse, got_lse, attend_lse(u, logit));
+    expect_close("out without lse", got, alone, 0);
+    EXPECT_EQ(store.strays(), 0);
+  }
+}
+
+/// Attention over a store equals attention over the panels that were written to it, but for the rounding of its pages.
+void attend_store_equals_panel(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(20) && !testing::Test::HasFailure(); ++i) {
+    FilledStore from(random, run, Kinds::Plain, run.v_transposed);
+    StoreCase& store = *from.store;
+    const int64_t h = store.g * pick<int64_t>(random, {1, 3});
+    const RaggedData q = normal_ragged(random, Dtype::F32, std::vector<int64_t>(size_t(h * store.sequences), 1), h, store.d, {});
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text());
+    Queue queue;
+    Poisoned panel(Dtype::F32, {q.values->size[0], store.d_v}), panel_lse(Dtype::F32, {q.values->size[0]}), paged = panel.twin(), paged_lse = panel_lse.twin();
+    run.attend(queue, q, from.k, from.v, {}, {}, panel, panel_lse);
+    run.attend_store(queue, q, store.pages, {}, {}, paged, paged_lse);
+    double terms = 1;
+    for (int64_t n : store.lengths) terms = std::max(terms, double(n));
+    const double u = std::max(store_unit(store, Dtype::F32, terms), unit(from.k.values->type, terms)), logit = longest_row(q.values) * longest_row(from.k.values) / std::sqrt(double(store.d));
+    // Keys rounded to the page's type move a logit by that type's half unit.
+    const double rounding = u > 0x1p-12 ? u * logit : 0;
+    expect_close("out", panel, paged, attend_out(u + rounding, logit, std::max(1.0, largest(from.v.values))));
+    expect_close("lse", panel_lse, paged_lse, attend_lse(u + rounding, logit));
+  }
+}
+
+}  // namespace
+
+std::vector<Check> store_checks() {
+  using enum Check::Against;
+  return {{Reference, "page_write", page_write_equals_reference},
+          {Property, "pages_keep_what_is_written", pages_keep_what_is_written},
+          {Reference, "page_read", page_read_equals_reference},
+          {Reference, "page_move", page_move_equals_reference},
+          {Property, "page_move_is_writing_the_kept", page_move_equals_writing_the_kept},
+          {Property, "columns", columns_are_read_and_written},
+          {Reference, "page_score", page_score_equals_reference},
+          {Reference, "attend_store", attend_store_equals_reference},
+          {Property, "attend_store_is_attend", attend_store_equals_panel}};
+}
 
 }  // namespace heed::test
