@@ -134,7 +134,7 @@ void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged&
       if (v.values)
         narrow_row(read_entry(PageSide::values(layout, page), e, to), layout.d_v, v.values.type,
                    const_cast<char*>(row_of(v.values, v.begin(s) + entry)));
-      if (positions) positions.as<int32_t>()[((k.values ? k : v).begin(s) + entry) * positions.stride[0]] = position;
+      if (positions) positions.as<int32_t>()[((k.offsets ? k : v).begin(s) + entry) * positions.stride[0]] = position;
     }
   });
 }
