@@ -104,7 +104,7 @@
       options: {
         layout: { padding: { right: 8 } },
         scales: { x: axis(title, { beginAtZero: true, grace: '6%', ticks: { color: css('--soft'), maxTicksLimit: 6, callback: show } }), y: axis('perplexity', { grace: '12%' }) },
-        plugins: { names: true, legend: { display: false }, tooltip: { callbacks: { label: (c) => `${c.dataset.label}: ${show(c.parsed.x)}, perplexity ${c.parsed.y.toFixed(3)}` } } },
+        plugins: { names: true, legend: { display: false }, tooltip: { callbacks: { label: (c) => `${c.dataset.label}: ${show(c.parsed.x)} ${title.split(', ').pop()}, perplexity ${c.parsed.y.toFixed(3)}` } } },
       },
     });
   }
@@ -159,10 +159,10 @@
   }
 
   function kept(row) {
-    const heads = row.kept.flat(), bins = data.bins, most = Math.max(...heads, 1), strip = 6, lines = heads.length;
+    const heads = row.kept.flat(), bins = data.bins, most = Math.max(...heads, 1), strip = 3, lines = heads.length;
     const canvas = el('canvas');
-    paint(canvas, bins + strip + 2, lines, Math.max(1, Math.ceil(220 / lines)), (x, y) =>
-      x < bins ? level(row.kept_where, y * bins + x) : x < bins + 2 ? 0 : heads[y] / most);
+    paint(canvas, bins + strip + 1, lines, Math.max(1, Math.ceil(220 / lines)), (x, y) =>
+      x < bins ? level(row.kept_where, y * bins + x) : x === bins ? 0 : heads[y] / most);
     canvas.style.height = Math.min(420, Math.max(160, lines * 5)) + 'px';
     const least = Math.min(...heads), total = heads.reduce((a, b) => a + b, 0);
     const text = `${row.attention}: ${total.toLocaleString('en')} of ${(data.prompt * lines).toLocaleString('en')} entries, ` +
@@ -196,8 +196,8 @@
   function draw() {
     charts.splice(0).forEach((c) => c.destroy());
     table();
-    scatter('memory', 'KV cache', (r) => r.kv_bytes, size);
-    scatter('speed', 'time', seconds, (x) => Number(x).toFixed(x < 10 ? 1 : 0) + ' s');
+    scatter('memory', 'KV cache, MiB', (r) => r.kv_bytes / 1048576, (x) => String(Number(x.toFixed(x < 10 ? 1 : 0))));
+    scatter('speed', 'seconds', seconds, (x) => String(Number(x.toFixed(x < 10 ? 1 : 0))));
     losses();
     times('prefilltime', 'prefill', 'prefill_seconds');
     times('decodetime', 'decode', 'decode_seconds');
