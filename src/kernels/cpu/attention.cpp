@@ -6,6 +6,8 @@ void fill_attention(Kernels& t) {
   t.attend = attend;
   t.attend_store = attend_store;
   t.merge = merge;
+  t.observe = observe;
+  t.observe_rows = observe_rows;
   t.page_write = page_write;
   t.page_read = page_read;
   t.page_move = page_move;
