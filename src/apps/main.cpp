@@ -23,6 +23,7 @@ constexpr Named commands[] = {
     {"tokenize", "text to token ids", tokenize_command},
     {"list", "the catalogue of mechanisms", list_command},
     {"info", "one mechanism, a model, or this machine", info_command},
+    {"heads", "which heads retrieve, which look near, where the sinks are", heads_command},
     {"bench", "tokens per second, as llama-bench; `bench kernels`: every kernel beside the machine's limits", bench_command},
 };
 

@@ -126,13 +126,14 @@ void Probe::look_decode(LayerView& at) {
   }
   // Reads of the middle layer, one map row for an equal share of the decoded tokens.
   if (!maps_ || at.layer != at.model.layers / 2) return;
-  const int64_t decoded = std::max<int64_t>(1, length_ - prompt_);
+  const int64_t decoded = std::max<int64_t>(1, length_ - prompt_ - 1);
   if (reads_.empty())
     for (int head = 0; head < std::min(kMapHeads, at.model.h); ++head)
       reads_.push_back({at.layer, head * at.model.h / std::min(kMapHeads, at.model.h), kCells, kCells, std::vector<float>(size_t(kCells) * kCells)});
   const int64_t y = at.step * kCells / decoded;
   if (y >= kCells) return;
-  const double steps = double((y + 1) * decoded / kCells - y * decoded / kCells);
+  const auto first_step = [&](int64_t row) { return (row * decoded + kCells - 1) / kCells; };
+  const double steps = double(first_step(y + 1) - first_step(y));
   for (Map& map : reads_) {
     const std::vector<int32_t> positions = at.store->positions(map.head / at.model.group());
     each_read(at, map.head, [&](int64_t begin, int64_t end) {

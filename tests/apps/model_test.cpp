@@ -124,6 +124,68 @@ TEST_F(OnModel, TraceWritesTheArrays) {
   for (int64_t i = 0; i < 99; ++i) EXPECT_EQ(arrays.at("nll")->at<float>(i), again.at("nll")->at<float>(i));
 }
 
+TEST_F(OnModel, HeadsGivesSharesOfAttention) {
+  TinyModel longer;
+  longer.context = 2048;
+  longer.write(model_);
+  write("text.txt", prose(1200));
+  const Outcome outcome = heed({"heads", "-m", model_, "-f", text_, "-c", "512", "--prompts", "2", "--json"});
+  ASSERT_EQ(outcome.status, 0) << outcome.err;
+  const auto json = outcome.json();
+  ASSERT_EQ(json["heads"].size(), 8u);
+  for (const auto& head : json["heads"]) {
+    const double sink = head["sink"], local = head["local"];
+    EXPECT_GT(sink, 0);
+    EXPECT_GT(local, 0);
+    EXPECT_LE(sink + local, 1.001);
+    EXPECT_LT(head["distance"].get<double>(), 512);
+    EXPECT_LE(head["entropy"].get<double>(), std::log(512.0));
+  }
+  expect_complaint(heed({"heads", "-m", model_, "-f", text_, "-c", "1000000"}), 2, "1000000");
+}
+
+// Dense attention written out, on a causal group of two heads, each reading its own KV head.
+TEST_F(OnModel, ApplyGivesAttentionOfArrays) {
+  const int64_t h = 2, n = 7, d = 4;
+  Random random(5);
+  std::vector<std::vector<float>> x(3, std::vector<float>(size_t(h * n * d)));
+  const char* const names[] = {"q.npy", "k.npy", "v.npy"};
+  for (size_t i = 0; i < 3; ++i) {
+    for (float& value : x[i]) value = float(random.normal());
+    value_or_throw(write_npy(path(names[i]), Buffer::of<float>({h, n, d}, x[i])));
+  }
+  const auto apply = [&](std::vector<std::string> more) {
+    std::vector<std::string> arguments = {"apply", "dense", "--q", path("q.npy"), "--k", path("k.npy"), "--v", path("v.npy"), "-o", path("o.npz")};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return heed(arguments);
+  };
+  for (const bool causal : {true, false}) {
+    const Outcome outcome = apply(causal ? std::vector<std::string>{"--json"} : std::vector<std::string>{"--no-causal", "--json"});
+    ASSERT_EQ(outcome.status, 0) << outcome.err;
+    const auto arrays = value_or_throw(read_npz(path("o.npz")));
+    for (int64_t head = 0; head < h; ++head)
+      for (int64_t i = 0; i < n; ++i) {
+        double total = 0;
+        std::vector<double> sum(size_t(d), 0.0);
+        for (int64_t j = 0; j < (causal ? i + 1 : n); ++j) {
+          double dot = 0;
+          for (int64_t c = 0; c < d; ++c) dot += double(x[0][size_t((head * n + i) * d + c)]) * x[1][size_t((head * n + j) * d + c)];
+          const double weight = std::exp(dot / 2);
+          total += weight;
+          for (int64_t c = 0; c < d; ++c) sum[size_t(c)] += weight * x[2][size_t((head * n + j) * d + c)];
+        }
+        for (int64_t c = 0; c < d; ++c) EXPECT_NEAR(arrays.at("out")->at<float>(head, i, c), sum[size_t(c)] / total, 1e-4);
+        EXPECT_NEAR(arrays.at("lse")->at<float>(head, i), std::log(total), 1e-4);
+      }
+  }
+  std::filesystem::remove(path("o.npz"));
+  expect_complaint(apply({"--input", "g"}), 2, "NAME=FILE");
+  expect_complaint(apply({"--backend", "abacus"}), 2, "abacus");
+  value_or_throw(write_npy(path("k.npy"), Buffer::of<float>({h, n - 1, d}, std::span(x[1]).first(size_t(h * (n - 1) * d)))));
+  expect_complaint(apply({}), 2, "v");
+  EXPECT_FALSE(std::filesystem::exists(path("o.npz")));
+}
+
 TEST_F(OnModel, BenchUsesTheFieldNamesOfLlamaBench) {
   const Outcome outcome = heed({"bench", "-m", model_, "-p", "16,32", "-n", "4", "-d", "0,8", "-r", "2", "-o", "json"});
   ASSERT_EQ(outcome.status, 0) << outcome.err;

@@ -10,7 +10,7 @@ TEST_F(Usage, EveryCommandHasHelpWithExamples) {
   const Outcome all = heed({"--help"});
   EXPECT_EQ(all.status, 0);
   EXPECT_EQ(heed({}).out, all.out);
-  for (const char* command : {"run", "compare", "eval", "trace", "apply", "tokenize", "list", "info", "bench"}) {
+  for (const char* command : {"run", "compare", "eval", "trace", "apply", "tokenize", "list", "info", "heads", "bench"}) {
     EXPECT_NE(all.out.find(std::string("\n  ") + command), std::string::npos) << command;
     const Outcome one = heed({command, "--help"});
     EXPECT_EQ(one.status, 0);

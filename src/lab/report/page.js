@@ -49,7 +49,8 @@
       const name = el('td', { title: row.attention }, dot, row.attention + (row.not_exercised ? ' *' : ''));
       return el('tr', null, name, ...columns.map(([, get, show, sign]) => {
         const others = rows.slice(1).map(get).filter(Number.isFinite);
-        const best = i > 0 && others.length > 1 && get(row) === (sign > 0 ? Math.max(...others) : Math.min(...others)) && new Set(others).size > 1;
+        const top = sign > 0 ? Math.max(...others) : Math.min(...others);
+        const best = i > 0 && get(row) === top && others.length > 1 && others.filter((x) => x === top).length <= others.length / 2;
         const x = get(row);
         return el('td', { textContent: Number.isFinite(x) ? show(x) : '', className: best ? 'best' : '' });
       }));
@@ -201,13 +202,14 @@
     losses();
     times('prefilltime', 'prefill', 'prefill_seconds');
     times('decodetime', 'decode', 'decode_seconds');
-    const evicted = rows.findIndex((r) => r.density_kept < 0.999);
-    const sparse = rows.findIndex((r) => r.density_prefill < 0.999 || r.density_read < 0.999);
+    const evicted = rows.map((r) => r.density_kept < 0.999).lastIndexOf(true);
+    const sparse = rows.map((r) => r.density_prefill < 0.999 || r.density_read < 0.999).lastIndexOf(true);
     pick('keptpick', kept, Math.max(0, evicted));
-    $('planhint').textContent = 'Queries from top to bottom, keys from left to right; darker is a larger share of the pairs. “decode” shows which part of the cache each of the scored tokens read.';
+    $('planhint').textContent = 'Queries from top to bottom, keys from left to right; fuller is a larger share of the pairs. “decode” shows which part of the cache each of the scored tokens read.';
     pick('planpick', plans, Math.max(0, sparse));
   }
   draw();
+  addEventListener('resize', () => charts.forEach((c) => c.resize()));
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
   document.documentElement.dataset.charts = String(charts.length);
 })();

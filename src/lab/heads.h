@@ -1,0 +1,33 @@
+// What kind of head each one is: where it looks on a text.
+#pragma once
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "lab/retrieval_heads.h"
+#include "model/session.h"
+
+namespace heed {
+
+/// Of the last `queries` queries of a text, under dense attention: mean shares of the softmax mass, and distances.
+struct HeadView {
+  double sink = 0;      // on the first 4 tokens
+  double local = 0;     // on the last `window` tokens
+  double distance = 0;  // mean distance in tokens, weighted by the mass
+  double entropy = 0;   // nats
+};
+
+struct HeadOptions {
+  SessionOptions session;
+  int queries = 64;
+  int window = 256;
+};
+
+/// [layers][h]. Throws Error(Invalid) for a text that the window would cover whole.
+std::vector<std::vector<HeadView>> head_views(std::shared_ptr<const Model> model, std::span<const int32_t> tokens, const HeadOptions& options);
+
+/// Prompts for retrieval_heads: a fact at different depths of a text of `length` tokens, and the beginning of the
+/// sentence that repeats it.
+std::vector<RetrievalPrompt> retrieval_prompts(const Tokenizer& words, std::span<const int32_t> text, int64_t length, int count, uint64_t seed);
+
+}  // namespace heed
