@@ -91,11 +91,12 @@ void page_score(Queue& queue, const Ragged& q, const Pages& pages, int low, int 
   require(h % g == 0 && q.segments() == pages.segments() * (h / g) && scores.segments() == q.segments(), where,
           "q and scores have a segment for each sequence and query head");
   require(is_float(q.values.type) && scores.values.type == Dtype::F32, where, "q is a plain type and scores are F32");
-  for (int64_t s = 0; s < q.segments(); ++s) require(q.length(s) == 1, where, "q has one row a segment");
+  for (int64_t s = 0; s < q.segments(); ++s) require(q.length(s) <= 1, where, "q has at most one row a segment");
   for (const PageLayout& layout : pages.layouts) require(q.values.size[1] == layout.d, where, "q and the store's keys differ in width");
   const Scratch scratch(queue.scratch);
   const int64_t d = q.values.size[1], step = scores.values.stride[0];
   parallel_with(queue, d * int64_t(sizeof(float)), q.segments(), [&](char* memory, int64_t s) {
+    if (q.length(s) == 0) return;
     const int64_t kv = s / h * g + s % h * g / h, held = pages.length.at<int32_t>(kv);
     const float* query = widen_row(row_of(q.values, q.begin(s)), q.values.type, d, reinterpret_cast<float*>(memory));
     float* to = scores.values.as<float>() + scores.begin(s) * step;

@@ -107,7 +107,7 @@ Entry kvzip() {
   e.equation = "s_j = max over rows of the repeated chunk and the group of softmax over [sinks, chunk, repetition]; keep the best of all layers and heads";
   e.needs = "the prompt fed again, part by part: two to three times its cost";
   e.identity = "kvzip(budget=1.0)";
-  e.verified = {"identity", "formula"};
+  e.verified = {"identity", "formula", "model"};
   return e;
 }
 

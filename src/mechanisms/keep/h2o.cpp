@@ -22,12 +22,13 @@ struct H2O final : KeepPolicy {
     return n;
   }
 
-  // Weights are those of the step itself: over the keys that were there, so after a cut they are renormalised.
+  // Weights are those of the step itself: over the keys that were there and that its plan read, so after a cut they are
+  // renormalised.
   void observe(LayerView& at) const override {
     if (at.phase == Phase::Replay) return;
     Observe how;
     how.rows = Observe::Rows::Sum;
-    const Ragged sums = at.column("h2o.sum"), paid = at.observe(at.q, how, at.decoding() ? nullptr : &at.plan);
+    const Ragged sums = at.column("h2o.sum"), paid = at.observe(at.q, how, at.decoding() ? &at.read.plan : &at.plan);
     at.run().add(at.queue, paid.values.reshape({1, paid.bound}), sums.values.reshape({1, sums.bound}));
     at.set_column("h2o.sum", sums);
   }
@@ -46,7 +47,7 @@ Entry h2o() {
   e.equation = "A_j += Σ_i P_ij each step; evict the lowest A outside the last r·B entries";
   e.needs = "column sums of the whole prompt";
   e.identity = "h2o(budget=1.0,when=prompt)";
-  e.verified = {"identity", "formula"};
+  e.verified = {"identity", "formula", "model"};
   return e;
 }
 

@@ -54,7 +54,7 @@ Entry pyramidkv() {
   e.equation = "snapkv, with n_l = round(hi − l (hi − lo) / (N − 1)), lo = B / β, hi = 2 B − lo";
   e.needs = "nothing";
   e.identity = "pyramidkv(budget=1.0)";
-  e.verified = {"identity", "formula"};
+  e.verified = {"identity", "formula", "model"};
   return e;
 }
 

@@ -36,7 +36,7 @@ Entry snapkv() {
   e.equation = "s_j = pool_k(mean over the last w rows i and the group of P_ij); keep top (C − w) of j < L − w, and the last w";
   e.needs = "nothing";
   e.identity = "snapkv(budget=1.0)";
-  e.verified = {"identity", "formula"};
+  e.verified = {"identity", "formula", "model"};
   return e;
 }
 

@@ -223,7 +223,7 @@ Entry flexprefill() {
   e.equation = "√JS(mean estimate, last block's masses) < τ: blocks of mean maps that hold γ; else columns and diagonals that hold γ";
   e.needs = "the whole prompt";
   e.identity = "flexprefill(gamma=1)";
-  e.verified = {"identity", "formula"};
+  e.verified = {"identity", "formula", "model"};
   return e;
 }
 

@@ -99,7 +99,7 @@ Entry xattention() {
   e.equation = "M[I, J] = Σ softmax_c(Σ_u q_{aS+S−1−u} · k_{cS+u} s / S); read the largest M of a row until they hold τ of it";
   e.needs = "the whole prompt";
   e.identity = "xattention(threshold=1)";
-  e.verified = {"identity", "formula"};
+  e.verified = {"identity", "formula", "model"};
   return e;
 }
 
