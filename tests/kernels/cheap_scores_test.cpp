@@ -1,6 +1,4 @@
-// pool, smooth, proxy, reduce, select and scan of every table against the oracle, on awkward layouts and values.
-#include <map>
-
+// smooth, reduce and select over segments long enough to be cut into pieces, scores of every kind of trouble, and refusals.
 #include "kernels/harness.h"
 
 namespace heed::test {
@@ -55,30 +53,12 @@ GridData grids(Random& random, const std::vector<int64_t>& rows, const std::vect
   return out;
 }
 
-TEST_P(CheapScores, PoolEqualsReference) {
-  Random random(11);
-  for (int i = 0; i < cases(80); ++i) {
-    const PoolKind kind = PoolKind(random.below(8));
-    const int block = int(pick<int64_t>(random, {1, 2, 3, 8, 16, 64})), width = int(pick<int64_t>(random, {1, 7, 16, 64, 80, 128}));
-    const bool concat = kind >= PoolKind::Concat;
-    const std::vector<int64_t> size = lengths(random, 1 + random.below(5), 150);
-    const RaggedData x = normal_ragged(random, pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16}), size, 1, width, Layout::any(random));
-    std::vector<int64_t> blocks;
-    for (int64_t n : size) blocks.push_back((n + block - 1) / block);
-    RaggedData out = ragged(random, Dtype::F32, blocks, 1, concat ? block * width : width, Layout::any(random)), got = twin(out);
-    oracle.pool(queue, x, kind, block, out);
-    run.pool(queue, x, kind, block, got);
-    SCOPED_TRACE("case " + std::to_string(i) + " kind " + std::to_string(int(kind)) + " block " + std::to_string(block));
-    expect_close("out", out.values, got.values, kind == PoolKind::Mean || kind == PoolKind::Sum ? 0x1p-20 * std::max(1.0, largest(out.values)) : 0);
-  }
-}
-
-TEST_P(CheapScores, SmoothEqualsReference) {
+TEST_P(CheapScores, LongSmoothEqualsReference) {
   Random random(12);
-  for (int i = 0; i < cases(60); ++i) {
+  for (int i = 0; i < cases(20); ++i) {
     const PoolKind kind = chance(random, 0.5) ? PoolKind::Mean : PoolKind::Max;
     const int width = int(pick<int64_t>(random, {1, 3, 5, 7, 21, 63}));
-    const RaggedData x = normal_ragged(random, Dtype::F32, lengths(random, 1 + random.below(4), chance(random, 0.2) ? 6000 : 90), 1, 0, Layout::any(random));
+    const RaggedData x = normal_ragged(random, Dtype::F32, lengths(random, 1 + random.below(4), chance(random, 0.7) ? 6000 : 90), 1, 0, Layout::any(random));
     const Poisoned out(Dtype::F32, {x.view.values.size[0]}), got = out.twin();
     oracle.smooth(queue, x, kind, width, out);
     run.smooth(queue, x, kind, width, got);
@@ -86,44 +66,9 @@ TEST_P(CheapScores, SmoothEqualsReference) {
   }
 }
 
-TEST_P(CheapScores, ProxyEqualsReference) {
-  Random random(13);
-  for (int i = 0; i < cases(30); ++i) {
-    const int64_t sequences = 1 + random.below(2), g = 1 + random.below(2), h = g * pick<int64_t>(random, {1, 1, 3});
-    const int64_t width = pick<int64_t>(random, {1, 20, 64, 80, 128, 300});
-    Proxy how;
-    how.softmax = chance(random, 0.5);
-    how.causal = chance(random, 0.7);
-    how.int8 = chance(random, 0.3);
-    how.softcap = chance(random, 0.3) ? 2.0f : 0;
-    how.scale = chance(random, 0.3) ? 0.3f : 0;
-    how.q_tile = int(pick<int64_t>(random, {1, 4, 64}));
-    how.k_tile = int(pick<int64_t>(random, {1, 4, 16}));
-    how.offset = random.below(200) - 20;
-    std::vector<int64_t> q_size, k_size, rows, cols;
-    for (int64_t s = 0; s < sequences; ++s) {
-      const int64_t n = chance(random, 0.1) ? 0 : random.below(70), m = chance(random, 0.1) ? 0 : random.below(140);
-      q_size.insert(q_size.end(), size_t(h), n);
-      k_size.insert(k_size.end(), size_t(g), m);
-      cols.insert(cols.end(), size_t(h), m);
-    }
-    const Dtype qt = pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16}), kt = pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16});
-    const RaggedData q = normal_ragged(random, qt, q_size, h, width, Layout::any(random));
-    const RaggedData k = normal_ragged(random, kt, k_size, g, width, Layout::any(random));
-    GridData out = grids(random, q_size, cols, h);
-    const RaggedData cells = twin(out.cells);
-    oracle.proxy(queue, q, k, how, out.view);
-    run.proxy(queue, q, k, how, {cells, out.rows, out.cols});
-    SCOPED_TRACE("case " + std::to_string(i) + " width " + std::to_string(width) + (how.softmax ? " softmax" : "") + (how.int8 ? " int8" : ""));
-    // Converted operands are exact, so only the order of f32 sums differs, whatever their type.
-    const double logit = (how.scale != 0 ? double(how.scale) : 1 / std::sqrt(double(width))) * longest_row(q.values) * longest_row(k.values);
-    expect_close("cells", out.cells.values, cells.values, 0x1p-20 * std::max(1.0, logit));
-  }
-}
-
-TEST_P(CheapScores, ReduceEqualsReference) {
+TEST_P(CheapScores, WideReduceEqualsReference) {
   Random random(14);
-  for (int i = 0; i < cases(80); ++i) {
+  for (int i = 0; i < cases(40); ++i) {
     Reduce how;
     how.to = Reduce::To(random.below(4));
     how.kind = ReduceKind(random.below(3));
@@ -133,7 +78,7 @@ TEST_P(CheapScores, ReduceEqualsReference) {
     std::vector<int64_t> rows, cols, rows_out, cols_out;
     for (int64_t s = 0; s < segments; ++s) {
       rows.push_back(chance(random, 0.1) ? 0 : random.below(60));
-      cols.push_back(chance(random, 0.1) ? 0 : random.below(chance(random, 0.2) ? 3000 : 90));
+      cols.push_back(chance(random, 0.1) ? 0 : random.below(chance(random, 0.7) ? 3000 : 90));
       const bool blocks = how.to == Reduce::To::Blocks;
       rows_out.push_back(blocks ? (rows.back() + how.row_block - 1) / how.row_block : how.to == Reduce::To::Rows ? rows.back() : 1);
       cols_out.push_back(blocks ? (cols.back() + how.col_block - 1) / how.col_block : how.to == Reduce::To::Rows ? 1 : cols.back());
@@ -158,7 +103,7 @@ float score(Random& random, int kind) {
   return float(random.normal());
 }
 
-TEST_P(CheapScores, SelectEqualsReference) {
+TEST_P(CheapScores, SelectOfTroubleEqualsReference) {
   Random random(15);
   for (int i = 0; i < cases(300); ++i) {
     Select how;
@@ -219,27 +164,6 @@ TEST_P(CheapScores, SelectedShareIsP) {
     EXPECT_LE(most_left, least);
     EXPECT_GE(chosen, double(how.p) * total * (1 - 1e-12));
     EXPECT_LT(chosen - least, double(how.p) * total * (1 + 1e-12));
-  }
-}
-
-TEST_P(CheapScores, ScanEqualsReference) {
-  Random random(17);
-  for (int i = 0; i < cases(80); ++i) {
-    const ScanKind kind = ScanKind(random.below(5));
-    const int64_t width = pick<int64_t>(random, {1, 3, 16, 64, 100});
-    const std::vector<int64_t> size = lengths(random, 1 + random.below(4), 200);
-    RaggedData x = normal_ragged(random, Dtype::F32, size, 1, width, Layout::any(random), chance(random, 0.3) ? 30 : 1);
-    if (kind != ScanKind::Linear && kind != ScanKind::Mean)
-      for (int64_t s = 0; s < x.view.segments(); ++s)
-        each(x.view.segment(s), [&](auto at) {
-          if (chance(random, 0.2)) set(x.view.segment(s), at, -INFINITY);
-        });
-    const Poisoned a = row_numbers(x, Dtype::F32, width, [&] { return random.uniform(); });
-    const Poisoned out = x.values.twin(), got = x.values.twin();
-    oracle.scan(queue, x, kind == ScanKind::Linear ? a.view() : Tensor(), kind, out);
-    run.scan(queue, x, kind == ScanKind::Linear ? a.view() : Tensor(), kind, got);
-    SCOPED_TRACE("case " + std::to_string(i) + " kind " + std::to_string(int(kind)));
-    expect_close("out", out, got, kind == ScanKind::Min || kind == ScanKind::Max ? 0 : 0x1p-19 * std::max(1.0, largest(x.values)) * 4);
   }
 }
 

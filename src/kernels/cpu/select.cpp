@@ -37,30 +37,61 @@ struct Cut {
 struct Digit {
   int shift, bits;
   Key of(Key key) const { return key >> shift & ((1u << bits) - 1); }
-  /// Whether the digits above this one agree.
-  bool follows(Key key, Key prefix) const { return shift + bits == 32 || key >> (shift + bits) == prefix >> (shift + bits); }
+  int highest() const { return (1 << bits) - 1; }
 };
 constexpr Digit kDigits[] = {{21, 11}, {10, 11}, {0, 10}};
 
+/// Scores of a layer share a few exponents, so neighbours want the same bin: with four tables in turn an increment need not
+/// wait for the one before it.
+constexpr int kWays = 4;
 struct Bins {
-  int64_t count[kBins];
-  double sum[kBins];
+  int32_t count[kWays][kBins];
+  double sum[kWays][kBins];
 };
 
-/// The `wanted` largest of keys that are not 0 (there must be so many).
-Cut largest(const Key* keys, int64_t n, int64_t wanted, Bins& bins) {
+/// How many keys have each digit and, with Sums, what their scores add up to (+∞ and keys of 0 add nothing), in way 0.
+template <bool Sums>
+void tally(const Key* keys, int64_t n, Digit digit, Bins& bins) {
+  const int ways = n < 4 * kBins ? 1 : kWays;
+  std::memset(bins.count, 0, size_t(ways) * sizeof bins.count[0]);
+  if (Sums) std::memset(bins.sum, 0, size_t(ways) * sizeof bins.sum[0]);
+  for (int64_t i = 0; i < n; ++i) {
+    const Key d = digit.of(keys[i]);
+    ++bins.count[i & (ways - 1)][d];
+    if (Sums) bins.sum[i & (ways - 1)][d] += keys[i] - 1 < kForced - 1 ? double(score_of(keys[i])) : 0.0;
+  }
+  for (int way = 1; way < ways; ++way)
+    for (int d = 0; d < kBins; ++d) {
+      bins.count[0][d] += bins.count[way][d];
+      if (Sums) bins.sum[0][d] += bins.sum[way][d];
+    }
+}
+
+/// The keys that have this digit, in order, into `to` (which may be `keys`); returns how many.
+int64_t keep(const Key* keys, int64_t n, Digit digit, Key wanted, Key* to) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Key key = keys[i];
+    to[kept] = key;
+    kept += digit.of(key) == wanted;
+  }
+  return kept;
+}
+
+/// The `wanted` largest of keys that are not 0 (there must be so many). `spare` holds n keys.
+Cut largest(const Key* keys, int64_t n, int64_t wanted, Bins& bins, Key* spare) {
   Cut cut;
   if (wanted <= 0) {
     cut.lowest = ~Key(0);
     return cut;
   }
   for (const Digit digit : kDigits) {
-    std::memset(bins.count, 0, sizeof bins.count);
-    for (int64_t i = 0; i < n; ++i)
-      if (digit.follows(keys[i], cut.lowest)) ++bins.count[digit.of(keys[i])];
-    int bin = (1 << digit.bits) - 1;
-    while (cut.above + bins.count[bin] < wanted) cut.above += bins.count[bin--];
+    tally<false>(keys, n, digit, bins);
+    int bin = digit.highest();
+    while (cut.above + bins.count[0][bin] < wanted) cut.above += bins.count[0][bin--];
     cut.lowest |= Key(bin) << digit.shift;
+    n = keep(keys, n, digit, Key(bin), spare);
+    keys = spare;
   }
   cut.ties = wanted - cut.above;
   return cut;
@@ -68,47 +99,39 @@ Cut largest(const Key* keys, int64_t n, int64_t wanted, Bins& bins) {
 
 /// The largest, in order, until their share of the total of scores below +∞ and what is held reaches p; +∞ is taken
 /// without counting.
-Cut largest_share(const Key* keys, int64_t n, float p, double held, bool crossing, Bins& bins) {
+Cut largest_share(const Key* keys, int64_t n, float p, double held, bool crossing, Bins& bins, Key* spare) {
   Cut cut;
+  n = std::remove_copy(keys, keys + n, spare, Key(0)) - spare;
+  if (n == 0) return cut;
+  keys = spare;
   double before = held, limit = 0;
   for (const Digit digit : kDigits) {
-    std::memset(&bins, 0, sizeof bins);
-    for (int64_t i = 0; i < n; ++i)
-      if (keys[i] != 0 && digit.follows(keys[i], cut.lowest)) {
-        const Key d = digit.of(keys[i]);
-        ++bins.count[d];
-        if (keys[i] < kForced) bins.sum[d] += double(score_of(keys[i]));
-      }
-    const int most = (1 << digit.bits) - 1;
+    tally<true>(keys, n, digit, bins);
+    const int32_t* count = bins.count[0];
+    const double* sum = bins.sum[0];
     if (digit.shift == kDigits[0].shift) {
       double total = held;
-      for (int bin = most; bin >= 0; --bin) total += bins.sum[bin];
+      for (int bin = digit.highest(); bin >= 0; --bin) total += sum[bin];
       limit = double(p) * total;
     }
-    // The first bin in which something is not taken; its last element decides when all before it are equal.
-    int bin = most, last = -1;
+    // Down to the first bin in which something is not taken, or to the last there is: the digits below decide inside it.
+    int bin = digit.highest(), last = -1;
     for (; bin >= 0; --bin) {
-      if (bins.count[bin] == 0) continue;
-      last = bin;
+      if (count[bin] == 0) continue;
       const bool forced = digit.shift == 0 && (cut.lowest | Key(bin)) >= kForced;
-      if (!forced && before + bins.sum[bin] > limit) break;
-      if (!forced && crossing && before >= limit) break;
-      before += bins.sum[bin];
-      cut.above += bins.count[bin];
+      if (last >= 0) {
+        before += sum[last];
+        cut.above += count[last];
+      }
+      last = bin;
+      if (!forced && (before + sum[bin] > limit || (crossing && before >= limit))) break;
     }
-    if (bin < 0) {
-      // Everything is taken: the lowest bin is entered again, so that the digits below it are found too.
-      if (last < 0) return cut;
-      bin = last;
-      before -= bins.sum[bin];
-      cut.above -= bins.count[bin];
-    }
-    cut.lowest |= Key(bin) << digit.shift;
+    cut.lowest |= Key(last) << digit.shift;
+    n = keep(keys, n, digit, Key(last), spare);
   }
   // Equal scores, one after another.
   const double score = cut.lowest < kForced ? double(score_of(cut.lowest)) : 0;
-  const int64_t equal = bins.count[kDigits[2].of(cut.lowest)];
-  while (cut.ties < equal) {
+  while (cut.ties < n) {
     if (cut.lowest < kForced && (crossing ? before >= limit : before + score > limit)) break;
     before += score;
     ++cut.ties;
@@ -159,9 +182,9 @@ void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capac
   int64_t longest = 0;
   for (int64_t s = 0; s < segments; ++s) longest = std::max(longest, scores.length(s));
   constexpr int64_t bins_floats = int64_t(sizeof(Bins) / sizeof(float));
-  for_each(queue, segments, bins_floats + padded(longest), [&](int64_t s, float* scratch) {
+  for_each(queue, segments, bins_floats + 2 * padded(longest), [&](int64_t s, float* scratch) {
     Bins& bins = *reinterpret_cast<Bins*>(scratch);
-    Key* keys = reinterpret_cast<Key*>(scratch + bins_floats);
+    Key *keys = reinterpret_cast<Key*>(scratch + bins_floats), *spare = keys + padded(longest);
     const float* from = scores.values.as<float>() + scores.begin(s);
     const int64_t n = scores.length(s);
     int64_t there = 0;
@@ -175,7 +198,7 @@ void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capac
     switch (how.by) {
       case Select::By::TopK: wanted = how.count ? how.count.at<int32_t>(s) : how.k; break;
       case Select::By::TopP:
-        cut = largest_share(keys, n, how.p, how.held ? double(how.held.at<float>(s)) : 0, how.crossing, bins);
+        cut = largest_share(keys, n, how.p, how.held ? double(how.held.at<float>(s)) : 0, how.crossing, bins, spare);
         if (cut.count() < how.at_least) wanted = how.at_least;
         break;
       case Select::By::Threshold:
@@ -185,7 +208,7 @@ void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capac
     }
     if (how.by == Select::By::TopK || wanted >= 0) wanted = std::clamp<int64_t>(wanted, 0, most);
     else if (cut.count() > most) wanted = most;
-    if (wanted >= 0) cut = largest(keys, n, wanted, bins);
+    if (wanted >= 0) cut = largest(keys, n, wanted, bins, spare);
     write(keys, n, cut, index.as<int32_t>() + s * capacity);
     count.at<int32_t>(s) = int32_t(cut.count());
   });
