@@ -10,7 +10,7 @@ mechanisms=(
   dense
   "streaming-llm(window=$((budget - 4)))"
   "snapkv(budget=$budget)"
-  "pyramidkv(budget=$budget)"
+  "pyramidkv(budget=$budget,window=16)" # with the default window its smallest layer would be smaller than the window: no pyramid
   "adakv(snapkv(budget=$budget))"
   "h2o(budget=$budget)"
   "tova(budget=$budget)"
