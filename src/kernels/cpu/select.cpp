@@ -14,14 +14,25 @@ using Key = uint32_t;
 constexpr Key kForced = 0xff800000u;  // the key of +∞
 constexpr int kBins = 2048;
 
-/// 0 for −∞ and NaN, which are never chosen; otherwise ordered as scores are, −0 equal to +0.
-Key key_of(float score) {
-  uint32_t bits = std::bit_cast<uint32_t>(score);
+/// 0 for −∞ and NaN, which are never chosen; otherwise ordered as scores are, −0 equal to +0. Masks, no branches: loops over
+/// it become vector code.
+Key key_of(uint32_t bits) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   bits = magnitude == 0 ? 0 : bits;
-  const bool never = (magnitude > 0x7f800000u) | (bits == 0xff800000u);
   const Key key = bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
-  return never ? 0 : key;
+  const Key number = magnitude > 0x7f800000u ? 0 : key;
+  return bits == 0xff800000u ? 0 : number;
+}
+
+/// Keys of n scores; returns how many are not 0.
+int64_t make_keys(const uint32_t* __restrict scores, int64_t n, Key* __restrict keys) {
+  int64_t there = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Key key = key_of(scores[i]);
+    keys[i] = key;
+    there += key != 0;
+  }
+  return there;
 }
 
 float score_of(Key key) { return std::bit_cast<float>(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
@@ -55,11 +66,16 @@ void tally(const Key* keys, int64_t n, Digit digit, Bins& bins) {
   const int ways = n < 4 * kBins ? 1 : kWays;
   std::memset(bins.count, 0, size_t(ways) * sizeof bins.count[0]);
   if (Sums) std::memset(bins.sum, 0, size_t(ways) * sizeof bins.sum[0]);
-  for (int64_t i = 0; i < n; ++i) {
-    const Key d = digit.of(keys[i]);
-    ++bins.count[i & (ways - 1)][d];
-    if (Sums) bins.sum[i & (ways - 1)][d] += keys[i] - 1 < kForced - 1 ? double(score_of(keys[i])) : 0.0;
-  }
+  const auto add = [&](int way, Key key) {
+    const Key d = digit.of(key);
+    ++bins.count[way][d];
+    if (Sums) bins.sum[way][d] += key - 1 < kForced - 1 ? double(score_of(key)) : 0.0;
+  };
+  int64_t i = 0;
+  if (ways > 1)
+    for (; i + kWays <= n; i += kWays)
+      for (int way = 0; way < kWays; ++way) add(way, keys[i + way]);
+  for (; i < n; ++i) add(0, keys[i]);
   for (int way = 1; way < ways; ++way)
     for (int d = 0; d < kBins; ++d) {
       bins.count[0][d] += bins.count[way][d];
@@ -185,13 +201,8 @@ void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capac
   for_each(queue, segments, bins_floats + 2 * padded(longest), [&](int64_t s, float* scratch) {
     Bins& bins = *reinterpret_cast<Bins*>(scratch);
     Key *keys = reinterpret_cast<Key*>(scratch + bins_floats), *spare = keys + padded(longest);
-    const float* from = scores.values.as<float>() + scores.begin(s);
     const int64_t n = scores.length(s);
-    int64_t there = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      keys[i] = key_of(from[i]);
-      there += keys[i] != 0;
-    }
+    const int64_t there = make_keys(scores.values.as<const uint32_t>() + scores.begin(s), n, keys);
     const int64_t most = std::min(there, capacity);
     Cut cut;
     int64_t wanted = -1;  // so many of the largest, when the rule comes down to that
@@ -202,7 +213,7 @@ void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capac
         if (cut.count() < how.at_least) wanted = how.at_least;
         break;
       case Select::By::Threshold:
-        if (!std::isnan(how.p)) cut = at_least_score(keys, n, key_of(how.p));
+        if (!std::isnan(how.p)) cut = at_least_score(keys, n, key_of(std::bit_cast<uint32_t>(how.p)));
         if (cut.count() < how.at_least) wanted = how.at_least;
         break;
     }
