@@ -30,6 +30,7 @@ Json to_json(const Row& row, int64_t tokens) {
           {"top1_agree", row.top1_agree},
           {"density", row.density()},
           {"tasks", tasks},
+          {"kv_share", row.kv_share},
           {"density_prefill", row.density_prefill},
           {"density_kept", row.density_kept},
           {"density_read", row.density_read},

@@ -33,6 +33,7 @@ struct Row {
   double density_prefill = 1;  // share of causal pairs computed
   double density_kept = 1;     // entries held behind the prefill, against dense
   double density_read = 1;     // entries read by a decoded token, against dense
+  double kv_share = 1;         // kv_bytes, against dense
   double mass_prefill = 1, mass_decode = 1;
   Times prefill_times, decode_times;  // of the last repetition
   std::map<std::string, NiahScore> tasks;
@@ -68,7 +69,8 @@ inline constexpr int kKeptBins = 96;
 Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, const CompareOptions& options,
                    const std::function<void(double, const std::string&)>& progress = {});
 
-/// Why a row's quality says little: "density 0.72" or "4096 tokens"; empty when the mechanism was truly at work.
+/// Why a row's quality says little: "density 0.72" (and no fewer bytes) or "4096 tokens"; empty when the mechanism was
+/// truly at work.
 std::string not_exercised(const Row& row, int64_t tokens);
 
 }  // namespace heed

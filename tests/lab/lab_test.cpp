@@ -202,7 +202,9 @@ TEST(Compare, SaysWhatWasNotExercised) {
   row.attention = "quest";
   row.density_read = 0.7;
   EXPECT_NE(not_exercised(row, 10000), "");
-  row.density_read = 0.1;
+  row.kv_share = 0.3;
+  EXPECT_EQ(not_exercised(row, 10000), "");
+  row.kv_share = 1, row.density_read = 0.1;
   EXPECT_EQ(not_exercised(row, 10000), "");
   EXPECT_NE(not_exercised(row, 4096), "");
   row.attention = "dense";

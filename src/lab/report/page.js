@@ -73,13 +73,14 @@
     id: 'names',
     afterDatasetsDraw(c) {
       if (!c.options.plugins.names) return;
-      const { ctx, chartArea: area } = c, placed = [];
+      const { ctx, chartArea: area } = c;
+      const points = c.data.datasets.map((_, i) => c.getDatasetMeta(i).data[0]);
+      const placed = points.map((p) => ({ x: p.x - 6, y: p.y, w: 12 }));
       ctx.save();
       ctx.font = '12px system-ui, sans-serif';
       ctx.textBaseline = 'middle';
       c.data.datasets.forEach((set, i) => {
-        const point = c.getDatasetMeta(i).data[0];
-        if (!point) return;
+        const point = points[i];
         let text = set.label;
         while (text.length > 6 && ctx.measureText(text).width > area.width * 0.55) text = text.slice(0, -2).replace(/…?$/, '…');
         const w = ctx.measureText(text).width, right = point.x + 9 + w < area.right;
