@@ -34,7 +34,7 @@ inputs=("$found")
 [ ! -d "$kept" ] || inputs+=("$kept")
 dictionary=()
 [ ! -f "tests/fuzz/$target.dict" ] || dictionary=(-dict="tests/fuzz/$target.dict")
-limits=(-rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=10 -max_len=65536 -artifact_prefix="build-fuzz/crashes/$target-")
+limits=(-rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=25 -max_len=65536 -artifact_prefix="build-fuzz/crashes/$target-")
 if [ -d "$kept" ]; then
   quietly "build-fuzz/fuzz_$target" "${limits[@]}" -max_len=16777216 -runs=0 "$kept"
 fi

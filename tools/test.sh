@@ -56,7 +56,12 @@ if [ $quick = no ]; then
 
   # Addresses and undefined behaviour: everything except what runs whole models through the command line; a tenth of
   # the random cases, since each takes ten times as long.
-  if compiled sanitizers fuzz tests fuzzers; then
+  targets=(fuzzers)
+  for source in tests/*/*.cpp; do
+    folder=$(basename "$(dirname "$source")")
+    case " data fuzz apps lab ${targets[*]} " in *" $folder "* | *" test_$folder "*) ;; *) targets+=("test_$folder") ;; esac
+  done
+  if compiled sanitizers fuzz "${targets[@]}"; then
     HEED_CASES=0.1 suites sanitizers fuzz -E '^(apps|lab)$'
     for program in build-fuzz/fuzz_*; do
       [ -x "$program" ] || continue
