@@ -8,28 +8,33 @@ void check_ragged(const char* where, const char* name, const Ragged& r) {
           std::string(name) + " is F32, BF16 or F16 [rows, width] with contiguous rows, got " + r.values.shape());
   require(r.offsets && r.offsets.type == Dtype::I64 && r.offsets.rank == 1 && r.offsets.size[0] >= 1, where,
           std::string(name) + " needs offsets, I64 [segments + 1]");
-  require(!r.ends || (r.ends.type == Dtype::I64 && r.ends.size[0] == r.segments()), where, std::string(name) + ": ends are I64 [segments]");
-  require(r.heads >= 1 && r.segments() % r.heads == 0, where, std::string(name) + ": its heads do not divide its segments");
+  require(!r.ends || (r.ends.type == Dtype::I64 && r.ends.size[0] == r.segments()), where,
+          std::string(name) + ": ends are I64 [segments]");
+  require(r.heads >= 1 && r.segments() % r.heads == 0, where,
+          std::string(name) + ": its heads do not divide its segments");
 }
 
 }  // namespace
 
-void check_tensor(const char* where, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, bool optional,
-                  Dtype type) {
+void check_tensor(const char* where, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
+                  bool optional, Dtype type) {
   if (optional && !t) return;
   const Tensor wanted(nullptr, type, sizes);
   bool fits = t.type == type && t.rank == wanted.rank;
   for (int axis = 0; fits && axis < t.rank; ++axis) fits = t.size[size_t(axis)] == wanted.size[size_t(axis)];
   if (fits && t.rank > 0) fits = t.size[size_t(t.rank - 1)] <= 1 || t.stride[size_t(t.rank - 1)] == 1;
-  require(fits, where, std::string(name) + " is " + info(type).name + " " + wanted.shape() + ", got " + info(t.type).name + " " + t.shape());
+  require(fits, where,
+          std::string(name) + " is " + info(type).name + " " + wanted.shape() + ", got " + info(t.type).name + " " +
+              t.shape());
 }
 
-void check_attention(const char* where, const Ragged& q, const Ragged& k, const Ragged& v, const Plan* plan, const Mods& mods) {
+void check_attention(const char* where, const Ragged& q, const Ragged& k, const Ragged& v, const Plan* plan,
+                     const Mods& mods) {
   check_ragged(where, "q", q);
   check_ragged(where, "k", k);
   const int64_t h = q.heads, g = k.heads;
-  require(mods.k_map || h % g == 0, where, std::to_string(g) + " KV heads do not divide " + std::to_string(h) + " query heads",
-          "give k_map and v_map");
+  require(mods.k_map || h % g == 0, where,
+          std::to_string(g) + " KV heads do not divide " + std::to_string(h) + " query heads", "give k_map and v_map");
   require(q.sequences() == k.sequences(), where, "q and k hold different numbers of sequences");
   require(q.values.size[1] == k.values.size[1], where, "q and k differ in width");
   if (v.values) {

@@ -14,8 +14,9 @@ void check_side(const PageType& type, int width, const char* side) {
   if (!type.quantised()) return;
   require(type.group > 0, "page_layout", std::string(side) + ": a group needs at least one number");
   if (type.axis == PageType::Axis::Channel)
-    require(kPage % type.group == 0, "page_layout", std::string(side) + ": a group of " + std::to_string(type.group) +
-            " entries does not divide a page of 64", "use 16, 32 or 64");
+    require(kPage % type.group == 0, "page_layout",
+            std::string(side) + ": a group of " + std::to_string(type.group) + " entries does not divide a page of 64",
+            "use 16, 32 or 64");
 }
 
 }  // namespace
@@ -41,7 +42,8 @@ int64_t PageType::bytes(int width) const {
   return round_up(int64_t(kPage) * width * bits() / 8 + 2 * groups(width) * int64_t(sizeof(f16)));
 }
 
-PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias, const std::vector<Column>& columns) {
+PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias,
+                       const std::vector<Column>& columns) {
   check_side(k, d, "keys");
   check_side(v, d_v, "values");
   PageLayout out;

@@ -14,8 +14,8 @@ void check_plan(const Plan& plan, const char* where) {
   const bool interval = plan.form == Plan::Form::Interval, blocks = plan.form == Plan::Form::Blocks;
   require(plan.rowptr && plan.rowptr.type == Dtype::I64 && plan.rowptr.rank == 1 && plan.rowptr.size[0] >= 1, where,
           "a plan needs rowptr, I64 [rows + 1]");
-  require(plan.index.type == Dtype::I32 && plan.index.rank == (interval ? 2 : 1) && (!interval || plan.index.size[1] == 2), where,
-          interval ? "index of intervals is I32 [nnz, 2]" : "index of blocks and tokens is I32 [nnz]");
+  require(plan.index.type == Dtype::I32 && plan.index.rank == (interval ? 2 : 1) && (!interval || plan.index.size[1] == 2),
+          where, interval ? "index of intervals is I32 [nnz, 2]" : "index of blocks and tokens is I32 [nnz]");
   const int64_t nnz = plan.index.size[0];
   if (plan.count)
     require(plan.count.type == Dtype::I32 && plan.count.rank == 1 && plan.count.size[0] == plan.rows(), where,
@@ -25,13 +25,16 @@ void check_plan(const Plan& plan, const char* where) {
             "a plan of several parts needs part, I32 [nnz]");
   if (plan.mask) {
     require(blocks, where, "only a plan of blocks has masks");
-    require(plan.mask.type == Dtype::I32 && plan.mask.rank == 1 && plan.mask.size[0] >= nnz, where, "a plan's mask is I32 [nnz]");
+    require(plan.mask.type == Dtype::I32 && plan.mask.rank == 1 && plan.mask.size[0] >= nnz, where,
+            "a plan's mask is I32 [nnz]");
     require(plan.bits.type == Dtype::U64 && plan.bits.rank == 3 && plan.bits.size[1] == plan.q_tile &&
-                plan.bits.size[2] == (plan.k_tile + 63) / 64, where, "a plan's bits are U64 [masks, q_tile, ⌈k_tile / 64⌉]");
+                plan.bits.size[2] == (plan.k_tile + 63) / 64,
+            where, "a plan's bits are U64 [masks, q_tile, ⌈k_tile / 64⌉]");
   }
 }
 
-PlanRows::PlanRows(const Plan& plan, const Ragged& q, int64_t kv_heads) : heads(scope_heads(plan.scope, q.heads, kv_heads)) {
+PlanRows::PlanRows(const Plan& plan, const Ragged& q, int64_t kv_heads)
+    : heads(scope_heads(plan.scope, q.heads, kv_heads)) {
   const int64_t sequences = q.sequences();
   starts.reserve(size_t(sequences * heads + 1));
   starts.push_back(0);

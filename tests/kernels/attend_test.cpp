@@ -29,7 +29,8 @@ void attend_equals_reference(const Kernels& run, Random random) {
 /// Deleting the keys that nobody sees any more changes nothing: what `until` means.
 void until_equals_deletion(const Kernels& run, Random random) {
   for (int i = 0; i < cases(10); ++i) {
-    const int64_t g = 2, h = g * pick<int64_t>(random, {1, 3}), d = pick<int64_t>(random, {64, 80}), n = 1 + random.below(20);
+    const int64_t g = 2, h = g * pick<int64_t>(random, {1, 3}), d = pick<int64_t>(random, {64, 80}),
+                  n = 1 + random.below(20);
     const int64_t m = n + random.below(150), first_query = m - n;
     SCOPED_TRACE(std::to_string(n) + " queries, " + std::to_string(m) + " keys, d " + std::to_string(d));
     const RaggedData q = normal_ragged(random, Dtype::F32, std::vector<int64_t>(size_t(h), n), h, d, {});
@@ -77,12 +78,15 @@ void merge_equals_reference(const Kernels& run, Random random) {
     SCOPED_TRACE(std::to_string(parts) + " parts of " + std::to_string(rows) + " rows, d " + std::to_string(d));
     Poisoned outs = filled(Dtype::F32, {parts, rows, d}, [&] { return random.normal(); }, shift, pad);
     // A part of weight −∞ may hold anything.
-    Poisoned weights = filled(Dtype::F32, {parts, rows}, [&] { return chance(random, 0.3) ? -INFINITY : (chance(random, 0.1) ? 1e4 : 5) * random.normal(); }, shift);
+    Poisoned weights = filled(
+        Dtype::F32, {parts, rows},
+        [&] { return chance(random, 0.3) ? -INFINITY : (chance(random, 0.1) ? 1e4 : 5) * random.normal(); }, shift);
     for (int64_t p = 0; p < parts; ++p)
       for (int64_t r = 0; r < rows; ++r)
         if (weights->at<float>(p, r) == -INFINITY && chance(random, 0.5)) outs->at<float>(p, r, random.below(d)) = NAN;
     Queue queue;
-    Poisoned out(Dtype::F32, {rows, d}, shift, pad), lse(Dtype::F32, {rows}, shift), got = out.twin(), got_lse = lse.twin(), alone = out.twin();
+    Poisoned out(Dtype::F32, {rows, d}, shift, pad), lse(Dtype::F32, {rows}, shift),
+        got = out.twin(), got_lse = lse.twin(), alone = out.twin();
     reference_kernels().merge(queue, outs, weights, out, lse);
     run.merge(queue, outs, weights, got, got_lse);
     run.merge(queue, outs, weights, alone, {});
@@ -112,7 +116,8 @@ void merged_parts_equal_whole(const Kernels& run, Random random) {
         }
         rowptr.push_back(int64_t(index.size()));
       }
-    const Buffer ptr = Buffer::of<int64_t>({int64_t(rowptr.size())}, rowptr), at = Buffer::of<int32_t>({int64_t(index.size())}, index),
+    const Buffer ptr = Buffer::of<int64_t>({int64_t(rowptr.size())}, rowptr),
+                 at = Buffer::of<int32_t>({int64_t(index.size())}, index),
                  of = Buffer::of<int32_t>({int64_t(part.size())}, part);
     Plan plan;
     plan.form = Plan::Form::Tokens;
@@ -166,8 +171,9 @@ void attend_backward_equals_reference(const Kernels& run, Random random) {
     const Poisoned d_out = row_numbers(c.q, Dtype::F32, c.d_v, [&] { return random.normal(); });
     struct Gradients {
       Poisoned q, k, v, bias, gain;
-    } want{Poisoned(Dtype::F32, {rows, c.d}), Poisoned(Dtype::F32, {keys, c.d}), Poisoned(Dtype::F32, {c.v.view.values.size[0], c.d_v}),
-           Poisoned(Dtype::F32, {keys}), Poisoned(Dtype::F32, {rows})},
+    } want{Poisoned(Dtype::F32, {rows, c.d}), Poisoned(Dtype::F32, {keys, c.d}),
+           Poisoned(Dtype::F32, {c.v.view.values.size[0], c.d_v}), Poisoned(Dtype::F32, {keys}),
+           Poisoned(Dtype::F32, {rows})},
         got{want.q.twin(), want.k.twin(), want.v.twin(), want.bias.twin(), want.gain.twin()},
         bare{want.q.twin(), want.k.twin(), want.v.twin(), {}, {}};
     auto both = [&](const Kernels& table, Gradients& g) {
@@ -185,7 +191,9 @@ void attend_backward_equals_reference(const Kernels& run, Random random) {
     expect_close("d_k", want.k, got.k, bound(want.k, k_typical));
     expect_close("d_v", want.v, got.v, bound(want.v, 0.1 * largest(d_out)));
     expect_close("d_key_bias", want.bias, got.bias, bound(want.bias, 0.1 * term));
-    expect_close("d_gain", want.gain, got.gain, 0x1p-18 * std::sqrt(double(c.d_v)) * std::max(1.0, 5 * largest(out) * largest(d_out) * std::sqrt(double(c.d_v))));
+    expect_close(
+        "d_gain", want.gain, got.gain,
+        0x1p-18 * std::sqrt(double(c.d_v)) * std::max(1.0, 5 * largest(out) * largest(d_out) * std::sqrt(double(c.d_v))));
     expect_close("d_q without optional gradients", got.q, bare.q, 0);
     expect_close("d_k without optional gradients", got.k, bare.k, 0);
     expect_close("d_v without optional gradients", got.v, bare.v, 0);

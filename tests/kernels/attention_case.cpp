@@ -14,8 +14,8 @@ Tensor keep(PlanData& data, const std::vector<T>& values, std::initializer_list<
 
 }  // namespace
 
-PlanData random_plan(Random& random, Plan::Form form, Plan::Scope scope, int q_tile, int k_tile, int parts, const Ragged& q, const Ragged& k,
-                     const std::vector<int64_t>& k_head_of) {
+PlanData random_plan(Random& random, Plan::Form form, Plan::Scope scope, int q_tile, int k_tile, int parts,
+                     const Ragged& q, const Ragged& k, const std::vector<int64_t>& k_head_of) {
   PlanData out;
   Plan& plan = out.plan;
   plan.form = form;
@@ -42,7 +42,9 @@ PlanData random_plan(Random& random, Plan::Form form, Plan::Scope scope, int q_t
         const int64_t tile_rows = std::min<int64_t>(q_tile, n - first);
         // named[i][j]: the part in which row first + i names key j.
         std::vector<std::vector<int>> named(size_t(tile_rows), std::vector<int>(size_t(longest), -1));
-        auto name = [&](int64_t i, int64_t j, int p) { if (j < longest) named[size_t(i)][size_t(j)] = p; };
+        auto name = [&](int64_t i, int64_t j, int p) {
+          if (j < longest) named[size_t(i)][size_t(j)] = p;
+        };
         int used = 0;
         auto entry = [&] {
           ++used;
@@ -100,7 +102,8 @@ PlanData random_plan(Random& random, Plan::Form form, Plan::Scope scope, int q_t
           if (head * scope_count / h != sh) continue;
           const int64_t m = k.length(s * k.heads + k_head_of[size_t(head)]);
           for (int64_t i = 0; i < tile_rows; ++i)
-            out.part_of[size_t(q.begin(s * h + head) + first + i)].assign(named[size_t(i)].begin(), named[size_t(i)].begin() + m);
+            out.part_of[size_t(q.begin(s * h + head) + first + i)].assign(named[size_t(i)].begin(),
+                                                                          named[size_t(i)].begin() + m);
         }
       }
   }
@@ -141,7 +144,9 @@ AttentionCase::AttentionCase(Random& random, const Ask& ask) {
     for (int64_t kv = 0; kv < g_v; ++kv) v_lengths.push_back(uneven ? k_lengths[size_t(s * g + kv)] : m);
     terms = std::max(terms, double(m));
   }
-  auto type = [&] { return ask.low_types ? pick(random, {Dtype::F32, Dtype::BF16, Dtype::BF16, Dtype::F16}) : Dtype::F32; };
+  auto type = [&] {
+    return ask.low_types ? pick(random, {Dtype::F32, Dtype::BF16, Dtype::BF16, Dtype::F16}) : Dtype::F32;
+  };
   const Dtype shared = type();
   const bool mixed = chance(random, 0.2);
   q = normal_ragged(random, mixed ? type() : shared, q_lengths, h, d, Layout::any(random));
@@ -152,10 +157,12 @@ AttentionCase::AttentionCase(Random& random, const Ask& ask) {
     k_head.push_back(maps ? random.below(g) : head * g / h);
     v_head.push_back(maps ? random.below(g_v) : head * g_v / h);
   }
-  const Plan::Form form = ask.plans ? pick(random, {Plan::Form::Dense, Plan::Form::Interval, Plan::Form::Blocks, Plan::Form::Tokens}) : Plan::Form::Dense;
+  const Plan::Form form = ask.plans ? pick(random, {Plan::Form::Dense, Plan::Form::Interval, Plan::Form::Blocks,
+                                                    Plan::Form::Tokens})
+                                    : Plan::Form::Dense;
   plan = random_plan(random, form, pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}),
-                     pick(random, {1, 3, 16, 64}), pick(random, {1, 16, 64, 128, 72}), ask.parts && chance(random, 0.4) ? 1 + int(random.below(4)) : 1,
-                     q, k, k_head);
+                     pick(random, {1, 3, 16, 64}), pick(random, {1, 16, 64, 128, 72}),
+                     ask.parts && chance(random, 0.4) ? 1 + int(random.below(4)) : 1, q, k, k_head);
 
   auto keep = [&](Poisoned t) {
     memory.push_back(std::move(t));
@@ -184,13 +191,15 @@ AttentionCase::AttentionCase(Random& random, const Ask& ask) {
     mods.temperature = keep(row_numbers(q, Dtype::F32, 0, [&] { return 0.5 + random.uniform(); }));
     temperature = 1.5;
   }
-  if (some()) mods.gain = keep(row_numbers(q, Dtype::F32, 0, [&] { return chance(random, 0.3) ? 0.0 : 0.2 + random.uniform(); }));
+  if (some())
+    mods.gain = keep(row_numbers(q, Dtype::F32, 0, [&] { return chance(random, 0.3) ? 0.0 : 0.2 + random.uniform(); }));
   if (some()) {
     if (chance(random, 0.5)) {  // positions with holes, as after an eviction
       Poisoned k_pos(Dtype::I32, {k.view.values.size[0]}), q_pos(Dtype::I32, {q.view.values.size[0]});
       for (int64_t s = 0; s < k.view.segments(); ++s) {
         int32_t at = int32_t(random.below(3));
-        for (int64_t r = k.view.begin(s); r < k.view.end(s); ++r, at += int32_t(1 + random.below(3))) k_pos->at<int32_t>(r) = at;
+        for (int64_t r = k.view.begin(s); r < k.view.end(s); ++r, at += int32_t(1 + random.below(3)))
+          k_pos->at<int32_t>(r) = at;
       }
       for (int64_t s = 0; s < q.view.segments(); ++s) {
         const int64_t n = q.view.length(s);
@@ -201,7 +210,8 @@ AttentionCase::AttentionCase(Random& random, const Ask& ask) {
       mods.q_pos = keep(std::move(q_pos));
     }
     if (chance(random, 0.6)) mods.window = 1 + random.below(int64_t(2 * terms));
-    if (chance(random, 0.6)) mods.until = keep(row_numbers(k, Dtype::I32, 0, [&] { return double(random.below(int64_t(3 * terms))); }));
+    if (chance(random, 0.6))
+      mods.until = keep(row_numbers(k, Dtype::I32, 0, [&] { return double(random.below(int64_t(3 * terms))); }));
   }
   if (ask.sigmoid && ask.mods && chance(random, 0.15)) mods.weight = WeightFunction::Sigmoid;
   else if (some()) mods.sink_logits = keep(filled(Dtype::F32, {h}, [&] { return random.normal(); }));
@@ -228,18 +238,27 @@ Poisoned AttentionCase::lse() const {
 std::string AttentionCase::text() const {
   const char* forms[] = {"dense", "interval", "blocks", "tokens"};
   const char* scopes[] = {"query head", "KV head", "layer"};
-  std::string out = std::to_string(sequences) + " sequences, heads " + std::to_string(h) + "/" + std::to_string(g) + "/" + std::to_string(g_v) +
-                    ", d " + std::to_string(d) + ", d_v " + std::to_string(d_v) + ", " + info(q.view.values.type).name + " " +
-                    info(k.view.values.type).name + " " + info(v.view.values.type).name + ", " + forms[int(plan.plan.form)] + " by " +
-                    scopes[int(plan.plan.scope)] + " tile " + std::to_string(plan.plan.q_tile) + "x" + std::to_string(plan.plan.k_tile) +
-                    (plan.plan.causal ? " causal" : "") + ", parts " + std::to_string(plan.plan.parts);
+  std::string out = std::to_string(sequences) + " sequences, heads " + std::to_string(h) + "/" + std::to_string(g) +
+                    "/" + std::to_string(g_v) + ", d " + std::to_string(d) + ", d_v " + std::to_string(d_v) + ", " +
+                    info(q.view.values.type).name + " " + info(k.view.values.type).name + " " +
+                    info(v.view.values.type).name + ", " + forms[int(plan.plan.form)] + " by " +
+                    scopes[int(plan.plan.scope)] + " tile " + std::to_string(plan.plan.q_tile) + "x" +
+                    std::to_string(plan.plan.k_tile) + (plan.plan.causal ? " causal" : "") + ", parts " +
+                    std::to_string(plan.plan.parts);
   if (plan.plan.mask) out += ", masks";
   if (plan.plan.count) out += ", count";
-  const std::pair<bool, const char*> set[] = {
-      {mods.scale != 0, "scale"}, {mods.softcap > 0, "softcap"}, {mods.window > 0, "window"}, {bool(mods.q_pos), "positions"},
-      {bool(mods.key_bias), "key_bias"}, {bool(mods.row_factor), "factors"}, {bool(mods.temperature), "temperature"},
-      {bool(mods.gain), "gain"}, {bool(mods.sink_logits), "sinks"}, {bool(mods.until), "until"}, {bool(mods.k_map), "maps"},
-      {mods.weight == WeightFunction::Sigmoid, "sigmoid"}};
+  const std::pair<bool, const char*> set[] = {{mods.scale != 0, "scale"},
+                                              {mods.softcap > 0, "softcap"},
+                                              {mods.window > 0, "window"},
+                                              {bool(mods.q_pos), "positions"},
+                                              {bool(mods.key_bias), "key_bias"},
+                                              {bool(mods.row_factor), "factors"},
+                                              {bool(mods.temperature), "temperature"},
+                                              {bool(mods.gain), "gain"},
+                                              {bool(mods.sink_logits), "sinks"},
+                                              {bool(mods.until), "until"},
+                                              {bool(mods.k_map), "maps"},
+                                              {mods.weight == WeightFunction::Sigmoid, "sigmoid"}};
   for (const auto& [is, name] : set)
     if (is) out += std::string(", ") + name;
   out += "; n";

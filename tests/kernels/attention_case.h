@@ -11,8 +11,8 @@ struct Ask {
   bool parts = true;
   bool mods = true;
   bool maps = true;
-  bool plans = true;      // forms besides Dense
-  bool extreme = true;    // logits up to ±1e4
+  bool plans = true;    // forms besides Dense
+  bool extreme = true;  // logits up to ±1e4
   bool sigmoid = true;
 };
 
@@ -23,18 +23,18 @@ struct PlanData {
   std::vector<std::vector<int>> part_of;  // [row of q.values][key]
 };
 
-PlanData random_plan(Random& random, Plan::Form form, Plan::Scope scope, int q_tile, int k_tile, int parts, const Ragged& q, const Ragged& k,
-                     const std::vector<int64_t>& k_head_of);
+PlanData random_plan(Random& random, Plan::Form form, Plan::Scope scope, int q_tile, int k_tile, int parts,
+                     const Ragged& q, const Ragged& k, const std::vector<int64_t>& k_head_of);
 
 struct AttentionCase {
   int64_t sequences, h, g, g_v, d, d_v;
   RaggedData q, k, v;
   PlanData plan;
   Mods mods;
-  std::vector<Poisoned> memory;  // of mods
+  std::vector<Poisoned> memory;         // of mods
   std::vector<int64_t> k_head, v_head;  // of each query head
-  double logit = 0;  // no logit is larger
-  double terms = 1;  // keys of the longest segment
+  double logit = 0;                     // no logit is larger
+  double terms = 1;                     // keys of the longest segment
 
   AttentionCase(Random& random, const Ask& ask);
   /// Poisoned results of the right shapes.

@@ -25,16 +25,22 @@ inline double attend_out(double unit, double logit, double value) { return (unit
 inline double attend_lse(double unit, double logit) { return unit + logit_error(logit) + 0x1p-22 * logit; }
 
 /// attend_backward: P and dS are each rounded to the operands' type once before they are multiplied.
-inline double gradient(double unit, double logit, double largest) { return (4 * unit + 8 * logit_error(logit)) * largest + 1e-6; }
+inline double gradient(double unit, double logit, double largest) {
+  return (4 * unit + 8 * logit_error(logit)) * largest + 1e-6;
+}
 
 /// observe: sums of probabilities.
-inline double statistic(double unit, double logit, double largest) { return (unit + 2 * logit_error(logit)) * std::max(largest, 1.0); }
+inline double statistic(double unit, double logit, double largest) {
+  return (unit + 2 * logit_error(logit)) * std::max(largest, 1.0);
+}
 
 /// Elementwise f32 work and short sums.
 inline double plain(double terms, double scale) { return 0x1p-20 * std::sqrt(terms) * scale + 1e-30; }
 
 /// recur: states are f32 whatever the operands; corrections compound over rows.
-inline double recurrence(double unit, double rows, double largest) { return (unit + 0x1p-18 * std::sqrt(rows)) * std::max(largest, 1e-3); }
+inline double recurrence(double unit, double rows, double largest) {
+  return (unit + 0x1p-18 * std::sqrt(rows)) * std::max(largest, 1e-3);
+}
 
 /// matmul: |y − y'| for an activation row of root mean square `x_rms` and a weight row of norm `w_norm`. Quantised weights
 /// allow activations of 8 bits with a scale for each 32; bf16 and f16 ones allow activations of that type.

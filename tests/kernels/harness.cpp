@@ -17,9 +17,12 @@ Poisoned::Poisoned(Dtype type, std::vector<int64_t> sizes, int64_t shift, int64_
     }
   }
   int64_t elements = 1;
-  for (int axis = 0; axis < view_.rank; ++axis) elements += std::max<int64_t>(0, view_.size[size_t(axis)] - 1) * view_.stride[size_t(axis)];
+  for (int axis = 0; axis < view_.rank; ++axis)
+    elements += std::max<int64_t>(0, view_.size[size_t(axis)] - 1) * view_.stride[size_t(axis)];
   // A guard is at least one row and one vector wide, and keeps the 64-byte alignment of what follows.
-  const int64_t size = info(type).bytes, guard = (std::max<int64_t>(256, 2 * elements / std::max<int64_t>(1, sizes_.empty() ? 1 : sizes_[0])) + 63) / 64 * 64;
+  const int64_t size = info(type).bytes,
+                guard = (std::max<int64_t>(256, 2 * elements / std::max<int64_t>(1, sizes_.empty() ? 1 : sizes_[0])) + 63) /
+                        64 * 64;
   memory_ = Buffer(Dtype::U8, {(elements + shift_ + 2 * guard) * size});
   std::memset(memory_->data, 0xff, size_t(memory_->bytes()));
   view_.data = static_cast<char*>(memory_->data) + (guard + shift_) * size;
@@ -81,7 +84,8 @@ void set(const Tensor& t, std::span<const int64_t> index, double x) {
   }
 }
 
-RaggedData ragged(Random& random, Dtype type, const std::vector<int64_t>& lengths, int64_t heads, int64_t width, Layout layout) {
+RaggedData ragged(Random& random, Dtype type, const std::vector<int64_t>& lengths, int64_t heads, int64_t width,
+                  Layout layout) {
   RaggedData out;
   const int64_t segments = int64_t(lengths.size());
   out.offsets = Buffer(Dtype::I64, {segments + 1});
@@ -103,8 +107,8 @@ RaggedData ragged(Random& random, Dtype type, const std::vector<int64_t>& length
   return out;
 }
 
-RaggedData normal_ragged(Random& random, Dtype type, const std::vector<int64_t>& lengths, int64_t heads, int64_t width, Layout layout,
-                         double deviation) {
+RaggedData normal_ragged(Random& random, Dtype type, const std::vector<int64_t>& lengths, int64_t heads, int64_t width,
+                         Layout layout, double deviation) {
   RaggedData out = ragged(random, type, lengths, heads, width, layout);
   for (int64_t s = 0; s < out.view.segments(); ++s)
     each(out.view.segment(s), [&](auto index) { set(out.view.segment(s), index, deviation * random.normal()); });
@@ -137,7 +141,8 @@ void expect_close(const char* what, const Poisoned& expected, const Poisoned& go
       at_worst = text;
     }
   });
-  EXPECT_EQ(wrong, 0) << what << " " << expected->shape() << ": beyond " << bound << "; first " << first << "; worst " << at_worst;
+  EXPECT_EQ(wrong, 0) << what << " " << expected->shape() << ": beyond " << bound << "; first " << first << "; worst "
+                      << at_worst;
 }
 
 double largest(const Tensor& t) {

@@ -30,7 +30,9 @@ class Poisoned {
   const Tensor* operator->() const { return &view_; }
   const Tensor& view() const { return view_; }
   /// All bytes, guards and gaps between rows included.
-  std::span<const uint8_t> bytes() const { return {static_cast<const uint8_t*>(memory_->data), size_t(memory_->bytes())}; }
+  std::span<const uint8_t> bytes() const {
+    return {static_cast<const uint8_t*>(memory_->data), size_t(memory_->bytes())};
+  }
   /// A poisoned twin with the same layout.
   Poisoned twin() const { return Poisoned(view_.type, sizes_, shift_, pad_); }
   /// Bytes outside the view that are no longer poison.
@@ -51,7 +53,8 @@ void each(const Tensor& t, Body&& body) {
   std::vector<int64_t> index(size_t(t.rank), 0);
   for (int64_t left = t.numel(); left > 0; --left) {
     body(std::span<const int64_t>(index));
-    for (int axis = t.rank - 1; axis >= 0 && ++index[size_t(axis)] == t.size[size_t(axis)]; --axis) index[size_t(axis)] = 0;
+    for (int axis = t.rank - 1; axis >= 0 && ++index[size_t(axis)] == t.size[size_t(axis)]; --axis)
+      index[size_t(axis)] = 0;
   }
 }
 void set(const Tensor& t, std::span<const int64_t> index, double x);
@@ -74,10 +77,11 @@ struct Layout {
 };
 
 /// Poisoned segments; width 0 makes values of rank 1.
-RaggedData ragged(Random& random, Dtype type, const std::vector<int64_t>& lengths, int64_t heads, int64_t width, Layout layout);
+RaggedData ragged(Random& random, Dtype type, const std::vector<int64_t>& lengths, int64_t heads, int64_t width,
+                  Layout layout);
 /// The same with normal numbers in every segment.
-RaggedData normal_ragged(Random& random, Dtype type, const std::vector<int64_t>& lengths, int64_t heads, int64_t width, Layout layout,
-                         double deviation = 1);
+RaggedData normal_ragged(Random& random, Dtype type, const std::vector<int64_t>& lengths, int64_t heads, int64_t width,
+                         Layout layout, double deviation = 1);
 /// Every number drawn by `draw`.
 template <class Draw>
 Poisoned filled(Dtype type, std::vector<int64_t> sizes, Draw&& draw, int64_t shift = 0, int64_t pad = 0) {

@@ -8,8 +8,9 @@ namespace {
 
 const Kernels& oracle() { return reference_kernels(); }
 
-constexpr Dtype all_types[] = {Dtype::F32,  Dtype::F16,  Dtype::BF16, Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1,  Dtype::Q8_0,
-                               Dtype::Q2_K, Dtype::Q3_K, Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K, Dtype::IQ4_NL};
+constexpr Dtype all_types[] = {Dtype::F32,  Dtype::F16,  Dtype::BF16, Dtype::Q4_0,  Dtype::Q4_1,
+                               Dtype::Q5_0, Dtype::Q5_1, Dtype::Q8_0, Dtype::Q2_K,  Dtype::Q3_K,
+                               Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K, Dtype::IQ4_NL};
 
 /// Where a block's scales lie, so that random bytes around them make random, finite weights.
 template <class Block>
@@ -49,7 +50,8 @@ struct Weights {
       return;
     }
     for (int64_t i = 0; i < memory->numel(); ++i) memory->as<uint8_t>()[i] = uint8_t(random.next());
-    for (int64_t b = 0; b < rows * width / kind.block; ++b) scale_block(random, type, memory->as<char>() + b * kind.bytes);
+    for (int64_t b = 0; b < rows * width / kind.block; ++b)
+      scale_block(random, type, memory->as<char>() + b * kind.bytes);
   }
   /// The largest row norm, of the exact values.
   double norm() const {
@@ -79,9 +81,11 @@ int64_t some_width(Random& random, Dtype type) {
 void matmul_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(4); ++i)
     for (Dtype type : all_types) {
-      const int64_t inputs = some_width(random, type), outputs = pick<int64_t>(random, {1, 3, 17, 64, 100}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 70});
+      const int64_t inputs = some_width(random, type), outputs = pick<int64_t>(random, {1, 3, 17, 64, 100}),
+                    tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 70});
       const Weights w(random, type, outputs, inputs);
-      const Poisoned x = filled(Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+      const Poisoned x = filled(
+          Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
       const Poisoned bias = filled(Dtype::F32, {outputs}, [&] { return random.normal(); }, random.below(2));
       const bool biased = chance(random, 0.5), accumulate = chance(random, 0.5);
       Poisoned want(Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
@@ -91,7 +95,8 @@ void matmul_equals_reference(const Kernels& run, Random random) {
           set(want, index, held);
           set(got, index, held);
         });
-      SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape() + ", " + std::to_string(tokens) + " tokens" + (biased ? ", bias" : "") + (accumulate ? ", accumulate" : ""));
+      SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape() + ", " + std::to_string(tokens) + " tokens" +
+                   (biased ? ", bias" : "") + (accumulate ? ", accumulate" : ""));
       Queue queue;
       oracle().matmul(queue, w.view, x, biased ? bias.view() : Tensor(), accumulate, want);
       run.matmul(queue, w.view, x, biased ? bias.view() : Tensor(), accumulate, got);
@@ -132,7 +137,8 @@ void rms_norm_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(40); ++i) {
     const int64_t rows = random.below(20), width = pick<int64_t>(random, {1, 7, 64, 80, 576, 1000});
     const double size = pick(random, {1e-6, 1.0, 1e5});
-    const Poisoned x = filled(Dtype::F32, {rows, width}, [&] { return size * random.normal(); }, random.below(2), random.below(2) * 3);
+    const Poisoned x = filled(
+        Dtype::F32, {rows, width}, [&] { return size * random.normal(); }, random.below(2), random.below(2) * 3);
     const Poisoned weight = filled(Dtype::F32, {width}, [&] { return random.normal(); }, random.below(2));
     const Tensor by = chance(random, 0.7) ? weight.view() : Tensor();
     Poisoned want = x.twin(), got = x.twin(), same = x.twin();
@@ -177,16 +183,21 @@ void split_heads_equals_reference(const Kernels& run, Random random) {
     rope.inv_freq = inv_freq;
     const double furthest = pick(random, {1.0, 100.0, 30000.0});
     const bool by_head = chance(random, 0.3);
-    const Poisoned positions = filled(Dtype::I32, by_head ? std::vector<int64_t>{count, heads} : std::vector<int64_t>{count}, [&] { return std::floor(furthest * random.uniform()); });
+    const Poisoned positions = filled(Dtype::I32, by_head ? std::vector<int64_t>{count, heads} : std::vector<int64_t>{count},
+                                      [&] { return std::floor(furthest * random.uniform()); });
     const bool turned = chance(random, 0.7), normed = chance(random, 0.5);
-    const RaggedData want = ragged(random, pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16}), tokens.segments, heads, d, Layout::any(random));
+    const RaggedData want = ragged(random, pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16}), tokens.segments, heads,
+                                   d, Layout::any(random));
     const Poisoned got = want.values.twin();
     Ragged to = want.view;
     to.values = got;
-    SCOPED_TRACE("case " + std::to_string(i) + ": " + x.shape() + " to " + info(want.values->type).name + (turned ? ", rope" : "") + (normed ? ", norm" : "") + (rope.neox ? ", neox" : ""));
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + x.shape() + " to " + info(want.values->type).name +
+                 (turned ? ", rope" : "") + (normed ? ", norm" : "") + (rope.neox ? ", neox" : ""));
     Queue queue;
-    oracle().split_heads(queue, x, tokens.offsets, normed ? norm.view() : Tensor(), 1e-6f, turned ? &rope : nullptr, positions, want);
-    run.split_heads(queue, x, tokens.offsets, normed ? norm.view() : Tensor(), 1e-6f, turned ? &rope : nullptr, positions, to);
+    oracle().split_heads(queue, x, tokens.offsets, normed ? norm.view() : Tensor(), 1e-6f, turned ? &rope : nullptr,
+                         positions, want);
+    run.split_heads(queue, x, tokens.offsets, normed ? norm.view() : Tensor(), 1e-6f, turned ? &rope : nullptr,
+                    positions, to);
     const double type_unit = low_precision(want.values->type, want.values->type);
     expect_close("out", want.values, got, largest(want.values) * (type_unit + 0x1p-19 + (turned ? 0x1p-23 * furthest : 0)));
   }
@@ -197,7 +208,8 @@ void merge_heads_equals_reference(const Kernels& run, Random random) {
     const int64_t heads = pick<int64_t>(random, {1, 3, 8}), d = pick<int64_t>(random, {5, 64, 80, 128});
     const Tokens tokens(random, heads);
     const RaggedData in = normal_ragged(random, Dtype::F32, tokens.segments, heads, d, Layout::any(random));
-    const Poisoned want(Dtype::F32, {tokens.first.back(), heads * d}, random.below(2), random.below(2) * 3), got = want.twin();
+    const Poisoned want(Dtype::F32, {tokens.first.back(), heads * d}, random.below(2), random.below(2) * 3),
+        got = want.twin();
     Queue queue;
     oracle().merge_heads(queue, in, tokens.offsets, want);
     run.merge_heads(queue, in, tokens.offsets, got);
@@ -209,7 +221,8 @@ void glu_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(30); ++i) {
     const int64_t rows = random.below(10), width = pick<int64_t>(random, {1, 7, 64, 100, 1536});
     const double size = pick(random, {1.0, 50.0});
-    const Poisoned gate = filled(Dtype::F32, {rows, width}, [&] { return size * random.normal(); }, random.below(2), random.below(2) * 3);
+    const Poisoned gate = filled(
+        Dtype::F32, {rows, width}, [&] { return size * random.normal(); }, random.below(2), random.below(2) * 3);
     const Poisoned up = filled(Dtype::F32, {rows, width}, [&] { return random.normal(); }, random.below(2));
     const Activation activation = pick(random, {Activation::Silu, Activation::GeluTanh});
     Poisoned want = gate.twin(), got = gate.twin(), same = gate.twin();
@@ -226,8 +239,11 @@ void glu_equals_reference(const Kernels& run, Random random) {
 void add_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(20); ++i) {
     const int64_t rows = random.below(10), width = pick<int64_t>(random, {1, 7, 64, 100, 1536});
-    const Poisoned x = filled(Dtype::F32, {rows, width}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
-    const Poisoned want = filled(Dtype::F32, {rows, width}, [&] { return random.normal(); }, random.below(2)), got = want.twin();
+    const Poisoned x = filled(
+        Dtype::F32, {rows, width}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+    const Poisoned want = filled(
+                       Dtype::F32, {rows, width}, [&] { return random.normal(); }, random.below(2)),
+                   got = want.twin();
     copy(want.view(), got.view());
     Queue queue;
     oracle().add(queue, x, want);
@@ -245,7 +261,8 @@ std::vector<float> read(const Tensor& t) {
 TEST(Reference, ModelArithmeticOfSmallNumbers) {
   Queue queue;
   using V = std::vector<float>;
-  const Buffer w = Buffer::of<float>({2, 3}, V{1, 2, 3, 4, 5, 6}), x = Buffer::of<float>({2, 3}, V{1, 0, -1, 2, 1, 0}), bias = Buffer::of<float>({2}, V{10, 20});
+  const Buffer w = Buffer::of<float>({2, 3}, V{1, 2, 3, 4, 5, 6}), x = Buffer::of<float>({2, 3}, V{1, 0, -1, 2, 1, 0}),
+               bias = Buffer::of<float>({2}, V{10, 20});
   Buffer y = Buffer::of<float>({2, 2}, V{1, 1, 1, 1});
   oracle().matmul(queue, w, x, bias, true, y);
   EXPECT_EQ(read(y), (V{9, 19, 15, 34}));
@@ -275,7 +292,8 @@ TEST(Reference, HeadsAreSplitTurnedAndMerged) {
   using V = std::vector<float>;
   // Two tokens of two heads of four channels; a quarter turn at position 1, none at position 0.
   const Buffer x = Buffer::of<float>({2, 2, 4}, V{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16});
-  const Buffer first = Buffer::of<int64_t>({2}, std::vector<int64_t>{0, 2}), positions = Buffer::of<int32_t>({2}, std::vector<int32_t>{0, 1});
+  const Buffer first = Buffer::of<int64_t>({2}, std::vector<int64_t>{0, 2}),
+               positions = Buffer::of<int32_t>({2}, std::vector<int32_t>{0, 1});
   const Buffer inv_freq = Buffer::of<float>({2}, V{1.5707964f, 0});
   Random random(0);
   RaggedData out = ragged(random, Dtype::F32, {2, 2}, 2, 4, {});
@@ -301,10 +319,14 @@ TEST(Reference, HeadsAreSplitTurnedAndMerged) {
 
 std::vector<Check> model_checks() {
   using enum Check::Against;
-  return {{Reference, "matmul", matmul_equals_reference},           {Reference, "embed", embed_equals_reference},
-          {Reference, "dequantise", dequantise_equals_reference},   {Reference, "rms_norm", rms_norm_equals_reference},
-          {Reference, "split_heads", split_heads_equals_reference}, {Reference, "merge_heads", merge_heads_equals_reference},
-          {Reference, "glu", glu_equals_reference},                 {Reference, "add", add_equals_reference}};
+  return {{Reference, "matmul", matmul_equals_reference},
+          {Reference, "embed", embed_equals_reference},
+          {Reference, "dequantise", dequantise_equals_reference},
+          {Reference, "rms_norm", rms_norm_equals_reference},
+          {Reference, "split_heads", split_heads_equals_reference},
+          {Reference, "merge_heads", merge_heads_equals_reference},
+          {Reference, "glu", glu_equals_reference},
+          {Reference, "add", add_equals_reference}};
 }
 
 }  // namespace heed::test

@@ -28,7 +28,8 @@ struct KeySource {
     store = std::make_unique<StoreCase>(random, lengths, c.g, c.d, c.d_v, Kinds::Any, v_transposed);
     positions = row_numbers(c.k, Dtype::I32, 0, [] { return 0.0; });
     for (int64_t s = 0; s < c.k.view.segments(); ++s)
-      for (int64_t e = 0; e < lengths[size_t(s)]; ++e) positions->at<int32_t>(c.k.view.begin(s) + e) = int32_t(e + e / 3);
+      for (int64_t e = 0; e < lengths[size_t(s)]; ++e)
+        positions->at<int32_t>(c.k.view.begin(s) + e) = int32_t(e + e / 3);
     const Poisoned first = filled(Dtype::I32, {int64_t(lengths.size())}, [] { return 0.0; });
     // Values are not observed: any of the right shape will do.
     const RaggedData v = normal_ragged(random, Dtype::F32, lengths, c.g, c.d_v, {});
@@ -57,13 +58,15 @@ void observe_equals_reference(const Kernels& run, Random random) {
     how.logits = chance(random, 0.25);
     std::vector<int64_t> lengths;
     for (int64_t s = 0; s < c.k.view.segments(); ++s) lengths.push_back(c.k.view.length(s));
-    const RaggedData want = ragged(random, Dtype::F32, lengths, c.g, how.heads == Heads::Each ? c.h / c.g : 0, Layout::any(random));
+    const RaggedData want = ragged(random, Dtype::F32, lengths, c.g, how.heads == Heads::Each ? c.h / c.g : 0,
+                                   Layout::any(random));
     const Poisoned got = want.values.twin();
     Ragged to = want.view;
     to.values = got;
     const Plan* plan = chance(random, 0.5) ? &c.plan.plan : nullptr;
-    SCOPED_TRACE("case " + std::to_string(i) + ": rows " + std::to_string(int(how.rows)) + ", heads " + std::to_string(int(how.heads)) + (how.logits ? ", logits" : "") +
-                 (plan ? ", planned; " : "; ") + c.text() + source.text());
+    SCOPED_TRACE("case " + std::to_string(i) + ": rows " + std::to_string(int(how.rows)) + ", heads " +
+                 std::to_string(int(how.heads)) + (how.logits ? ", logits" : "") + (plan ? ", planned; " : "; ") +
+                 c.text() + source.text());
     Queue queue;
     oracle().observe(queue, c.q, source.keys, plan, source.mods, how, want);
     run.observe(queue, c.q, source.keys, plan, source.mods, how, to);
@@ -84,7 +87,12 @@ void observe_rows_equals_reference(const Kernels& run, Random random) {
       Poisoned entropy, distance, argmax, peak, lse, span;
       RowStats view(const Tensor& spans) const { return {entropy, distance, argmax, peak, lse, span, spans}; }
       explicit Results(int64_t rows)
-          : entropy(Dtype::F32, {rows}), distance(Dtype::F32, {rows}), argmax(Dtype::I32, {rows}), peak(Dtype::F32, {rows}), lse(Dtype::F32, {rows}), span(Dtype::F32, {rows, 3}, 1) {}
+          : entropy(Dtype::F32, {rows}),
+            distance(Dtype::F32, {rows}),
+            argmax(Dtype::I32, {rows}),
+            peak(Dtype::F32, {rows}),
+            lse(Dtype::F32, {rows}),
+            span(Dtype::F32, {rows, 3}, 1) {}
     } want(rows), got(rows), alone(rows);
     const Plan* plan = chance(random, 0.5) ? &c.plan.plan : nullptr;
     SCOPED_TRACE("case " + std::to_string(i) + (plan ? ", planned; " : "; ") + c.text() + source.text());

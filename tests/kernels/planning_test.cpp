@@ -9,7 +9,8 @@ const Kernels& oracle() { return reference_kernels(); }
 
 std::vector<int64_t> some_lengths(Random& random, int64_t segments, int64_t longest) {
   std::vector<int64_t> out;
-  for (int64_t s = 0; s < segments; ++s) out.push_back(chance(random, 0.15) ? 0 : chance(random, 0.15) ? 1 : random.below(longest + 1));
+  for (int64_t s = 0; s < segments; ++s)
+    out.push_back(chance(random, 0.15) ? 0 : chance(random, 0.15) ? 1 : random.below(longest + 1));
   return out;
 }
 
@@ -30,7 +31,8 @@ void pool_equals_reference(const Kernels& run, Random random) {
     Poisoned got = want.values.twin();
     Ragged to = want.view;
     to.values = got;
-    SCOPED_TRACE("case " + std::to_string(i) + ": kind " + std::to_string(int(kind)) + ", blocks of " + std::to_string(block) + ", " + x.values->shape());
+    SCOPED_TRACE("case " + std::to_string(i) + ": kind " + std::to_string(int(kind)) + ", blocks of " +
+                 std::to_string(block) + ", " + x.values->shape());
     Queue queue;
     oracle().pool(queue, x, kind, block, want.view);
     run.pool(queue, x, kind, block, to);
@@ -77,7 +79,8 @@ struct GridData {
 
 void proxy_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
-    const int64_t g = 1 + random.below(3), h = g * pick<int64_t>(random, {1, 3, 8}), width = pick<int64_t>(random, {3, 64, 80, 128});
+    const int64_t g = 1 + random.below(3), h = g * pick<int64_t>(random, {1, 3, 8}),
+                  width = pick<int64_t>(random, {3, 64, 80, 128});
     const int64_t sequences = 1 + random.below(2);
     std::vector<int64_t> q_lengths, k_lengths, rows, cols;
     for (int64_t s = 0; s < sequences; ++s) {
@@ -102,8 +105,9 @@ void proxy_equals_reference(const Kernels& run, Random random) {
     how.offset = random.below(40);
     how.int8 = chance(random, 0.3);
     GridData grid(random, rows, cols, h);
-    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + "/" + std::to_string(g) + ", width " + std::to_string(width) + " " +
-                 info(type).name + (how.int8 ? ", int8" : "") + (how.softmax ? ", softmax" : ""));
+    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + "/" + std::to_string(g) + ", width " +
+                 std::to_string(width) + " " + info(type).name + (how.int8 ? ", int8" : "") +
+                 (how.softmax ? ", softmax" : ""));
     Queue queue;
     oracle().proxy(queue, q, k, how, grid.view);
     run.proxy(queue, q, k, how, grid.twin);
@@ -112,7 +116,8 @@ void proxy_equals_reference(const Kernels& run, Random random) {
     const double logit = longest_row(q.values) * longest_row(k.values) * scale;
     const double step = how.int8 ? largest(q.values) * largest(k.values) * scale / 127 : 0;
     const double u = unit(type, double(width));
-    expect_close("cells", grid.cells.values, grid.other, how.softmax ? u + 2 * logit_error(logit) + step : u * std::max(1.0, logit) / 4 + step);
+    expect_close("cells", grid.cells.values, grid.other,
+                 how.softmax ? u + 2 * logit_error(logit) + step : u * std::max(1.0, logit) / 4 + step);
   }
 }
 
@@ -133,8 +138,11 @@ void reduce_equals_reference(const Kernels& run, Random random) {
     GridData in(random, rows, cols, 2), out(random, rows_out, cols_out, 2);
     const double masked = pick(random, {0.0, 0.3, 0.95});
     for (int64_t s = 0; s < 4; ++s)
-      each(in.view.cells.segment(s), [&](auto index) { set(in.view.cells.segment(s), index, chance(random, masked) ? -INFINITY : random.normal()); });
-    SCOPED_TRACE("case " + std::to_string(i) + ": to " + std::to_string(int(how.to)) + ", kind " + std::to_string(int(how.kind)));
+      each(in.view.cells.segment(s), [&](auto index) {
+        set(in.view.cells.segment(s), index, chance(random, masked) ? -INFINITY : random.normal());
+      });
+    SCOPED_TRACE("case " + std::to_string(i) + ": to " + std::to_string(int(how.to)) + ", kind " +
+                 std::to_string(int(how.kind)));
     Queue queue;
     oracle().reduce(queue, in.view, how, out.view);
     run.reduce(queue, in.view, how, out.twin);
@@ -162,13 +170,16 @@ void select_equals_reference(const Kernels& run, Random random) {
     how.k = random.below(40);
     const Poisoned counts = filled(Dtype::I32, {6}, [&] { return double(random.below(60)) - 2; });
     if (chance(random, 0.3)) how.count = counts;
-    how.p = how.by == Select::By::TopP ? pick(random, {0.0f, 0.25f, 0.5f, 0.75f, 1.0f}) : pick(random, {-1.0f, 0.25f, 0.5f, 2.0f});
+    how.p = how.by == Select::By::TopP ? pick(random, {0.0f, 0.25f, 0.5f, 0.75f, 1.0f})
+                                       : pick(random, {-1.0f, 0.25f, 0.5f, 2.0f});
     how.crossing = chance(random, 0.5);
     how.at_least = chance(random, 0.4) ? random.below(20) : 0;
     const int64_t capacity = pick<int64_t>(random, {0, 1, 7, 64, 2500});
-    Poisoned index(Dtype::I32, {6 * capacity}, random.below(2)), count(Dtype::I32, {6}), got_index = index.twin(), got_count = count.twin();
-    SCOPED_TRACE("case " + std::to_string(i) + ": by " + std::to_string(int(how.by)) + ", k " + std::to_string(how.k) + ", p " + std::to_string(how.p) +
-                 ", capacity " + std::to_string(capacity) + ", at least " + std::to_string(how.at_least) + (how.crossing ? ", crossing" : ""));
+    Poisoned index(Dtype::I32, {6 * capacity}, random.below(2)), count(Dtype::I32, {6}), got_index = index.twin(),
+                                                                                         got_count = count.twin();
+    SCOPED_TRACE("case " + std::to_string(i) + ": by " + std::to_string(int(how.by)) + ", k " + std::to_string(how.k) +
+                 ", p " + std::to_string(how.p) + ", capacity " + std::to_string(capacity) + ", at least " +
+                 std::to_string(how.at_least) + (how.crossing ? ", crossing" : ""));
     Queue queue;
     oracle().select(queue, scores, how, capacity, index, count);
     run.select(queue, scores, how, capacity, got_index, got_count);
@@ -191,9 +202,7 @@ void select_topk_is_largest(const Kernels& run, Random random) {
     ASSERT_EQ(count->at<int32_t>(0), k);
     std::vector<bool> in(size_t(length), false);
     for (int64_t j = 0; j < k; ++j) {
-      if (j > 0) {
-        EXPECT_LT(index->at<int32_t>(j - 1), index->at<int32_t>(j));
-      }
+      if (j > 0) { EXPECT_LT(index->at<int32_t>(j - 1), index->at<int32_t>(j)); }
       in[size_t(index->at<int32_t>(j))] = true;
     }
     for (int64_t a = 0; a < length; ++a)

@@ -38,7 +38,8 @@ struct RecurCase {
     auto decay = [&] { return -strength * random.uniform(); };
     if (how.decay == Recur::Decay::Scalar) g = row_numbers(q, Dtype::F32, 0, decay);
     if (how.decay == Recur::Decay::Vector) g = row_numbers(q, Dtype::F32, d, decay);
-    if (how.correction == Recur::Correction::Delta) beta = row_numbers(q, Dtype::F32, 0, [&] { return random.uniform(); });
+    if (how.correction == Recur::Correction::Delta)
+      beta = row_numbers(q, Dtype::F32, 0, [&] { return random.uniform(); });
     if (how.correction == Recur::Correction::LowRank) {
       a = row_numbers(q, Dtype::F32, d, [&] { return 0.7 * k_deviation * random.normal(); });
       b = row_numbers(q, Dtype::F32, d, [&] { return 0.7 * k_deviation * random.normal(); });
@@ -46,9 +47,12 @@ struct RecurCase {
     if (how.normalise)  // a denominator away from zero
       for (const RaggedData* x : {&q, &k})
         for (int64_t s = 0; s < x->view.segments(); ++s)
-          each(x->view.segment(s), [&](auto index) { set(x->view.segment(s), index, std::abs(heed::test::number(x->view.segment(s), index))); });
+          each(x->view.segment(s), [&](auto index) {
+            set(x->view.segment(s), index, std::abs(heed::test::number(x->view.segment(s), index)));
+          });
     if (chance(random, 0.6)) state = filled(Dtype::F32, {sequences * h, d, d_v}, [&] { return random.normal(); });
-    if (how.normalise && chance(random, 0.6)) z = filled(Dtype::F32, {sequences * h, d}, [&] { return random.uniform(); });
+    if (how.normalise && chance(random, 0.6))
+      z = filled(Dtype::F32, {sequences * h, d}, [&] { return random.uniform(); });
     in = {q, k, v, g, beta, a, b, state, z};
   }
 
@@ -64,8 +68,9 @@ struct RecurCase {
   }
 
   std::string text() const {
-    std::string out = std::to_string(h) + " heads, d " + std::to_string(d) + ", d_v " + std::to_string(d_v) + " " + info(q.values->type).name +
-                      ", decay " + std::to_string(int(how.decay)) + ", correction " + std::to_string(int(how.correction)) + (how.normalise ? ", normalised" : "") +
+    std::string out = std::to_string(h) + " heads, d " + std::to_string(d) + ", d_v " + std::to_string(d_v) + " " +
+                      info(q.values->type).name + ", decay " + std::to_string(int(how.decay)) + ", correction " +
+                      std::to_string(int(how.correction)) + (how.normalise ? ", normalised" : "") +
                       (in.state ? ", from a state" : "") + "; n";
     for (int64_t s = 0; s < sequences; ++s) out.append(" ").append(std::to_string(q.view.length(s * h)));
     return out;
@@ -77,7 +82,8 @@ struct RecurCase {
 
 std::vector<int64_t> some_rows(Random& random, int64_t longest) {
   std::vector<int64_t> out;
-  for (int64_t s = 1 + random.below(2); s > 0; --s) out.push_back(chance(random, 0.2) ? random.below(2) : random.below(longest + 1));
+  for (int64_t s = 1 + random.below(2); s > 0; --s)
+    out.push_back(chance(random, 0.2) ? random.below(2) : random.below(longest + 1));
   return out;
 }
 
@@ -86,7 +92,8 @@ void recur_equals_reference(const Kernels& run, Random random) {
     const RecurCase c(random, some_rows(random, 200), true, true);
     SCOPED_TRACE("case " + std::to_string(i) + ": " + c.text());
     Queue queue;
-    Poisoned out = c.out(), state = c.state_out(), z = c.z_out(), got = c.out(), got_state = c.state_out(), got_z = c.z_out(), bare = c.out();
+    Poisoned out = c.out(), state = c.state_out(), z = c.z_out(), got = c.out(), got_state = c.state_out(),
+             got_z = c.z_out(), bare = c.out();
     const Tensor z_to = c.how.normalise ? z.view() : Tensor(), got_z_to = c.how.normalise ? got_z.view() : Tensor();
     reference_kernels().recur(queue, c.in, c.how, out, state, z_to);
     run.recur(queue, c.in, c.how, got, got_state, got_z_to);
@@ -107,8 +114,8 @@ void recur_split_is_whole(const Kernels& run, Random random) {
     SCOPED_TRACE("case " + std::to_string(i) + " cut at " + std::to_string(cut) + ": " + c.text());
     Queue queue;
     const bool normalise = c.how.normalise;
-    Poisoned whole = c.out(), state = c.state_out(), z = c.z_out(), pieces = c.out(), middle = c.state_out(), middle_z = c.z_out(),
-             last = c.state_out(), last_z = c.z_out();
+    Poisoned whole = c.out(), state = c.state_out(), z = c.z_out(), pieces = c.out(), middle = c.state_out(),
+             middle_z = c.z_out(), last = c.state_out(), last_z = c.z_out();
     run.recur(queue, c.in, c.how, whole, state, normalise ? z.view() : Tensor());
     const Buffer begin(Dtype::I64, {c.h + 1}), end(Dtype::I64, {c.h});
     auto piece = [&](int64_t from, int64_t to, RecurInputs in, const Tensor& out_state, const Tensor& out_z) {
@@ -144,12 +151,15 @@ void recur_backward_equals_reference(const Kernels& run, Random random) {
     const Poisoned d_out = row_numbers(c.q, Dtype::F32, c.d_v, [&] { return random.normal(); });
     const Poisoned d_state = filled(Dtype::F32, {c.sequences * c.h, c.d, c.d_v}, [&] { return 0.1 * random.normal(); });
     std::vector<std::pair<const char*, Poisoned>> want;
-    auto gradient = [&](const char* name, bool there, std::vector<int64_t> sizes) { want.emplace_back(name, there ? Poisoned(Dtype::F32, std::move(sizes)) : Poisoned()); };
+    auto gradient = [&](const char* name, bool there, std::vector<int64_t> sizes) {
+      want.emplace_back(name, there ? Poisoned(Dtype::F32, std::move(sizes)) : Poisoned());
+    };
     const bool low_rank = c.how.correction == Recur::Correction::LowRank;
     gradient("d_q", true, {rows, c.d});
     gradient("d_k", true, {rows, c.d});
     gradient("d_v", true, {rows, c.d_v});
-    gradient("d_g", c.how.decay != Recur::Decay::None, c.how.decay == Recur::Decay::Vector ? std::vector<int64_t>{rows, c.d} : std::vector<int64_t>{rows});
+    gradient("d_g", c.how.decay != Recur::Decay::None,
+             c.how.decay == Recur::Decay::Vector ? std::vector<int64_t>{rows, c.d} : std::vector<int64_t>{rows});
     gradient("d_beta", c.how.correction == Recur::Correction::Delta, {rows});
     gradient("d_a", low_rank, {rows, c.d});
     gradient("d_b", low_rank, {rows, c.d});
@@ -158,11 +168,13 @@ void recur_backward_equals_reference(const Kernels& run, Random random) {
     for (const auto& [name, t] : want) got.push_back(t.view() ? t.twin() : Poisoned());
     auto view = [](auto&& of) { return RecurGrads{of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)}; };
     const Tensor d_last = chance(random, 0.6) ? d_state.view() : Tensor();
-    reference_kernels().recur_backward(queue, c.in, c.how, d_out, d_last, view([&](size_t j) { return want[j].second.view(); }));
+    reference_kernels().recur_backward(queue, c.in, c.how, d_out, d_last,
+                                       view([&](size_t j) { return want[j].second.view(); }));
     run.recur_backward(queue, c.in, c.how, d_out, d_last, view([&](size_t j) { return got[j].view(); }));
     for (size_t j = 0; j < want.size(); ++j)
       if (want[j].second.view())
-        expect_close(want[j].first, want[j].second, got[j], 2 * recurrence(unit(c.q.values->type, 1), c.rows, largest(want[j].second)));
+        expect_close(want[j].first, want[j].second, got[j],
+                     2 * recurrence(unit(c.q.values->type, 1), c.rows, largest(want[j].second)));
   }
 }
 
@@ -189,9 +201,11 @@ TEST(Reference, RecurrenceEqualsItsClosedForm) {
               if (c.how.decay == Recur::Decay::Scalar) log_decay += double(c.g->at<float>(r));
               if (c.how.decay == Recur::Decay::Vector) log_decay += double(c.g->at<float>(r, channel));
             }
-            dot += double(c.q.view.segment(s).at<float>(t, channel)) * std::exp(log_decay) * double(c.k.view.segment(s).at<float>(j, channel));
+            dot += double(c.q.view.segment(s).at<float>(t, channel)) * std::exp(log_decay) *
+                   double(c.k.view.segment(s).at<float>(j, channel));
           }
-          for (int64_t e = 0; e < c.d_v; ++e) sum[size_t(e)] += scale * dot * double(c.v.view.segment(s).at<float>(j, e));
+          for (int64_t e = 0; e < c.d_v; ++e)
+            sum[size_t(e)] += scale * dot * double(c.v.view.segment(s).at<float>(j, e));
         }
         for (int64_t e = 0; e < c.d_v; ++e) expected->at<float>(c.q.view.begin(s) + t, e) = float(sum[size_t(e)]);
       }
@@ -208,7 +222,8 @@ TEST(Reference, NormalisedRecurrenceIsAMean) {
     c.how.normalise = true;
     c.how.scale = 1;
     c.in.state = c.in.z = {};
-    for (int64_t s = 0; s < c.h; ++s) each(c.v.view.segment(s), [&](auto index) { set(c.v.view.segment(s), index, 3); });
+    for (int64_t s = 0; s < c.h; ++s)
+      each(c.v.view.segment(s), [&](auto index) { set(c.v.view.segment(s), index, 3); });
     Queue queue;
     Poisoned out = c.out();
     reference_kernels().recur(queue, c.in, c.how, out, {}, {});
@@ -230,7 +245,9 @@ TEST(Reference, DeltaRuleIsALowRankCorrection) {
     Poisoned a(Dtype::F32, {rows, c.d}), b = a.twin(), k = c.k.values.twin();
     each(a, [&](auto index) {
       const double x = number(c.k.values, index), strength = double(beta->at<float>(index[0]));
-      const double g = c.how.decay == Recur::Decay::None ? 0 : c.how.decay == Recur::Decay::Scalar ? double(c.g->at<float>(index[0])) : number(c.g, index);
+      const double g = c.how.decay == Recur::Decay::None     ? 0
+                       : c.how.decay == Recur::Decay::Scalar ? double(c.g->at<float>(index[0]))
+                                                             : number(c.g, index);
       set(a, index, std::exp(g) * x);
       set(b, index, -strength * x);
       set(k, index, strength * x);
@@ -266,13 +283,17 @@ TEST(Reference, GradientsOfRecurrenceAreFiniteDifferences) {
       Poisoned out = c.out(), state = c.state_out();
       reference_kernels().recur(queue, c.in, c.how, out, state, {});
       double sum = 0;
-      each(out, [&](auto index) { if (!std::isnan(number(out, index))) sum += number(out, index) * number(d_out, index); });
+      each(out, [&](auto index) {
+        if (!std::isnan(number(out, index))) sum += number(out, index) * number(d_out, index);
+      });
       each(state, [&](auto index) { sum += number(state, index) * number(d_state, index); });
       return sum;
     };
-    auto like = [](const Tensor& t) { return t ? Poisoned(Dtype::F32, std::vector<int64_t>(t.size.begin(), t.size.begin() + t.rank)) : Poisoned(); };
-    const Poisoned q = like(c.in.q.values), k = like(c.in.k.values), v = like(c.in.v.values), g = like(c.in.g), beta = like(c.in.beta), a = like(c.in.a),
-                   b = like(c.in.b), state = like(c.in.state);
+    auto like = [](const Tensor& t) {
+      return t ? Poisoned(Dtype::F32, std::vector<int64_t>(t.size.begin(), t.size.begin() + t.rank)) : Poisoned();
+    };
+    const Poisoned q = like(c.in.q.values), k = like(c.in.k.values), v = like(c.in.v.values), g = like(c.in.g),
+                   beta = like(c.in.beta), a = like(c.in.a), b = like(c.in.b), state = like(c.in.state);
     reference_kernels().recur_backward(queue, c.in, c.how, d_out, d_state, {q, k, v, g, beta, a, b, state});
     auto compare = [&](const char* what, const Tensor& input, const Tensor& gradient) {
       for (int tries = 0; input && tries < 6; ++tries) {

@@ -28,7 +28,8 @@ struct Head {
     const Mods& mods = c.mods;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < m; ++j) {
-        const double qp = mods.q_pos ? at(mods.q_pos, q_row + i) : double(m - n + i), kp = mods.k_pos ? at(mods.k_pos, k_row + j) : double(j);
+        const double qp = mods.q_pos ? at(mods.q_pos, q_row + i) : double(m - n + i),
+                     kp = mods.k_pos ? at(mods.k_pos, k_row + j) : double(j);
         part[size_t(i)][size_t(j)] = c.plan.part_of[size_t(q_row + i)][size_t(j)];
         if (part[size_t(i)][size_t(j)] < 0) continue;
         if (c.plan.plan.causal && !(j - i <= m - n)) continue;
@@ -40,7 +41,8 @@ struct Head {
         if (mods.temperature) x *= at(mods.temperature, q_row + i);
         if (mods.softcap > 0) x = double(mods.softcap) * std::tanh(x / double(mods.softcap));
         if (mods.key_bias) x += at(mods.key_bias, k_row + j);
-        for (int64_t e = 0; mods.row_factor && e < mods.row_factor.size[1]; ++e) x += at(mods.row_factor, q_row + i, e) * at(mods.key_factor, k_row + j, e);
+        for (int64_t e = 0; mods.row_factor && e < mods.row_factor.size[1]; ++e)
+          x += at(mods.row_factor, q_row + i, e) * at(mods.key_factor, k_row + j, e);
         logits[size_t(i)][size_t(j)] = x;
       }
   }
@@ -147,8 +149,11 @@ TEST(Reference, ObserveEqualsMatrices) {
           if (i == head.n - 1) last = how.logits ? logit : p;
         }
         if (head.n == 0 && !how.logits) top = last = 0;
-        x[size_t(j)] = how.rows == Rows::Mean ? (head.n ? sum / double(head.n) : 0) : how.rows == Rows::Seen ? (seen > 0 ? sum / seen : 0) :
-                       how.rows == Rows::Max ? top : how.rows == Rows::Last ? last : sum;
+        x[size_t(j)] = how.rows == Rows::Mean   ? (head.n ? sum / double(head.n) : 0)
+                       : how.rows == Rows::Seen ? (seen > 0 ? sum / seen : 0)
+                       : how.rows == Rows::Max  ? top
+                       : how.rows == Rows::Last ? last
+                                                : sum;
       }
       of_head.push_back(std::move(x));
     });
@@ -169,9 +174,11 @@ TEST(Reference, ObserveEqualsMatrices) {
           }
           if (each) continue;
           if (!readers) sum = top = how.logits && extreme ? -INFINITY : 0;
-          expected->at<float>(columns.view.begin(s * c.g + kv) + j) =
-              float(how.heads == Heads::GroupMean ? sum / std::max(1, readers) : how.heads == Heads::GroupMax ? top :
-                    how.heads == Heads::GroupSum ? sum : layer / double(c.h));
+          expected->at<float>(columns.view.begin(s * c.g + kv) +
+                              j) = float(how.heads == Heads::GroupMean  ? sum / std::max(1, readers)
+                                         : how.heads == Heads::GroupMax ? top
+                                         : how.heads == Heads::GroupSum ? sum
+                                                                        : layer / double(c.h));
         }
     Queue queue;
     reference_kernels().observe(queue, c.q, {&c.k.view, nullptr, nullptr}, &c.plan.plan, c.mods, how, columns);
@@ -183,8 +190,10 @@ TEST(Reference, RowStatisticsEqualMatrices) {
   each_case(200, tiny(), 3, [](const AttentionCase& c, Random&) {
     const int64_t rows = c.q.view.values.size[0];
     auto column = [&](Dtype type = Dtype::F32) { return Poisoned(type, {rows}); };
-    Poisoned entropy = column(), distance = column(), argmax = column(Dtype::I32), peak = column(), lse = column(), span(Dtype::F32, {rows, 2});
-    Poisoned want_entropy = column(), want_distance = column(), want_argmax = column(Dtype::I32), want_peak = column(), want_lse = column(), want_span = span.twin();
+    Poisoned entropy = column(), distance = column(), argmax = column(Dtype::I32), peak = column(), lse = column(),
+             span(Dtype::F32, {rows, 2});
+    Poisoned want_entropy = column(), want_distance = column(), want_argmax = column(Dtype::I32), want_peak = column(),
+             want_lse = column(), want_span = span.twin();
     const Buffer spans = Buffer::of<int32_t>({2, 2}, std::vector<int32_t>{0, 2, 1, 100});
     each_head(c, [&](int64_t, int64_t query_head, const Head& head) {
       for (int64_t i = 0; i < head.n; ++i) {
@@ -194,7 +203,8 @@ TEST(Reference, RowStatisticsEqualMatrices) {
         const std::vector<double> p = weights(c, head, query_head, i, -1, log_total);
         for (int64_t j = 0; j < head.m; ++j) {
           const double x = p[size_t(j)];
-          const double qp = c.mods.q_pos ? at(c.mods.q_pos, r) : double(head.m - head.n + i), kp = c.mods.k_pos ? at(c.mods.k_pos, head.k_row + j) : double(j);
+          const double qp = c.mods.q_pos ? at(c.mods.q_pos, r) : double(head.m - head.n + i),
+                       kp = c.mods.k_pos ? at(c.mods.k_pos, head.k_row + j) : double(j);
           if (x > 0) h -= x * std::log(x);
           mean += x * (qp - kp);
           if (x > top) top = x, best = j;
@@ -241,11 +251,12 @@ TEST(Reference, GradientsOfAttendAreFiniteDifferences) {
   each_case(60, ask, 4, [](const AttentionCase& c, Random& random) {
     Queue queue;
     const int64_t rows = c.q.view.values.size[0], keys = c.k.view.values.size[0];
-    Poisoned out = c.out(), lse = c.lse(), d_q(Dtype::F32, {rows, c.d}), d_k(Dtype::F32, {keys, c.d}), d_v(Dtype::F32, {c.v.view.values.size[0], c.d_v}),
-             d_bias(Dtype::F32, {keys}), d_gain(Dtype::F32, {rows});
+    Poisoned out = c.out(), lse = c.lse(), d_q(Dtype::F32, {rows, c.d}), d_k(Dtype::F32, {keys, c.d}),
+             d_v(Dtype::F32, {c.v.view.values.size[0], c.d_v}), d_bias(Dtype::F32, {keys}), d_gain(Dtype::F32, {rows});
     const Poisoned d_out = row_numbers(c.q, Dtype::F32, c.d_v, [&] { return random.normal(); });
     reference_kernels().attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, out, lse);
-    reference_kernels().attend_backward(queue, c.q, c.k, c.v, c.plan.plan, c.mods, out, lse, d_out, d_q, d_k, d_v, d_bias, d_gain);
+    reference_kernels().attend_backward(queue, c.q, c.k, c.v, c.plan.plan, c.mods, out, lse, d_out, d_q, d_k, d_v,
+                                        d_bias, d_gain);
     auto compare = [&](const char* what, const Tensor& input, const Tensor& gradient) {
       for (int tries = 0; tries < 6 && input.numel() > 0; ++tries) {
         std::vector<int64_t> index;
@@ -257,7 +268,8 @@ TEST(Reference, GradientsOfAttendAreFiniteDifferences) {
         set(input, index, x - step);
         const double down = objective(c, d_out);
         set(input, index, x);
-        EXPECT_NEAR((up - down) / (2 * width), number(gradient, index), 4e-3 * std::max(1.0, std::abs(number(gradient, index)))) << what;
+        EXPECT_NEAR((up - down) / (2 * width), number(gradient, index), 4e-3 * std::max(1.0, std::abs(number(gradient, index))))
+            << what;
       }
     };
     compare("q", c.q.values, d_q);
@@ -275,9 +287,12 @@ TEST(Reference, AttentionArgumentsThatDoNotFitAreRefused) {
   const AttentionCase c(random, ask);
   Queue queue;
   const Kernels& run = reference_kernels();
-  auto attend = [&](const Mods& mods, const Plan& plan, const Tensor& out) { run.attend(queue, c.q, c.k, c.v, plan, mods, out, {}); };
-  const Poisoned out(Dtype::F32, {c.q.view.values.size[0], c.d_v}), narrow(Dtype::F32, {c.q.view.values.size[0], c.d_v + 1}),
-      bias(Dtype::F32, {c.k.view.values.size[0] + 1}), sinks = filled(Dtype::F32, {c.h}, [] { return 0.0; });
+  auto attend = [&](const Mods& mods, const Plan& plan, const Tensor& out) {
+    run.attend(queue, c.q, c.k, c.v, plan, mods, out, {});
+  };
+  const Poisoned out(Dtype::F32, {c.q.view.values.size[0], c.d_v}),
+      narrow(Dtype::F32, {c.q.view.values.size[0], c.d_v + 1}), bias(Dtype::F32, {c.k.view.values.size[0] + 1}),
+      sinks = filled(Dtype::F32, {c.h}, [] { return 0.0; });
   EXPECT_NO_THROW(attend({}, {}, out));
   EXPECT_THROW(attend({}, {}, narrow), Error);
   Mods mods;

@@ -11,7 +11,7 @@ PageType random_type(Random& random, Kinds kinds) {
   using Kind = PageType::Kind;
   PageType out;
   out.kind = kinds != Kinds::Any ? pick(random, {Kind::F32, Kind::BF16, Kind::F16})
-                                   : pick(random, {Kind::F32, Kind::BF16, Kind::F16, Kind::Q8, Kind::Q4, Kind::Q2});
+                                 : pick(random, {Kind::F32, Kind::BF16, Kind::F16, Kind::Q8, Kind::Q4, Kind::Q2});
   out.axis = pick(random, {PageType::Axis::Token, PageType::Axis::Channel});
   out.group = out.axis == PageType::Axis::Token ? pick(random, {32, 64, 16}) : pick(random, {32, 64});
   return out;
@@ -19,7 +19,8 @@ PageType random_type(Random& random, Kinds kinds) {
 
 }  // namespace
 
-StoreCase::StoreCase(Random& random, std::vector<int64_t> wanted, int64_t g, int64_t d, int64_t d_v, Kinds kinds, bool v_transposed)
+StoreCase::StoreCase(Random& random, std::vector<int64_t> wanted, int64_t g, int64_t d, int64_t d_v, Kinds kinds,
+                     bool v_transposed)
     : sequences(int64_t(wanted.size()) / g), g(g), d(d), d_v(d_v), lengths(std::move(wanted)) {
   if (chance(random, 0.6)) {
     columns.push_back({"score", Column::Keeps::User, 1, 1, 0.5f});
@@ -30,7 +31,8 @@ StoreCase::StoreCase(Random& random, std::vector<int64_t> wanted, int64_t g, int
   }
   const bool bias = chance(random, 0.5);
   for (int64_t count = kinds == Kinds::Alike ? 1 : 1 + random.below(3); count > 0; --count)
-    pages.layouts.push_back(page_layout(int(d), int(d_v), random_type(random, kinds), random_type(random, kinds), v_transposed, bias && chance(random, 0.7), columns));
+    pages.layouts.push_back(page_layout(int(d), int(d_v), random_type(random, kinds), random_type(random, kinds),
+                                        v_transposed, bias && chance(random, 0.7), columns));
   const int64_t segments = int64_t(lengths.size()), longest = *std::max_element(lengths.begin(), lengths.end());
   const int64_t capacity = (longest + kPage - 1) / kPage + random.below(2);
   layout_ = Buffer(Dtype::U8, {segments, capacity});
@@ -106,16 +108,19 @@ void StoreCase::randomise_bias(Random& random) const {
   for (int64_t s = 0; s < pages.segments(); ++s)
     for (int64_t e = 0; e < pages.length.at<int32_t>(s); ++e) {
       const PageLayout& layout = pages.layout_of(s, e / kPage);
-      if (layout.bias_at >= 0) reinterpret_cast<float*>(pages.page(s, e / kPage) + layout.bias_at)[e % kPage] = float(random.normal());
+      if (layout.bias_at >= 0)
+        reinterpret_cast<float*>(pages.page(s, e / kPage) + layout.bias_at)[e % kPage] = float(random.normal());
     }
 }
 
 std::string StoreCase::text() const {
   const char* kinds[] = {"f32", "bf16", "f16", "q8", "q4", "q2"};
-  std::string out = "KV heads " + std::to_string(g) + ", d " + std::to_string(d) + ", d_v " + std::to_string(d_v) + ", layouts";
+  std::string out = "KV heads " + std::to_string(g) + ", d " + std::to_string(d) + ", d_v " + std::to_string(d_v) +
+                    ", layouts";
   auto side = [&](const PageType& t) {
     out.append(kinds[int(t.kind)]);
-    if (t.quantised()) out.append(t.axis == PageType::Axis::Token ? "/token" : "/channel").append(std::to_string(t.group));
+    if (t.quantised())
+      out.append(t.axis == PageType::Axis::Token ? "/token" : "/channel").append(std::to_string(t.group));
   };
   for (const PageLayout& l : pages.layouts) {
     out.append(" ");
@@ -142,12 +147,15 @@ Contents::Contents(const StoreCase& store) {
   reference_kernels().page_read(queue, pages, nullptr, k, v, positions);
   const int64_t longest = held.empty() ? 0 : *std::max_element(held.begin(), held.end());
   for (const Column& c : store.columns)
-    columns.emplace_back(Dtype::F32, std::vector<int64_t>{pages.segments(), (longest + c.block - 1) / c.block, c.keeps == Column::Keeps::User ? int64_t(c.width) : store.d});
+    columns.emplace_back(Dtype::F32, std::vector<int64_t>{pages.segments(), (longest + c.block - 1) / c.block,
+                                                          c.keeps == Column::Keeps::User ? int64_t(c.width) : store.d});
   for (int64_t s = 0; s < pages.segments(); ++s)
     for (int64_t e = 0; e < held[size_t(s)]; ++e) {
       const PageLayout& layout = pages.layout_of(s, e / kPage);
       const char* page = pages.page(s, e / kPage);
-      bias->at<float>(k.view.begin(s) + e) = layout.bias_at < 0 ? 0 : reinterpret_cast<const float*>(page + layout.bias_at)[e % kPage];
+      bias->at<float>(k.view.begin(s) + e) = layout.bias_at < 0
+                                                 ? 0
+                                                 : reinterpret_cast<const float*>(page + layout.bias_at)[e % kPage];
       for (size_t i = 0; i < columns.size(); ++i) {
         const int block = store.columns[i].block;
         const int64_t width = columns[i]->size[2];

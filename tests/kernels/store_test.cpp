@@ -18,9 +18,11 @@ struct FilledStore {
 
   FilledStore(Random& random, const Kernels& writer, Kinds kinds, bool v_transposed, bool wide = true) {
     const int64_t g = 1 + random.below(3), sequences = 1 + random.below(2);
-    const int64_t d = pick<int64_t>(random, {64, 80, 96, 128, wide ? 192 : 64, wide ? 256 : 64}), d_v = chance(random, 0.6) ? d : pick<int64_t>(random, {64, 80, 128});
+    const int64_t d = pick<int64_t>(random, {64, 80, 96, 128, wide ? 192 : 64, wide ? 256 : 64}),
+                  d_v = chance(random, 0.6) ? d : pick<int64_t>(random, {64, 80, 128});
     std::vector<int64_t> lengths;
-    for (int64_t s = 0; s < g * sequences; ++s) lengths.push_back(pick<int64_t>(random, {0, 1, 7, 63, 64, 65, 130, 200}));
+    for (int64_t s = 0; s < g * sequences; ++s)
+      lengths.push_back(pick<int64_t>(random, {0, 1, 7, 63, 64, 65, 130, 200}));
     store = std::make_unique<StoreCase>(random, lengths, g, d, d_v, kinds, v_transposed);
     const Dtype type = pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16});
     k = normal_ragged(random, type, lengths, g, d, Layout::any(random));
@@ -28,7 +30,8 @@ struct FilledStore {
     positions = Poisoned(Dtype::I32, {k.values->size[0]});
     for (int64_t s = 0; s < k.view.segments(); ++s) {
       int32_t at = int32_t(random.below(3));
-      for (int64_t r = k.view.begin(s); r < k.view.end(s); ++r, at += int32_t(1 + random.below(3))) positions->at<int32_t>(r) = at;
+      for (int64_t r = k.view.begin(s); r < k.view.end(s); ++r, at += int32_t(1 + random.below(3)))
+        positions->at<int32_t>(r) = at;
     }
     first = filled(Dtype::I32, {g * sequences}, [] { return 0.0; });
     write(writer, *store);
@@ -142,7 +145,8 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
                   high = std::max(high, x(in, e, c));
                 }
               // zero and scale are rounded to f16 before the codes are made.
-              const double half_step = t.quantised() ? (high - low) / ((1 << t.bits()) - 1) / 2 : 0, rounding = (std::abs(low) + high - low) * 0x1p-10;
+              const double half_step = t.quantised() ? (high - low) / ((1 << t.bits()) - 1) / 2 : 0,
+                           rounding = (std::abs(low) + high - low) * 0x1p-10;
               for (int64_t e = e0; e < e1; ++e)
                 for (int64_t c = c0; c < c1; ++c) {
                   const double a = x(in, e, c), b = x(out, e, c);
@@ -150,7 +154,8 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
                   if (t.kind == PageType::Kind::F32) bound = 0;
                   if (t.kind == PageType::Kind::BF16) bound = 0x1p-8 * std::abs(a);
                   if (t.kind == PageType::Kind::F16) bound = 0x1p-11 * std::abs(a) + 0x1p-24;
-                  ASSERT_LE(std::abs(a - b), bound) << (keys ? "key" : "value") << " of segment " << s << ", entry " << first + e << ", channel " << c << ": " << a << " became " << b;
+                  ASSERT_LE(std::abs(a - b), bound) << (keys ? "key" : "value") << " of segment " << s << ", entry "
+                                                    << first + e << ", channel " << c << ": " << a << " became " << b;
                 }
             }
         }
@@ -158,7 +163,8 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
     check_side(from.k, k, true);
     check_side(from.v, v, false);
     for (int64_t s = 0; s < k.view.segments(); ++s)
-      for (int64_t e = 0; e < k.view.length(s); ++e) EXPECT_EQ(positions->at<int32_t>(k.view.begin(s) + e), from.positions->at<int32_t>(from.k.view.begin(s) + e));
+      for (int64_t e = 0; e < k.view.length(s); ++e)
+        EXPECT_EQ(positions->at<int32_t>(k.view.begin(s) + e), from.positions->at<int32_t>(from.k.view.begin(s) + e));
     EXPECT_EQ(k.values.strays() + v.values.strays() + positions.strays(), 0);
   }
 }
@@ -186,12 +192,15 @@ void page_read_equals_reference(const Kernels& run, Random random) {
     store.pages.plain_keys = chance(random, 0.5);
     const Read* read = chance(random, 0.7) ? &turning.read : nullptr;
     const Dtype type = pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16});
-    const RaggedData k = ragged(random, type, store.lengths, store.g, store.d, Layout::any(random)), v = ragged(random, type, store.lengths, store.g, store.d_v, Layout::any(random));
-    Poisoned positions(Dtype::I32, {k.values->size[0]}), got_positions = positions.twin(), got_k = k.values.twin(), got_v = v.values.twin();
+    const RaggedData k = ragged(random, type, store.lengths, store.g, store.d, Layout::any(random)),
+                     v = ragged(random, type, store.lengths, store.g, store.d_v, Layout::any(random));
+    Poisoned positions(Dtype::I32, {k.values->size[0]}), got_positions = positions.twin(), got_k = k.values.twin(),
+                                                         got_v = v.values.twin();
     Ragged to_k = k.view, to_v = v.view;
     to_k.values = got_k;
     to_v.values = got_v;
-    SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text() + " to " + info(type).name + (store.pages.plain_keys && read ? ", turned" : ""));
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text() + " to " + info(type).name +
+                 (store.pages.plain_keys && read ? ", turned" : ""));
     Queue queue;
     oracle().page_read(queue, store.pages, read, k, v, positions);
     run.page_read(queue, store.pages, read, to_k, to_v, got_positions);
@@ -234,7 +243,9 @@ void page_move_equals_reference(const Kernels& run, Random random) {
     // To a store of other layouts, with the same columns.
     Random same = random;
     std::unique_ptr<StoreCase> other;
-    do other = std::make_unique<StoreCase>(same, from.store->lengths, from.store->g, from.store->d, from.store->d_v, Kinds::Any, run.v_transposed);
+    do
+      other = std::make_unique<StoreCase>(same, from.store->lengths, from.store->g, from.store->d, from.store->d_v,
+                                          Kinds::Any, run.v_transposed);
     while (other->columns.size() != from.store->columns.size());
     SCOPED_TRACE("to " + other->text());
     std::unique_ptr<StoreCase> other_got = other->copy();
@@ -242,7 +253,8 @@ void page_move_equals_reference(const Kernels& run, Random random) {
     run.page_move(queue, from.store->pages, other_got->pages, index, count, capacity);
     other->set_lengths(kept);
     other_got->set_lengths(kept);
-    expect_same_contents(*other, *other_got, step + code_step(*other, std::max(largest(from.k.values), largest(from.v.values))));
+    expect_same_contents(*other, *other_got,
+                         step + code_step(*other, std::max(largest(from.k.values), largest(from.v.values))));
   }
 }
 
@@ -261,7 +273,8 @@ void page_move_equals_writing_the_kept(const Kernels& run, Random random) {
       kept.push_back(n);
     }
     SCOPED_TRACE("case " + std::to_string(i) + ": " + from.store->text());
-    const RaggedData k = ragged(random, from.k.values->type, kept, from.store->g, from.store->d, {}), v = ragged(random, from.v.values->type, kept, from.store->g, from.store->d_v, {});
+    const RaggedData k = ragged(random, from.k.values->type, kept, from.store->g, from.store->d, {}),
+                     v = ragged(random, from.v.values->type, kept, from.store->g, from.store->d_v, {});
     Poisoned positions(Dtype::I32, {k.values->size[0]});
     for (int64_t s = 0; s < segments; ++s)
       for (int64_t e = 0; e < kept[size_t(s)]; ++e) {
@@ -295,8 +308,11 @@ void columns_are_read_and_written(const Kernels& run, Random random) {
       Ragged to = values.view;
       to.values = fill;
       run.column_read(queue, store.pages, column, to);
-      for (int64_t s = 0; s < to.segments(); ++s) each(to.segment(s), [&](auto index) { EXPECT_EQ(number(to.segment(s), index), store.columns[size_t(column)].fill); });
-      for (int64_t s = 0; s < to.segments(); ++s) each(values.view.segment(s), [&](auto index) { set(values.view.segment(s), index, random.normal()); });
+      for (int64_t s = 0; s < to.segments(); ++s)
+        each(to.segment(s),
+             [&](auto index) { EXPECT_EQ(number(to.segment(s), index), store.columns[size_t(column)].fill); });
+      for (int64_t s = 0; s < to.segments(); ++s)
+        each(values.view.segment(s), [&](auto index) { set(values.view.segment(s), index, random.normal()); });
       run.column_write(queue, store.pages, column, values);
       to.values = back;
       run.column_read(queue, store.pages, column, to);
@@ -313,12 +329,15 @@ void page_score_equals_reference(const Kernels& run, Random random) {
     const StoreCase& store = *from.store;
     if (store.columns.empty()) continue;
     const int64_t group = pick<int64_t>(random, {1, 3, 8}), h = store.g * group;
-    const RaggedData q = normal_ragged(random, pick(random, {Dtype::F32, Dtype::BF16}), std::vector<int64_t>(size_t(h * store.sequences), 1), h, store.d, Layout::any(random));
+    const RaggedData q = normal_ragged(random, pick(random, {Dtype::F32, Dtype::BF16}),
+                                       std::vector<int64_t>(size_t(h * store.sequences), 1), h, store.d,
+                                       Layout::any(random));
     const bool bounds = chance(random, 0.6);
     const int low = bounds ? 1 : 3, high = bounds ? 2 : 3;
     const int64_t block = store.columns[size_t(low)].block;
     std::vector<int64_t> blocks;
-    for (int64_t s = 0; s < q.view.segments(); ++s) blocks.push_back((store.lengths[size_t(s / h * store.g + s % h / group)] + block - 1) / block);
+    for (int64_t s = 0; s < q.view.segments(); ++s)
+      blocks.push_back((store.lengths[size_t(s / h * store.g + s % h / group)] + block - 1) / block);
     const RaggedData want = ragged(random, Dtype::F32, blocks, h, 0, Layout::any(random));
     const Poisoned got = want.values.twin();
     Ragged to = want.view;
@@ -348,7 +367,9 @@ double store_unit(const StoreCase& store, Dtype q, double terms) {
   double out = unit(q, terms);
   for (const PageLayout& l : store.pages.layouts)
     for (const PageType& t : {l.k, l.v})
-      out = std::max(out, t.kind == PageType::Kind::F32 ? unit(Dtype::F32, terms) : t.kind == PageType::Kind::F16 ? unit(Dtype::F16, terms) : unit(Dtype::BF16, terms));
+      out = std::max(out, t.kind == PageType::Kind::F32   ? unit(Dtype::F32, terms)
+                          : t.kind == PageType::Kind::F16 ? unit(Dtype::F16, terms)
+                                                          : unit(Dtype::BF16, terms));
   return out;
 }
 
@@ -360,14 +381,17 @@ void attend_store_equals_reference(const Kernels& run, Random random) {
     const int64_t group = pick<int64_t>(random, {1, 3, 8}), h = store.g * group;
     std::vector<int64_t> q_lengths;
     double terms = 1;
-    for (int64_t s = 0; s < store.sequences; ++s) q_lengths.insert(q_lengths.end(), size_t(h), pick<int64_t>(random, {1, 1, 1, 2, 5, 0}));
+    for (int64_t s = 0; s < store.sequences; ++s)
+      q_lengths.insert(q_lengths.end(), size_t(h), pick<int64_t>(random, {1, 1, 1, 2, 5, 0}));
     for (int64_t n : store.lengths) terms = std::max(terms, double(n));
-    const RaggedData q = normal_ragged(random, pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16}), q_lengths, h, store.d, Layout::any(random));
+    const RaggedData q = normal_ragged(random, pick(random, {Dtype::F32, Dtype::BF16, Dtype::F16}), q_lengths, h,
+                                       store.d, Layout::any(random));
     std::vector<int64_t> k_head;
     for (int64_t head = 0; head < h; ++head) k_head.push_back(head / group);
-    const PlanData plan = random_plan(random, pick(random, {Plan::Form::Dense, Plan::Form::Dense, Plan::Form::Blocks, Plan::Form::Tokens}),
-                                      pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}), 8, pick(random, {1, 16, 32, 64}),
-                                      chance(random, 0.3) ? 3 : 1, q, from.k, k_head);
+    const PlanData plan = random_plan(
+        random, pick(random, {Plan::Form::Dense, Plan::Form::Dense, Plan::Form::Blocks, Plan::Form::Tokens}),
+        pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}), 8,
+        pick(random, {1, 16, 32, 64}), chance(random, 0.3) ? 3 : 1, q, from.k, k_head);
     Turning turning(random, store.d);
     store.pages.plain_keys = chance(random, 0.4);
     turning.read.plan = plan.plan;
@@ -376,7 +400,8 @@ void attend_store_equals_reference(const Kernels& run, Random random) {
     Mods mods;
     if (chance(random, 0.2)) mods.softcap = 5;
     if (chance(random, 0.2)) mods.scale = 0.3f;
-    const Poisoned gain = row_numbers(q, Dtype::F32, 0, [&] { return chance(random, 0.3) ? 0.0 : 0.2 + random.uniform(); });
+    const Poisoned gain = row_numbers(q, Dtype::F32, 0,
+                                      [&] { return chance(random, 0.3) ? 0.0 : 0.2 + random.uniform(); });
     const Poisoned temperature = row_numbers(q, Dtype::F32, 0, [&] { return 0.5 + random.uniform(); });
     const Poisoned sinks = filled(Dtype::F32, {h}, [&] { return random.normal(); });
     const Poisoned q_pos = row_numbers(q, Dtype::I32, 0, [&] { return double(2 * terms); });
@@ -393,15 +418,25 @@ void attend_store_equals_reference(const Kernels& run, Random random) {
 
     const int64_t rows = q.values->size[0], parts = plan.plan.parts;
     Poisoned out = parts > 1 ? Poisoned(Dtype::F32, {parts, rows, store.d_v}) : Poisoned(Dtype::F32, {rows, store.d_v});
-    Poisoned lse = parts > 1 ? Poisoned(Dtype::F32, {parts, rows}) : Poisoned(Dtype::F32, {rows}), got = out.twin(), got_lse = lse.twin(), alone = out.twin();
+    Poisoned lse = parts > 1 ? Poisoned(Dtype::F32, {parts, rows}) : Poisoned(Dtype::F32, {rows}), got = out.twin(),
+             got_lse = lse.twin(), alone = out.twin();
     std::string mods_text;
     for (const auto& [is, name] : std::initializer_list<std::pair<bool, const char*>>{
-             {mods.softcap > 0, ", softcap"}, {mods.scale != 0, ", scale"}, {bool(mods.gain), ", gain"}, {bool(mods.temperature), ", temperature"},
-             {bool(mods.sink_logits), ", sinks"}, {mods.weight == WeightFunction::Sigmoid, ", sigmoid"}, {bool(mods.q_pos), ", positions"}, {mods.window > 0, ", window"},
-             {store.pages.plain_keys, ", plain keys"}, {turning.read.positions == Read::Positions::Cache, ", cache positions"}})
+             {mods.softcap > 0, ", softcap"},
+             {mods.scale != 0, ", scale"},
+             {bool(mods.gain), ", gain"},
+             {bool(mods.temperature), ", temperature"},
+             {bool(mods.sink_logits), ", sinks"},
+             {mods.weight == WeightFunction::Sigmoid, ", sigmoid"},
+             {bool(mods.q_pos), ", positions"},
+             {mods.window > 0, ", window"},
+             {store.pages.plain_keys, ", plain keys"},
+             {turning.read.positions == Read::Positions::Cache, ", cache positions"}})
       if (is) mods_text += name;
-    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + ", q " + info(q.values->type).name + ", form " + std::to_string(int(plan.plan.form)) + ", scope " +
-                 std::to_string(int(plan.plan.scope)) + ", blocks of " + std::to_string(plan.plan.k_tile) + ", parts " + std::to_string(parts) + mods_text + ", " + store.text());
+    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + ", q " + info(q.values->type).name +
+                 ", form " + std::to_string(int(plan.plan.form)) + ", scope " + std::to_string(int(plan.plan.scope)) +
+                 ", blocks of " + std::to_string(plan.plan.k_tile) + ", parts " + std::to_string(parts) + mods_text +
+                 ", " + store.text());
     Queue queue;
     oracle().attend_store(queue, q, store.pages, turning.read, mods, out, lse);
     run.attend_store(queue, q, store.pages, turning.read, mods, got, got_lse);
@@ -421,15 +456,18 @@ void attend_store_equals_panel(const Kernels& run, Random random) {
     FilledStore from(random, run, Kinds::Plain, run.v_transposed);
     StoreCase& store = *from.store;
     const int64_t h = store.g * pick<int64_t>(random, {1, 3});
-    const RaggedData q = normal_ragged(random, Dtype::F32, std::vector<int64_t>(size_t(h * store.sequences), 1), h, store.d, {});
+    const RaggedData q = normal_ragged(random, Dtype::F32, std::vector<int64_t>(size_t(h * store.sequences), 1), h,
+                                       store.d, {});
     SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text());
     Queue queue;
-    Poisoned panel(Dtype::F32, {q.values->size[0], store.d_v}), panel_lse(Dtype::F32, {q.values->size[0]}), paged = panel.twin(), paged_lse = panel_lse.twin();
+    Poisoned panel(Dtype::F32, {q.values->size[0], store.d_v}), panel_lse(Dtype::F32, {q.values->size[0]}),
+        paged = panel.twin(), paged_lse = panel_lse.twin();
     run.attend(queue, q, from.k, from.v, {}, {}, panel, panel_lse);
     run.attend_store(queue, q, store.pages, {}, {}, paged, paged_lse);
     double terms = 1;
     for (int64_t n : store.lengths) terms = std::max(terms, double(n));
-    const double u = std::max(store_unit(store, Dtype::F32, terms), unit(from.k.values->type, terms)), logit = longest_row(q.values) * longest_row(from.k.values) / std::sqrt(double(store.d));
+    const double u = std::max(store_unit(store, Dtype::F32, terms), unit(from.k.values->type, terms)),
+                 logit = longest_row(q.values) * longest_row(from.k.values) / std::sqrt(double(store.d));
     // Keys rounded to the page's type move a logit by that type's half unit.
     const double rounding = u > 0x1p-12 ? u * logit : 0;
     expect_close("out", panel, paged, attend_out(u + rounding, logit, std::max(1.0, largest(from.v.values))));

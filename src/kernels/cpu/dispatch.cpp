@@ -14,10 +14,18 @@ namespace heed {
 
 #if defined(__x86_64__)
 
-namespace avx2 { const Kernels& table(); }
-namespace avx512 { const Kernels& table(); }
-namespace avx512_bf16 { const Kernels& table(); }
-namespace amx { const Kernels& table(); }
+namespace avx2 {
+const Kernels& table();
+}
+namespace avx512 {
+const Kernels& table();
+}
+namespace avx512_bf16 {
+const Kernels& table();
+}
+namespace amx {
+const Kernels& table();
+}
 
 namespace {
 
@@ -49,7 +57,7 @@ struct Machine {
     const Cpuid one(1, 0), seven(7, 0), seven_one(7, 1);
     avx2 = (state & 0x6) == 0x6 && bit(one.c, 12) && bit(one.c, 29) && bit(seven.b, 5) && bit(seven.b, 8);  // FMA F16C AVX2 BMI2
     avx512 = avx2 && (state & 0xe6) == 0xe6 && bit(seven.b, 16) && bit(seven.b, 30) && bit(seven.b, 17) &&
-             bit(seven.b, 31) && bit(seven.b, 28);  // F BW DQ VL CD
+             bit(seven.b, 31) && bit(seven.b, 28);                                       // F BW DQ VL CD
     avx512_bf16 = avx512 && bit(seven.c, 11) && bit(seven_one.a, 5) && bit(seven.c, 1);  // VNNI BF16 VBMI
     amx = avx512_bf16 && (state & 0x60000) == 0x60000 && bit(seven.d, 24) && bit(seven.d, 22) && bit(seven.d, 25) &&
           tiles_permitted();  // TILE BF16 INT8
@@ -58,7 +66,9 @@ struct Machine {
 
 }  // namespace
 #elif defined(__aarch64__)
-namespace neon { const Kernels& table(); }
+namespace neon {
+const Kernels& table();
+}
 #endif
 
 std::vector<const Kernels*> cpu_kernels() {

@@ -4,7 +4,8 @@
 
 namespace heed::reference {
 
-void attend(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out, Tensor lse) {
+void attend(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out,
+            Tensor lse) {
   const int64_t rows = q.values.size[0], d_v = v.values.rank == 2 ? v.values.size[1] : 0;
   const bool split = plan.parts > 1;
   const Attention attention("attend", q, k, v, &plan, mods);

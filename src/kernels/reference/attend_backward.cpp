@@ -3,8 +3,9 @@
 
 namespace heed::reference {
 
-void attend_backward(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out,
-                     Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain) {
+void attend_backward(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
+                     Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias,
+                     Tensor d_gain) {
   constexpr const char* where = "attend_backward";
   const Attention attention(where, q, k, v, &plan, mods);
   const int64_t rows = q.values.size[0], keys = k.values.size[0], width_k = q.values.size[1], width_v = v.values.size[1];
@@ -18,7 +19,8 @@ void attend_backward(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, 
   check_tensor(where, "d_gain", d_gain, {rows}, true);
 
   // Summed in f64, rounded once.
-  std::vector<double> sum_k(size_t(keys * width_k), 0.0), sum_v(size_t(v.values.size[0] * width_v), 0.0), sum_bias(size_t(keys), 0.0);
+  std::vector<double> sum_k(size_t(keys * width_k), 0.0), sum_v(size_t(v.values.size[0] * width_v), 0.0),
+      sum_bias(size_t(keys), 0.0);
   for (int64_t sequence = 0; sequence < attention.sequences(); ++sequence)
     for (int64_t head = 0; head < attention.heads(); ++head)
       for (const QueryRow& at : attention.rows(sequence, head)) {

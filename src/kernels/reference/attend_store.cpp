@@ -2,7 +2,8 @@
 
 namespace heed::reference {
 
-void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out, Tensor lse) {
+void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out,
+                  Tensor lse) {
   require(read.plan.form != Plan::Form::Interval, "attend_store", "a read is dense, of blocks or of tokens");
   const Unpacked panel("attend_store", pages, &read);
   Mods own = mods;

@@ -24,12 +24,19 @@ const Plan& checked(const char* where, const Ragged& q, const Ragged& k, const R
 }  // namespace
 
 Attention::Attention(const char* where, const Ragged& q, const Ragged& k, const Ragged& v, const Plan* plan, const Mods& mods)
-    : q_(q), k_(k), v_(v), plan_(checked(where, q, k, v, plan, mods)), mods_(mods), plan_rows_(plan_, q, k.heads),
+    : q_(q),
+      k_(k),
+      v_(v),
+      plan_(checked(where, q, k, v, plan, mods)),
+      mods_(mods),
+      plan_rows_(plan_, q, k.heads),
       scale_(mods.scale != 0 ? double(mods.scale) : 1 / std::sqrt(double(q.values.size[1]))),
-      q_values_(widen(q.values)), k_values_(widen(k.values)) {
+      q_values_(widen(q.values)),
+      k_values_(widen(k.values)) {
   if (plan_.form != Plan::Form::Dense)
-    require(plan_.rows() >= plan_rows_.starts.back(), where, "the plan has " + std::to_string(plan_.rows()) + " rows, the queries have " +
-            std::to_string(plan_rows_.starts.back()) + " tiles");
+    require(plan_.rows() >= plan_rows_.starts.back(), where,
+            "the plan has " + std::to_string(plan_.rows()) + " rows, the queries have " +
+                std::to_string(plan_rows_.starts.back()) + " tiles");
 }
 
 std::vector<QueryRow> Attention::rows(int64_t sequence, int64_t head) const {
@@ -109,7 +116,8 @@ std::vector<Seen> Attention::seen(const QueryRow& at) const {
         const int64_t first = int64_t(plan_.index.at<int32_t>(e)) * plan_.k_tile;
         const int32_t mask = plan_.mask ? plan_.mask.at<int32_t>(e) : -1;
         for (int64_t j = 0; j < plan_.k_tile; ++j)
-          if (mask < 0 || (plan_.bits.at<uint64_t>(mask, at.i % plan_.q_tile, j / 64) >> (j % 64) & 1)) see(at, first + j, part, out);
+          if (mask < 0 || (plan_.bits.at<uint64_t>(mask, at.i % plan_.q_tile, j / 64) >> (j % 64) & 1))
+            see(at, first + j, part, out);
         break;
       }
     }

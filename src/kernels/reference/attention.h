@@ -15,7 +15,7 @@ struct QueryRow {
 
 /// A key that a row sees.
 struct Seen {
-  int64_t key;   // counted from the segment's first
+  int64_t key;  // counted from the segment's first
   int part;
   double logit;
   double slope;  // of the logit by q·k

@@ -10,9 +10,11 @@ void split_heads(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const R
   check_tensor(where, "x", x, {tokens, heads, d});
   check_tensor(where, "first", first, {sequences + 1}, false, Dtype::I64);
   check_tensor(where, "norm", norm, {d}, true);
-  require(out.heads == heads && out.segments() == sequences * heads && width(out.values) == d, where, "out has x's heads, sequences and width");
+  require(out.heads == heads && out.segments() == sequences * heads && width(out.values) == d, where,
+          "out has x's heads, sequences and width");
   if (rope) {
-    require(rope->dims > 0 && rope->dims % 2 == 0 && rope->dims <= d, where, "rope turns an even number of channels, at most d");
+    require(rope->dims > 0 && rope->dims % 2 == 0 && rope->dims <= d, where,
+            "rope turns an even number of channels, at most d");
     check_tensor(where, "inv_freq", rope->inv_freq, {rope->dims / 2});
     if (positions.rank == 2) check_tensor(where, "positions", positions, {tokens, heads}, false, Dtype::I32);
     else check_tensor(where, "positions", positions, {tokens}, false, Dtype::I32);
@@ -27,7 +29,8 @@ void split_heads(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const R
           const double factor = 1 / std::sqrt(squares / double(d) + double(eps));
           for (int64_t c = 0; c < d; ++c) values[size_t(c)] *= factor * number(norm, c);
         }
-        if (rope) rotate(*rope, positions.rank == 2 ? positions.at<int32_t>(t, head) : positions.at<int32_t>(t), values.data());
+        if (rope)
+          rotate(*rope, positions.rank == 2 ? positions.at<int32_t>(t, head) : positions.at<int32_t>(t), values.data());
         set_row(out.values, out.begin(s * heads + head) + t - first.at<int64_t>(s), values);
       }
 }
@@ -42,7 +45,8 @@ void merge_heads(Queue&, const Ragged& in, Tensor first, Tensor y) {
     for (int64_t t = first.at<int64_t>(s); t < first.at<int64_t>(s + 1); ++t)
       for (int64_t head = 0; head < heads; ++head)
         for (int64_t c = 0; c < d_v; ++c)
-          store(y, offset(y, t, head * d_v + c), number(in.values, in.begin(s * heads + head) + t - first.at<int64_t>(s), c));
+          store(y, offset(y, t, head * d_v + c),
+                number(in.values, in.begin(s * heads + head) + t - first.at<int64_t>(s), c));
 }
 
 }  // namespace heed::reference

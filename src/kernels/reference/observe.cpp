@@ -45,7 +45,9 @@ std::vector<double> column(const Attention& attention, const std::vector<QueryRo
         case Observe::Rows::Mean:
         case Observe::Rows::Seen: to += x; break;
         case Observe::Rows::Max: to = std::max(to, x); break;
-        case Observe::Rows::Last: if (at.i == n - 1) to = x; break;
+        case Observe::Rows::Last:
+          if (at.i == n - 1) to = x;
+          break;
         case Observe::Rows::Decayed: to += std::pow(double(how.decay), double(n - 1 - at.i)) * x; break;
       }
     }
@@ -59,7 +61,8 @@ std::vector<double> column(const Attention& attention, const std::vector<QueryRo
 
 }  // namespace
 
-void observe(Queue&, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how, Ragged columns) {
+void observe(Queue&, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how,
+             Ragged columns) {
   constexpr const char* where = "observe";
   using Heads = Observe::Heads;
   const Observed from(where, keys, mods);
@@ -94,9 +97,15 @@ void observe(Queue&, const Ragged& q, const Keys& keys, const Plan* plan, const 
             for (size_t i = 0; i < group.size(); ++i)
               store(columns.values, offset(columns.values, columns.begin(segment) + j, int64_t(i)), group[i][size_t(j)]);
             continue;
-          case Heads::GroupMean: if (!group.empty()) result = sum / double(group.size()); break;
-          case Heads::GroupSum: if (!group.empty()) result = sum; break;
-          case Heads::GroupMax: if (!group.empty()) result = top; break;
+          case Heads::GroupMean:
+            if (!group.empty()) result = sum / double(group.size());
+            break;
+          case Heads::GroupSum:
+            if (!group.empty()) result = sum;
+            break;
+          case Heads::GroupMax:
+            if (!group.empty()) result = top;
+            break;
           case Heads::LayerMean:
             sum = 0;
             for (const auto& of_head : by_kv_head)
@@ -141,7 +150,8 @@ void observe_rows(Queue&, const Ragged& q, const Keys& keys, const Plan* plan, c
             peak = p;
           }
           for (int64_t s = 0; s < spans; ++s)
-            if (key.key >= stats.spans.at<int32_t>(s, 0) && key.key < stats.spans.at<int32_t>(s, 1)) span[size_t(s)] += p;
+            if (key.key >= stats.spans.at<int32_t>(s, 0) && key.key < stats.spans.at<int32_t>(s, 1))
+              span[size_t(s)] += p;
         }
         if (stats.entropy) store(stats.entropy, at.row, entropy);
         if (stats.distance) store(stats.distance, at.row, distance);

@@ -51,7 +51,9 @@ float PageSide::get(int entry, int channel) const {
 }
 
 void PageSide::quantise(const Group& group, int begin, const std::vector<double>& values) const {
-  auto value = [&](int e, int c) { return float(values[size_t(int64_t(group.first_entry - begin + e) * width_ + group.first_channel + c)]); };
+  auto value = [&](int e, int c) {
+    return float(values[size_t(int64_t(group.first_entry - begin + e) * width_ + group.first_channel + c)]);
+  };
   float low = value(0, 0), high = low;
   for (int e = 0; e < group.entries; ++e)
     for (int c = 0; c < group.channels; ++c) {
@@ -87,8 +89,9 @@ void PageSide::put(int begin, int count, const std::vector<double>& values) cons
         quantise({e, 1, c, std::min(type_.group, width_ - c), group_of(e, c)}, begin, values);
     return;
   }
-  require(begin % type_.group == 0, "page_write", "entry " + std::to_string(begin) + " is inside a group of " +
-          std::to_string(type_.group) + " entries", "write whole groups");
+  require(begin % type_.group == 0, "page_write",
+          "entry " + std::to_string(begin) + " is inside a group of " + std::to_string(type_.group) + " entries",
+          "write whole groups");
   for (int e = begin; e < begin + count; e += type_.group)
     for (int c = 0; c < width_; ++c)
       quantise({e, std::min(type_.group, begin + count - e), c, 1, group_of(e, c)}, begin, values);

@@ -14,15 +14,23 @@ class PageSide {
   /// Entries begin … begin + count take values [count, width]. With groups of entries (Channel), begin starts a group.
   void put(int begin, int count, const std::vector<double>& values) const;
   /// Everything kept for one entry, codes with their scales: what moves raw. Not for groups of entries.
-  struct Raw { std::vector<uint32_t> codes; std::vector<uint16_t> scales; };
+  struct Raw {
+    std::vector<uint32_t> codes;
+    std::vector<uint16_t> scales;
+  };
   Raw raw(int entry) const;
   void put_raw(int entry, const Raw& raw) const;
   bool moves_raw() const { return !type_.quantised() || type_.axis == PageType::Axis::Token; }
   const PageType& type() const { return type_; }
 
  private:
-  struct Group { int first_entry, entries, first_channel, channels; int64_t index; };
-  int64_t place(int entry, int channel) const { return transposed_ ? int64_t(channel) * kPage + entry : int64_t(entry) * width_ + channel; }
+  struct Group {
+    int first_entry, entries, first_channel, channels;
+    int64_t index;
+  };
+  int64_t place(int entry, int channel) const {
+    return transposed_ ? int64_t(channel) * kPage + entry : int64_t(entry) * width_ + channel;
+  }
   int64_t group_of(int entry, int channel) const;
   uint32_t code(int entry, int channel) const;
   void set_code(int entry, int channel, uint32_t code) const;

@@ -34,15 +34,16 @@ void fill_user_columns(const Page& page, int begin, int count) {
 }
 
 void check_capacity(const char* where, const Pages& pages, int64_t segment, int64_t entries) {
-  require(entries <= pages.table.size[1] * kPage, where, "segment " + std::to_string(segment) + " has no pages for " +
-          std::to_string(entries) + " entries");
+  require(entries <= pages.table.size[1] * kPage, where,
+          "segment " + std::to_string(segment) + " has no pages for " + std::to_string(entries) + " entries");
 }
 
 }  // namespace
 
 void page_write(Queue&, const Pages& pages, const Ragged& k, const Ragged& v, Tensor positions, Tensor first) {
   constexpr const char* where = "page_write";
-  require(k.segments() == pages.segments() && v.segments() == pages.segments(), where, "k and v have the store's segments");
+  require(k.segments() == pages.segments() && v.segments() == pages.segments(), where,
+          "k and v have the store's segments");
   check_tensor(where, "positions", positions, {k.values.size[0]}, false, Dtype::I32);
   check_tensor(where, "first", first, {pages.segments()}, false, Dtype::I32);
   for (int64_t s = 0; s < pages.segments(); ++s) {
@@ -66,7 +67,8 @@ void page_write(Queue&, const Pages& pages, const Ragged& k, const Ragged& v, Te
 void page_read(Queue&, const Pages& pages, const Read* read, const Ragged& k, const Ragged& v, Tensor positions) {
   constexpr const char* where = "page_read";
   const Rope* rope = pages.plain_keys && read ? read->rope : nullptr;
-  require(!pages.plain_keys || !read || rope, where, "the store keeps plain keys, and the read has no rope to turn them");
+  require(!pages.plain_keys || !read || rope, where,
+          "the store keeps plain keys, and the read has no rope to turn them");
   for (int64_t s = 0; s < pages.segments(); ++s)
     each_page(pages, s, 0, held(pages, s), [&](const Page& page, int in_page, int count, int64_t e) {
       for (int i = 0; i < count; ++i, ++e) {
@@ -78,7 +80,8 @@ void page_read(Queue&, const Pages& pages, const Read* read, const Ragged& k, co
           set_row(k.values, k.begin(s) + e, key);
         }
         if (v.values)
-          for (int c = 0; c < page.layout.d_v; ++c) store(v.values, offset(v.values, v.begin(s) + e, c), double(page.v().get(in_page + i, c)));
+          for (int c = 0; c < page.layout.d_v; ++c)
+            store(v.values, offset(v.values, v.begin(s) + e, c), double(page.v().get(in_page + i, c)));
         if (positions) positions.at<int32_t>((k.offsets ? k : v).begin(s) + e) = position;
       }
     });
@@ -110,7 +113,8 @@ void page_move(Queue&, const Pages& from, const Pages& to, Tensor index, Tensor 
       const Page page(from, s, e / kPage);
       const int at = int(e % kPage);
       const PageSide k = page.k(), v = page.v();
-      Entry entry{k.type(), v.type(), k.moves_raw(), v.moves_raw(), {}, {}, {}, {}, page.position(at), page.has_bias() ? page.bias(at) : 0, {}};
+      Entry entry{
+          k.type(), v.type(), k.moves_raw(), v.moves_raw(), {}, {}, {}, {}, page.position(at), page.has_bias() ? page.bias(at) : 0, {}};
       if (entry.k_raw) entry.k_codes = k.raw(at);
       if (entry.v_raw) entry.v_codes = v.raw(at);
       for (int c = 0; c < page.layout.d; ++c) entry.k.push_back(double(k.get(at, c)));
@@ -118,7 +122,8 @@ void page_move(Queue&, const Pages& from, const Pages& to, Tensor index, Tensor 
       for (size_t i = 0; page.columns && i < page.columns->size(); ++i) {
         const Column& c = (*page.columns)[i];
         entry.columns.emplace_back();
-        if (c.keeps == Column::Keeps::User) entry.columns.back().assign(page.column(int(i), at), page.column(int(i), at) + c.width);
+        if (c.keeps == Column::Keeps::User)
+          entry.columns.back().assign(page.column(int(i), at), page.column(int(i), at) + c.width);
       }
       entries.push_back(std::move(entry));
     }
@@ -138,7 +143,8 @@ void page_move(Queue&, const Pages& from, const Pages& to, Tensor index, Tensor 
         if (e.v_raw && e.v_type == v.type()) v.put_raw(in_page + i, e.v_codes);
         page.position(in_page + i) = e.position;
         if (page.has_bias()) page.bias(in_page + i) = e.bias;
-        for (size_t c = 0; c < e.columns.size(); ++c) std::copy(e.columns[c].begin(), e.columns[c].end(), page.column(int(c), in_page + i));
+        for (size_t c = 0; c < e.columns.size(); ++c)
+          std::copy(e.columns[c].begin(), e.columns[c].end(), page.column(int(c), in_page + i));
       }
       page.refresh(in_page, in_page + here, in_page + here);
     });
@@ -157,22 +163,28 @@ void each_column_number(const char* where, const Pages& pages, int column, const
   for (int64_t s = 0; s < pages.segments(); ++s)
     each_page(pages, s, 0, held(pages, s), [&](const Page& page, int in_page, int count, int64_t e) {
       for (int i = 0; i < count; ++i)
-        for (int c = 0; c < width; ++c) body(page.column(column, in_page + i)[c], offset(values.values, values.begin(s) + e + i, c));
+        for (int c = 0; c < width; ++c)
+          body(page.column(column, in_page + i)[c], offset(values.values, values.begin(s) + e + i, c));
     });
 }
 }  // namespace
 
 void column_read(Queue&, const Pages& pages, int column, Ragged values) {
-  each_column_number("column_read", pages, column, values, [&](float& kept, int64_t at) { store(values.values, at, double(kept)); });
+  each_column_number("column_read", pages, column, values,
+                     [&](float& kept, int64_t at) { store(values.values, at, double(kept)); });
 }
 
 void column_write(Queue&, const Pages& pages, int column, const Ragged& values) {
-  each_column_number("column_write", pages, column, values, [&](float& kept, int64_t at) { kept = float(load(values.values, at)); });
+  each_column_number("column_write", pages, column, values,
+                     [&](float& kept, int64_t at) { kept = float(load(values.values, at)); });
 }
 
 void page_score(Queue&, const Ragged& q, const Pages& pages, int low, int high, Ragged scores) {
   constexpr const char* where = "page_score";
-  auto is_block = [&](int i) { return pages.columns && i >= 0 && i < int(pages.columns->size()) && (*pages.columns)[size_t(i)].keeps != Column::Keeps::User; };
+  auto is_block = [&](int i) {
+    return pages.columns && i >= 0 && i < int(pages.columns->size()) &&
+           (*pages.columns)[size_t(i)].keeps != Column::Keeps::User;
+  };
   require(is_block(low) && is_block(high), where, "low and high name columns that the store keeps for blocks");
   const int block = (*pages.columns)[size_t(low)].block;
   require((*pages.columns)[size_t(high)].block == block, where, "the two columns have blocks of one size");
@@ -198,7 +210,8 @@ void page_score(Queue&, const Ragged& q, const Pages& pages, int low, int high, 
 
 Unpacked::Unpacked(const char* where, const Pages& pages, const Read* read) {
   require(!pages.layouts.empty(), where, "the store has no layouts");
-  require(!pages.plain_keys || (read && read->rope), where, "the store keeps plain keys, and the read has no rope to turn them");
+  require(!pages.plain_keys || (read && read->rope), where,
+          "the store keeps plain keys, and the read has no rope to turn them");
   offsets = Buffer(Dtype::I64, {pages.segments() + 1});
   int64_t total = 0;
   for (int64_t s = 0; s < pages.segments(); ++s) {

@@ -22,7 +22,8 @@ std::vector<double> operand(const Tensor& t, int64_t r, bool int8) {
 void proxy(Queue&, const Ragged& q, const Ragged& k, const Proxy& how, Grids out) {
   constexpr const char* where = "proxy";
   const int64_t h = q.heads, g = k.heads, w = width(q.values);
-  require(is_float(q.values.type) && is_float(k.values.type) && width(k.values) == w, where, "q and k are F32, BF16 or F16 of one width");
+  require(is_float(q.values.type) && is_float(k.values.type) && width(k.values) == w, where,
+          "q and k are F32, BF16 or F16 of one width");
   require(h % g == 0 && q.sequences() == k.sequences() && out.cells.segments() == q.segments(), where,
           "q's heads are a multiple of k's, and out has q's segments");
   check_tensor(where, "rows", out.rows, {q.segments()}, false, Dtype::I64);
@@ -30,7 +31,8 @@ void proxy(Queue&, const Ragged& q, const Ragged& k, const Proxy& how, Grids out
   const double scale = how.scale != 0 ? double(how.scale) : 1 / std::sqrt(double(w)), cap = double(how.softcap);
   for (int64_t s = 0; s < q.segments(); ++s) {
     const int64_t kv = s / h * g + s % h * g / h, rows = q.length(s), cols = k.length(kv);
-    require(out.rows.at<int64_t>(s) == rows && out.cols.at<int64_t>(s) == cols, where, "a grid has a row for each of q's and a column for each of k's");
+    require(out.rows.at<int64_t>(s) == rows && out.cols.at<int64_t>(s) == cols, where,
+            "a grid has a row for each of q's and a column for each of k's");
     for (int64_t i = 0; i < rows; ++i) {
       const std::vector<double> a = operand(q.values, q.begin(s) + i, how.int8);
       std::vector<double> cells(size_t(cols), -infinity);
@@ -45,7 +47,8 @@ void proxy(Queue&, const Ragged& q, const Ragged& k, const Proxy& how, Grids out
         const double lse = log_sum_exp(cells);
         for (double& x : cells) x = x == -infinity ? 0 : std::exp(x - lse);
       }
-      for (int64_t j = 0; j < cols; ++j) store(out.cells.values, offset(out.cells.values, out.cells.begin(s) + i * cols + j), cells[size_t(j)]);
+      for (int64_t j = 0; j < cols; ++j)
+        store(out.cells.values, offset(out.cells.values, out.cells.begin(s) + i * cols + j), cells[size_t(j)]);
     }
   }
 }
@@ -84,7 +87,8 @@ void reduce(Queue&, const Grids& in, const Reduce& how, Grids out) {
       }
     for (size_t e = 0; e < size; ++e) {
       double result = top[e];
-      if (count[e] > 0 && how.kind != ReduceKind::Max) result = how.kind == ReduceKind::Sum ? sum[e] : sum[e] / count[e];
+      if (count[e] > 0 && how.kind != ReduceKind::Max)
+        result = how.kind == ReduceKind::Sum ? sum[e] : sum[e] / count[e];
       store(out.cells.values, offset(out.cells.values, out.cells.begin(s) + int64_t(e)), result);
     }
   }

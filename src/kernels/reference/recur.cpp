@@ -25,7 +25,8 @@ void Matrix::add(double factor, const std::vector<double>& x, const std::vector<
 
 void check_recur(const char* where, const RecurInputs& in, const Recur& how) {
   const int64_t segments = in.q.segments(), d = width(in.q.values), d_v = width(in.v.values), rows = in.q.values.size[0];
-  require(is_float(in.q.values.type) && is_float(in.k.values.type) && is_float(in.v.values.type), where, "q, k and v are F32, BF16 or F16");
+  require(is_float(in.q.values.type) && is_float(in.k.values.type) && is_float(in.v.values.type), where,
+          "q, k and v are F32, BF16 or F16");
   require(in.k.segments() == segments && in.v.segments() == segments, where, "q, k and v have the same segments");
   require(width(in.k.values) == d, where, "q and k differ in width");
   require(in.k.values.size[0] == rows && in.v.values.size[0] == rows, where, "q, k and v have the same rows");
@@ -42,7 +43,8 @@ void check_recur(const char* where, const RecurInputs& in, const Recur& how) {
 
 RecurRow recur_row(const RecurInputs& in, const Recur& how, int64_t segment, int64_t at) {
   const int64_t r = in.q.begin(segment) + at;  // one number a row is indexed as q's rows are
-  RecurRow out{row(in.q.values, r), row(in.k.values, in.k.begin(segment) + at), row(in.v.values, in.v.begin(segment) + at), {}, {}, {}};
+  RecurRow out{
+      row(in.q.values, r), row(in.k.values, in.k.begin(segment) + at), row(in.v.values, in.v.begin(segment) + at), {}, {}, {}};
   out.decay.assign(out.q.size(), 1.0);
   if (how.decay == Recur::Decay::Scalar) out.decay.assign(out.q.size(), std::exp(number(in.g, r)));
   if (how.decay == Recur::Decay::Vector)
@@ -110,7 +112,8 @@ void recur(Queue&, const RecurInputs& in, const Recur& how, Tensor out, Tensor s
     }
     if (state)
       for (int64_t r = 0; r < d; ++r)
-        for (int64_t c = 0; c < d_v; ++c) store(state, s * state.stride[0] + r * state.stride[1] + c * state.stride[2], held(r, c));
+        for (int64_t c = 0; c < d_v; ++c)
+          store(state, s * state.stride[0] + r * state.stride[1] + c * state.stride[2], held(r, c));
     if (z) set_row(z, s, norm);
   }
 }

@@ -48,7 +48,9 @@ double load(const Tensor& t, int64_t offset);
 void store(const Tensor& t, int64_t offset, double x);
 
 /// Element c of row r of [rows] (c = 0) or [rows, width].
-inline int64_t offset(const Tensor& t, int64_t r, int64_t c = 0) { return r * t.stride[0] + (t.rank > 1 ? c * t.stride[1] : 0); }
+inline int64_t offset(const Tensor& t, int64_t r, int64_t c = 0) {
+  return r * t.stride[0] + (t.rank > 1 ? c * t.stride[1] : 0);
+}
 inline int64_t width(const Tensor& t) { return t.rank > 1 ? t.size[1] : 1; }
 inline double number(const Tensor& t, int64_t r, int64_t c = 0) { return load(t, offset(t, r, c)); }
 
