@@ -1,4 +1,6 @@
+#include "attention/spec.h"
 #include "harness.h"
+#include "mechanisms/registry.h"
 
 namespace heed::test {
 namespace {
@@ -240,6 +242,98 @@ TEST_P(Keep, KiviKeepsHalfAStep) {
       EXPECT_LT(worst, 8 * bound_v);
     }
     for (const auto& list : lists(out, "kept")) EXPECT_EQ(list, all_of(300));
+  }
+}
+
+/// What pyramidkv grants layer `layer` of `layers` for a prompt of `length`.
+int64_t granted(const std::string& spec, int layer, int layers, int64_t length) {
+  Queue queue;
+  queue.run = &reference_kernels();
+  ModelInfo model;
+  model.layers = layers, model.h = model.g = 2;
+  const auto mechanism = value_or_throw(make_mechanism(value_or_throw(parse_spec(spec))[0], registry()));
+  const auto& policy = static_cast<const KeepPolicy&>(*mechanism);
+  const Buffer offsets = Buffer::of<int64_t>({3}, std::vector<int64_t>{0, length, 2 * length}), values = Buffer::zeros(Dtype::F32, {2 * length});
+  const Ragged scores{values, offsets, {}, 2, 2 * length};
+  const std::vector<int64_t> prompt{length};
+  const Tensor counts = policy.allocate({queue, model, layer, std::span(&scores, 1), prompt, policy.kept()});
+  EXPECT_EQ(counts.at<int32_t>(0, 0), counts.at<int32_t>(0, 1));
+  return counts.at<int32_t>(0, 0);
+}
+
+TEST(KeepPolicies, PyramidKvFallsByEqualStepsAroundItsMean) {
+  for (const auto& [length, budget, window, beta, layers] : {std::tuple{4000.0, 1000.0, 32.0, 20.0, 30}, {4000.0, 1900.0, 16.0, 10.0, 13}, {1000.0, 400.0, 8.0, 20.0, 2}}) {
+    double total = 0;
+    const std::string spec = "pyramidkv(budget=" + std::to_string(int(budget)) + ",window=" + std::to_string(int(window)) + ",beta=" + std::to_string(beta);
+    for (int l = 0; l < layers; ++l) {
+      // The published library's lines, with its r chosen so that L (1 − r) is the budget.
+      double low = budget / beta, high = budget * 2 - low;
+      if (high >= length - window) high = length - window, low = budget * 2 - high;
+      const double expected = high - l * ((high - low) / (layers - 1));
+      const int64_t n = granted(spec + ")", l, layers, int64_t(length));
+      EXPECT_NEAR(double(n), expected, 0.5 + 1e-9) << spec << " layer " << l;
+      total += double(n);
+    }
+    EXPECT_NEAR(total / layers, budget, 0.5);
+  }
+  EXPECT_EQ(granted("pyramidkv(budget=200,window=32)", 0, 30, 4000), 200) << "the last layer would not hold its window: all alike";
+  EXPECT_EQ(granted("pyramidkv(budget=1000,beta=1)", 29, 30, 4000), 1000) << "beta 1 is even";
+  // The authors' numbers by hand: T = 480, lo = 24, hi = 936, step ⌊912 / 31⌋ = 29, and the window on top.
+  EXPECT_EQ(granted("pyramidkv(budget=512,window=32,rule=authors)", 0, 32, 4000), 936 + 32);
+  EXPECT_EQ(granted("pyramidkv(budget=512,window=32,rule=authors)", 31, 32, 4000), 936 - 31 * 29 + 32);
+  EXPECT_EQ(granted("pyramidkv(budget=512,window=32,rule=authors)", 31, 32, 800), 512) << "between C and 2 T: no pyramid";
+}
+
+// Entries read back: half a step of their group for old pages, not a bit for the residual. Scales are rounded to f16.
+TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
+  const Case c(shape(1, 333, 40, 24), 12);
+  for (const auto& [spec, bits, group, residual] : {std::tuple{"kivi(residual=70)", 2, 32, 70}, {"kivi(bits=4,group=16,residual=0)", 4, 16, 0}, {"kivi(bits=8,group=64,residual=130)", 8, 64, 130}}) {
+    const int64_t g = c.shape.g, m = c.shape.m;
+    Queue queue;
+    queue.run = backend() == "cpu" ? cpu_kernels().front() : &reference_kernels();
+    ModelInfo model;
+    model.h = int(c.shape.h), model.g = int(g), model.d = 40, model.d_v = 24;
+    const auto mechanism = value_or_throw(make_mechanism(value_or_throw(parse_spec(spec))[0], registry()));
+    StoreOptions options;
+    options.k.kind = options.v.kind = PageType::Kind::F32;
+    const StoreShape layer{int(g), 40, 24};
+    Store store(std::span(&layer, 1), options, queue.run->v_transposed);
+    const Needs needs = mechanism->needs(model);
+    EXPECT_EQ(store.add_layout(needs.quantised_k, needs.quantised_v), 1);
+    Buffer offsets(Dtype::I64, {g + 1}), positions(Dtype::I32, {g * m}), k(Dtype::F32, {g * m, 40}), v(Dtype::F32, {g * m, 24});
+    for (int64_t s = 0; s <= g; ++s) offsets->at<int64_t>(s) = s * m;
+    for (int64_t r = 0; r < g * m; ++r) positions->at<int32_t>(r) = int32_t(r % m);
+    store.layer(0).append(queue, {c.k->reshape({g * m, 40}), offsets, {}, g, g * m}, {c.v->reshape({g * m, 24}), offsets, {}, g, g * m}, positions);
+    const int64_t bytes = store.bytes();
+    LayerView at(model, queue, 0, Phase::Prompt);
+    at.store = &store.layer(0), at.stores = &store;
+    const auto& policy = static_cast<const KeepPolicy&>(*mechanism);
+    EXPECT_TRUE(policy.settle(at));
+    EXPECT_TRUE(policy.settle(at)) << "twice is once";
+    EXPECT_LT(store.bytes(), bytes);
+    std::fill_n(k->as<float>(), k->numel(), NAN), std::fill_n(v->as<float>(), v->numel(), NAN);
+    queue.run->page_read(queue, store.layer(0).pages(), nullptr, {k, offsets, {}, g, g * m}, {v, offsets, {}, g, g * m}, {});
+    const int64_t old = (m - residual) / 64 * 64;
+    const double levels = (1 << bits) - 1;
+    int rounded = 0;
+    auto check = [&](double got, double x, double low, double high, bool quantised) {
+      rounded += got != x;
+      EXPECT_NEAR(got, x, quantised ? (high - low) / levels / 2 * 1.01 + 1e-3 * std::max(std::abs(low), std::abs(high)) : 0);
+    };
+    for (int64_t kv = 0; kv < g; ++kv)
+      for (int64_t j = 0; j < m; ++j) {
+        for (int64_t x = 0; x < 40; ++x) {  // keys: `group` entries of a channel
+          double low = INFINITY, high = -INFINITY;
+          for (int64_t y = j / group * group; y < std::min(m, (j / group + 1) * group); ++y) low = std::min(low, double(c.k->at<float>(kv, y, x))), high = std::max(high, double(c.k->at<float>(kv, y, x)));
+          check(k->at<float>(kv * m + j, x), c.k->at<float>(kv, j, x), low, high, j < old);
+        }
+        for (int64_t x = 0; x < 24; ++x) {  // values: `group` channels of an entry
+          double low = INFINITY, high = -INFINITY;
+          for (int64_t y = x / group * group; y < std::min<int64_t>(24, (x / group + 1) * group); ++y) low = std::min(low, double(c.v->at<float>(kv, j, y))), high = std::max(high, double(c.v->at<float>(kv, j, y)));
+          check(v->at<float>(kv * m + j, x), c.v->at<float>(kv, j, x), low, high, j < old);
+        }
+      }
+    EXPECT_GT(rounded, 0);
   }
 }
 
