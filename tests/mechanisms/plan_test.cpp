@@ -113,6 +113,26 @@ TEST_P(Plans, XAttentionHoldsItsShareOfTheEstimate) {
   }
 }
 
+// The released code's first chunk, from its own cumulative list: 0, 0, diagonal, diagonal + s_1, …
+TEST_P(Plans, XAttentionAsReleased) {
+  const Case c(shape(112, 112), 6, 2.5);
+  const auto plan = planned(c, "xattention(stride=4,block=16,threshold=0.6,as_released=true)", backend(), 16, 16);
+  for (int64_t head = 0; head < c.shape.h; ++head) {
+    const Rows mass = antidiagonal_mass(c, head, 4, 16);
+    for (int64_t t = 0; t < 7; ++t) {
+      const auto& row = mass[size_t(t)];
+      std::vector<int32_t> order = all_of(t);
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row[size_t(a)] > row[size_t(b)]; });
+      const double total = std::accumulate(row.begin(), row.begin() + t + 1, 0.0);
+      std::vector<double> before{0, row[size_t(t)]};
+      for (size_t i = 0; i + 2 < order.size(); ++i) before.push_back(before.back() + row[size_t(order[i])]);
+      std::set<int32_t> expected{int32_t(t)};
+      for (size_t i = 0; i < order.size() && before[i] < double(0.6f) * total; ++i) expected.insert(order[i]);
+      EXPECT_EQ(plan[size_t(head * 7 + t)], std::vector<int32_t>(expected.begin(), expected.end())) << "head " << head << " block " << t;
+    }
+  }
+}
+
 // Groups of one key are the keys themselves: the estimate is the exact mass, so rows keep at least the threshold of it.
 TEST_P(Plans, XAttentionOfStrideOneIsExact) {
   const Case c(shape(96, 96), 7, 2.0);

@@ -10,11 +10,12 @@ namespace {
 
 // XAttention (Xu et al., 2025): sums along the antidiagonals of stride × stride tiles stand for the scores of a block. The
 // paper's rule holds for every chunk: block 0 and the diagonal stay, and blocks join in order of their mass while what is
-// in holds less than `threshold` of the row, the crossing one included. (As released, the first chunk keeps no block 0
-// and its test lags by one block.)
+// in holds less than `threshold` of the row, the crossing one included. As released, block 0 is not forced in the first
+// chunk of 16384 tokens, and the test there lags by one block, so that one more is read.
 struct XAttention final : Mechanism {
   int stride, block;
   double threshold;
+  bool as_released;
 
   static std::vector<ParamInfo> params() {
     using M = XAttention;
@@ -22,6 +23,7 @@ struct XAttention final : Mechanism {
         param(&M::stride, "stride", 8, 1, 128, "side of the tiles whose antidiagonals are summed; divides block"),
         param(&M::threshold, "threshold", 0.9, 0, 1, "share of a row's estimated mass that is read"),
         param(&M::block, "block", 128, 1, 1 << 16, "queries and keys of a block"),
+        param(&M::as_released, "as_released", false, "the released code's first chunk: block 0 competes, and one block more is read"),
     };
   }
   std::string check() const override {
@@ -57,17 +59,25 @@ struct XAttention final : Mechanism {
           held += row[j];
           row[j] = std::numeric_limits<float>::infinity();
         };
-        force_one(0);
         const int64_t t = r % s.tiles;
+        if (!released(before, t)) force_one(0);
         const int64_t own = (before + std::min((t + 1) * block, s.n) - 1) / block;
         for (int64_t j = (before + t * block) / block; j <= own; ++j) force_one(j);
         most.held.at<float>(r) = held;
       }
       const int64_t end = s.row + s.q.heads * s.tiles;
-      at.run().select(at.queue, rows, most, capacity, index.slice(0, s.row * capacity, end * capacity), count.slice(0, s.row, end));
+      const Tensor blocks = index.slice(0, s.row * capacity, end * capacity), taken = count.slice(0, s.row, end);
+      at.run().select(at.queue, rows, most, capacity, blocks, taken);
+      if (!as_released) return;
+      Select more;
+      more.count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
+      for (int64_t r = 0; r < rows.segments(); ++r) more.count.at<int32_t>(r) = taken.at<int32_t>(r) + released(before, r % s.tiles);
+      at.run().select(at.queue, rows, more, capacity, blocks, taken);
     });
     return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, index, count, capacity);
   }
+
+  bool released(int64_t before, int64_t tile) const { return as_released && before + tile * block < 16384; }
 
   // Softmax over groups of `stride` keys of the antidiagonal sums, summed to blocks.
   Grids block_mass(LayerView& at, const Slice& s) const {
