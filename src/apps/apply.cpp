@@ -16,33 +16,42 @@ class Apply final : public Command {
     app.add_option("--q", q_, "queries [h, n, d], npy")->type_name("FILE")->required();
     app.add_option("--k", k_, "keys [h_kv, m, d], npy")->type_name("FILE")->required();
     app.add_option("--v", v_, "values [h_kv, m, d_v], npy")->type_name("FILE")->required();
-    app.add_option("--input", inputs_, "name=file.npy: what the mechanism needs besides (heed info NAME)")->type_name("NAME=FILE")->allow_extra_args(false);
+    app.add_option("--input", inputs_, "name=file.npy: what the mechanism needs besides (heed info NAME)")
+        ->type_name("NAME=FILE")
+        ->allow_extra_args(false);
     app.add_option("--positions", positions_, "true positions of the keys [m], npy")->type_name("FILE");
     app.add_flag("--no-causal", no_causal_, "every query sees every key");
     app.add_option("--scale", scale_, "of the logits; 0: 1/sqrt(d)")->type_name("S");
-    app.add_option("--dtype", dtype_, "what keys and values are rounded to")->check(CLI::IsMember({"f32", "bf16", "f16"}))->capture_default_str();
+    app.add_option("--dtype", dtype_, "what keys and values are rounded to")
+        ->check(CLI::IsMember({"f32", "bf16", "f16"}))
+        ->capture_default_str();
     app.add_option("--backend", backend_, "auto, reference, cpu, cuda, or a kernel table's name")->type_name("NAME")->capture_default_str();
     app.add_option("-s,--seed", seed_, "of mechanisms that draw random numbers")->type_name("N");
     app.add_option("-t,--threads", threads_, "threads; 0: one a core")->type_name("N")->check(CLI::Range(0, 4096));
     app.add_option("-o,--output", out_, "where the arrays go")->type_name("FILE.npz")->required();
     add_json(app, json_);
-    app.footer("Examples:\n"
-               "  heed apply \"moba(block=64,topk=4)\" --q q.npy --k k.npy --v v.npy -o out.npz\n"
-               "  heed apply \"snapkv(budget=256)\" --q q.npy --k k.npy --v v.npy --dtype bf16 -o out.npz --json");
+    app.footer(
+        "Examples:\n"
+        "  heed apply \"moba(block=64,topk=4)\" --q q.npy --k k.npy --v v.npy -o out.npz\n"
+        "  heed apply \"snapkv(budget=256)\" --q q.npy --k k.npy --v v.npy --dtype bf16 -o out.npz --json");
   }
 
   int run() override {
     set_threads(threads_);
     ApplyInput input;
-    const auto load = [&](const std::string& path) -> Tensor { return held_.emplace_back(value_or_throw(read_npy(path))); };
+    const auto load = [&](const std::string& path) -> Tensor {
+      return held_.emplace_back(value_or_throw(read_npy(path)));
+    };
     held_.reserve(4 + inputs_.size());
     input.q = load(q_), input.k = load(k_), input.v = load(v_);
     if (!positions_.empty()) input.positions = as_i32(load(positions_));
     for (const std::string& text : inputs_) {
       const size_t equals = text.find('=');
-      require(equals != std::string::npos && equals > 0 && equals + 1 < text.size(), "--input", "'" + text + "' is not NAME=FILE.npy");
+      require(equals != std::string::npos && equals > 0 && equals + 1 < text.size(), "--input",
+              "'" + text + "' is not NAME=FILE.npy");
       const std::string name = text.substr(0, equals);
-      require(input.inputs.emplace(name, load(text.substr(equals + 1))).second, "--input", "'" + name + "' is given twice");
+      require(input.inputs.emplace(name, load(text.substr(equals + 1))).second, "--input",
+              "'" + name + "' is given twice");
     }
     input.causal = !no_causal_, input.scale = scale_, input.backend = backend_, input.seed = seed_;
     input.dtype = dtype_ == "bf16" ? Dtype::BF16 : dtype_ == "f16" ? Dtype::F16 : Dtype::F32;
@@ -65,10 +74,12 @@ class Apply final : public Command {
   /// Positions of any integer type as I32; others and numbers that do not fit are an error.
   Tensor as_i32(const Tensor& from) {
     if (from.type == Dtype::I32) return from;
-    require(from.type == Dtype::I64, positions_.c_str(), std::string("positions are ") + info(from.type).name, "save them as int32");
+    require(from.type == Dtype::I64, positions_.c_str(), std::string("positions are ") + info(from.type).name,
+            "save them as int32");
     std::vector<int32_t> values;
     for (int64_t p : from.span<int64_t>()) {
-      require(p >= 0 && p <= INT32_MAX, positions_.c_str(), "position " + std::to_string(p) + " is out of range", "positions are 0 … 2^31 - 1");
+      require(p >= 0 && p <= INT32_MAX, positions_.c_str(), "position " + std::to_string(p) + " is out of range",
+              "positions are 0 … 2^31 - 1");
       values.push_back(int32_t(p));
     }
     return held_.emplace_back(Buffer::of<int32_t>({int64_t(values.size())}, values));

@@ -14,7 +14,8 @@ namespace heed::apps {
 namespace {
 
 /// llama-bench's fields that mean something here, and `attention`.
-Json to_json(const Model& model, const ModelFlags& flags, const std::string& attention, const BenchResult& r, const std::string& time) {
+Json to_json(const Model& model, const ModelFlags& flags, const std::string& attention, const BenchResult& r,
+             const std::string& time) {
   Json samples_ns = Json::array();
   for (double s : r.seconds) samples_ns.push_back(int64_t(s * 1e9));
   const size_t comma = flags.kv.find(',');
@@ -55,7 +56,8 @@ std::string utc_now() {
 
 std::string csv_field(const Json& value) {
   std::string out = "\"";
-  for (char c : value.is_string() ? value.get<std::string>() : value.dump()) out += c == '"' ? "\"\"" : std::string(1, c);
+  for (char c : value.is_string() ? value.get<std::string>() : value.dump())
+    out += c == '"' ? "\"\"" : std::string(1, c);
   return out + "\"";
 }
 
@@ -63,21 +65,38 @@ class BenchCommand final : public Command {
  public:
   void declare(CLI::App& app) override {
     flags_.declare(app, false);
-    app.add_option("-p,--n-prompt", prompts_, "prompt lengths; 0: none")->delimiter(',')->type_name("LIST")->check(CLI::NonNegativeNumber)->capture_default_str();
-    app.add_option("-n,--n-gen", generates_, "numbers of generated tokens; 0: none")->delimiter(',')->type_name("LIST")->check(CLI::NonNegativeNumber)->capture_default_str();
-    app.add_option("-d,--n-depth", depths_, "tokens already in the cache")->delimiter(',')->type_name("LIST")->check(CLI::NonNegativeNumber)->capture_default_str();
-    app.add_option("-r,--repetitions", repetitions_, "timed runs of each test")->type_name("N")->check(CLI::Range(1, 1000))->capture_default_str();
+    app.add_option("-p,--n-prompt", prompts_, "prompt lengths; 0: none")
+        ->delimiter(',')
+        ->type_name("LIST")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    app.add_option("-n,--n-gen", generates_, "numbers of generated tokens; 0: none")
+        ->delimiter(',')
+        ->type_name("LIST")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    app.add_option("-d,--n-depth", depths_, "tokens already in the cache")
+        ->delimiter(',')
+        ->type_name("LIST")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    app.add_option("-r,--repetitions", repetitions_, "timed runs of each test")
+        ->type_name("N")
+        ->check(CLI::Range(1, 1000))
+        ->capture_default_str();
     app.add_option("--attention", attention_, "a mechanism; once for each")->type_name("SPEC")->allow_extra_args(false)->capture_default_str();
     app.add_option("-o,--output", format_, "md, json or csv")->check(CLI::IsMember({"md", "json", "csv"}))->capture_default_str();
     app.add_option("-s,--seed", seed_, "of the tokens")->type_name("N");
-    app.add_option("what", what_, "kernels: every kernel of this machine's instruction sets beside the machine's limits")->check(CLI::IsMember({"kernels"}));
+    app.add_option("what", what_, "kernels: every kernel of this machine's instruction sets beside the machine's limits")
+        ->check(CLI::IsMember({"kernels"}));
     app.add_option("--kernel", kernel_, "kernels: only those whose name begins so")->type_name("NAME");
     add_json(app, json_);
-    app.footer("Field names are llama-bench's. Numbers mean something only on an idle machine.\n\n"
-               "Examples:\n"
-               "  heed bench -m model.gguf -p 512 -n 128 -d 0,4096,16384\n"
-               "  heed bench -m model.gguf -p 0 -n 64 -d 16384 --attention dense --attention \"quest(budget=1024)\" -o json\n"
-               "  heed bench kernels --kernel attend");
+    app.footer(
+        "Field names are llama-bench's. Numbers mean something only on an idle machine.\n\n"
+        "Examples:\n"
+        "  heed bench -m model.gguf -p 512 -n 128 -d 0,4096,16384\n"
+        "  heed bench -m model.gguf -p 0 -n 64 -d 16384 --attention dense --attention \"quest(budget=1024)\" -o json\n"
+        "  heed bench kernels --kernel attend");
   }
 
   int run() override {
@@ -103,7 +122,8 @@ class BenchCommand final : public Command {
         progress.at(double(results.size()) / total, attention);
         const std::string time = utc_now();
         try {
-          results.push_back(to_json(*model, flags_, attention, bench(model, flags_.session(attention), test, repetitions_, seed_), time));
+          results.push_back(to_json(*model, flags_, attention,
+                                    bench(model, flags_.session(attention), test, repetitions_, seed_), time));
         } catch (const Error& e) {
           if (e.failure().code != Code::Interrupted) throw;
           stopped = true;
@@ -140,8 +160,10 @@ class BenchCommand final : public Command {
       const int64_t prompt = r["n_prompt"], depth = r["n_depth"];
       std::string test = prompt > 0 ? "pp" + std::to_string(prompt) : "tg" + std::to_string(r["n_gen"].get<int64_t>());
       if (depth > 0) test += " @ d" + std::to_string(depth);
-      rows.push_back({r["model_type"], size_text(r["model_size"].get<double>()), fixed(r["model_n_params"].get<double>() / 1e6, 2) + " M", r["backends"],
-                      std::to_string(r["n_threads"].get<int>()), r["attention"], test, fixed(r["avg_ts"], 2) + " ± " + fixed(r["stddev_ts"], 2)});
+      rows.push_back({r["model_type"], size_text(r["model_size"].get<double>()),
+                      fixed(r["model_n_params"].get<double>() / 1e6, 2) + " M", r["backends"],
+                      std::to_string(r["n_threads"].get<int>()), r["attention"], test,
+                      fixed(r["avg_ts"], 2) + " ± " + fixed(r["stddev_ts"], 2)});
     }
     std::cout << table({"<model", "size", "params", "<backend", "threads", "<attention", "test", "t/s"}, rows);
   }

@@ -34,8 +34,14 @@ int bench_kernels(const std::string& prefix, int count, const std::string& forma
       progress.at(0.5, table->name + " " + c.kernel);
       const double seconds = time_kernel(c, *table), rate = c.work / seconds * 1e-9;
       const double most = c.compute ? limit(limits, table->name, c.bf16) : limits.read_gb_s;
-      rows.push_back({{"kernel", c.kernel}, {"isa", table->name}, {"shape", c.shape}, {"seconds", seconds}, {"rate", rate},
-                      {"unit", c.compute ? "GFLOP/s" : "GB/s"}, {"limit", most}, {"share", most > 0 ? rate / most : 0.0}});
+      rows.push_back({{"kernel", c.kernel},
+                      {"isa", table->name},
+                      {"shape", c.shape},
+                      {"seconds", seconds},
+                      {"rate", rate},
+                      {"unit", c.compute ? "GFLOP/s" : "GB/s"},
+                      {"limit", most},
+                      {"share", most > 0 ? rate / most : 0.0}});
     }
   progress.clear();
   require(any, "bench kernels", "no kernel's name begins with '" + prefix + "'", "leave --kernel out to see all");
@@ -47,16 +53,17 @@ int bench_kernels(const std::string& prefix, int count, const std::string& forma
   } else if (format == "csv") {
     std::cout << "kernel,isa,shape,seconds,rate,unit,limit\n";
     for (const Json& r : rows)
-      std::cout << r["kernel"].get<std::string>() << ',' << r["isa"].get<std::string>() << ",\"" << r["shape"].get<std::string>() << "\"," << r["seconds"] << ','
-                << r["rate"] << ',' << r["unit"].get<std::string>() << ',' << r["limit"] << '\n';
+      std::cout << r["kernel"].get<std::string>() << ',' << r["isa"].get<std::string>() << ",\""
+                << r["shape"].get<std::string>() << "\"," << r["seconds"] << ',' << r["rate"] << ','
+                << r["unit"].get<std::string>() << ',' << r["limit"] << '\n';
   } else {
     std::cout << cpu_name() << ", " << threads() << " threads: reads " << fixed(limits.read_gb_s, 1) << " GB/s";
     for (const auto& peak : limits.peaks) std::cout << "; " << peak.name << ' ' << fixed(peak.gflops, 0) << " GFLOP/s";
     std::cout << "\nRates in GB/s stand against memory; what fits in a cache may pass it.\n\n";
     std::vector<std::vector<std::string>> cells;
     for (const Json& r : rows)
-      cells.push_back({r["kernel"], r["isa"], r["shape"], fixed(r["rate"], 1) + " " + r["unit"].get<std::string>(), fixed(100 * r["share"].get<double>(), 0) + " %",
-                       fixed(1e3 * r["seconds"].get<double>(), 3)});
+      cells.push_back({r["kernel"], r["isa"], r["shape"], fixed(r["rate"], 1) + " " + r["unit"].get<std::string>(),
+                       fixed(100 * r["share"].get<double>(), 0) + " %", fixed(1e3 * r["seconds"].get<double>(), 3)});
     std::cout << table({"<kernel", "<isa", "<shape", "rate", "of limit", "ms"}, cells);
   }
   if (!interrupted()) return 0;

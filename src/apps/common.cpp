@@ -12,11 +12,12 @@ namespace {
 
 PageType page_type(const std::string& name) {
   using Kind = PageType::Kind;
-  static const std::pair<const char*, Kind> kinds[] = {{"bf16", Kind::BF16}, {"f16", Kind::F16}, {"f32", Kind::F32},
-                                                       {"q8", Kind::Q8},     {"q4", Kind::Q4}};
+  static const std::pair<const char*, Kind> kinds[] = {
+      {"bf16", Kind::BF16}, {"f16", Kind::F16}, {"f32", Kind::F32}, {"q8", Kind::Q8}, {"q4", Kind::Q4}};
   for (const auto& [text, kind] : kinds)
     if (name == text) return PageType{.kind = kind};
-  throw Error(Code::Invalid, "--kv", "'" + name + "' is no type of cache entries", "one of bf16, f16, f32, q8, q4, or two for keys and values: q8,q4");
+  throw Error(Code::Invalid, "--kv", "'" + name + "' is no type of cache entries",
+              "one of bf16, f16, f32, q8, q4, or two for keys and values: q8,q4");
 }
 
 /// Characters as a terminal shows them, near enough: code points.
@@ -30,12 +31,20 @@ void ModelFlags::declare(CLI::App& app, bool required) {
   auto* file = app.add_option("-m,--model", model, "GGUF file of the model")->type_name("FILE");
   if (required) file->required();
   app.add_option("-t,--threads", threads, "threads; 0: one a core")->type_name("N")->check(CLI::Range(0, 4096));
-  app.add_option("--backend", backend, "auto, cpu, reference, or a kernel table's name (heed info)")->type_name("NAME")->capture_default_str();
-  app.add_option("--kv", kv, "how the cache keeps entries: bf16, f16, f32, q8, q4, or keys,values")->type_name("TYPE")->capture_default_str();
+  app.add_option("--backend", backend, "auto, cpu, reference, or a kernel table's name (heed info)")
+      ->type_name("NAME")
+      ->capture_default_str();
+  app.add_option("--kv", kv, "how the cache keeps entries: bf16, f16, f32, q8, q4, or keys,values")
+      ->type_name("TYPE")
+      ->capture_default_str();
   app.add_option("--ubatch,--ubatch-size", ubatch, "-ub: rows worked on at once; bounds memory, not meaning")
-      ->type_name("N")->check(CLI::Range(int64_t(1), int64_t(1) << 20))->capture_default_str();
+      ->type_name("N")
+      ->check(CLI::Range(int64_t(1), int64_t(1) << 20))
+      ->capture_default_str();
   app.add_option("--chunk", chunk, "feed prompts in parts of N tokens; mechanisms then plan for each part (0: whole)")
-      ->type_name("N")->check(CLI::Range(int64_t(0), int64_t(1) << 30))->capture_default_str();
+      ->type_name("N")
+      ->check(CLI::Range(int64_t(0), int64_t(1) << 30))
+      ->capture_default_str();
 }
 
 std::shared_ptr<const Model> ModelFlags::load() const {
@@ -61,7 +70,8 @@ std::pair<PageType, PageType> page_types(const std::string& text) {
 
 const Tokenizer& tokenizer(const Model& model) {
   if (!model.tokenizer())
-    throw Error(Code::Unsupported, model.path(), "the file has no vocabulary", "use a GGUF file that was converted with its tokenizer");
+    throw Error(Code::Unsupported, model.path(), "the file has no vocabulary",
+                "use a GGUF file that was converted with its tokenizer");
   return *model.tokenizer();
 }
 
@@ -75,9 +85,7 @@ std::vector<int32_t> tokens_of(const Model& model, const std::string& path) {
 
 void add_json(CLI::App& app, bool& json) { app.add_flag("--json", json, "one JSON document on standard output"); }
 
-void print(const Json& json) {
-  std::cout << json.dump(1, ' ', false, Json::error_handler_t::replace) << '\n';
-}
+void print(const Json& json) { std::cout << json.dump(1, ' ', false, Json::error_handler_t::replace) << '\n'; }
 
 std::string size_text(double bytes) {
   const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};

@@ -11,7 +11,8 @@ namespace heed::apps {
 namespace {
 
 Json to_json(const Times& t) {
-  return {{"plan", t.plan}, {"observe", t.observe}, {"select", t.select}, {"attend", t.attend}, {"products", t.products}, {"rest", t.rest}};
+  return {{"plan", t.plan},     {"observe", t.observe},   {"select", t.select},
+          {"attend", t.attend}, {"products", t.products}, {"rest", t.rest}};
 }
 
 Json to_json(const Row& row, int64_t tokens) {
@@ -46,21 +47,37 @@ class Compare final : public Command {
   void declare(CLI::App& app) override {
     flags_.declare(app);
     app.add_option("-f,--file", file_, "the text; - is standard input")->type_name("FILE")->required();
-    app.add_option("--attention", attention_, "a mechanism; once for each. dense comes first in any case")->type_name("SPEC")->allow_extra_args(false);
-    app.add_option("-c,--ctx-size", context_, "tokens of the text in all (0: 8192, or what the text or the model's context has)")->type_name("N")->check(CLI::NonNegativeNumber)->capture_default_str();
-    app.add_option("--score", score_, "of them, how many are fed one by one behind the prompt and scored (0: a quarter)")->type_name("N")->check(CLI::NonNegativeNumber);
-    app.add_option("--tasks", tasks_, "also niah (asked behind the cut), niah-aware (before it)")->type_name("LIST")->delimiter(',')
+    app.add_option("--attention", attention_, "a mechanism; once for each. dense comes first in any case")
+        ->type_name("SPEC")
+        ->allow_extra_args(false);
+    app.add_option("-c,--ctx-size", context_,
+                   "tokens of the text in all (0: 8192, or what the text or the model's context has)")
+        ->type_name("N")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    app.add_option("--score", score_, "of them, how many are fed one by one behind the prompt and scored (0: a quarter)")
+        ->type_name("N")
+        ->check(CLI::NonNegativeNumber);
+    app.add_option("--tasks", tasks_, "also niah (asked behind the cut), niah-aware (before it)")
+        ->type_name("LIST")
+        ->delimiter(',')
         ->check(CLI::IsMember({"niah", "niah-aware"}));
-    app.add_option("-r,--repetitions", repetitions_, "timed runs; medians are shown")->type_name("N")->check(CLI::Range(1, 100))->capture_default_str();
+    app.add_option("-r,--repetitions", repetitions_, "timed runs; medians are shown")
+        ->type_name("N")
+        ->check(CLI::Range(1, 100))
+        ->capture_default_str();
     app.add_option("--report", report_, "a page with charts, in one file")->type_name("FILE.html");
     app.add_option("-o,--output", format_, "md or json")->check(CLI::IsMember({"md", "json"}))->capture_default_str();
     app.add_option("-s,--seed", seed_, "of the order of repetitions and of niah's numbers")->type_name("N");
     add_json(app, json_);
-    app.footer("The first part of the text is prefilled: then a mechanism plans and cuts. The rest is fed token by token and scored\n"
-               "against dense attention on the same tokens.\n\n"
-               "Examples:\n"
-               "  heed compare -m model.gguf -f book.txt -c 8192 --attention \"streaming-llm(window=1020)\" --attention \"quest(budget=512)\"\n"
-               "  heed compare -m model.gguf -f book.txt -c 16384 --attention \"snapkv(budget=1024)\" --report out.html");
+    app.footer(
+        "The first part of the text is prefilled: then a mechanism plans and cuts. The rest is fed token by token and "
+        "scored\n"
+        "against dense attention on the same tokens.\n\n"
+        "Examples:\n"
+        "  heed compare -m model.gguf -f book.txt -c 8192 --attention \"streaming-llm(window=1020)\" --attention "
+        "\"quest(budget=512)\"\n"
+        "  heed compare -m model.gguf -f book.txt -c 16384 --attention \"snapkv(budget=1024)\" --report out.html");
   }
 
   int run() override {
@@ -78,14 +95,16 @@ class Compare final : public Command {
     options.seed = seed_;
     options.details = !report_.empty();
     Progress progress("compare");
-    const Comparison result = compare(model, text, options, [&](double share, const std::string& name) { progress.at(share, name); });
+    const Comparison result = compare(model, text, options,
+                                      [&](double share, const std::string& name) { progress.at(share, name); });
     progress.clear();
 
     Json rows = Json::array();
     for (const Row& row : result.rows) rows.push_back(to_json(row, context));
     json_ || format_ == "json" ? print(rows) : show(*model, result, context);
     if (!report_.empty() && !result.rows.empty()) {
-      value_or_throw(write_file(report_, report(*model, result, file_, rows.dump(-1, ' ', false, Json::error_handler_t::replace))));
+      value_or_throw(write_file(
+          report_, report(*model, result, file_, rows.dump(-1, ' ', false, Json::error_handler_t::replace))));
       std::cerr << "report: " << report_ << '\n';
     }
     if (!result.interrupted) return 0;
@@ -95,14 +114,25 @@ class Compare final : public Command {
 
  private:
   void show(const Model& model, const Comparison& result, int64_t context) const {
-    std::vector<std::string> header = {"<attention", "prefill t/s", "decode t/s", "KV", "peak KV", "density", "ppl", "KLD", "KLD 99 %", "top-1", "mass prefill", "mass decode"};
+    std::vector<std::string> header = {"<attention", "prefill t/s", "decode t/s",   "KV",
+                                       "peak KV",    "density",     "ppl",          "KLD",
+                                       "KLD 99 %",   "top-1",       "mass prefill", "mass decode"};
     for (const std::string& task : tasks_) header.push_back(task);
     header.push_back("<note");
     std::vector<std::vector<std::string>> rows;
     for (const Row& row : result.rows) {
-      std::vector<std::string> cells = {row.attention, fixed(row.prefill_tps, 1), fixed(row.decode_tps, 1), size_text(double(row.kv_bytes)), size_text(double(row.peak_bytes)),
-                                        fixed(row.density(), 3), fixed(row.ppl, 3), fixed(row.kld_mean, 4), fixed(row.kld_p99, 3), fixed(100 * row.top1_agree, 1) + " %",
-                                        fixed(row.mass_prefill, 3), fixed(row.mass_decode, 3)};
+      std::vector<std::string> cells = {row.attention,
+                                        fixed(row.prefill_tps, 1),
+                                        fixed(row.decode_tps, 1),
+                                        size_text(double(row.kv_bytes)),
+                                        size_text(double(row.peak_bytes)),
+                                        fixed(row.density(), 3),
+                                        fixed(row.ppl, 3),
+                                        fixed(row.kld_mean, 4),
+                                        fixed(row.kld_p99, 3),
+                                        fixed(100 * row.top1_agree, 1) + " %",
+                                        fixed(row.mass_prefill, 3),
+                                        fixed(row.mass_decode, 3)};
       for (const std::string& task : tasks_) {
         const auto found = row.tasks.find(task);
         cells.push_back(found == row.tasks.end() ? "" : fixed(100 * found->second.accuracy, 0) + " %");
@@ -112,7 +142,8 @@ class Compare final : public Command {
       rows.push_back(cells);
     }
     std::cout << table(header, rows);
-    std::cerr << '\n' << model.name() << ": " << result.prompt << " tokens prefilled, " << result.scored << " scored one by one, "
+    std::cerr << '\n'
+              << model.name() << ": " << result.prompt << " tokens prefilled, " << result.scored << " scored one by one, "
               << repetitions_ << (repetitions_ == 1 ? " run" : " runs, medians") << "; cache " << flags_.kv << '\n';
     times(result);
   }
@@ -123,11 +154,13 @@ class Compare final : public Command {
     const auto line = [&](const Row& row, const char* part, const Times& t) {
       const double total = std::max(1e-12, t.total());
       std::vector<std::string> cells = {row.attention, part, fixed(t.total(), 2) + " s"};
-      for (double x : {t.plan, t.observe, t.select, t.attend, t.products, t.rest}) cells.push_back(fixed(100 * x / total, 1) + " %");
+      for (double x : {t.plan, t.observe, t.select, t.attend, t.products, t.rest})
+        cells.push_back(fixed(100 * x / total, 1) + " %");
       rows.push_back(cells);
     };
     for (const Row& row : result.rows) line(row, "prefill", row.prefill_times), line(row, "decode", row.decode_times);
-    std::cout << '\n' << table({"<attention", "<part", "total", "plan", "observe", "select", "attend", "products", "rest"}, rows);
+    std::cout << '\n'
+              << table({"<attention", "<part", "total", "plan", "observe", "select", "attend", "products", "rest"}, rows);
   }
 
   ModelFlags flags_;

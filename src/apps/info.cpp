@@ -13,12 +13,8 @@ Json machine() {
   Json tables = Json::array();
   for (const Kernels* k : cpu_kernels()) tables.push_back(k->name);
   tables.push_back(reference_kernels().name);
-  return {{"version", HEED_VERSION},
-          {"cpu", cpu_name()},
-          {"threads", threads()},
-          {"memory_bytes", memory_bytes()},
-          {"kernels", tables},
-          {"best", backend("auto").name},
+  return {{"version", HEED_VERSION},        {"cpu", cpu_name()}, {"threads", threads()},
+          {"memory_bytes", memory_bytes()}, {"kernels", tables}, {"best", backend("auto").name},
           {"mechanisms", registry().size()}};
 }
 
@@ -76,7 +72,8 @@ class Info final : public Command {
     app.add_option("name", name_, "a mechanism of `heed list`")->type_name("NAME");
     app.add_option("-m,--model", model_, "describe this GGUF file")->type_name("FILE");
     add_json(app, json_);
-    app.footer("Examples:\n  heed info                    # this machine\n  heed info snapkv\n  heed info -m model.gguf");
+    app.footer(
+        "Examples:\n  heed info                    # this machine\n  heed info snapkv\n  heed info -m model.gguf");
   }
 
   int run() override {

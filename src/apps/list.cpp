@@ -39,10 +39,10 @@ class List final : public Command {
       for (const std::string& r : roles) joined += (joined.empty() ? "" : " ") + r;
       rows.push_back({e.name, joined, e.year ? std::to_string(e.year) : "", e.title});
     }
-    if (json_)
-      print(all);
+    if (json_) print(all);
     else
-      std::cout << table({"<name", "<roles", "year", "<title"}, rows) << "\n`heed info NAME` tells parameters and equations.\n";
+      std::cout << table({"<name", "<roles", "year", "<title"}, rows)
+                << "\n`heed info NAME` tells parameters and equations.\n";
     return 0;
   }
 
@@ -67,9 +67,18 @@ Json to_json(const Entry& e) {
   Json params = Json::array();
   for (const ParamInfo& p : e.params)
     params.push_back({{"name", p.name}, {"type", p.type}, {"default", typed(p)}, {"range", p.range}, {"help", p.help}});
-  Json out = {{"name", e.name},          {"title", e.title},       {"paper", e.paper},         {"year", e.year},
-              {"roles", role_names(e.roles)}, {"needs", e.needs},  {"parameters", params},     {"verified", e.verified},
-              {"kind", e.kind},          {"wrapper", e.wrapper},   {"equation", e.equation},   {"identity", nullptr},
+  Json out = {{"name", e.name},
+              {"title", e.title},
+              {"paper", e.paper},
+              {"year", e.year},
+              {"roles", role_names(e.roles)},
+              {"needs", e.needs},
+              {"parameters", params},
+              {"verified", e.verified},
+              {"kind", e.kind},
+              {"wrapper", e.wrapper},
+              {"equation", e.equation},
+              {"identity", nullptr},
               {"no_identity", nullptr}};
   if (!e.identity.empty()) out["identity"] = e.identity;
   if (!e.no_identity.empty()) out["no_identity"] = e.no_identity;

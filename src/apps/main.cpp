@@ -62,7 +62,8 @@ int start(int argc, char** argv) {
   if (word.empty()) return std::cout << app.help(), 0;
   if (!chosen && word[0] != '-') {
     const std::string near = nearest(word, names);
-    return bad_usage("'" + word + "' is not a command", near.empty() ? "see `heed --help`" : "did you mean `heed " + near + "`?");
+    return bad_usage("'" + word + "' is not a command",
+                     near.empty() ? "see `heed --help`" : "did you mean `heed " + near + "`?");
   }
   if (command) command->declare(*mine);
 
@@ -71,13 +72,9 @@ int start(int argc, char** argv) {
   for (int i = argc; i-- > 1;) arguments.push_back(std::string(argv[i]) == "-ub" ? "--ubatch" : argv[i]);
   try {
     app.parse(arguments);
-  } catch (const CLI::Success& e) {
-    return app.exit(e);
-  } catch (const CLI::ExtrasError&) {
+  } catch (const CLI::Success& e) { return app.exit(e); } catch (const CLI::ExtrasError&) {
     return unknown_argument(mine ? *mine : app, word);
-  } catch (const CLI::ParseError& e) {
-    return bad_usage(word + ": " + e.what(), "see `heed " + word + " --help`");
-  }
+  } catch (const CLI::ParseError& e) { return bad_usage(word + ": " + e.what(), "see `heed " + word + " --help`"); }
   if (!command) return bad_usage("which command?", "see `heed --help`");
 
   const int status = command->run();

@@ -40,8 +40,13 @@ class Run final : public Command {
     flags_.declare(app);
     app.add_option("-f,--file", file_, "a text that comes first; - is standard input")->type_name("FILE");
     app.add_option("-p,--prompt", prompt_, "text behind it")->type_name("TEXT");
-    app.add_option("-n,--predict,--n-predict", predict_, "tokens to generate; -1: until the model ends or its context is full")->type_name("N")->capture_default_str();
-    app.add_option("-c,--ctx-size", context_, "use only the last N tokens of the prompt (0: all)")->type_name("N")->check(CLI::NonNegativeNumber);
+    app.add_option("-n,--predict,--n-predict", predict_,
+                   "tokens to generate; -1: until the model ends or its context is full")
+        ->type_name("N")
+        ->capture_default_str();
+    app.add_option("-c,--ctx-size", context_, "use only the last N tokens of the prompt (0: all)")
+        ->type_name("N")
+        ->check(CLI::NonNegativeNumber);
     app.add_option("--attention", attention_, "the mechanism (heed list)")->type_name("SPEC")->capture_default_str();
     app.add_option("--temp", sampling_.temperature, "0: always the likeliest token")->capture_default_str();
     app.add_option("--top-k", sampling_.top_k, "draw from the K likeliest (0: all)")->capture_default_str();
@@ -51,9 +56,10 @@ class Run final : public Command {
     app.add_flag("--chat", chat_, "write the prompt as a user's turn, for models tuned to chat");
     app.add_flag("--ignore-eos", ignore_eos_, "go on behind the end of the text");
     add_json(app, json_);
-    app.footer("Examples:\n"
-               "  heed run -m model.gguf -p \"Once upon a time\" -n 64\n"
-               "  heed run -m model.gguf -f book.txt -p \"Who hid the key?\" --chat --attention \"snapkv(budget=1024)\"");
+    app.footer(
+        "Examples:\n"
+        "  heed run -m model.gguf -p \"Once upon a time\" -n 64\n"
+        "  heed run -m model.gguf -f book.txt -p \"Who hid the key?\" --chat --attention \"snapkv(budget=1024)\"");
   }
 
   int run() override {
@@ -100,12 +106,18 @@ class Run final : public Command {
     const double prefill_tps = double(tokens.size()) / std::max(1e-9, prefill);
     const double decode_tps = generated.size() > 1 ? double(generated.size() - 1) / std::max(1e-9, decode) : 0;
     if (json_)
-      print({{"text", text}, {"tokens", generated}, {"stop", stop}, {"attention", attention_}, {"prompt_tokens", tokens.size()},
-             {"prefill_tps", prefill_tps}, {"decode_tps", decode_tps}, {"kv_bytes", kv_bytes}});
+      print({{"text", text},
+             {"tokens", generated},
+             {"stop", stop},
+             {"attention", attention_},
+             {"prompt_tokens", tokens.size()},
+             {"prefill_tps", prefill_tps},
+             {"decode_tps", decode_tps},
+             {"kv_bytes", kv_bytes}});
     else
-      std::cerr << "\nprompt " << tokens.size() << " tokens, " << fixed(prefill_tps, 1) << " t/s; generated " << generated.size()
-                << ", " << fixed(decode_tps, 1) << " t/s; cache " << size_text(double(kv_bytes)) << " behind the prompt"
-                << (stop == "interrupted" ? "; interrupted" : "") << '\n';
+      std::cerr << "\nprompt " << tokens.size() << " tokens, " << fixed(prefill_tps, 1) << " t/s; generated "
+                << generated.size() << ", " << fixed(decode_tps, 1) << " t/s; cache " << size_text(double(kv_bytes))
+                << " behind the prompt" << (stop == "interrupted" ? "; interrupted" : "") << '\n';
     return stop == "interrupted" ? 130 : 0;
   }
 
@@ -116,7 +128,8 @@ class Run final : public Command {
     // A file's last line break is rarely meant to be continued behind.
     if (prompt_.empty() && !text.empty() && text.back() == '\n') text.pop_back();
     require(!text.empty(), "run", "the prompt is empty", "give -p TEXT or -f FILE");
-    std::vector<int32_t> tokens = chat_ ? chat(words, text) : words.encode(text, {.special = false, .bos = words.add_bos()});
+    std::vector<int32_t> tokens = chat_ ? chat(words, text)
+                                        : words.encode(text, {.special = false, .bos = words.add_bos()});
     if (context_ > 0 && int64_t(tokens.size()) > context_) {
       std::cerr << "heed: the prompt's last " << context_ << " of " << tokens.size() << " tokens are used\n";
       tokens.erase(tokens.begin(), tokens.end() - context_);

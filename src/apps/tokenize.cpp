@@ -14,7 +14,9 @@ class Tokenize final : public Command {
     app.add_option("-p,--prompt", prompt_, "text on the command line")->type_name("TEXT")->excludes(file);
     app.add_flag("--special", special_, "text such as <|im_end|> names a control token");
     add_json(app, json_);
-    app.footer("No BOS is added.\n\nExamples:\n  heed tokenize -m model.gguf -f book.txt --json\n  heed tokenize -m model.gguf -p \"Hello\" --special");
+    app.footer(
+        "No BOS is added.\n\nExamples:\n  heed tokenize -m model.gguf -f book.txt --json\n  heed tokenize -m "
+        "model.gguf -p \"Hello\" --special");
   }
 
   int run() override {
@@ -29,7 +31,9 @@ class Tokenize final : public Command {
       print({{"ids", ids}, {"pieces", pieces}});
       return 0;
     }
-    for (int32_t id : ids) std::cout << id << '\t' << Json(std::string(words.piece(id))).dump(-1, ' ', false, Json::error_handler_t::replace) << '\n';
+    for (int32_t id : ids)
+      std::cout << id << '\t' << Json(std::string(words.piece(id))).dump(-1, ' ', false, Json::error_handler_t::replace)
+                << '\n';
     return 0;
   }
 

@@ -29,11 +29,15 @@ class TraceCommand final : public Command {
     auto* text = app.add_option("-f,--file", file_, "text; - is standard input")->type_name("FILE");
     app.add_option("--tokens", ids_, "token ids [T] instead of text, npy")->type_name("FILE")->excludes(text);
     app.add_option("-c,--ctx-size", context_, "use the first N tokens only")->type_name("N")->check(CLI::PositiveNumber);
-    app.add_option("--prefill", prefill_, "tokens prefilled; the rest is fed one at a time (default: all but one)")->type_name("N")->check(CLI::PositiveNumber);
+    app.add_option("--prefill", prefill_, "tokens prefilled; the rest is fed one at a time (default: all but one)")
+        ->type_name("N")
+        ->check(CLI::PositiveNumber);
     app.add_option("--attention", attention_, "the mechanism")->type_name("SPEC")->capture_default_str();
     app.add_option("-o,--output", out_, "where the arrays go")->type_name("FILE.npz")->required();
     add_json(app, json_);
-    app.footer("Examples:\n  heed trace -m model.gguf -f book.txt -c 4096 --prefill 3072 --attention \"h2o(budget=256)\" -o trace.npz");
+    app.footer(
+        "Examples:\n  heed trace -m model.gguf -f book.txt -c 4096 --prefill 3072 --attention \"h2o(budget=256)\" -o "
+        "trace.npz");
   }
 
   int run() override {
@@ -43,7 +47,8 @@ class TraceCommand final : public Command {
     if (context_ > 0 && context_ < int64_t(tokens.size())) tokens.resize(size_t(context_));
     const int64_t prefill = prefill_ > 0 ? prefill_ : std::max<int64_t>(1, int64_t(tokens.size()) - 1);
     Progress progress("trace");
-    const Arrays arrays = trace(model, flags_.session(attention_), tokens, prefill, [&](double share) { progress.at(share); });
+    const Arrays arrays = trace(model, flags_.session(attention_), tokens, prefill,
+                                [&](double share) { progress.at(share); });
     progress.clear();
     std::vector<std::pair<std::string, Tensor>> views;
     Json shapes;
@@ -52,7 +57,8 @@ class TraceCommand final : public Command {
       shapes[name] = std::vector<int64_t>(array->size.begin(), array->size.begin() + array->rank);
     }
     value_or_throw(write_npz(out_, views));
-    if (json_) print({{"attention", attention_}, {"prefill", prefill}, {"output", out_}, {"arrays", shapes}, {"interrupted", interrupted()}});
+    if (json_)
+      print({{"attention", attention_}, {"prefill", prefill}, {"output", out_}, {"arrays", shapes}, {"interrupted", interrupted()}});
     else
       for (const auto& [name, shape] : shapes.items()) std::cout << name << ' ' << shape.dump() << '\n';
     if (!interrupted()) return 0;

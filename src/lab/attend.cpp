@@ -6,7 +6,11 @@ namespace heed {
 namespace {
 
 Ragged heads(const Tensor& x, const Buffer& offsets) {
-  return {.values = x.reshape({x.size[0] * x.size[1], x.size[2]}), .offsets = offsets, .ends = {}, .heads = x.size[0], .bound = x.size[0] * x.size[1]};
+  return {.values = x.reshape({x.size[0] * x.size[1], x.size[2]}),
+          .offsets = offsets,
+          .ends = {},
+          .heads = x.size[0],
+          .bound = x.size[0] * x.size[1]};
 }
 
 Buffer equal_segments(const Tensor& x) {
@@ -19,12 +23,16 @@ Buffer equal_segments(const Tensor& x) {
 
 Attended attend(const Tensor& q, const Tensor& k, const Tensor& v, const Plan& plan, const AttendOptions& options) {
   for (const auto& [x, name] : {std::pair{q, "q"}, {k, "k"}, {v, "v"}})
-    require(x.data && x.rank == 3 && x.contiguous(), "attend", std::string(name) + " " + x.shape() + " is not a contiguous [heads, rows, width]");
+    require(x.data && x.rank == 3 && x.contiguous(), "attend",
+            std::string(name) + " " + x.shape() + " is not a contiguous [heads, rows, width]");
   require(q.type == k.type && k.type == v.type, "attend", "q, k and v are of different types");
-  require(k.size[0] == v.size[0] && k.size[1] == v.size[1], "attend", "k " + k.shape() + " and v " + v.shape() + " differ in heads or rows");
+  require(k.size[0] == v.size[0] && k.size[1] == v.size[1], "attend",
+          "k " + k.shape() + " and v " + v.shape() + " differ in heads or rows");
   require(q.size[2] == k.size[2], "attend", "q " + q.shape() + " and k " + k.shape() + " differ in width");
-  require(k.size[0] > 0 && q.size[0] % k.size[0] == 0, "attend", std::to_string(k.size[0]) + " KV heads do not divide " + std::to_string(q.size[0]) + " heads");
-  require(!options.causal || q.size[1] <= k.size[1] || plan.form != Plan::Form::Dense, "attend", "more queries than keys", "say causal = false");
+  require(k.size[0] > 0 && q.size[0] % k.size[0] == 0, "attend",
+          std::to_string(k.size[0]) + " KV heads do not divide " + std::to_string(q.size[0]) + " heads");
+  require(!options.causal || q.size[1] <= k.size[1] || plan.form != Plan::Form::Dense, "attend",
+          "more queries than keys", "say causal = false");
 
   Queue queue;
   queue.run = &backend(options.backend);

@@ -7,10 +7,10 @@
 namespace heed {
 
 struct AttendOptions {
-  bool causal = true;   // the n queries are the last of the m keys' positions; of a Dense plan, others say it themselves
-  float scale = 0;      // 0: 1/√d
-  float softcap = 0;    // 0: none
-  int64_t window = 0;   // > 0: keys further back are not seen
+  bool causal = true;  // the n queries are the last of the m keys' positions; of a Dense plan, others say it themselves
+  float scale = 0;     // 0: 1/√d
+  float softcap = 0;   // 0: none
+  int64_t window = 0;  // > 0: keys further back are not seen
   std::string backend = "auto";
 };
 

@@ -36,8 +36,8 @@ std::vector<double> BenchResult::rates() const {
   return out;
 }
 
-BenchResult bench(std::shared_ptr<const Model> model, const SessionOptions& options, const BenchTest& test, int repetitions,
-                  uint64_t seed) {
+BenchResult bench(std::shared_ptr<const Model> model, const SessionOptions& options, const BenchTest& test,
+                  int repetitions, uint64_t seed) {
   const int64_t vocabulary = model->info().vocabulary;
   Random random(seed);
   Session start(model, options);

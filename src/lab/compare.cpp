@@ -14,7 +14,8 @@ namespace heed {
 namespace {
 
 Times minus(const Times& a, const Times& b) {
-  return {a.plan - b.plan, a.observe - b.observe, a.select - b.select, a.attend - b.attend, a.products - b.products, a.rest - b.rest};
+  return {a.plan - b.plan,     a.observe - b.observe,   a.select - b.select,
+          a.attend - b.attend, a.products - b.products, a.rest - b.rest};
 }
 
 double mean_of(const std::vector<std::vector<double>>& values) {
@@ -166,10 +167,12 @@ double Row::density() const { return std::min({density_prefill, density_kept, de
 
 Passage passage(std::vector<int32_t> text, int64_t context, int64_t score) {
   require(context >= 8, "-c", std::to_string(context) + " tokens are too few to compare on", "give at least 8");
-  require(int64_t(text.size()) >= context, "text", "it has " + std::to_string(text.size()) + " tokens, fewer than -c " + std::to_string(context),
+  require(int64_t(text.size()) >= context, "text",
+          "it has " + std::to_string(text.size()) + " tokens, fewer than -c " + std::to_string(context),
           "give a longer text, or -c " + std::to_string(text.size()));
   if (score == 0) score = std::max<int64_t>(1, context / 4);
-  require(score >= 1 && score < context, "--score", std::to_string(score) + " of " + std::to_string(context) + " tokens", "at least one must be left for the prompt");
+  require(score >= 1 && score < context, "--score", std::to_string(score) + " of " + std::to_string(context) + " tokens",
+          "at least one must be left for the prompt");
   text.resize(size_t(context));
   return {std::move(text), context - score};
 }

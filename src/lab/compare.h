@@ -39,8 +39,8 @@ struct Row {
   std::map<std::string, NiahScore> tasks;
 
   // For the report.
-  std::vector<float> nll;                     // of each scored token
-  std::vector<std::vector<int64_t>> kept;     // [layers][g]: entries held behind the prefill
+  std::vector<float> nll;                      // of each scored token
+  std::vector<std::vector<int64_t>> kept;      // [layers][g]: entries held behind the prefill
   std::vector<std::vector<float>> kept_where;  // [layers · g][bins]: share kept of each part of the prompt
   std::vector<Map> plans, reads;
 

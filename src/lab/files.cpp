@@ -26,7 +26,8 @@ Result<void> write_file(const std::string& path, std::string_view bytes) {
   const auto fail_io = [&] {
     const int error = errno;
     std::remove(temporary.c_str());
-    return fail(Code::Io, path, std::string("cannot be written: ") + std::strerror(error), "is there space, and may you write here?");
+    return fail(Code::Io, path, std::string("cannot be written: ") + std::strerror(error),
+                "is there space, and may you write here?");
   };
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(temporary.c_str(), "wb"), &std::fclose);
   if (!file) return fail_io();

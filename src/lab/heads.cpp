@@ -6,12 +6,14 @@
 
 namespace heed {
 
-std::vector<std::vector<HeadView>> head_views(std::shared_ptr<const Model> model, std::span<const int32_t> tokens, const HeadOptions& options) {
+std::vector<std::vector<HeadView>> head_views(std::shared_ptr<const Model> model, std::span<const int32_t> tokens,
+                                              const HeadOptions& options) {
   constexpr int kSinks = 4;
   const ModelInfo& m = model->info();
   const int64_t length = int64_t(tokens.size());
   require(length > kSinks + options.window + options.queries, "heads",
-          std::to_string(length) + " tokens are too few to tell near from far", "give more than " + std::to_string(kSinks + options.window + options.queries));
+          std::to_string(length) + " tokens are too few to tell near from far",
+          "give more than " + std::to_string(kSinks + options.window + options.queries));
   std::vector<std::vector<HeadView>> out(size_t(m.layers), std::vector<HeadView>(size_t(m.h)));
   SessionOptions dense = options.session;
   dense.attention = "dense", dense.chunk = 0;
@@ -43,21 +45,28 @@ std::vector<std::vector<HeadView>> head_views(std::shared_ptr<const Model> model
   return out;
 }
 
-std::vector<RetrievalPrompt> retrieval_prompts(const Tokenizer& words, std::span<const int32_t> text, int64_t length, int count, uint64_t seed) {
-  static const char* const keepers[] = {"the baker", "the pilot", "the gardener", "the clockmaker", "the ferryman", "the librarian"};
-  static const char* const things[] = {"a silver whistle", "three green lanterns", "an old brass compass", "a box of dried figs", "the letters of her brother", "seven painted spoons"};
+std::vector<RetrievalPrompt> retrieval_prompts(const Tokenizer& words, std::span<const int32_t> text, int64_t length,
+                                               int count, uint64_t seed) {
+  static const char* const keepers[] = {"the baker",      "the pilot",    "the gardener",
+                                        "the clockmaker", "the ferryman", "the librarian"};
+  static const char* const things[] = {"a silver whistle",    "three green lanterns",       "an old brass compass",
+                                       "a box of dried figs", "the letters of her brother", "seven painted spoons"};
   Random random(seed + 1);
   std::vector<RetrievalPrompt> out;
   for (int i = 0; i < count; ++i) {
     const std::string who = keepers[random.below(6)], what = things[random.below(6)];
     const std::string place = " hides in the tower at the harbour";
-    const std::vector<int32_t> before = words.encode("\nWhat " + who + place + " is"), needle = words.encode(" " + what), behind = words.encode(".\n");
+    const std::vector<int32_t> before = words.encode("\nWhat " + who + place + " is"),
+                               needle = words.encode(" " + what), behind = words.encode(".\n");
     const int64_t room = length - int64_t(2 * before.size() + needle.size() + behind.size());
-    require(room > 1 && room <= int64_t(text.size()), "heads", "the text has " + std::to_string(text.size()) + " tokens for prompts of " + std::to_string(length),
+    require(room > 1 && room <= int64_t(text.size()), "heads",
+            "the text has " + std::to_string(text.size()) + " tokens for prompts of " + std::to_string(length),
             "give a longer text or a smaller -c");
     const int64_t at = std::max<int64_t>(1, room * (2 * i + 1) / (2 * count));
     RetrievalPrompt prompt;
-    const auto add = [&](std::span<const int32_t> tokens) { prompt.tokens.insert(prompt.tokens.end(), tokens.begin(), tokens.end()); };
+    const auto add = [&](std::span<const int32_t> tokens) {
+      prompt.tokens.insert(prompt.tokens.end(), tokens.begin(), tokens.end());
+    };
     add(text.first(size_t(at)));
     add(before);
     prompt.begin = int64_t(prompt.tokens.size());

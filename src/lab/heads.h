@@ -24,10 +24,12 @@ struct HeadOptions {
 };
 
 /// [layers][h]. Throws Error(Invalid) for a text that the window would cover whole.
-std::vector<std::vector<HeadView>> head_views(std::shared_ptr<const Model> model, std::span<const int32_t> tokens, const HeadOptions& options);
+std::vector<std::vector<HeadView>> head_views(std::shared_ptr<const Model> model, std::span<const int32_t> tokens,
+                                              const HeadOptions& options);
 
 /// Prompts for retrieval_heads: a fact at different depths of a text of `length` tokens, and the beginning of the
 /// sentence that repeats it.
-std::vector<RetrievalPrompt> retrieval_prompts(const Tokenizer& words, std::span<const int32_t> text, int64_t length, int count, uint64_t seed);
+std::vector<RetrievalPrompt> retrieval_prompts(const Tokenizer& words, std::span<const int32_t> text, int64_t length,
+                                               int count, uint64_t seed);
 
 }  // namespace heed

@@ -53,7 +53,8 @@ auto keep(T&&... parts) {
 
 std::string shape(std::initializer_list<std::pair<const char*, int64_t>> sizes, const char* more = "") {
   std::string out;
-  for (const auto& [name, value] : sizes) out += (out.empty() ? "" : " ") + std::string(name) + "=" + std::to_string(value);
+  for (const auto& [name, value] : sizes)
+    out += (out.empty() ? "" : " ") + std::string(name) + "=" + std::to_string(value);
   return out + (*more ? std::string(" ") + more : "");
 }
 
@@ -82,9 +83,10 @@ class Cases {
     if (!wanted("attend")) return;
     for (const auto& [type, d] : {std::pair{Dtype::BF16, 64}, {Dtype::BF16, 128}, {Dtype::F32, 64}}) {
       const int64_t h = 8, g = 2, n = 1024;
-      auto data = keep(Heads(type, h, n, d, 1), Heads(type, g, n, d, 2), Heads(type, g, n, d, 3), Buffer(Dtype::F32, {h * n, d}), Buffer(Dtype::F32, {h * n}));
-      add("attend", shape({{"h", h}, {"g", g}, {"n", n}, {"d", d}}, (std::string("causal ") + info(type).name).c_str()), true, type == Dtype::BF16,
-          4.0 * double(h) * double(d) * double(n) * double(n + 1) / 2, [data](Queue& queue) {
+      auto data = keep(Heads(type, h, n, d, 1), Heads(type, g, n, d, 2), Heads(type, g, n, d, 3),
+                       Buffer(Dtype::F32, {h * n, d}), Buffer(Dtype::F32, {h * n}));
+      add("attend", shape({{"h", h}, {"g", g}, {"n", n}, {"d", d}}, (std::string("causal ") + info(type).name).c_str()),
+          true, type == Dtype::BF16, 4.0 * double(h) * double(d) * double(n) * double(n + 1) / 2, [data](Queue& queue) {
             const auto& [q, k, v, out, lse] = *data;
             queue.run->attend(queue, q.view(), k.view(), v.view(), Plan(), Mods(), out, lse);
           });
@@ -107,10 +109,11 @@ class Cases {
       for (int64_t i = 0; i < g * m; ++i) positions->at<int32_t>(i) = int32_t(i % m);
       store->layer(0).append(queue, k.view(), v.view(), positions);
       auto data = keep(Heads(Dtype::F32, h, 1, d, 3), Buffer(Dtype::F32, {h, d}), Buffer(Dtype::F32, {h}));
-      add("attend_store", shape({{"h", h}, {"g", g}, {"m", m}, {"d", d}}, name), false, false, double(store->bytes()), [data, store](Queue& at) {
-        const auto& [q, out, lse] = *data;
-        at.run->attend_store(at, q.view(), store->layer(0).pages(), Read(), Mods(), out, lse);
-      });
+      add("attend_store", shape({{"h", h}, {"g", g}, {"m", m}, {"d", d}}, name), false, false, double(store->bytes()),
+          [data, store](Queue& at) {
+            const auto& [q, out, lse] = *data;
+            at.run->attend_store(at, q.view(), store->layer(0).pages(), Read(), Mods(), out, lse);
+          });
     }
   }
 
@@ -120,11 +123,13 @@ class Cases {
     for (const Dtype type : {Dtype::F32, Dtype::BF16, Dtype::Q8_0, Dtype::Q4_K, Dtype::Q6_K})
       for (const int64_t count : {int64_t(256), int64_t(1)}) {
         auto data = keep(weights(type, width, in), normals(Dtype::F32, {count, in}, 1), Buffer(Dtype::F32, {count, width}));
-        const double work = count > 1 ? 2.0 * double(count) * double(in) * double(width) : double(std::get<0>(*data)->bytes());
-        add("matmul", shape({{"T", count}, {"in", in}, {"out", width}}, info(type).name), count > 1, type != Dtype::F32, work, [data](Queue& queue) {
-          const auto& [w, x, y] = *data;
-          queue.run->matmul(queue, w, x, {}, false, y);
-        });
+        const double work = count > 1 ? 2.0 * double(count) * double(in) * double(width)
+                                      : double(std::get<0>(*data)->bytes());
+        add("matmul", shape({{"T", count}, {"in", in}, {"out", width}}, info(type).name), count > 1, type != Dtype::F32,
+            work, [data](Queue& queue) {
+              const auto& [w, x, y] = *data;
+              queue.run->matmul(queue, w, x, {}, false, y);
+            });
       }
   }
 
@@ -132,14 +137,16 @@ class Cases {
     const int64_t count = 512, width = 2048;
     const double bytes = double(count * width) * 4;
     if (wanted("rms_norm")) {
-      auto data = keep(normals(Dtype::F32, {count, width}, 1), normals(Dtype::F32, {width}, 2), Buffer(Dtype::F32, {count, width}));
+      auto data = keep(normals(Dtype::F32, {count, width}, 1), normals(Dtype::F32, {width}, 2),
+                       Buffer(Dtype::F32, {count, width}));
       add("rms_norm", shape({{"T", count}, {"width", width}}), false, false, 2 * bytes, [data](Queue& queue) {
         const auto& [x, w, y] = *data;
         queue.run->rms_norm(queue, x, w, 1e-5f, y);
       });
     }
     if (wanted("glu")) {
-      auto data = keep(normals(Dtype::F32, {count, width}, 1), normals(Dtype::F32, {count, width}, 2), Buffer(Dtype::F32, {count, width}));
+      auto data = keep(normals(Dtype::F32, {count, width}, 1), normals(Dtype::F32, {count, width}, 2),
+                       Buffer(Dtype::F32, {count, width}));
       add("glu", shape({{"T", count}, {"width", width}}, "silu"), false, false, 3 * bytes, [data](Queue& queue) {
         const auto& [gate, up, y] = *data;
         queue.run->glu(queue, gate, up, Activation::Silu, y);
@@ -147,11 +154,13 @@ class Cases {
     }
     if (wanted("merge")) {
       const int64_t parts = 8;
-      auto data = keep(normals(Dtype::F32, {parts, 256, 128}, 1), normals(Dtype::F32, {parts, 256}, 2), Buffer(Dtype::F32, {256, 128}), Buffer(Dtype::F32, {256}));
-      add("merge", shape({{"parts", parts}, {"rows", 256}, {"d", 128}}), false, false, double(parts + 1) * 256 * 128 * 4, [data](Queue& queue) {
-        const auto& [outs, lse, out, total] = *data;
-        queue.run->merge(queue, outs, lse, out, total);
-      });
+      auto data = keep(normals(Dtype::F32, {parts, 256, 128}, 1), normals(Dtype::F32, {parts, 256}, 2),
+                       Buffer(Dtype::F32, {256, 128}), Buffer(Dtype::F32, {256}));
+      add("merge", shape({{"parts", parts}, {"rows", 256}, {"d", 128}}), false, false,
+          double(parts + 1) * 256 * 128 * 4, [data](Queue& queue) {
+            const auto& [outs, lse, out, total] = *data;
+            queue.run->merge(queue, outs, lse, out, total);
+          });
     }
   }
 
@@ -160,27 +169,33 @@ class Cases {
     if (wanted("observe")) {
       const int64_t n = 32;
       auto data = keep(Heads(Dtype::F32, h, n, d, 1), Heads(Dtype::BF16, g, m, d, 2), Heads(Dtype::F32, g, m, 1, 3));
-      add("observe", shape({{"h", h}, {"n", n}, {"m", m}, {"d", d}}, "mean"), true, false, 2.0 * double(h * n * m * d), [data](Queue& queue) {
-        const auto& [q, k, columns] = *data;
-        const Ragged keys = k.view();
-        queue.run->observe(queue, q.view(), {.panel = &keys, .pages = nullptr, .read = nullptr}, nullptr, Mods(), Observe(), columns.numbers());
-      });
+      add("observe", shape({{"h", h}, {"n", n}, {"m", m}, {"d", d}}, "mean"), true, false, 2.0 * double(h * n * m * d),
+          [data](Queue& queue) {
+            const auto& [q, k, columns] = *data;
+            const Ragged keys = k.view();
+            queue.run->observe(queue, q.view(), {.panel = &keys, .pages = nullptr, .read = nullptr}, nullptr, Mods(),
+                               Observe(), columns.numbers());
+          });
     }
     if (wanted("pool")) {
       auto data = keep(Heads(Dtype::BF16, g, m, d, 1), Heads(Dtype::F32, g, m / 64, d, 2));
-      add("pool", shape({{"g", g}, {"m", m}, {"d", d}, {"block", 64}}, "mean bf16"), false, false, double(g * m * d) * 2, [data](Queue& queue) {
-        const auto& [x, out] = *data;
-        queue.run->pool(queue, x.view(), PoolKind::Mean, 64, out.view());
-      });
+      add("pool", shape({{"g", g}, {"m", m}, {"d", d}, {"block", 64}}, "mean bf16"), false, false,
+          double(g * m * d) * 2, [data](Queue& queue) {
+            const auto& [x, out] = *data;
+            queue.run->pool(queue, x.view(), PoolKind::Mean, 64, out.view());
+          });
     }
     if (wanted("proxy")) {
       const int64_t blocks = 128;
-      auto data = keep(Heads(Dtype::F32, h, blocks, d, 1), Heads(Dtype::F32, g, blocks, d, 2), Heads(Dtype::F32, h, blocks * blocks, 1, 3), Buffer(Dtype::I64, {h}));
+      auto data = keep(Heads(Dtype::F32, h, blocks, d, 1), Heads(Dtype::F32, g, blocks, d, 2),
+                       Heads(Dtype::F32, h, blocks * blocks, 1, 3), Buffer(Dtype::I64, {h}));
       for (int64_t& size : std::get<3>(*data)->span<int64_t>()) size = blocks;
-      add("proxy", shape({{"h", h}, {"rows", blocks}, {"cols", blocks}, {"d", d}}), true, false, double(h) * double(blocks) * double(blocks + 1) * double(d), [data](Queue& queue) {
-        const auto& [q, k, cells, sizes] = *data;
-        queue.run->proxy(queue, q.view(), k.view(), Proxy{.softmax = true, .q_tile = 64, .k_tile = 64}, {.cells = cells.numbers(), .rows = sizes, .cols = sizes});
-      });
+      add("proxy", shape({{"h", h}, {"rows", blocks}, {"cols", blocks}, {"d", d}}), true, false,
+          double(h) * double(blocks) * double(blocks + 1) * double(d), [data](Queue& queue) {
+            const auto& [q, k, cells, sizes] = *data;
+            queue.run->proxy(queue, q.view(), k.view(), Proxy{.softmax = true, .q_tile = 64, .k_tile = 64},
+                             {.cells = cells.numbers(), .rows = sizes, .cols = sizes});
+          });
     }
     if (wanted("select")) {
       const int64_t k = 1024;
@@ -197,21 +212,23 @@ class Cases {
   void recurrence() {
     const int64_t h = 8, n = 2048, d = 64;
     if (wanted("recur")) {
-      auto data = keep(Heads(Dtype::F32, h, n, d, 1), Heads(Dtype::F32, h, n, d, 2), Heads(Dtype::F32, h, n, d, 3), Buffer::zeros(Dtype::F32, {h * n}),
-                       Buffer(Dtype::F32, {h * n, d}), Buffer(Dtype::F32, {h, d, d}));
-      add("recur", shape({{"h", h}, {"n", n}, {"d", d}}, "scalar decay"), true, false, 4.0 * double(h * n * d * d), [data](Queue& queue) {
-        const auto& [q, k, v, decay, out, state] = *data;
-        RecurInputs in;
-        in.q = q.view(), in.k = k.view(), in.v = v.view(), in.g = decay;
-        queue.run->recur(queue, in, Recur{.decay = Recur::Decay::Scalar}, out, state, {});
-      });
+      auto data = keep(Heads(Dtype::F32, h, n, d, 1), Heads(Dtype::F32, h, n, d, 2), Heads(Dtype::F32, h, n, d, 3),
+                       Buffer::zeros(Dtype::F32, {h * n}), Buffer(Dtype::F32, {h * n, d}), Buffer(Dtype::F32, {h, d, d}));
+      add("recur", shape({{"h", h}, {"n", n}, {"d", d}}, "scalar decay"), true, false, 4.0 * double(h * n * d * d),
+          [data](Queue& queue) {
+            const auto& [q, k, v, decay, out, state] = *data;
+            RecurInputs in;
+            in.q = q.view(), in.k = k.view(), in.v = v.view(), in.g = decay;
+            queue.run->recur(queue, in, Recur{.decay = Recur::Decay::Scalar}, out, state, {});
+          });
     }
     if (wanted("scan")) {
       auto data = keep(Heads(Dtype::F32, h, n, d, 1), normals(Dtype::F32, {h * n, d}, 2), Buffer(Dtype::F32, {h * n, d}));
-      add("scan", shape({{"h", h}, {"n", n}, {"width", d}}, "linear"), false, false, double(h * n * d) * 12, [data](Queue& queue) {
-        const auto& [x, a, out] = *data;
-        queue.run->scan(queue, x.view(), a, ScanKind::Linear, out);
-      });
+      add("scan", shape({{"h", h}, {"n", n}, {"width", d}}, "linear"), false, false, double(h * n * d) * 12,
+          [data](Queue& queue) {
+            const auto& [x, a, out] = *data;
+            queue.run->scan(queue, x.view(), a, ScanKind::Linear, out);
+          });
     }
   }
 
@@ -222,7 +239,9 @@ class Cases {
 
 }  // namespace
 
-std::vector<KernelCase> kernel_cases(const Kernels& kernels, const std::string& prefix) { return Cases(kernels, prefix).take(); }
+std::vector<KernelCase> kernel_cases(const Kernels& kernels, const std::string& prefix) {
+  return Cases(kernels, prefix).take();
+}
 
 double time_kernel(const KernelCase& c, const Kernels& kernels) {
   Queue queue;

@@ -10,8 +10,8 @@ namespace heed {
 
 struct KernelCase {
   std::string kernel, shape;
-  bool compute = false;    // limited by arithmetic: work is operations; else bytes that must be read or written
-  bool bf16 = false;       // products of bf16 numbers, where the machine has them
+  bool compute = false;  // limited by arithmetic: work is operations; else bytes that must be read or written
+  bool bf16 = false;     // products of bf16 numbers, where the machine has them
   double work = 0;
   std::function<void(Queue&)> run;
 };

@@ -21,9 +21,9 @@ namespace {
 constexpr int kChains = 10;
 constexpr int64_t kRounds = 2'000'000;
 
-#define HEED_CHAINS(STEP)                                                       \
-  for (int64_t round = 0; round < rounds; ++round) {                            \
-    for (int c = 0; c < kChains; ++c) STEP;                                     \
+#define HEED_CHAINS(STEP)                                                                    \
+  for (int64_t round = 0; round < rounds; ++round) {                                         \
+    for (int c = 0; c < kChains; ++c) STEP;                                                  \
     asm volatile("" : "+v"(sum[0]), "+v"(sum[1]), "+v"(sum[2]), "+v"(sum[3]), "+v"(sum[4])); \
     asm volatile("" : "+v"(sum[5]), "+v"(sum[6]), "+v"(sum[7]), "+v"(sum[8]), "+v"(sum[9])); \
   }
@@ -94,7 +94,8 @@ double read_rate() {
 std::string cpu_name() {
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);)
-    if (line.rfind("model name", 0) == 0 && line.find(": ") != std::string::npos) return line.substr(line.find(": ") + 2);
+    if (line.rfind("model name", 0) == 0 && line.find(": ") != std::string::npos)
+      return line.substr(line.find(": ") + 2);
   return "unknown";
 }
 
@@ -104,8 +105,8 @@ int64_t parameters(const Model& model) {
   int64_t sum = 0;
   const auto add = [&](const Tensor& t) { sum += t ? t.numel() : 0; };
   for (const LayerWeights& w : model.layers())
-    for (const Tensor& t : {w.attn_norm, w.attn_post_norm, w.ffn_norm, w.ffn_post_norm, w.q, w.k, w.v, w.o, w.q_bias, w.k_bias, w.v_bias,
-                            w.o_bias, w.q_norm, w.k_norm, w.gate, w.up, w.down})
+    for (const Tensor& t : {w.attn_norm, w.attn_post_norm, w.ffn_norm, w.ffn_post_norm, w.q, w.k, w.v, w.o, w.q_bias,
+                            w.k_bias, w.v_bias, w.o_bias, w.q_norm, w.k_norm, w.gate, w.up, w.down})
       add(t);
   add(model.embedding());
   add(model.final_norm());
@@ -123,7 +124,8 @@ MachineLimits machine_limits() {
   MachineLimits out;
   out.read_gb_s = read_rate();
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out.peaks.push_back({"avx2 f32", best_gflops(chains_avx2, 16)});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    out.peaks.push_back({"avx2 f32", best_gflops(chains_avx2, 16)});
   if (__builtin_cpu_supports("avx512f")) out.peaks.push_back({"avx512 f32", best_gflops(chains_avx512, 32)});
   if (__builtin_cpu_supports("avx512bf16")) out.peaks.push_back({"avx512 bf16", best_gflops(chains_bf16, 64)});
 #elif defined(__aarch64__)

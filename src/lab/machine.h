@@ -17,12 +17,12 @@ int64_t parameters(const Model& model);
 
 /// Rates that no kernel passes, measured with all threads at once, best of several tries.
 struct MachineLimits {
-  double read_gb_s = 0;        // memory read in order, from a buffer larger than the caches
+  double read_gb_s = 0;  // memory read in order, from a buffer larger than the caches
   struct Peak {
-    std::string name;          // "avx2 f32", "avx512 f32", "avx512 bf16"
-    double gflops = 0;         // multiply-adds in registers alone, two operations each
+    std::string name;   // "avx2 f32", "avx512 f32", "avx512 bf16"
+    double gflops = 0;  // multiply-adds in registers alone, two operations each
   };
-  std::vector<Peak> peaks;     // of the instruction sets this machine has
+  std::vector<Peak> peaks;  // of the instruction sets this machine has
   double peak(const std::string& name) const;
 };
 MachineLimits machine_limits();

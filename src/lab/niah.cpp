@@ -9,7 +9,8 @@ namespace heed {
 
 NiahScore niah(std::shared_ptr<const Model> model, std::span<const int32_t> haystack, const NiahOptions& options) {
   const Tokenizer* words = model->tokenizer();
-  if (!words) throw Error(Code::Unsupported, "niah", "the model has no vocabulary", "use a GGUF file with its tokenizer");
+  if (!words)
+    throw Error(Code::Unsupported, "niah", "the model has no vocabulary", "use a GGUF file with its tokenizer");
   Random random(options.seed + 1);
   NiahScore score;
   int64_t values = 0, hits = 0;
@@ -20,7 +21,8 @@ NiahScore niah(std::shared_ptr<const Model> model, std::span<const int32_t> hays
     const std::vector<int32_t> question = words->encode("\nThe secret number of the harbour is");
     const std::vector<int32_t> answer = words->encode(" " + number);
     const int64_t room = int64_t(haystack.size()) - int64_t(needle.size() + question.size() + answer.size());
-    require(room > 0, "niah", "a prompt of " + std::to_string(haystack.size()) + " tokens has no room for the needle", "give a larger -c");
+    require(room > 0, "niah", "a prompt of " + std::to_string(haystack.size()) + " tokens has no room for the needle",
+            "give a larger -c");
 
     // A needle starts a line of its own behind the token where it is put, never before BOS.
     const int64_t at = std::max<int64_t>(1, options.depths > 1 ? room * depth / (options.depths - 1) : room / 2);

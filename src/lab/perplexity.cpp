@@ -15,12 +15,13 @@ double Perplexity::error() const {
   return variance > 0 ? std::sqrt(variance / double(tokens - 1)) * ppl() : 0;
 }
 
-Perplexity perplexity(std::shared_ptr<const Model> model, const SessionOptions& options, std::span<const int32_t> tokens,
-                      int64_t context, int64_t chunks, Perplexity total,
+Perplexity perplexity(std::shared_ptr<const Model> model, const SessionOptions& options,
+                      std::span<const int32_t> tokens, int64_t context, int64_t chunks, Perplexity total,
                       const std::function<void(const Perplexity&, double)>& done) {
   require(context >= 4, "-c", "a chunk needs at least 4 tokens");
   const int64_t there = int64_t(tokens.size()) / context;
-  require(there >= 1, "text", "it has " + std::to_string(tokens.size()) + " tokens, fewer than one chunk of " + std::to_string(context),
+  require(there >= 1, "text",
+          "it has " + std::to_string(tokens.size()) + " tokens, fewer than one chunk of " + std::to_string(context),
           "give a longer text or a smaller -c");
   chunks = chunks < 0 ? there : std::min(chunks, there);
   const Tokenizer* words = model->tokenizer();

@@ -10,8 +10,8 @@
 namespace heed {
 namespace {
 
-constexpr int kRows = 16;       // query rows looked at in one place of a prefill
-constexpr int kCells = 64;      // rows and columns of a map
+constexpr int kRows = 16;   // query rows looked at in one place of a prefill
+constexpr int kCells = 64;  // rows and columns of a map
 constexpr int kMapHeads = 4;
 
 /// The keys of a store as a Ragged without values: what each_interval needs of them.
@@ -23,7 +23,8 @@ Ragged key_segments(LayerView& at) {
 template <class F>
 void each_read(LayerView& at, int head, F visit) {
   const Ragged keys = key_segments(at);
-  each_interval(at.read.plan, at.q, keys, Mods(), 0, head, [&](int64_t, int64_t begin, int64_t end) { visit(begin, end); });
+  each_interval(at.read.plan, at.q, keys, Mods(), 0, head,
+                [&](int64_t, int64_t begin, int64_t end) { visit(begin, end); });
 }
 
 }  // namespace
@@ -129,7 +130,8 @@ void Probe::look_decode(LayerView& at) {
   const int64_t decoded = std::max<int64_t>(1, length_ - prompt_ - 1);
   if (reads_.empty())
     for (int head = 0; head < std::min(kMapHeads, at.model.h); ++head)
-      reads_.push_back({at.layer, head * at.model.h / std::min(kMapHeads, at.model.h), kCells, kCells, std::vector<float>(size_t(kCells) * kCells)});
+      reads_.push_back({at.layer, head * at.model.h / std::min(kMapHeads, at.model.h), kCells, kCells,
+                        std::vector<float>(size_t(kCells) * kCells)});
   const int64_t y = at.step * kCells / decoded;
   if (y >= kCells) return;
   const auto first_step = [&](int64_t row) { return (row * decoded + kCells - 1) / kCells; };
@@ -160,7 +162,8 @@ void Probe::draw_plan(LayerView& at) {
       for (int64_t x = begin * cells / m; x < cells; ++x) {
         const int64_t from = std::max(begin, x * m / cells), to = std::min(end, (x + 1) * m / cells);
         if (from >= to && x * m / cells >= end) break;
-        if (from < to) map.share[size_t(y * cells + x)] += float(double(to - from) * cells / double(m) / double(sampled[size_t(y)]));
+        if (from < to)
+          map.share[size_t(y * cells + x)] += float(double(to - from) * cells / double(m) / double(sampled[size_t(y)]));
       }
     });
     for (float& share : map.share) share = std::min(share, 1.0f);

@@ -22,7 +22,8 @@ void Progress::at(double share, const std::string& detail) {
   const double spent = std::chrono::duration<double>(now - begin_).count();
   std::string left;
   if (share > 0.02 && spent > 1) left = ", " + std::to_string(int64_t(spent / share * (1 - share) + 0.5)) + " s left";
-  std::fprintf(stderr, "\r\033[K%s %3d%%%s%s%s", label_.c_str(), int(share * 100), left.c_str(), detail.empty() ? "" : "  ", detail.c_str());
+  std::fprintf(stderr, "\r\033[K%s %3d%%%s%s%s", label_.c_str(), int(share * 100), left.c_str(),
+               detail.empty() ? "" : "  ", detail.c_str());
   std::fflush(stderr);
 }
 

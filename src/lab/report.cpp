@@ -26,7 +26,8 @@ std::string letters(std::span<const float> shares) {
 Json maps(const std::vector<Map>& all) {
   Json out = Json::array();
   for (const Map& m : all)
-    out.push_back({{"layer", m.layer}, {"head", m.head}, {"rows", m.rows}, {"columns", m.columns}, {"share", letters(m.share)}});
+    out.push_back(
+        {{"layer", m.layer}, {"head", m.head}, {"rows", m.rows}, {"columns", m.columns}, {"share", letters(m.share)}});
   return out;
 }
 
@@ -52,7 +53,8 @@ std::string fill(std::string_view page, std::initializer_list<std::pair<std::str
 std::string report(const Model& model, const Comparison& comparison, const std::string& text_name, const std::string& rows) {
   Json data = {{"model", model.name().empty() ? model.path() : model.name()},
                {"text", text_name.substr(text_name.find_last_of('/') + 1)},
-               {"machine", cpu_name() + ", " + std::to_string(threads()) + " threads, " + backend("auto").name},
+               {"machine", cpu_name() + ", " + std::to_string(threads()) +
+                               (threads() == 1 ? " thread, " : " threads, ") + backend("auto").name},
                {"prompt", comparison.prompt},
                {"scored", comparison.scored},
                {"bins", kKeptBins},
@@ -70,7 +72,11 @@ std::string report(const Model& model, const Comparison& comparison, const std::
   // Names come from the command line: nothing in them may end the script element.
   std::string json = data.dump(-1, ' ', false, Json::error_handler_t::replace);
   for (size_t at = 0; (at = json.find('<', at)) != std::string::npos; at += 6) json.replace(at, 1, "\\u003c");
-  return fill(report_page(), {{"@STYLE@", report_style()}, {"@VERSION@", HEED_VERSION}, {"@LIBRARY@", chart_library()}, {"@DATA@", json}, {"@SCRIPT@", report_script()}});
+  return fill(report_page(), {{"@STYLE@", report_style()},
+                              {"@VERSION@", HEED_VERSION},
+                              {"@LIBRARY@", chart_library()},
+                              {"@DATA@", json},
+                              {"@SCRIPT@", report_script()}});
 }
 
 }  // namespace heed

@@ -51,7 +51,8 @@ Distributions::Distributions(int64_t rows, int64_t vocabulary) : rows_(rows), vo
   const size_t bytes = size_t(rows * vocabulary) * sizeof(float);
   if (bytes == 0) return;
   const auto refuse = [&] {
-    throw Error(Code::Io, "temporary file", std::to_string(bytes >> 20) + " MiB for the reference's distributions: " + std::strerror(errno),
+    throw Error(Code::Io, "temporary file",
+                std::to_string(bytes >> 20) + " MiB for the reference's distributions: " + std::strerror(errno),
                 "score fewer tokens with --score, or set TMPDIR to a place with room");
   };
   std::FILE* file = std::tmpfile();

@@ -8,8 +8,8 @@ Arrays trace(std::shared_ptr<const Model> model, const SessionOptions& options, 
              int64_t prefill, const std::function<void(double)>& progress) {
   int64_t total = int64_t(tokens.size());
   require(total >= 1, "trace", "there are no tokens");
-  require(prefill >= 1 && prefill <= total, "--prefill", std::to_string(prefill) + " of " + std::to_string(total) + " tokens",
-          "give 1…" + std::to_string(total));
+  require(prefill >= 1 && prefill <= total, "--prefill",
+          std::to_string(prefill) + " of " + std::to_string(total) + " tokens", "give 1…" + std::to_string(total));
   const ModelInfo& m = model->info();
   Session session(model, options);
 

@@ -1,5 +1,6 @@
 // Commands on a small random model, and on files that are no models.
 #include <cmath>
+#include <csignal>
 
 #include "apps/program.h"
 #include "apps/tiny_model.h"
@@ -39,7 +40,8 @@ TEST_F(OnModel, TokenizeGivesIdsAndPieces) {
 }
 
 TEST_F(OnModel, RunIsDeterministicAndKeepsToItsStreams) {
-  const std::vector<std::string> arguments = {"run", "-m", model_, "-f", text_, "-p", "the", "-n", "12", "--ignore-eos", "--json"};
+  const std::vector<std::string> arguments = {"run", "-m", model_, "-f",           text_,   "-p",
+                                              "the", "-n", "12",   "--ignore-eos", "--json"};
   const Outcome outcome = heed(arguments);
   ASSERT_EQ(outcome.status, 0) << outcome.err;
   const auto json = outcome.json();
@@ -54,14 +56,17 @@ TEST_F(OnModel, RunIsDeterministicAndKeepsToItsStreams) {
 
 TEST_F(OnModel, RunDrawsByItsSeed) {
   const auto draw = [&](const char* seed) {
-    return heed({"run", "-m", model_, "-p", "the", "-n", "16", "--temp", "1.5", "--seed", seed, "--ignore-eos", "--json"}).json()["tokens"];
+    return heed({"run", "-m", model_, "-p", "the", "-n", "16", "--temp", "1.5", "--seed", seed, "--ignore-eos",
+                 "--json"})
+        .json()["tokens"];
   };
   EXPECT_EQ(draw("1"), draw("1"));
   EXPECT_NE(draw("1"), draw("2"));
 }
 
 TEST_F(OnModel, EvalGivesPerplexity) {
-  const Outcome outcome = heed({"eval", "-m", model_, "--tasks", "ppl", "-f", text_, "-c", "64", "--chunks", "2", "--json"});
+  const Outcome outcome = heed(
+      {"eval", "-m", model_, "--tasks", "ppl", "-f", text_, "-c", "64", "--chunks", "2", "--json"});
   ASSERT_EQ(outcome.status, 0) << outcome.err;
   const auto json = outcome.json();
   EXPECT_EQ(json["tokens"], 2 * (64 - 32 - 1));
@@ -82,7 +87,9 @@ TEST_F(OnModel, EvalGoesOnFromItsState) {
 }
 
 TEST_F(OnModel, EvalComparesWithDense) {
-  const auto json = heed({"eval", "-m", model_, "--tasks", "kld,mass,niah", "-f", text_, "-c", "200", "--score", "20", "--attention", "streaming-llm(sinks=2,window=14)", "--json"}).json();
+  const auto json = heed({"eval", "-m", model_, "--tasks", "kld,mass,niah", "-f", text_, "-c", "200", "--score", "20",
+                          "--attention", "streaming-llm(sinks=2,window=14)", "--json"})
+                        .json();
   EXPECT_GT(json["kld"]["kld_mean"].get<double>(), 0);
   EXPECT_LT(json["mass"]["decode"].get<double>(), 1);
   EXPECT_EQ(json["niah"]["runs"], 5);
@@ -90,14 +97,16 @@ TEST_F(OnModel, EvalComparesWithDense) {
 
 TEST_F(OnModel, CompareGivesOneObjectAMechanism) {
   const std::string page = path("page.html");
-  const Outcome outcome = heed({"compare", "-m", model_, "-f", text_, "-c", "200", "--score", "24", "--attention", "streaming-llm(sinks=2,window=14)",
-                                "--attention", "dense", "--tasks", "niah", "--report", page, "--json"});
+  const Outcome outcome = heed({"compare", "-m", model_, "-f", text_, "-c", "200", "--score", "24", "--attention",
+                                "streaming-llm(sinks=2,window=14)", "--attention", "dense", "--tasks", "niah",
+                                "--report", page, "--json"});
   ASSERT_EQ(outcome.status, 0) << outcome.err;
   const auto rows = outcome.json();
   ASSERT_EQ(rows.size(), 2u);
   EXPECT_EQ(rows[0]["attention"], "dense");
   for (const auto& row : rows)
-    for (const char* field : {"attention", "prefill_tps", "decode_tps", "kv_bytes", "peak_bytes", "ppl", "kld_mean", "kld_p99", "top1_agree", "density", "tasks"})
+    for (const char* field : {"attention", "prefill_tps", "decode_tps", "kv_bytes", "peak_bytes", "ppl", "kld_mean",
+                              "kld_p99", "top1_agree", "density", "tasks"})
       EXPECT_TRUE(row.contains(field)) << field;
   EXPECT_EQ(rows[0]["kld_mean"], 0.0);
   EXPECT_LT(rows[1]["kv_bytes"], rows[0]["kv_bytes"]);
@@ -109,7 +118,8 @@ TEST_F(OnModel, CompareGivesOneObjectAMechanism) {
 
 TEST_F(OnModel, TraceWritesTheArrays) {
   const std::string out = path("t.npz");
-  const Outcome outcome = heed({"trace", "-m", model_, "-f", text_, "-c", "100", "--prefill", "80", "--attention", "streaming-llm(sinks=2,window=14)", "-o", out, "--json"});
+  const Outcome outcome = heed({"trace", "-m", model_, "-f", text_, "-c", "100", "--prefill", "80", "--attention",
+                                "streaming-llm(sinks=2,window=14)", "-o", out, "--json"});
   ASSERT_EQ(outcome.status, 0) << outcome.err;
   const auto arrays = value_or_throw(read_npz(out));
   EXPECT_EQ(arrays.at("nll")->shape(), "[99]");
@@ -119,7 +129,10 @@ TEST_F(OnModel, TraceWritesTheArrays) {
   // The same tokens as ids give the same losses.
   const std::string ids = path("ids.npy");
   value_or_throw(write_npy(ids, arrays.at("tokens")));
-  ASSERT_EQ(heed({"trace", "-m", model_, "--tokens", ids, "--prefill", "80", "--attention", "streaming-llm(sinks=2,window=14)", "-o", path("u.npz")}).status, 0);
+  ASSERT_EQ(heed({"trace", "-m", model_, "--tokens", ids, "--prefill", "80", "--attention",
+                  "streaming-llm(sinks=2,window=14)", "-o", path("u.npz")})
+                .status,
+            0);
   const auto again = value_or_throw(read_npz(path("u.npz")));
   for (int64_t i = 0; i < 99; ++i) EXPECT_EQ(arrays.at("nll")->at<float>(i), again.at("nll")->at<float>(i));
 }
@@ -155,12 +168,14 @@ TEST_F(OnModel, ApplyGivesAttentionOfArrays) {
     value_or_throw(write_npy(path(names[i]), Buffer::of<float>({h, n, d}, x[i])));
   }
   const auto apply = [&](std::vector<std::string> more) {
-    std::vector<std::string> arguments = {"apply", "dense", "--q", path("q.npy"), "--k", path("k.npy"), "--v", path("v.npy"), "-o", path("o.npz")};
+    std::vector<std::string> arguments = {"apply",       "dense", "--q",         path("q.npy"), "--k",
+                                          path("k.npy"), "--v",   path("v.npy"), "-o",          path("o.npz")};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return heed(arguments);
   };
   for (const bool causal : {true, false}) {
-    const Outcome outcome = apply(causal ? std::vector<std::string>{"--json"} : std::vector<std::string>{"--no-causal", "--json"});
+    const Outcome outcome = apply(causal ? std::vector<std::string>{"--json"}
+                                         : std::vector<std::string>{"--no-causal", "--json"});
     ASSERT_EQ(outcome.status, 0) << outcome.err;
     const auto arrays = value_or_throw(read_npz(path("o.npz")));
     for (int64_t head = 0; head < h; ++head)
@@ -169,12 +184,14 @@ TEST_F(OnModel, ApplyGivesAttentionOfArrays) {
         std::vector<double> sum(size_t(d), 0.0);
         for (int64_t j = 0; j < (causal ? i + 1 : n); ++j) {
           double dot = 0;
-          for (int64_t c = 0; c < d; ++c) dot += double(x[0][size_t((head * n + i) * d + c)]) * x[1][size_t((head * n + j) * d + c)];
+          for (int64_t c = 0; c < d; ++c)
+            dot += double(x[0][size_t((head * n + i) * d + c)]) * x[1][size_t((head * n + j) * d + c)];
           const double weight = std::exp(dot / 2);
           total += weight;
           for (int64_t c = 0; c < d; ++c) sum[size_t(c)] += weight * x[2][size_t((head * n + j) * d + c)];
         }
-        for (int64_t c = 0; c < d; ++c) EXPECT_NEAR(arrays.at("out")->at<float>(head, i, c), sum[size_t(c)] / total, 1e-4);
+        for (int64_t c = 0; c < d; ++c)
+          EXPECT_NEAR(arrays.at("out")->at<float>(head, i, c), sum[size_t(c)] / total, 1e-4);
         EXPECT_NEAR(arrays.at("lse")->at<float>(head, i), std::log(total), 1e-4);
       }
   }
@@ -192,7 +209,8 @@ TEST_F(OnModel, BenchUsesTheFieldNamesOfLlamaBench) {
   const auto rows = outcome.json();
   ASSERT_EQ(rows.size(), 6u);
   for (const auto& row : rows)
-    for (const char* field : {"n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts", "avg_ns", "n_threads", "model_type", "attention", "type_k"})
+    for (const char* field : {"n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts", "avg_ns", "n_threads",
+                              "model_type", "attention", "type_k"})
       EXPECT_TRUE(row.contains(field)) << field;
   EXPECT_EQ(rows[0]["samples_ts"].size(), 2u);
   EXPECT_EQ(heed({"bench", "-m", model_, "-p", "0", "-n", "2", "-r", "1", "-o", "csv"}).out.rfind("build_commit,", 0), 0u);
@@ -219,6 +237,30 @@ TEST_F(OnModel, BrokenModelsAreRefusedByName) {
   mute.tokenizer = false;
   mute.write(path("mute.gguf"));
   expect_complaint(heed({"run", "-m", path("mute.gguf"), "-p", "the"}), 2, "vocabulary");
+}
+
+TEST_F(OnModel, AnInterruptionKeepsWhatWasDone) {
+  const std::string state = path("state.json"), out = path("out.json");
+  const std::string long_text = write("long.txt", prose(2'000'000));
+  const pid_t child = fork();
+  if (child == 0) {
+    if (!std::freopen("/dev/null", "w", stderr) || !std::freopen(out.c_str(), "w", stdout)) _exit(99);
+    execl(HEED_PROGRAM, HEED_PROGRAM, "eval", "-m", model_.c_str(), "-f", long_text.c_str(), "-c", "64", "--state",
+          state.c_str(), "--json", nullptr);
+    _exit(98);
+  }
+  // The first chunk is done when there is a state; thousands of others are not.
+  while (!std::filesystem::exists(state) && waitpid(child, nullptr, WNOHANG) == 0) usleep(1000);
+  kill(child, SIGINT);
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 130);
+  const auto json = nlohmann::json::parse(read(out));
+  EXPECT_GE(json["chunks"].get<int64_t>(), 1);
+  EXPECT_LT(json["chunks"].get<int64_t>(), 20000);
+  EXPECT_EQ(json["interrupted"], true);
+  EXPECT_EQ(nlohmann::json::parse(read(state))["chunks"], json["chunks"]);
 }
 
 TEST_F(OnModel, BadRequestsSayWhatToDo) {

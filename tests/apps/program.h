@@ -44,7 +44,9 @@ class ProgramTest : public testing::Test {
     const std::string out = path(".out"), err = path(".err");
     const pid_t child = fork();
     if (child == 0) {
-      if (!std::freopen("/dev/null", "r", stdin) || !std::freopen(out.c_str(), "w", stdout) || !std::freopen(err.c_str(), "w", stderr)) _exit(99);
+      if (!std::freopen("/dev/null", "r", stdin) || !std::freopen(out.c_str(), "w", stdout) ||
+          !std::freopen(err.c_str(), "w", stderr))
+        _exit(99);
       arguments.insert(arguments.begin(), HEED_PROGRAM);
       std::vector<char*> argv;
       for (std::string& a : arguments) argv.push_back(a.data());

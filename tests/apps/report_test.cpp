@@ -30,8 +30,9 @@ TEST_F(ReportPage, DrawsEverythingWithoutComplaint) {
   TinyModel().write(path("tiny.gguf"));
   std::string text;
   while (text.size() < 400) text += "the harbour was quiet and nobody saw the ship. ";
-  const Outcome outcome = heed({"compare", "-m", path("tiny.gguf"), "-f", write("text.txt", text), "-c", "160", "--score", "32", "--attention",
-                                "streaming-llm(sinks=2,window=14)", "--attention", "snapkv(budget=40)", "--tasks", "niah", "--report", path("page.html"), "--json"});
+  const Outcome outcome = heed({"compare", "-m", path("tiny.gguf"), "-f", write("text.txt", text), "-c", "160",
+                                "--score", "32", "--attention", "streaming-llm(sinks=2,window=14)", "--attention",
+                                "snapkv(budget=40)", "--tasks", "niah", "--report", path("page.html"), "--json"});
   ASSERT_EQ(outcome.status, 0) << outcome.err;
 
   // A picture counts as drawn when not all of its pixels are the same.
@@ -48,8 +49,10 @@ TEST_F(ReportPage, DrawsEverythingWithoutComplaint) {
   ASSERT_NE(end, std::string::npos);
   page.replace(end, 7, probe);
   write("page.html", page);
-  const std::string dom = output_of("HOME='" + folder_ + "' timeout 100 " + browser() + " --headless --no-sandbox --disable-gpu --window-size=390,844 " +
-                                    "--virtual-time-budget=3000 --enable-logging=stderr --dump-dom 'file://" + path("page.html") + "' 2>'" + path("log") + "'");
+  const std::string dom = output_of("HOME='" + folder_ + "' timeout 100 " + browser() +
+                                    " --headless --no-sandbox --disable-gpu --window-size=390,844 " +
+                                    "--virtual-time-budget=3000 --enable-logging=stderr --dump-dom 'file://" +
+                                    path("page.html") + "' 2>'" + path("log") + "'");
   ASSERT_NE(dom.find("<html"), std::string::npos) << read(path("log"));
   EXPECT_NE(dom.find("data-charts=\"5\""), std::string::npos) << dom.substr(0, 400);
   // Five charts, one map of what was kept, four plans and four maps of reads.

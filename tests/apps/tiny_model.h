@@ -45,7 +45,8 @@ struct TinyModel {
     for (int byte = 0, other = 256; byte < 256; ++byte) {
       const bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
       const int code = printable ? byte : other++;
-      tokens.push_back(code < 128 ? std::string(1, char(code)) : std::string{char(0xc0 | code >> 6), char(0x80 | (code & 63))});
+      tokens.push_back(code < 128 ? std::string(1, char(code))
+                                  : std::string{char(0xc0 | code >> 6), char(0x80 | (code & 63))});
     }
     tokens.insert(tokens.end(), {"<|endoftext|>", "<|im_start|>", "<|im_end|>"});
     if (tokenizer) {

@@ -10,7 +10,8 @@ TEST_F(Usage, EveryCommandHasHelpWithExamples) {
   const Outcome all = heed({"--help"});
   EXPECT_EQ(all.status, 0);
   EXPECT_EQ(heed({}).out, all.out);
-  for (const char* command : {"run", "compare", "eval", "trace", "apply", "tokenize", "list", "info", "heads", "bench"}) {
+  for (const char* command :
+       {"run", "compare", "eval", "trace", "apply", "tokenize", "list", "info", "heads", "bench"}) {
     EXPECT_NE(all.out.find(std::string("\n  ") + command), std::string::npos) << command;
     const Outcome one = heed({command, "--help"});
     EXPECT_EQ(one.status, 0);
@@ -33,7 +34,9 @@ TEST_F(Usage, WrongCommandLinesNameWhatWasMeant) {
 
 TEST_F(Usage, MissingFilesAreSaidByName) {
   expect_complaint(heed({"info", "-m", path("none.gguf")}), 2, "none.gguf");
-  expect_complaint(heed({"apply", "dense", "--q", path("q.npy"), "--k", path("k.npy"), "--v", path("v.npy"), "-o", path("o.npz")}), 2, "q.npy");
+  expect_complaint(
+      heed({"apply", "dense", "--q", path("q.npy"), "--k", path("k.npy"), "--v", path("v.npy"), "-o", path("o.npz")}),
+      2, "q.npy");
   EXPECT_TRUE(files().empty());
 }
 
@@ -45,7 +48,8 @@ TEST_F(Usage, ListGivesTheFieldsPromised) {
   ASSERT_FALSE(list.empty());
   EXPECT_EQ(list[0]["name"], "dense");
   for (const auto& entry : list) {
-    for (const char* field : {"name", "title", "paper", "year", "roles", "needs", "parameters", "verified"}) EXPECT_TRUE(entry.contains(field)) << field;
+    for (const char* field : {"name", "title", "paper", "year", "roles", "needs", "parameters", "verified"})
+      EXPECT_TRUE(entry.contains(field)) << field;
     EXPECT_TRUE(entry["roles"].is_array());
     EXPECT_TRUE(entry["verified"].is_array());
     for (const auto& p : entry["parameters"])

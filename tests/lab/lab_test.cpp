@@ -18,7 +18,8 @@ namespace {
 std::shared_ptr<const Model> small_model() {
   ModelInfo shape;
   shape.architecture = "llama";
-  shape.layers = 2, shape.h = 4, shape.g = 2, shape.d = shape.d_v = 16, shape.hidden = 64, shape.vocabulary = 97, shape.context = 512;
+  shape.layers = 2, shape.h = 4, shape.g = 2, shape.d = shape.d_v = 16, shape.hidden = 64, shape.vocabulary = 97,
+  shape.context = 512;
   return Model::random(shape, 96, Dtype::F32, 5);
 }
 
@@ -105,7 +106,9 @@ TEST(Trace, ArraysHaveTheShapesPromised) {
   EXPECT_EQ(array(arrays, "read_tokens")->shape(), "[2, 4]");
   const auto offsets = array(arrays, "kept_offsets")->span<int64_t>();
   for (int64_t s = 0; s < 4; ++s) {
-    const auto kept = array(arrays, "kept_index")->span<int32_t>().subspan(size_t(offsets[size_t(s)]), size_t(offsets[size_t(s + 1)] - offsets[size_t(s)]));
+    const auto kept = array(arrays, "kept_index")
+                          ->span<int32_t>()
+                          .subspan(size_t(offsets[size_t(s)]), size_t(offsets[size_t(s + 1)] - offsets[size_t(s)]));
     EXPECT_EQ(std::vector<int32_t>(kept.begin(), kept.end()), (std::vector<int32_t>{0, 1, 34, 35, 36, 37, 38, 39}));
   }
 }
@@ -187,9 +190,10 @@ TEST(Compare, KeepsRowsDoneWhenStopped) {
   CompareOptions options;
   options.attention = {"streaming-llm(sinks=4,window=12)"};
   bool second = false;
-  const Comparison result = compare(small_model(), passage(random_text(64), 64, 8), options, [&](double, const std::string& name) {
-    if (name != "dense" && !second) second = true, interrupt();
-  });
+  const Comparison result = compare(small_model(), passage(random_text(64), 64, 8), options,
+                                    [&](double, const std::string& name) {
+                                      if (name != "dense" && !second) second = true, interrupt();
+                                    });
   clear_interrupt();
   EXPECT_TRUE(result.interrupted);
   ASSERT_EQ(result.rows.size(), 1u);

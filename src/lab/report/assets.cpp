@@ -1,14 +1,19 @@
 #include "lab/report/assets.h"
 
 // The assembler takes the files in as they are: nothing is generated, and 200 kB of script cost the compiler nothing.
-#define HEED_EMBED(name, file)                                  \
-  asm(".pushsection .rodata\n"                                  \
-      ".global heed_asset_" #name "\n"                          \
-      "heed_asset_" #name ":\n"                                 \
-      ".incbin \"" file "\"\n"                                  \
-      ".global heed_asset_" #name "_end\n"                      \
-      "heed_asset_" #name "_end:\n"                             \
-      ".popsection\n");                                         \
+#define HEED_EMBED(name, file)    \
+  asm(".pushsection .rodata\n"    \
+      ".global heed_asset_" #name \
+      "\n"                        \
+      "heed_asset_" #name         \
+      ":\n"                       \
+      ".incbin \"" file           \
+      "\"\n"                      \
+      ".global heed_asset_" #name \
+      "_end\n"                    \
+      "heed_asset_" #name         \
+      "_end:\n"                   \
+      ".popsection\n");           \
   extern "C" const char heed_asset_##name[], heed_asset_##name##_end[];
 
 HEED_EMBED(page, HEED_REPORT "/page.html")
