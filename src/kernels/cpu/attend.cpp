@@ -126,11 +126,14 @@ class Attend {
     if (dense && piece.pieces > 1) range = {piece.begin, piece.end};
     Walk walk(plan_, task.plan_row, plan_.parts > 1 ? piece.part : -1, range.low, range.high);
     if (!dense && piece.pieces > 1) walk.entries(piece.begin, piece.end);
-    Chunk chunk;
-    bool packed = false;
-    while (keys.gather(walk, lanes, mods_, chunk)) {
-      if (!packed) pack_queries(tile, lanes, q_.values, mods_.row_factor);
-      packed = true;
+    Chunk chunks[2];
+    if (!keys.gather(walk, lanes, mods_, chunks[0])) return;
+    pack_queries(tile, lanes, q_.values, mods_.row_factor);
+    bool more = true;
+    for (int i = 0; more; i ^= 1) {
+      Chunk& chunk = chunks[i];
+      more = keys.gather(walk, lanes, mods_, chunks[i ^ 1]);
+      if (more) keys.prefetch(chunks[i ^ 1], shape_);
       keys.open(tile, chunk, true);
       scores(tile, lanes, chunk);
       const bool made = logits(tile, lanes, chunk, rule);

@@ -112,6 +112,20 @@ bool KeyView::gather(Walk& walk, const Lanes& lanes, const Mods& mods, Chunk& ch
   return chunk.count > 0;
 }
 
+void KeyView::prefetch(const Chunk& chunk, const TileShape& shape) const {
+  if (!pages_) return;
+  for (int j = 0; j < chunk.count; ++j) {
+    const int64_t key = chunk.key[j];
+    const PageLayout& layout = pages_->layout_of(k_segment_, key / kPage);
+    const char* page = entry_page(*pages_, k_segment_, key);
+    const int64_t k_bytes = int64_t(shape.d) * layout.k.bits() / 8, v_bytes = int64_t(shape.d_v) * layout.v.bits() / 8;
+    const char* k = page + layout.k_at + key % kPage * k_bytes;
+    const char* v = (v_segment_ == k_segment_ ? page : entry_page(*pages_, v_segment_, key)) + layout.v_at + key % kPage * v_bytes;
+    for (int64_t at = 0; at < k_bytes; at += 64) __builtin_prefetch(k + at, 0, 2);
+    for (int64_t at = 0; at < v_bytes; at += 64) __builtin_prefetch(v + at, 0, 2);
+  }
+}
+
 void KeyView::open(Tile& tile, Chunk& chunk, bool values) const {
   if (pages_) open_pages(tile, chunk, values);
   else open_panel(tile, chunk, values);

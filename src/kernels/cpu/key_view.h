@@ -22,6 +22,9 @@ class KeyView {
   /// Takes up to kChunk keys of the walk that some lane may see (by window and until): key, position, until, bias, factor,
   /// bits. False when the walk has ended.
   bool gather(Walk& walk, const Lanes& lanes, const Mods& mods, Chunk& chunk) const;
+  /// Asks the caches for the keys and values of a chunk that is to be opened after the next one. Pages only: a decode step
+  /// reads each entry once, and waits for memory without it.
+  void prefetch(const Chunk& chunk, const TileShape& shape) const;
   /// Points chunk.k (and chunk.v, or tile.v_rows as pairs) at the keys gathered, converting what is not in the form that
   /// tile multiplies.
   void open(Tile& tile, Chunk& chunk, bool values) const;
