@@ -11,6 +11,7 @@ Entry flexprefill();
 Entry gdn();
 Entry h2o();
 Entry kivi();
+Entry knorm();
 Entry kvzip();
 Entry moba();
 Entry pyramidkv();

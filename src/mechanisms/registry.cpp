@@ -7,8 +7,8 @@ namespace heed {
 std::span<const Entry> registry() {
   using namespace mechanisms;
   static const std::vector<Entry> entries = {
-      dense(), act(), adakv(), flexprefill(), gdn(), h2o(), kivi(), kvzip(), moba(), pyramidkv(), quest(), retrieval_heads(),
-      ring(), snapkv(), streaming_llm(), tidal_decode(), tova(), xattention(),
+      dense(), act(), adakv(), flexprefill(), gdn(), h2o(), kivi(), knorm(), kvzip(), moba(), pyramidkv(), quest(),
+      retrieval_heads(), ring(), snapkv(), streaming_llm(), tidal_decode(), tova(), xattention(),
   };
   return entries;
 }

@@ -71,7 +71,7 @@ TEST_P(Keep, IdentityKeepsAll) {
   for (const Shape s : {shape(97, 97), shape(1, 1), shape(5, 130)}) {
     const Case c(s);
     for (const char* spec : {"streaming-llm(window=1000000)", "snapkv(budget=1.0)", "pyramidkv(budget=1.0)", "adakv(snapkv(budget=1.0))",
-                             "h2o(budget=1.0)", "tova(budget=1.0)", "kivi(residual=100000)"}) {
+                             "h2o(budget=1.0)", "tova(budget=1.0)", "knorm(budget=1.0)", "kivi(residual=100000)"}) {
       const ApplyOutput out = c.run(spec, backend());
       EXPECT_LT(c.dense_error(out), kExact) << spec;
       EXPECT_LT(kept_error(c, out), kExact) << spec;
@@ -82,7 +82,7 @@ TEST_P(Keep, IdentityKeepsAll) {
 
 TEST_P(Keep, WhatIsLeftIsReadExactly) {
   const Case c(shape(70, 133), 5);
-  for (const char* spec : {"streaming-llm(budget=40)", "snapkv(budget=40,window=8)", "adakv(snapkv(budget=40,window=8))", "h2o(budget=31)", "tova(budget=17)"}) {
+  for (const char* spec : {"streaming-llm(budget=40)", "snapkv(budget=40,window=8)", "adakv(snapkv(budget=40,window=8))", "h2o(budget=31)", "tova(budget=17)", "knorm(budget=17)"}) {
     const ApplyOutput out = c.run(spec, backend());
     EXPECT_LT(kept_error(c, out), kExact) << spec;
     for (const auto& list : lists(out, "kept")) {
@@ -121,6 +121,24 @@ TEST_P(Keep, SnapKvOfOneRowIsThatRow) {
     auto scores = grouped(c, kv, column_sums(c, 1));
     scores.back() = INFINITY;
     EXPECT_EQ(held[size_t(kv)], top(scores, 12));
+  }
+}
+
+TEST_P(Keep, KnormKeepsTheSmallestKeys) {
+  for (const Shape s : {shape(120, 120), shape(11, 201, 20)}) {
+    const Case c(s, 12);
+    for (const auto& [spec, budget, sinks] : {std::tuple{"knorm(budget=33)", 33, 0}, {"knorm(budget=40,sinks=5)", 40, 5}, {"knorm(budget=1)", 1, 0}}) {
+      const auto held = kept(c, spec, backend());
+      for (int64_t kv = 0; kv < s.g; ++kv) {
+        std::vector<double> scores;
+        for (int64_t j = 0; j < s.m; ++j) {
+          double sum = 0;
+          for (int64_t x = 0; x < s.d; ++x) sum += std::pow(double(c.k->at<float>(kv, j, x)), 2);
+          scores.push_back(j < sinks ? INFINITY : -std::sqrt(sum));
+        }
+        EXPECT_EQ(held[size_t(kv)], top(scores, budget)) << spec;
+      }
+    }
   }
 }
 

@@ -73,7 +73,7 @@ TEST_F(RealModel, IdentitiesPredictAsDenseDoes) {
 
 TEST_F(RealModel, AThirdOfTheTextKeepsMostOfThePrediction) {
   const auto dense = predict("dense");
-  for (const char* spec : {"streaming-llm(budget=96)", "snapkv(budget=0.33)", "pyramidkv(budget=0.33,beta=2)", "adakv(snapkv(budget=0.33))", "h2o(budget=0.33)", "tova(budget=0.33)",
+  for (const char* spec : {"streaming-llm(budget=96)", "snapkv(budget=0.33)", "pyramidkv(budget=0.33,beta=2)", "adakv(snapkv(budget=0.33))", "h2o(budget=0.33)", "tova(budget=0.33)", "knorm(budget=0.33)",
                            "quest(budget=0.33)", "tidal-decode(budget=0.33)", "xattention(block=16,threshold=0.9)", "moba(block=16,topk=6)", "flexprefill(block=16,min_budget=64)",
                            "kivi(residual=64)", "kvzip(budget=0.33,chunk=128)", "act(heads=0)"}) {
     const double kld = divergence(dense, predict(spec));

@@ -142,6 +142,7 @@ TEST_P(EvictionTest, EqualsTheUntilMask) {
 INSTANTIATE_TEST_SUITE_P(Policies, EvictionTest, testing::Values(
     Case{"snapkv(budget=20,window=4)"}, Case{"snapkv(budget=20,window=4,when=every(3))"}, Case{"snapkv(budget=24,window=4,when=chunk)", 30},
     Case{"pyramidkv(budget=20,window=4)"}, Case{"adakv(snapkv(budget=20,window=4))"}, Case{"h2o(budget=16)"}, Case{"h2o(budget=16)", 25},
+    Case{"knorm(budget=16)"}, Case{"knorm(budget=20,sinks=2,when=every(1))", 33}, Case{"adakv(knorm(budget=20))"},
     Case{"tova(budget=16)"}, Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"}, Case{"snapkv(budget=20,window=4,layers=1-)"}),
     [](const auto& info) {
       std::string name = info.param.attention + (info.param.chunk ? "_chunk" : "");
