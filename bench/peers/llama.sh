@@ -15,10 +15,8 @@ bench=$work/build/bin/llama-bench
 
 if [ ! -x "$bench" ]; then
   mkdir -p "$work"
-  # pip would run the package's build to learn its name; --no-build-isolation and a plain download of the file suffice.
   [ -f "$work/llama_cpp_python-$version.tar.gz" ] ||
-    python3 -m pip download --no-deps --no-binary :all: --no-build-isolation -d "$work" "llama-cpp-python==$version" ||
-    [ -f "$work/llama_cpp_python-$version.tar.gz" ]
+    python3 -m pip download --no-deps --no-binary llama-cpp-python -d "$work" "llama-cpp-python==$version"
   tar -xzf "$work/llama_cpp_python-$version.tar.gz" -C "$work"
   flags=(-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF -DLLAMA_BUILD_NUMBER=1
          -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
@@ -30,7 +28,7 @@ if [ ! -x "$bench" ]; then
     ! has avx512_vnni || flags+=(-DGGML_AVX512_VNNI=ON)
     ! has avx512vbmi || flags+=(-DGGML_AVX512_VBMI=ON)
     ! has avx512_bf16 || flags+=(-DGGML_AVX512_BF16=ON)
-    ! has amx_tile || flags+=(-DGGML_AMX_TILE=ON -DGGML_AMX_INT8=ON)
+    # Not its AMX kernels: that build crashes on some machines that have AMX.
   fi
   cmake -S "$work/llama_cpp_python-$version/vendor/llama.cpp" -B "$work/build" -G Ninja "${flags[@]}" >"$work/configure.log"
   cmake --build "$work/build" --target llama-bench llama-perplexity >"$work/build.log"
