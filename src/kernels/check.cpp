@@ -62,4 +62,22 @@ void check_attention(const char* where, const Ragged& q, const Ragged& k, const 
   require(!mods.sink_logits || mods.weight == WeightFunction::Softmax, where, "sink_logits need softmax weights");
 }
 
+void check_combine(const char* where, const Tensor& x, const Tensor& y, const Tensor& out) {
+  require(x.type == Dtype::F32 && (x.rank == 1 || x.rank == 2), where, "x is F32 [rows] or [rows, width], got " + x.shape());
+  const bool wide = x.rank == 2;
+  require(x.stride[size_t(x.rank - 1)] == 1 || x.size[size_t(x.rank - 1)] <= 1, where, "x's rows are contiguous");
+  if (wide) check_tensor(where, "out", out, {x.size[0], x.size[1]});
+  else check_tensor(where, "out", out, {x.size[0]});
+  if (y && wide && y.rank == 2) check_tensor(where, "y", y, {x.size[0], x.size[1]});
+  else check_tensor(where, "y", y, {x.size[0]}, true);
+}
+
+void check_spread(const char* where, const Ragged& x, const Spread& how, const Tensor& out) {
+  check_combine(where, x.values, {}, out);
+  require(how.block >= 0 && how.first >= 0 && how.ahead >= 0, where, "block, first and ahead are not negative");
+  require(how.ahead == 0 || (how.block > 0 && how.over == Spread::Over::Block), where, "a group ahead is a block of known size");
+  require(how.of != Spread::Of::Rank || (how.over == Spread::Over::Block && how.ahead == 0), where, "ranks are those of a row's own block");
+  require(out.data != x.values.data, where, "out is not x");
+}
+
 }  // namespace heed

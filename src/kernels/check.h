@@ -12,6 +12,10 @@ void check_attention(const char* where, const Ragged& q, const Ragged& k, const 
 void check_tensor(const char* where, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
                   bool optional = false, Dtype type = Dtype::F32);
 
+/// What combine and spread ask.
+void check_combine(const char* where, const Tensor& x, const Tensor& y, const Tensor& out);
+void check_spread(const char* where, const Ragged& x, const Spread& how, const Tensor& out);
+
 /// Numbers that q, k and v may be made of.
 inline bool is_float(Dtype type) { return type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16; }
 

@@ -182,6 +182,38 @@ struct RecurGrads {  // each the shape of what it is the gradient of; empty: not
 };
 
 enum class ScanKind : uint8_t { Linear, Lse, Min, Max, Mean };
+
+/// What combine makes of two numbers x and y; an absent y is 1.
+enum class Combine : uint8_t {
+  Add,       // x + factor · y
+  Multiply,  // factor · x · y
+  Divide,    // factor · x / y; 0 where y is 0
+  Max,       // max(x, factor · y)
+  Exp,       // e^(factor · x) · y
+  Log,       // factor · log(x) · y
+  Power,     // x^factor · y, x ≥ 0
+  AtLeast,   // 1 where x ≥ factor · y, else 0
+  Finite,    // x where it is finite, else factor · y
+  Forced,    // x where it is +∞, else factor · y
+};
+
+/// A statistic of a group of rows, for every row of the group and each channel on its own.
+struct Spread {
+  enum class Of : uint8_t {
+    Sum, Mean, Min, Max,
+    Deviation,  // √(Σ (x − mean)² / (rows − 1)); 0 for a single row
+    Rank,       // how many rows of the group select would take after this one; Block only, at the price of a group's square
+  } of = Of::Mean;
+  enum class Over : uint8_t {
+    Block,  // `block` rows of a segment, counted from row `first` on; 0: all of them. The last one may be short
+    Heads,  // row i of every head of a sequence that has one
+    Layer,  // all rows of all heads of a sequence
+  } over = Over::Block;
+  int64_t block = 0, first = 0;
+  int64_t ahead = 0;  // Block: the statistic is that of the block so many further on, which must be whole
+};
+// A row that belongs to no group, or whose group ahead is not there, gets NaN.
+
 enum class Activation : uint8_t { Silu, GeluTanh };
 
 /// The table. Implementations: reference/ (plain loops, the oracle), cpu/ (one instance for each instruction set).
@@ -229,6 +261,11 @@ struct Kernels {
   void (*recur_backward)(Queue&, const RecurInputs&, const Recur&, Tensor d_out, Tensor d_state, const RecurGrads&);
   /// x, a, out [rows, width]; along each segment: Linear out_t = a_t out_{t−1} + x_t; the others are running folds of x.
   void (*scan)(Queue&, const Ragged& x, Tensor a, ScanKind, Tensor out);
+  /// out = x combined with y, element by element: x, out F32 [rows] or [rows, width]; y (may be empty) the same, or one
+  /// number for each row. Whole tensors, segments or not; out may be x or y.
+  void (*combine)(Queue&, Tensor x, Tensor y, Combine, float factor, Tensor out);
+  /// x F32 [rows] or [rows, width] → out, of its shape and indexed as it; not x itself.
+  void (*spread)(Queue&, const Ragged& x, const Spread&, Tensor out);
 
   /// Entries first[s] (I32 [segments]) … first[s] + rows of every segment take k, v (any plain type; rows [m, d], [m, d_v])
   /// and their positions (I32, indexed as k's rows); their bias is 0, their User columns are filled; block columns they

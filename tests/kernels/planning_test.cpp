@@ -57,6 +57,66 @@ void smooth_equals_reference(const Kernels& run, Random random) {
   }
 }
 
+void combine_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(60); ++i) {
+    const Combine how = Combine(random.below(10));
+    const int64_t rows = random.below(3) == 0 ? random.below(3) : random.below(9000),
+                  width = pick<int64_t>(random, {0, 1, 5, 64});
+    std::vector<int64_t> sizes{rows};
+    if (width > 0) sizes.push_back(width);
+    const bool positive = how == Combine::Log || how == Combine::Power;
+    auto draw = [&] {
+      const double x = 0.1 + random.uniform();
+      if (how == Combine::Finite || how == Combine::Forced) return chance(random, 0.3) ? double(INFINITY) : x;
+      return positive ? x : chance(random, 0.1) ? 0.0 : x * (chance(random, 0.5) ? 1 : -1);
+    };
+    const Poisoned x = filled(Dtype::F32, sizes, draw, random.below(2), width > 0 ? random.below(5) : 0);
+    const Poisoned y = filled(Dtype::F32, chance(random, 0.5) ? sizes : std::vector<int64_t>{rows},
+                              [&] { return chance(random, 0.1) ? 0.0 : random.normal(); });
+    const float factor = float(pick<double>(random, {1, -1, 0.5, 2}));
+    const Tensor by = chance(random, 0.2) ? Tensor() : y.view();
+    Poisoned want = x.twin(), got = x.twin();
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + std::to_string(int(how)) + " of " + x->shape());
+    Queue queue;
+    oracle().combine(queue, x, by, how, factor, want);
+    run.combine(queue, x, by, how, factor, got);
+    expect_close("out", want, got, plain(4, 300));
+  }
+}
+
+void spread_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(80); ++i) {
+    const int64_t heads = 1 + random.below(3), width = pick<int64_t>(random, {0, 1, 5, 64});
+    const RaggedData x = normal_ragged(random, Dtype::F32, some_lengths(random, heads * 2, 200), heads, width,
+                                       Layout::any(random));
+    Spread how;
+    how.over = Spread::Over(random.below(3));
+    if (how.over == Spread::Over::Block) {
+      how.block = pick<int64_t>(random, {0, 1, 7, 16, 300});
+      how.first = pick<int64_t>(random, {0, 0, 3, 250});
+      if (how.block > 0) how.ahead = random.below(3);
+    }
+    how.of = Spread::Of(random.below(how.over == Spread::Over::Block && how.ahead == 0 ? 6 : 5));
+    Poisoned want = x.values.twin(), got = x.values.twin();
+    SCOPED_TRACE("case " + std::to_string(i) + ": statistic " + std::to_string(int(how.of)) + " over " +
+                 std::to_string(int(how.over)) + ", blocks of " + std::to_string(how.block) + " from " +
+                 std::to_string(how.first) + ", ahead " + std::to_string(how.ahead));
+    Queue queue;
+    oracle().spread(queue, x, how, want);
+    run.spread(queue, x, how, got);
+    // NaN marks rows without a group: those must agree, and the others lie close.
+    for (int64_t s = 0; s < x.view.segments(); ++s)
+      for (int64_t r = x.view.begin(s); r < x.view.end(s); ++r)
+        for (int64_t c = 0; c < std::max<int64_t>(1, width); ++c) {
+          const double a = width > 0 ? want->at<float>(r, c) : want->at<float>(r),
+                       b = width > 0 ? got->at<float>(r, c) : got->at<float>(r);
+          ASSERT_EQ(std::isnan(a), std::isnan(b));
+          if (!std::isnan(a)) ASSERT_NEAR(a, b, plain(600, 600));
+        }
+    EXPECT_EQ(got.strays(), 0);
+  }
+}
+
 /// A grid for each segment, and a twin for another table's results.
 struct GridData {
   RaggedData cells;
@@ -370,6 +430,48 @@ TEST(Reference, ScanOfThreeNumbers) {
   EXPECT_NEAR(scanned(ScanKind::Lse)[2], std::log(std::exp(1) + std::exp(2) + std::exp(3)), 1e-6);
 }
 
+TEST(Reference, CombineOfTwoNumbers) {
+  const Poisoned x = filled(Dtype::F32, {4},
+                            [i = 0]() mutable { return std::array{4.0, 0.25, double(INFINITY), 0.0}[size_t(i++)]; });
+  const Poisoned y = filled(Dtype::F32, {4}, [i = 0]() mutable { return std::array{2.0, 0.0, 1.0, 3.0}[size_t(i++)]; });
+  Queue queue;
+  auto combined = [&](Combine how, float factor) {
+    Poisoned out = x.twin();
+    oracle().combine(queue, x, y, how, factor, out);
+    return read(out);
+  };
+  using V = std::vector<float>;
+  EXPECT_EQ(combined(Combine::Add, -1), (V{2, 0.25, INFINITY, -3}));
+  EXPECT_EQ(combined(Combine::Divide, 3), (V{6, 0, INFINITY, 0}));
+  EXPECT_EQ(combined(Combine::Max, 2), (V{4, 0.25, INFINITY, 6}));
+  EXPECT_EQ(combined(Combine::Power, 0.5), (V{4, 0, INFINITY, 0}));
+  EXPECT_EQ(combined(Combine::AtLeast, 1), (V{1, 1, 1, 0}));
+  EXPECT_EQ(combined(Combine::Finite, 1), (V{4, 0.25, 1, 0}));
+  EXPECT_EQ(combined(Combine::Forced, 1), (V{2, 0, INFINITY, 3}));
+}
+
+TEST(Reference, SpreadOfFiveNumbers) {
+  const RaggedData x = counting(5, 0);
+  Queue queue;
+  auto spread = [&](Spread how) {
+    Poisoned out = x.values.twin();
+    oracle().spread(queue, x, how, out);
+    return read(out);
+  };
+  using V = std::vector<float>;
+  const auto base = spread({});
+  const float first = read(x.values)[0];
+  EXPECT_EQ(base, V(5, first + 2)) << "the mean of consecutive numbers is the middle one";
+  EXPECT_EQ(spread({.of = Spread::Of::Max, .block = 2}), (V{first + 1, first + 1, first + 3, first + 3, first + 4}));
+  EXPECT_EQ(spread({.of = Spread::Of::Rank, .block = 2}), (V{0, 1, 0, 1, 0}));
+  const auto deviation = spread({.of = Spread::Of::Deviation});
+  EXPECT_NEAR(deviation[3], std::sqrt(2.5), 1e-6);
+  const auto ahead = spread({.of = Spread::Of::Min, .block = 2, .first = 1, .ahead = 1});
+  EXPECT_TRUE(std::isnan(ahead[0]) && std::isnan(ahead[3]) && std::isnan(ahead[4]));
+  EXPECT_EQ(ahead[1], first + 3);
+  EXPECT_EQ(ahead[2], first + 3);
+}
+
 }  // namespace
 
 std::vector<Check> planning_checks() {
@@ -377,7 +479,8 @@ std::vector<Check> planning_checks() {
   return {{Reference, "pool", pool_equals_reference},     {Reference, "smooth", smooth_equals_reference},
           {Reference, "proxy", proxy_equals_reference},   {Reference, "reduce", reduce_equals_reference},
           {Reference, "select", select_equals_reference}, {Property, "select_topk_is_largest", select_topk_is_largest},
-          {Reference, "scan", scan_equals_reference}};
+          {Reference, "scan", scan_equals_reference},     {Reference, "combine", combine_equals_reference},
+          {Reference, "spread", spread_equals_reference}};
 }
 
 }  // namespace heed::test

@@ -13,7 +13,7 @@ const Kernels& table();
 
 /// Each sets the entries that its file names; an entry nobody sets stays the reference's.
 void fill_attention(Kernels&);   // attention.cpp: attend, attend_store, merge, observe*, page_*, column_*
-void fill_planning(Kernels&);    // planning.cpp: attend_backward, pool, smooth, proxy, reduce, select, scan
+void fill_planning(Kernels&);    // planning.cpp: attend_backward, pool, smooth, proxy, reduce, select, scan, combine, spread
 void fill_recurrence(Kernels&);  // recurrence.cpp: recur, recur_backward
 void fill_model(Kernels&);       // model.cpp: matmul, embed, norms, heads, glu, add, dequantise
 
@@ -34,6 +34,8 @@ Function<decltype(Kernels::select)> select;
 Function<decltype(Kernels::recur)> recur;
 Function<decltype(Kernels::recur_backward)> recur_backward;
 Function<decltype(Kernels::scan)> scan;
+Function<decltype(Kernels::combine)> combine;
+Function<decltype(Kernels::spread)> spread;
 Function<decltype(Kernels::page_write)> page_write;
 Function<decltype(Kernels::page_read)> page_read;
 Function<decltype(Kernels::page_move)> page_move;

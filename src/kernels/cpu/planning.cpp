@@ -10,6 +10,8 @@ void fill_planning(Kernels& t) {
   t.reduce = reduce;
   t.select = select;
   t.scan = scan;
+  t.combine = combine;
+  t.spread = spread;
 }
 
 }  // namespace heed::HEED_ISA

@@ -26,6 +26,8 @@ Function<decltype(Kernels::select)> select;
 Function<decltype(Kernels::recur)> recur;
 Function<decltype(Kernels::recur_backward)> recur_backward;
 Function<decltype(Kernels::scan)> scan;
+Function<decltype(Kernels::combine)> combine;
+Function<decltype(Kernels::spread)> spread;
 Function<decltype(Kernels::page_write)> page_write;
 Function<decltype(Kernels::page_read)> page_read;
 Function<decltype(Kernels::page_move)> page_move;

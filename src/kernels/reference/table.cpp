@@ -20,6 +20,8 @@ const Kernels& reference_kernels() {
     t.recur = reference::recur;
     t.recur_backward = reference::recur_backward;
     t.scan = reference::scan;
+    t.combine = reference::combine;
+    t.spread = reference::spread;
     t.page_write = reference::page_write;
     t.page_read = reference::page_read;
     t.page_move = reference::page_move;
