@@ -1,7 +1,6 @@
 #include "attention/select.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 namespace heed {
@@ -42,21 +41,6 @@ Ragged numbers(Queue& queue, std::span<const int64_t> lengths, int64_t heads, in
   out.bound = out.offsets.at<int64_t>(count);
   out.values = width == 1 ? queue.scratch.take(Dtype::F32, {out.bound}) : queue.scratch.take(Dtype::F32, {out.bound, width});
   return out;
-}
-
-void row_norms(Queue& queue, const Ragged& x, float factor, Tensor out) {
-  // A row that sees itself alone has its one logit as lse: x/rms(x) · x/√d = ‖x‖.
-  Scratch scope(queue.scratch);
-  const int64_t d = x.values.size[1];
-  Ragged units = x;
-  units.values = queue.scratch.take(Dtype::F32, {x.values.size[0], d});
-  queue.run->rms_norm(queue, x.values, {}, 1e-30f, units.values);
-  Mods itself;
-  itself.scale = factor / std::sqrt(float(d));
-  itself.window = 1;
-  RowStats stats;
-  stats.lse = out;
-  queue.run->observe_rows(queue, units, {.panel = &x, .pages = nullptr, .read = nullptr}, nullptr, itself, stats);
 }
 
 Grids grids(Queue& queue, int64_t heads, int64_t rows, int64_t cols) {

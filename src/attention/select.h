@@ -20,9 +20,6 @@ Ragged force_last(Ragged scores, std::span<const int64_t> counts);
 /// A ragged of numbers (or of rows of `width`) whose segment s has lengths[s] rows: scratch, not initialised.
 Ragged numbers(Queue&, std::span<const int64_t> lengths, int64_t heads, int64_t width = 1);
 
-/// out [rows]: factor · ‖row‖₂ of every row of x (F32 [rows, d]), indexed as x's rows.
-void row_norms(Queue&, const Ragged& x, float factor, Tensor out);
-
 /// Matrices of rows × cols for each of `heads` segments: scratch.
 Grids grids(Queue&, int64_t heads, int64_t rows, int64_t cols);
 

@@ -1,3 +1,4 @@
+#include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 
@@ -16,21 +17,18 @@ struct Knorm final : KeepPolicy {
   }
   std::string check() const override { return too_small(budget, sinks, "sinks"); }
 
+  // A rotation keeps a norm: keys as the store has them will do.
   Ragged score(LayerView& at) const override {
-    Ragged scores = at.per_entry();
-    Scratch scope(at.queue.scratch);
-    Ragged keys = scores;  // a rotation keeps a norm: keys as the store has them will do
-    keys.values = at.queue.scratch.take(Dtype::F32, {keys.bound, at.store->shape().d});
-    at.run().page_read(at.queue, at.store->pages(), nullptr, keys, {}, {});
-    row_norms(at.queue, keys, -1, scores.values);
-    return force(at.queue, scores, sinks, 0);
+    const Ragged norms = row_norms(at.queue, stored_keys(at));
+    return force(at.queue, combine(at.queue, norms, Combine::Multiply, -1), sinks, 0);
   }
 };
 
 }  // namespace
 
 Entry knorm() {
-  Entry e = entry<Knorm>("knorm", "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", "Devoto et al., 2024, arXiv 2406.11430", 2024, uint8_t(Role::Keep));
+  Entry e = entry<Knorm>("knorm", "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+                         "Devoto et al., 2024, arXiv 2406.11430", 2024, uint8_t(Role::Keep));
   e.equation = "keep the top B of −‖k_j‖₂";
   e.needs = "nothing";
   e.identity = "knorm(budget=1.0)";

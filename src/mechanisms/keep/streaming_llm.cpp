@@ -1,3 +1,4 @@
+#include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 
@@ -14,10 +15,12 @@ struct StreamingLLM final : KeepPolicy {
 
   static std::vector<ParamInfo> params() {
     using M = StreamingLLM;
-    return keep_params<M>("1024", "every(1)", {
-        param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that always stay"),
-        param(&M::window, "window", 0, 0, 1000000000, "latest entries that stay; 0: what the budget leaves beside the sinks"),
-    });
+    return keep_params<M>("1024", "every(1)",
+                          {
+                              param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that always stay"),
+                              param(&M::window, "window", 0, 0, 1000000000,
+                                    "latest entries that stay; 0: what the budget leaves beside the sinks"),
+                          });
   }
   std::string check() const override { return window > 0 ? "" : too_small(budget, sinks + 1, "sinks + 1"); }
 
@@ -30,16 +33,8 @@ struct StreamingLLM final : KeepPolicy {
     return n;
   }
 
-  // Age itself is the score: later is better, and the sinks are best of all.
-  Ragged score(LayerView& at) const override {
-    Ragged age = at.per_entry();
-    const Tensor positions = at.queue.scratch.take(Dtype::I32, {age.bound});
-    Ragged places = age;  // where each segment's numbers lie; keys and values themselves are not wanted
-    places.values = {};
-    at.run().page_read(at.queue, at.store->pages(), nullptr, places, {}, positions);
-    copy(positions, age.values);
-    return force(at.queue, age, sinks, 0);
-  }
+  // Age itself is the score.
+  Ragged score(LayerView& at) const override { return by_age(at, sinks); }
 
   Tensor allocate(const Allocation& a) const override {
     if (window == 0) return KeepPolicy::allocate(a);
@@ -52,7 +47,8 @@ struct StreamingLLM final : KeepPolicy {
 }  // namespace
 
 Entry streaming_llm() {
-  Entry e = entry<StreamingLLM>("streaming-llm", "Efficient Streaming Language Models with Attention Sinks", "Xiao et al., 2023, arXiv 2309.17453", 2023, uint8_t(Role::Keep));
+  Entry e = entry<StreamingLLM>("streaming-llm", "Efficient Streaming Language Models with Attention Sinks",
+                                "Xiao et al., 2023, arXiv 2309.17453", 2023, uint8_t(Role::Keep));
   e.equation = "keep {0 … s − 1} ∪ the last r entries; key i of the cache is rotated at i";
   e.needs = "keys kept before rotation";
   e.identity = "streaming-llm(window=1000000000)";

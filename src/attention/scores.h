@@ -1,0 +1,52 @@
+// Arithmetic on what lies beside entries: small words over whole raggeds, from which scores are written as equations.
+// Every result is scratch, laid out as its first argument.
+#pragma once
+#include "attention/mechanism.h"
+
+namespace heed {
+
+/// All entries of the layer as the store keeps them: keys [entries, d] (rotated unless the store keeps them plain), values
+/// [entries, d_v], and their true positions as numbers. F32.
+Ragged stored_keys(const LayerView&);
+Ragged stored_values(const LayerView&);
+Ragged stored_positions(const LayerView&);
+
+/// x and y, element by element (kernels.h, Combine); without y, x and 1. y may be a number for each row of a wider x.
+Ragged combine(Queue&, const Ragged& x, Combine, float factor = 1);
+Ragged combine(Queue&, const Ragged& x, const Ragged& y, Combine, float factor = 1);
+
+/// A statistic of each row's group (kernels.h, Spread).
+Ragged spread(Queue&, const Ragged& x, const Spread&);
+/// e^x / Σ e^x over each group; NaN for rows of none.
+Ragged softmax(Queue&, const Ragged& x, Spread group = {});
+/// x / Σ x over each group, 0 where the sum is 0; NaN for rows of none.
+Ragged shares(Queue&, const Ragged& x, Spread group = {});
+
+/// factor · x_i·y_i for every row i of two raggeds of one layout.
+Ragged row_dots(Queue&, const Ragged& x, const Ragged& y, float factor = 1);
+/// ‖x_i‖₂ of every row.
+Ragged row_norms(Queue&, const Ragged& x);
+/// factor · row·k_j for every key of a segment; `rows` has one row for each segment.
+Ragged dots(Queue&, const Ragged& rows, const Ragged& keys, float factor = 1);
+/// The mean row of every segment (0 of an empty one), as a ragged of one row a segment.
+Ragged mean_rows(Queue&, const Ragged& x);
+/// Every row divided by its root mean square: √width times the unit vector.
+Ragged unit_rows(Queue&, const Ragged& x);
+
+/// `rows` numbers 1, [rows] or [rows, width].
+Tensor ones(Queue&, int64_t rows, int64_t width = 0);
+/// For each entry of the store, how many of the new queries stand at or behind it.
+Ragged queries_behind(const LayerView&);
+
+/// x without the first `rows` rows of every segment. No copy.
+Ragged without_first(Queue&, const Ragged& x, int64_t rows);
+/// The query heads that come `member`-th in their groups, as a ragged of one segment for each KV head. No copy.
+Ragged members(Queue&, const Ragged& q, int64_t group, int64_t member);
+
+/// How many entries of each (layer, segment) score `least` or more: I32 [layers, segments].
+Tensor passing(const Allocation&, float least);
+
+/// Whose keys stay for their place: the first `sinks` first, then the later the better.
+Ragged by_age(const LayerView&, int64_t sinks);
+
+}  // namespace heed
