@@ -1,0 +1,122 @@
+#include "attention/patterns.h"
+
+#include <algorithm>
+#include <map>
+
+namespace heed {
+namespace {
+
+constexpr int64_t kTile = 64;
+using Mask = std::array<uint64_t, kTile>;  // bit j of word i: row i of the tile sees key j of the block
+
+/// Bits low … high − 1.
+uint64_t bits(int64_t low, int64_t high) {
+  const uint64_t below = high >= 64 ? ~uint64_t(0) : (uint64_t(1) << high) - 1;
+  return low >= 64 ? 0 : below & ~((uint64_t(1) << low) - 1);
+}
+
+/// The rows of a plan as they are found.
+struct Rows {
+  std::vector<int64_t> rowptr{0};
+  std::vector<int32_t> index, mask;
+  std::vector<Mask> masks;
+  std::map<Mask, int32_t> known;
+
+  void add(int64_t block, const Mask& seen) {
+    index.push_back(int32_t(block));
+    const bool whole = std::all_of(seen.begin(), seen.end(), [](uint64_t row) { return row == ~uint64_t(0); });
+    if (whole) {
+      mask.push_back(-1);
+      return;
+    }
+    const auto [place, fresh] = known.try_emplace(seen, int32_t(masks.size()));
+    if (fresh) masks.push_back(seen);
+    mask.push_back(place->second);
+  }
+};
+
+/// One query tile: rows first … last − 1 of n queries over m keys.
+void add_tile(Rows& rows, const Pattern& pattern, int64_t first, int64_t last, int64_t n, int64_t m, bool causal) {
+  const int64_t blocks = (m + kTile - 1) / kTile;
+  std::vector<Mask> seen(static_cast<size_t>(blocks), Mask{});
+  std::vector<bool> any(static_cast<size_t>(blocks), false);
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t i = m - n + r, end = causal ? i + 1 : m;
+    pattern(i, m, [&](int64_t a, int64_t b) {
+      a = std::max<int64_t>(a, 0), b = std::min(b, end);
+      for (int64_t block = a / kTile; a < b && block <= (b - 1) / kTile; ++block) {
+        seen[size_t(block)][size_t(r - first)] |= bits(std::max<int64_t>(0, a - block * kTile),
+                                                       std::min(kTile, b - block * kTile));
+        any[size_t(block)] = true;
+      }
+    });
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (!any[size_t(block)]) continue;
+    // What causality or the ends hide anyway is no reason for a mask.
+    for (int64_t r = 0; r < kTile; ++r) {
+      const int64_t end = first + r >= last ? 0 : causal ? m - n + first + r + 1 : m;
+      seen[size_t(block)][size_t(r)] |= bits(std::clamp<int64_t>(end - block * kTile, 0, kTile), kTile);
+    }
+    rows.add(block, seen[size_t(block)]);
+  }
+  rows.rowptr.push_back(int64_t(rows.index.size()));
+}
+
+/// `values` on the queue's device, as [count, …].
+template <class T>
+Tensor placed(Queue& queue, Dtype type, const std::vector<T>& values, std::initializer_list<int64_t> sizes) {
+  const Tensor out = queue.scratch.take(type, sizes);
+  std::copy(values.begin(), values.end(), out.as<T>());
+  return out;
+}
+
+}  // namespace
+
+Plan pattern_plan(LayerView& at, const Pattern& pattern) {
+  const int64_t h = at.q.heads, g = at.k.heads;
+  bool alike = true;
+  for (int64_t s = 0; s < at.k.segments(); ++s) alike &= at.k.length(s) == at.k.length(s / g * g);
+  Rows rows;
+  for (int64_t s = 0; s < at.q.sequences(); ++s)
+    for (int64_t head = 0; head < (alike ? 1 : g); ++head) {
+      const int64_t n = at.q.length(s * h), m = at.k.length(s * g + head);
+      for (int64_t first = 0; first < n; first += kTile)
+        add_tile(rows, pattern, first, std::min(n, first + kTile), n, m, at.plan.causal);
+    }
+  Plan plan;
+  plan.form = Plan::Form::Blocks, plan.scope = alike ? Plan::Scope::Layer : Plan::Scope::KvHead;
+  plan.q_tile = plan.k_tile = kTile, plan.causal = at.plan.causal;
+  const int64_t count = int64_t(rows.index.size());
+  plan.nnz_bound = count;
+  plan.rowptr = placed(at.queue, Dtype::I64, rows.rowptr, {int64_t(rows.rowptr.size())});
+  plan.index = placed(at.queue, Dtype::I32, rows.index, {count});
+  if (rows.masks.empty()) return plan;
+  plan.mask = placed(at.queue, Dtype::I32, rows.mask, {count});
+  std::vector<uint64_t> words;
+  for (const Mask& m : rows.masks) words.insert(words.end(), m.begin(), m.end());
+  plan.bits = placed(at.queue, Dtype::U64, words, {int64_t(rows.masks.size()), kTile, 1});
+  return plan;
+}
+
+Plan own_tiles(LayerView& at, int tile) {
+  const int64_t h = at.q.heads, g = at.k.heads;
+  std::vector<int64_t> rowptr{0};
+  std::vector<int32_t> ranges;
+  for (int64_t s = 0; s < at.k.segments(); ++s) {
+    const int64_t n = at.q.length(s / g * h), m = at.k.length(s);
+    for (int64_t first = 0; first < n; first += tile) {
+      ranges.push_back(int32_t(m - n + first));
+      ranges.push_back(int32_t(m - n + std::min<int64_t>(n, first + tile)));
+      rowptr.push_back(int64_t(ranges.size()) / 2);
+    }
+  }
+  Plan plan;
+  plan.form = Plan::Form::Interval, plan.scope = Plan::Scope::KvHead, plan.q_tile = tile, plan.causal = false;
+  plan.nnz_bound = rowptr.back();
+  plan.rowptr = placed(at.queue, Dtype::I64, rowptr, {int64_t(rowptr.size())});
+  plan.index = placed(at.queue, Dtype::I32, ranges, {plan.nnz_bound, 2});
+  return plan;
+}
+
+}  // namespace heed

@@ -1,0 +1,22 @@
+// Plans known from shapes alone: static masks, run by the kernels as whole blocks and bit masks.
+#pragma once
+#include <functional>
+
+#include "attention/mechanism.h"
+
+namespace heed {
+
+/// Takes a half-open range of keys.
+using AddKeys = std::function<void(int64_t begin, int64_t end)>;
+/// Names the keys that the query at key number i of m reads; ranges may overlap and reach past what exists. Of what lies
+/// behind the query nothing is read.
+using Pattern = std::function<void(int64_t i, int64_t m, const AddKeys& add)>;
+
+/// The plan that reads what `pattern` names, for all heads alike, as blocks of 64 × 64 with bit masks where they are cut.
+/// Key numbers count the entries that the queries see, so behind an eviction a pattern is one of what is left.
+Plan pattern_plan(LayerView&, const Pattern& pattern);
+
+/// Tiles of `tile` new queries that see all the keys of their own tile and no others, later ones too.
+Plan own_tiles(LayerView&, int tile);
+
+}  // namespace heed
