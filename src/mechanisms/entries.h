@@ -5,23 +5,43 @@
 namespace heed::mechanisms {
 
 Entry dense();
+Entry a2sf();
+Entry a_shape();
 Entry act();
 Entry adakv();
+Entry caote();
+Entry chunkkv();
+Entry cur();
+Entry dms();
+Entry duo_attention();
+Entry expected_attention();
 Entry flexprefill();
 Entry gdn();
+Entry gna();
 Entry h2o();
+Entry keydiff();
 Entry kivi();
 Entry knorm();
 Entry kvzip();
+Entry lagkv();
 Entry moba();
+Entry noncausal();
+Entry observed_attention();
+Entry power();
 Entry pyramidkv();
 Entry quest();
+Entry random();
 Entry retrieval_heads();
 Entry ring();
+Entry simlayerkv();
 Entry snapkv();
+Entry star();
+Entry stochastic_sa();
 Entry streaming_llm();
 Entry tidal_decode();
 Entry tova();
+Entry tri_shape();
+Entry triangle_mix();
 Entry xattention();
 
 }  // namespace heed::mechanisms

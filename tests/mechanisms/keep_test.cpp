@@ -1,5 +1,5 @@
 #include "attention/spec.h"
-#include "harness.h"
+#include "keep_case.h"
 #include "mechanisms/registry.h"
 
 namespace heed::test {
@@ -7,65 +7,6 @@ namespace {
 
 class Keep : public Mechanisms {};
 HEED_ON_ALL_SETTINGS(Keep);
-
-/// What a policy keeps, as a set for each KV head, and that the output of the prompt stays dense.
-std::vector<std::vector<int32_t>> kept(const Case& c, const std::string& spec, const std::string& backend) {
-  const ApplyOutput out = c.run(spec, backend);
-  EXPECT_LT(c.dense_error(out), kExact) << spec;
-  return lists(out, "kept");
-}
-
-/// The last query over the kept entries, against the explicit softmax over them.
-double kept_error(const Case& c, const ApplyOutput& out) {
-  const auto held = lists(out, "kept");
-  double worst = 0;
-  for (int64_t head = 0; head < c.shape.h; ++head) {
-    const auto& list = held[size_t(head / c.group())];
-    const auto expected = c.output(head, c.weights(head, c.shape.n - 1, [&](int64_t j) { return std::binary_search(list.begin(), list.end(), int32_t(j)); }));
-    for (int64_t x = 0; x < c.shape.d_v; ++x) worst = std::max(worst, std::abs(double(out.find("kept_out")->view().at<float>(head, x)) - expected[size_t(x)]));
-  }
-  return worst;
-}
-
-/// Mean over the group (or maximum) of votes[head][j].
-std::vector<double> grouped(const Case& c, int64_t kv, const Rows& votes, bool max = false) {
-  std::vector<double> out(size_t(c.shape.m), max ? -INFINITY : 0.0);
-  for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head)
-    for (int64_t j = 0; j < c.shape.m; ++j) {
-      double& x = out[size_t(j)];
-      x = max ? std::max(x, votes[size_t(head)][size_t(j)]) : x + votes[size_t(head)][size_t(j)] / double(c.group());
-    }
-  return out;
-}
-
-/// Column sums of the last `rows` rows of every query head.
-Rows column_sums(const Case& c, int64_t rows) {
-  Rows out;
-  for (int64_t head = 0; head < c.shape.h; ++head) {
-    auto& sum = out.emplace_back(size_t(c.shape.m), 0.0);
-    for (int64_t i = std::max<int64_t>(0, c.shape.n - rows); i < c.shape.n; ++i) {
-      const auto p = c.causal(head, i);
-      for (int64_t j = 0; j < c.shape.m; ++j) sum[size_t(j)] += p[size_t(j)];
-    }
-  }
-  return out;
-}
-
-/// SnapKV's scores of all keys of a KV head, +∞ for the window.
-std::vector<double> snapkv_scores(const Case& c, int64_t kv, int64_t window, int64_t kernel, bool max_pool = false, bool max_group = false) {
-  const auto votes = grouped(c, kv, column_sums(c, window), max_group);
-  const int64_t prefix = std::max<int64_t>(0, c.shape.m - window);
-  std::vector<double> out(size_t(c.shape.m), INFINITY);
-  for (int64_t j = 0; j < prefix; ++j) {
-    double sum = 0, most = -INFINITY;
-    for (int64_t x = j - kernel / 2; x <= j + kernel / 2; ++x) {
-      if (x < 0 || x >= prefix) continue;
-      sum += votes[size_t(x)], most = std::max(most, votes[size_t(x)]);
-    }
-    out[size_t(j)] = max_pool ? most : sum / double(kernel);
-  }
-  return out;
-}
 
 TEST_P(Keep, IdentityKeepsAll) {
   for (const Shape s : {shape(97, 97), shape(1, 1), shape(5, 130)}) {

@@ -143,6 +143,13 @@ INSTANTIATE_TEST_SUITE_P(Policies, EvictionTest, testing::Values(
     Case{"snapkv(budget=20,window=4)"}, Case{"snapkv(budget=20,window=4,when=every(3))"}, Case{"snapkv(budget=24,window=4,when=chunk)", 30},
     Case{"pyramidkv(budget=20,window=4)"}, Case{"adakv(snapkv(budget=20,window=4))"}, Case{"h2o(budget=16)"}, Case{"h2o(budget=16)", 25},
     Case{"knorm(budget=16)"}, Case{"knorm(budget=20,sinks=2,when=every(1))", 33}, Case{"adakv(knorm(budget=20))"},
+    Case{"a2sf(budget=16)"}, Case{"a2sf(budget=16,alpha=0.8,window=3)", 25}, Case{"observed-attention(budget=16)"}, Case{"observed-attention(budget=16,when=every(2))", 25},
+    Case{"keydiff(budget=16)"}, Case{"keydiff(budget=20,when=chunk)", 25}, Case{"cur(budget=16)"}, Case{"lagkv(budget=30,lag=12)"},
+    Case{"noncausal(budget=20,tile=16)"}, Case{"noncausal(budget=20,tile=16)", 30}, Case{"expected-attention(budget=16)"},
+    Case{"expected-attention(budget=20,when=chunk)", 30}, Case{"random(budget=16)"}, Case{"random(budget=16,when=every(3))"},
+    Case{"duo-attention(sinks=2,recent=12)"}, Case{"duo-attention(sinks=2,recent=12,heads=1)", 25}, Case{"simlayerkv(threshold=0,recent=14)"},
+    Case{"chunkkv(snapkv(budget=20,window=4),chunk=5)"}, Case{"caote(h2o(budget=16))"}, Case{"caote(snapkv(budget=20,window=4))"},
+    Case{"dms(knorm,threshold=-1,window=8)"}, Case{"adakv(keydiff(budget=20))"},
     Case{"tova(budget=16)"}, Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"}, Case{"snapkv(budget=20,window=4,layers=1-)"}),
     [](const auto& info) {
       std::string name = info.param.attention + (info.param.chunk ? "_chunk" : "");
