@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels/check.h"
+#include "kernels/cpu/attend_bf16.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/tile_tasks.h"
 
@@ -20,18 +21,6 @@ struct Piece {
   int64_t begin = 0, end = 0;  // keys (Dense), entries (other forms); end 0: all
   int64_t index = 0, pieces = 1, first_piece = 0;
   int64_t cost = 0;
-};
-
-struct Outputs {
-  Tensor out, lse;
-  bool split;
-  float* row(int part, int64_t row) const {
-    return out.as<float>() + (split ? part * out.stride[0] + row * out.stride[1] : row * out.stride[0]);
-  }
-  void set_lse(int part, int64_t row, float x) const {
-    if (!lse) return;
-    lse.as<float>()[split ? part * lse.stride[0] + row * lse.stride[1] : row * lse.stride[0]] = x;
-  }
 };
 
 class Attend {
@@ -193,6 +182,7 @@ void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, con
   require(bool(v.values), "attend", "there are no values");
   check_outputs("attend", q, plan, v.values.size[1], out, lse);
   const Scratch scratch(queue.scratch);
+  if (takes_bf16(q, k, v, plan, mods)) return attend_bf16(queue, q, k, v, plan, mods, {out, lse, plan.parts > 1});
   KeySource source;
   source.k = &k;
   source.v = &v;

@@ -296,9 +296,9 @@ HEED_INLINE F tanh(F x) {
 HEED_INLINE F dot_bf16(F acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 /// Lanes of `even` and `odd` as bf16 pairs: word 2i from even, 2i + 1 from odd.
 HEED_INLINE __m512i pair_bf16(F even, F odd) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  alignas(64) static constexpr uint16_t riffle[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(riffle), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 #endif
 

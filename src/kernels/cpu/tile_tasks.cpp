@@ -4,7 +4,8 @@
 
 namespace heed::HEED_ISA {
 
-std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_heads, int64_t v_heads, const Mods& mods, bool share) {
+std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_heads, int64_t v_heads, const Mods& mods, bool share,
+                                 int64_t most) {
   const bool dense = plan.form == Plan::Form::Dense;
   const PlanRows plan_rows(plan, q, kv_heads);
   if (!dense)
@@ -16,9 +17,9 @@ std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_h
   for (int64_t sequence = 0; sequence < q.sequences(); ++sequence)
     for (int64_t head = 0; head < h;) {
       const int64_t n = q.length(sequence * h + head), q_tile = dense ? std::max<int64_t>(n, 1) : plan.q_tile;
-      const int64_t rows = std::min<int64_t>({kTile, n, q_tile});
+      const int64_t rows = std::min<int64_t>({most, n, q_tile});
       int64_t heads = 1;
-      if (share && rows > 0) heads = std::min(kTile / rows, group - head % group);
+      if (share && rows > 0) heads = std::min(most / rows, group - head % group);
       for (int64_t i = 1; i < heads; ++i)
         if (q.length(sequence * h + head + i) != n) heads = 1;
       TileTask task;
