@@ -1,3 +1,4 @@
+#include "base/threads.h"
 #include "kernels/attention_case.h"
 #include "kernels/bounds.h"
 #include "kernels/checks.h"
@@ -10,19 +11,48 @@ double unit_of(const AttentionCase& c) {
   return std::max(unit(q, k, c.terms), unit(v, c.terms));
 }
 
-void attend_equals_reference(const Kernels& run, Random random) {
+void equals_reference(const Kernels& run, Random random, const Ask& ask) {
   for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
-    const AttentionCase c(random, {});
+    const AttentionCase c(random, ask);
     SCOPED_TRACE("case " + std::to_string(i) + ": " + c.text());
     Queue queue;
     Poisoned out = c.out(), lse = c.lse(), got_out = c.out(), got_lse = c.lse(), alone = c.out();
     reference_kernels().attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, out, lse);
     run.attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, got_out, got_lse);
     const double gain = c.mods.gain ? 1.2 : 1, weights = c.mods.weight == WeightFunction::Sigmoid ? c.terms : 1;
-    expect_close("out", out, got_out, attend_out(unit_of(c), c.logit, gain * weights * std::max(1.0, largest(c.v.values))));
-    expect_close("lse", lse, got_lse, attend_lse(unit_of(c), c.logit));
+    const double rounded = rounded_query(c.q.view.values.type, c.k.view.values.type, c.logit, double(c.d));
+    expect_close("out", out, got_out, attend_out(unit_of(c), c.logit, gain * weights * std::max(1.0, largest(c.v.values)), rounded));
+    expect_close("lse", lse, got_lse, attend_lse(unit_of(c), c.logit, rounded));
     run.attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, alone, {});
     expect_close("out without lse", got_out, alone, 0);
+  }
+}
+
+void attend_equals_reference(const Kernels& run, Random random) { equals_reference(run, random, {}); }
+
+void attend_many_equals_reference(const Kernels& run, Random random) {
+  Ask ask;
+  ask.many = true;
+  equals_reference(run, random, ask);
+}
+
+/// Tiles are cut for the threads at hand; no bit of a result may show it.
+void attend_ignores_threads(const Kernels& run, Random random) {
+  Ask ask;
+  ask.many = true;
+  const int before = threads();
+  for (int i = 0; i < cases(20) && !testing::Test::HasFailure(); ++i) {
+    const AttentionCase c(random, ask);
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + c.text());
+    Queue queue;
+    Poisoned out = c.out(), lse = c.lse(), one_out = c.out(), one_lse = c.lse();
+    set_threads(1);
+    run.attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, one_out, one_lse);
+    set_threads(3);
+    run.attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, out, lse);
+    set_threads(before);
+    expect_close("out", one_out, out, 0);
+    expect_close("lse", one_lse, lse, 0);
   }
 }
 
@@ -205,6 +235,8 @@ void attend_backward_equals_reference(const Kernels& run, Random random) {
 std::vector<Check> attention_checks() {
   using enum Check::Against;
   return {{Reference, "attend", attend_equals_reference},
+          {Reference, "attend_many", attend_many_equals_reference},
+          {Property, "attend_ignores_threads", attend_ignores_threads},
           {Property, "attend_until_is_deletion", until_equals_deletion},
           {Reference, "merge", merge_equals_reference},
           {Property, "merge_of_parts_is_attend", merged_parts_equal_whole},

@@ -134,8 +134,10 @@ AttentionCase::AttentionCase(Random& random, const Ask& ask) {
   std::vector<int64_t> n_of, q_lengths, k_lengths, v_lengths;
   for (int64_t s = 0; s < sequences; ++s) {
     int64_t n = ask.small ? random.below(4) : pick<int64_t>(random, {0, 1, 1, 2, 5, 17, 33, 70});
-    const int64_t more = ask.small ? random.below(5) : pick<int64_t>(random, {0, 0, 1, 13, 64, 131});
-    if (h * d * n > 40000) n = 1 + n / 8;
+    if (ask.many) n = pick<int64_t>(random, {3, 16, 31, 64, 97, 200});
+    int64_t more = ask.small ? random.below(5) : pick<int64_t>(random, {0, 0, 1, 13, 64, 131});
+    if (ask.many && chance(random, 0.2)) more = 300 + random.below(200);
+    if (h * d * n > (ask.many ? 200000 : 40000)) n = 1 + n / 8;
     for (int64_t head = 0; head < h; ++head) q_lengths.push_back(n);
     int64_t m = n + more;
     if (chance(random, 0.05)) m = 0;
@@ -150,8 +152,8 @@ AttentionCase::AttentionCase(Random& random, const Ask& ask) {
   const Dtype shared = type();
   const bool mixed = chance(random, 0.2);
   q = normal_ragged(random, mixed ? type() : shared, q_lengths, h, d, Layout::any(random));
-  k = normal_ragged(random, mixed ? type() : shared, k_lengths, g, d, Layout::any(random));
-  v = normal_ragged(random, mixed ? type() : shared, v_lengths, g_v, d_v, Layout::any(random));
+  k = normal_ragged(random, ask.many ? Dtype::BF16 : mixed ? type() : shared, k_lengths, g, d, Layout::any(random));
+  v = normal_ragged(random, ask.many ? Dtype::BF16 : mixed ? type() : shared, v_lengths, g_v, d_v, Layout::any(random));
 
   for (int64_t head = 0; head < h; ++head) {
     k_head.push_back(maps ? random.below(g) : head * g / h);

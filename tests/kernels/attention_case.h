@@ -7,6 +7,7 @@ namespace heed::test {
 /// What a check can cope with.
 struct Ask {
   bool small = false;     // a few rows and keys, for finite differences and explicit matrices
+  bool many = false;      // tens to hundreds of rows, keys and values of BF16: what is worked on in large tiles
   bool low_types = true;  // BF16 and F16 besides F32
   bool parts = true;
   bool mods = true;

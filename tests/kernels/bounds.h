@@ -20,9 +20,17 @@ inline double unit(Dtype a, Dtype b, double terms) { return std::max(unit(a, ter
 /// and scaling lose some last bits.
 inline double logit_error(double logit) { return 0x1p-21 * logit; }
 
+/// How much a logit may change when queries are rounded to the BF16 of their keys: five deviations of a sum of d products,
+/// each with an error of up to 2^-8 of itself, for queries and keys whose directions have nothing in common.
+inline double rounded_query(Dtype q, Dtype k, double logit, double d) {
+  return q != Dtype::BF16 && k == Dtype::BF16 ? 0x1p-7 * logit / std::sqrt(d) : 0;
+}
+
 /// attend, attend_store: out is a mean of values of at most `value`, lse a logarithm of a sum.
-inline double attend_out(double unit, double logit, double value) { return (unit + 2 * logit_error(logit)) * value; }
-inline double attend_lse(double unit, double logit) { return unit + logit_error(logit) + 0x1p-22 * logit; }
+inline double attend_out(double unit, double logit, double value, double rounded = 0) {
+  return (unit + 2 * (logit_error(logit) + rounded)) * value;
+}
+inline double attend_lse(double unit, double logit, double rounded = 0) { return unit + logit_error(logit) + 0x1p-22 * logit + rounded; }
 
 /// attend_backward: P and dS are each rounded to the operands' type once before they are multiplied.
 inline double gradient(double unit, double logit, double largest) {

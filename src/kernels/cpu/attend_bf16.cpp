@@ -3,6 +3,9 @@
 // For each block and each subtile of 32 queries: twice 32 keys' scores, their softmax, and so on through the block; then the
 // values of the whole block. Keys of a block stay in the second cache for all subtiles of the tile. No unit of keys that a
 // subtile does not see is multiplied.
+//
+// A plan whose rows are too short to fill a subtile (MoBA: a choice of its own for each query) is turned around: of each block
+// of the plan, the queries of a tile that read it are gathered to subtiles, and what they find is merged into their states.
 #include "kernels/cpu/attend_bf16.h"
 
 #include <algorithm>
@@ -73,24 +76,31 @@ struct Worker {
   float* s;      // of two units
   uint32_t* p;   // of a block
   bf16 *k, *v;   // gathered units
+  Queries* few;  // queries gathered from those of the task, which have
+  float* rows;   // [most][channel tiles · 16], their sums row by row, and
+  int64_t* entry;  // [most], the next entries of their rows of the plan
 
-  static int64_t bytes(const Bf16Panels& panels, int most, bool gathered) {
+  static int64_t bytes(const Bf16Panels& panels, int most, bool keys_gathered, bool queries_gathered) {
     Worker none;
-    return none.place(nullptr, panels, most, gathered) - static_cast<char*>(nullptr);
+    return none.place(nullptr, panels, most, keys_gathered, queries_gathered) - static_cast<char*>(nullptr);
   }
-  char* place(char* at, const Bf16Panels& panels, int most, bool gathered) {
+  char* place(char* at, const Bf16Panels& panels, int most, bool keys_gathered, bool queries_gathered) {
+    const int packed = queries_gathered ? kSubtile : most;
     const auto take = [&](auto*& to, int64_t bytes) {
       to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(at);
       at += (bytes + 63) / 64 * 64;
     };
     take(queries, sizeof(Queries));
     take(block, sizeof(Block));
-    take(q, int64_t(most) * panels.steps() * 64);
-    take(out, int64_t(most) * panels.channel_tiles() * 64);
+    take(q, int64_t(packed) * panels.steps() * 64);
+    take(out, int64_t(packed) * panels.channel_tiles() * 64);
     take(s, 2 * 4 * kTileFloats * 4);
     take(p, int64_t(kBlockUnits) * 2 * kTileWords * 4);
-    take(k, gathered ? kBlockUnits * panels.key_numbers() * 2 : 0);
-    take(v, gathered ? kBlockUnits * panels.value_numbers() * 2 : 0);
+    take(k, keys_gathered ? kBlockUnits * panels.key_numbers() * 2 : 0);
+    take(v, keys_gathered ? kBlockUnits * panels.value_numbers() * 2 : 0);
+    take(few, queries_gathered ? sizeof(Queries) : 0);
+    take(rows, queries_gathered ? int64_t(most) * panels.channel_tiles() * 64 : 0);
+    take(entry, queries_gathered ? int64_t(most) * 8 : 0);
     return at;
   }
 };
@@ -106,6 +116,13 @@ bool gathers(const Plan& plan) {
   return plan.form == Plan::Form::Tokens || (plan.form == Plan::Form::Blocks && plan.k_tile < kUnit);
 }
 
+/// Whether rows of the plan are so short that queries of many of them are gathered.
+bool gathers_queries(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods) {
+  const bool shared = !mods.k_map && !mods.v_map && plan.scope != Plan::Scope::QueryHead;
+  return plan.form == Plan::Form::Blocks && !plan.mask && plan.parts == 1 && plan.k_tile >= 2 * kUnit && plan.k_tile % kUnit == 0 &&
+         plan.q_tile * (shared ? std::max<int64_t>(1, q.heads / k.heads) : 1) < 16;
+}
+
 int64_t longest(const Ragged& x) {
   int64_t most = 0;
   for (int64_t s = 0; s < x.segments(); ++s) most = std::max(most, x.length(s));
@@ -115,8 +132,8 @@ int64_t longest(const Ragged& x) {
 class AttendBf16 {
  public:
   AttendBf16(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Outputs to)
-      : queue_(queue), q_(q), plan_(plan), mods_(mods), to_(to), gathered_(gathers(plan)), panels_(queue, k, v, !gathers(plan)),
-        d_(int(q.values.size[1])), d_v_(int(v.values.size[1])) {
+      : queue_(queue), q_(q), plan_(plan), mods_(mods), to_(to), gathered_(gathers(plan)), by_row_(gathers_queries(plan, q, k, mods)),
+        panels_(queue, k, v, !gathers(plan)), plan_rows_(plan, q, k.heads), d_(int(q.values.size[1])), d_v_(int(v.values.size[1])) {
     source_.k = &k;
     source_.v = &v;
   }
@@ -128,26 +145,35 @@ class AttendBf16 {
     for (int64_t s = 0; s < q_.segments(); ++s) rows += q_.length(s);
     const int64_t fair = (rows / (6 * threads()) + kSubtile - 1) / kSubtile * kSubtile;
     most_ = int(std::clamp<int64_t>(fair, 2 * kSubtile, std::max(d_, d_v_) > 128 ? kMost / 2 : kMost));
-    tasks_ = tile_tasks(plan_, q_, source_.heads(), source_.v_heads(), mods_, true, most_);
+    Plan whole;
+    whole.causal = plan_.causal;
+    tasks_ = tile_tasks(by_row_ ? whole : plan_, q_, source_.heads(), source_.v_heads(), mods_, !by_row_, most_);
+    if (by_row_)
+      require(plan_.rows() >= plan_rows_.starts.back(), "attend", "the plan has " + std::to_string(plan_.rows()) + " rows, the queries have " +
+              std::to_string(plan_rows_.starts.back()) + " tiles");
     std::vector<Piece> pieces;
     for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) {
       const TileTask& task = tasks_[size_t(t)];
       const int64_t keys = source_.k->length(task.k_segment), n = q_.length(task.sequence * q_.heads + task.head);
       const int64_t seen = plan_.causal ? std::clamp<int64_t>(keys - n + task.first + task.rows, 0, keys) : keys;
-      const int64_t cost = std::min(planned_keys(plan_, task.plan_row, keys), seen) * task.rows * task.heads;
+      int64_t cost = 0;
+      if (by_row_)
+        for (int64_t i = task.first; i < task.first + task.rows; ++i) cost += std::min(planned_keys(plan_, plan_row(task, i), keys), seen);
+      else
+        cost = std::min(planned_keys(plan_, task.plan_row, keys), seen) * task.rows * task.heads;
       for (int part = 0; part < plan_.parts; ++part) pieces.push_back({t, part, cost});
     }
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
 
     const int workers = threads();
-    const int64_t bytes = Worker::bytes(panels_, most_, gathered_);
+    const int64_t bytes = Worker::bytes(panels_, most_, gathered_, by_row_);
     char* memory = queue_.scratch.take(Dtype::U8, {bytes * workers}).as<char>();
     std::atomic<int64_t> next{0};
     parallel([&](int worker) {
       if (worker >= workers) return;  // the pool may have grown since it was asked
       const BestTile::Registers registers;
       Worker own;
-      own.place(memory + bytes * worker, panels_, most_, gathered_);
+      own.place(memory + bytes * worker, panels_, most_, gathered_, by_row_);
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < int64_t(pieces.size());)
         work(own, tasks_[size_t(pieces[size_t(i)].task)], pieces[size_t(i)].part);
     });
@@ -160,9 +186,17 @@ class AttendBf16 {
     lay_out(of, task, keys.size());
     bool any = !mods_.gain;
     for (int lane = 0; !any && lane < of.count; ++lane) any = mods_.gain.as<float>()[of.row[lane]] != 0;
+    if (by_row_) {
+      std::fill_n(w.rows, int64_t(of.count) * width(), 0.0f);
+      if (any) fill_by_row(w, task, keys);
+      return finish_rows(w);
+    }
     if (any) fill(w, task, part, keys);
     finish(w, part);
   }
+
+  int64_t width() const { return int64_t(panels_.channel_tiles()) * 16; }
+  int64_t plan_row(const TileTask& task, int64_t query) const { return plan_rows_.row(task.sequence, task.head, q_.heads, query, plan_.q_tile); }
 
   void lay_out(Queries& of, const TileTask& task, int64_t keys) const {
     of.count = int(task.heads * task.rows);
@@ -179,6 +213,11 @@ class AttendBf16 {
       of.position[lane] = mods_.q_pos ? mods_.q_pos.as<int32_t>()[row] : int32_t(last);
       of.factor[lane] = (mods_.temperature ? scale * mods_.temperature.as<float>()[row] : scale) * kLog2e;
     }
+    begin(of);
+  }
+
+  /// What follows from the lanes' numbers; an empty softmax.
+  static void begin(Queries& of) {
     for (int g = 0; g < of.groups; ++g) {
       const auto [low, high] = std::minmax_element(of.limit + g * 16, of.limit + g * 16 + 16);
       const auto [early, late] = std::minmax_element(of.position + g * 16, of.position + g * 16 + 16);
@@ -225,6 +264,90 @@ class AttendBf16 {
       packed = true;
       open(w, task);
       for (int st = 0; st < of.groups / 2; ++st) absorb(w, st);
+    }
+  }
+
+  void fill_by_row(const Worker& w, const TileTask& task, const KeyView& keys) const {
+    constexpr int32_t none = std::numeric_limits<int32_t>::max();
+    const Queries& of = *w.queries;
+    int32_t next[kMost];
+    const auto advance = [&](int lane, bool first) {
+      const int64_t row = plan_row(task, of.query[lane]);
+      int64_t& e = w.entry[lane];
+      e = first ? plan_.begin(row) : e + 1;
+      next[lane] = e < plan_.end(row) ? plan_.index.at<int32_t>(e) : none;
+      if (int64_t(next[lane]) * plan_.k_tile > of.limit[lane]) next[lane] = none;  // blocks ascend
+    };
+    for (int lane = 0; lane < of.count; ++lane) advance(lane, true);
+    for (;;) {
+      const int32_t block = *std::min_element(next, next + of.count);
+      if (block == none) return;
+      int lanes[kMost], count = 0;
+      for (int lane = 0; lane < of.count; ++lane)
+        if (next[lane] == block) {
+          lanes[count++] = lane;
+          advance(lane, false);
+        }
+      for (int first = 0; first < count; first += kSubtile)
+        absorb_few(w, task, keys, int64_t(block) * plan_.k_tile, lanes + first, std::min(kSubtile, count - first));
+    }
+  }
+
+  /// Keys from `first` of a block of the plan, for the queries at `lanes` of the task.
+  void absorb_few(const Worker& w, const TileTask& task, const KeyView& keys, int64_t first, const int* lanes, int count) const {
+    Queries &of = *w.queries, &few = *w.few;
+    few.count = count;
+    few.groups = 2;
+    for (int lane = 0; lane < kSubtile; ++lane) {
+      const int at = lanes[std::min(lane, count - 1)];
+      few.limit[lane] = of.limit[at], few.position[lane] = of.position[at], few.factor[lane] = of.factor[at];
+      few.row[lane] = of.row[at], few.query[lane] = of.query[at];
+    }
+    begin(few);
+    Worker own = w;
+    own.queries = &few;
+    Plan whole;
+    whole.causal = plan_.causal;
+    Walk walk(whole, 0, -1, first, std::min<int64_t>({first + plan_.k_tile, keys.size(), int64_t(std::max(few.limit_high[0], few.limit_high[1])) + 1}));
+    Run rest{};
+    bool packed = false;
+    while (next_block(*w.block, walk, rest)) {
+      if (!packed) pack(own);
+      packed = true;
+      open(own, task);
+      absorb(own, 0);
+    }
+    if (!few.begun[0]) return;
+    alignas(64) float keep[kSubtile], take[kSubtile];
+    for (int lane = 0; lane < kSubtile; ++lane) {
+      const int at = lanes[std::min(lane, count - 1)];
+      const float high = std::max(of.high[at], few.high[lane]);
+      const bool any = high > -std::numeric_limits<float>::infinity();
+      keep[lane] = any ? std::exp2(of.high[at] - high) : 0;
+      take[lane] = any ? std::exp2(few.high[lane] - high) : 0;
+      if (lane >= count) continue;
+      of.sum[at] = of.sum[at] * keep[lane] + few.sum[lane] * take[lane];
+      of.high[at] = high;
+    }
+    each_row(w.out, take, few.begun[0], count, [&](int lane, int channel, F x) {
+      float* to = w.rows + lanes[lane] * width() + channel;
+      store(to, fma(load(to), set(keep[lane]), x));
+    });
+  }
+
+  /// Calls body(lane, channel, x) for 16 channels at a time of a subtile's sums, times `by` of the lane.
+  template <class Body>
+  void each_row(const float* out, const float* by, bool begun, int lanes, Body&& body) const {
+    alignas(64) float columns[16][16], rows[16][16];
+    for (int g = 0; g * 16 < lanes; ++g) {
+      const F scale = load(by + g * 16);
+      const M some = less(zero(), abs(scale));  // an unset lane's sums may be anything
+      for (int t = 0; t < panels_.channel_tiles(); ++t) {
+        const float* from = out + (t * 2 + g) * kTileFloats;
+        for (int c = 0; c < 16; ++c) store(columns[c], begun ? where(some, load(from + c * 16) * scale, zero()) : zero());
+        transpose_words(reinterpret_cast<const uint32_t*>(columns), 16, reinterpret_cast<uint32_t*>(rows), 16);
+        for (int lane = g * 16; lane < std::min(lanes, g * 16 + 16); ++lane) body(lane, t * 16, load(rows[lane % 16]));
+      }
     }
   }
 
@@ -385,37 +508,42 @@ class AttendBf16 {
     sum_values(end);
   }
 
-  void finish(const Worker& w, int part) const {
+  /// Writes a lane's lse; returns what its sums are to be multiplied by.
+  float close(const Queries& of, int lane, int part) const {
     constexpr float infinity = std::numeric_limits<float>::infinity();
+    float high = of.high[lane], sum = of.sum[lane], keep = 1;
+    if (mods_.sink_logits && part == 0) {
+      const float sink = mods_.sink_logits.as<float>()[of.head[lane]] * kLog2e, top = std::max(high, sink);
+      if (top != -infinity) {
+        keep = std::exp2(high - top);
+        sum = sum * keep + std::exp2(sink - top);
+        high = top;
+      }
+    }
+    const float gain = mods_.gain ? mods_.gain.as<float>()[of.row[lane]] : 1;
+    to_.set_lse(part, of.row[lane], high == -infinity || gain == 0 ? -infinity : (high + std::log2(sum)) / kLog2e);
+    return sum > 0 ? gain * keep / sum : 0;
+  }
+
+  void finish(const Worker& w, int part) const {
     const Queries& of = *w.queries;
-    const int tiles = panels_.channel_tiles();
-    alignas(64) float scale[16], rows[16][16];
-    for (int g = 0; g * 16 < of.count; ++g) {
-      const int lanes = std::min(16, of.count - g * 16), st = g / 2;
-      for (int lane = 0; lane < 16; ++lane) {
-        const int at = g * 16 + lane;
-        float high = of.high[at], sum = of.sum[at], keep = 1;
-        if (mods_.sink_logits && part == 0) {
-          const float sink = mods_.sink_logits.as<float>()[of.head[at]] * kLog2e, top = std::max(high, sink);
-          if (top != -infinity) {
-            keep = std::exp2(high - top);
-            sum = sum * keep + std::exp2(sink - top);
-            high = top;
-          }
-        }
-        const float gain = mods_.gain ? mods_.gain.as<float>()[of.row[at]] : 1;
-        scale[lane] = sum > 0 ? gain * keep / sum : 0;
-        if (lane < lanes) to_.set_lse(part, of.row[at], high == -infinity || gain == 0 ? -infinity : (high + std::log2(sum)) / kLog2e);
-      }
-      const F by = load(scale);
-      for (int t = 0; t < tiles; ++t) {
-        const float* from = w.out + ((int64_t(st) * tiles + t) * 2 + g % 2) * kTileFloats;
-        for (int c = 0; c < 16; ++c) store(rows[c], of.begun[st] ? where(less(zero(), abs(by)), load(from + c * 16) * by, zero()) : zero());
-        alignas(64) float columns[16][16];
-        transpose_words(reinterpret_cast<const uint32_t*>(rows), 16, reinterpret_cast<uint32_t*>(columns), 16);
-        const int channels = std::min(16, d_v_ - t * 16);
-        for (int lane = 0; lane < lanes; ++lane) store_part(to_.row(part, of.row[g * 16 + lane]) + t * 16, load(columns[lane]), channels);
-      }
+    alignas(64) float scale[kSubtile] = {};
+    for (int first = 0; first < of.count; first += kSubtile) {
+      const int lanes = std::min(kSubtile, of.count - first), st = first / kSubtile;
+      for (int lane = 0; lane < lanes; ++lane) scale[lane] = close(of, first + lane, part);
+      each_row(w.out + int64_t(st) * panels_.channel_tiles() * 2 * kTileFloats, scale, of.begun[st], lanes, [&](int lane, int channel, F x) {
+        store_part(to_.row(part, of.row[first + lane]) + channel, x, std::min(16, d_v_ - channel));
+      });
+    }
+  }
+
+  void finish_rows(const Worker& w) const {
+    const Queries& of = *w.queries;
+    for (int lane = 0; lane < of.count; ++lane) {
+      const F by = set(close(of, lane, 0));
+      const float* from = w.rows + lane * width();
+      float* to = to_.row(0, of.row[lane]);
+      for (int c = 0; c < d_v_; c += 16) store_part(to + c, load(from + c) * by, std::min(16, d_v_ - c));
     }
   }
 
@@ -424,8 +552,9 @@ class AttendBf16 {
   const Plan& plan_;
   const Mods& mods_;
   Outputs to_;
-  bool gathered_;
+  bool gathered_, by_row_;
   Bf16Panels panels_;
+  PlanRows plan_rows_;
   int d_, d_v_, most_ = kMost;
   KeySource source_;
   std::vector<TileTask> tasks_;
@@ -437,6 +566,7 @@ bool takes_bf16(const Ragged& q, const Ragged& k, const Ragged& v, const Plan& p
   if (k.values.type != Dtype::BF16 || v.values.type != Dtype::BF16) return false;
   if (mods.weight != WeightFunction::Softmax || mods.softcap > 0 || mods.key_bias || mods.row_factor) return false;
   const int64_t n = longest(q), group = std::max<int64_t>(1, q.heads / k.heads);
+  if (gathers_queries(plan, q, k, mods)) return n >= 32;
   const bool dense = plan.form == Plan::Form::Dense, shared = !mods.k_map && !mods.v_map && (dense || plan.scope != Plan::Scope::QueryHead);
   const int64_t rows = dense ? n : std::min<int64_t>(n, plan.q_tile), lanes = rows * (shared ? group : 1);
   // Half a subtile at least; values to transpose for more than a few queries; and few queries over many keys are split
