@@ -29,12 +29,17 @@ int threads();
 /// Whether the caller runs inside a region.
 bool inside_parallel();
 
-/// Calls body(worker) once on each of threads() workers and returns when all have; worker 0 is the caller.
+/// Calls body(i) once for each i in [0, threads()) and returns when all have; 0 runs on the caller, each other on the worker
+/// of its number or, when that one is late (a busy machine), on any that is free: nothing may wait for another i.
 /// Every worker flushes denormals to zero, the caller while the region lasts. A region inside a region runs on the calling worker alone.
-void parallel(FunctionRef<void(int worker)> body);
+void parallel(FunctionRef<void(int i)> body);
 
 /// Calls body(i) for each i in [0, count), handed out in order to whichever worker is free: the result of body(i)
-/// must not depend on who runs it (design: reductions never depend on the number of threads).
+/// must not depend on who runs it (design: reductions never depend on the number of threads). A single i runs on the
+/// caller, with no region at all.
 void parallel_for(int64_t count, FunctionRef<void(int64_t i)> body);
+
+/// The same for a body that is told which of at most `workers` workers runs it, so that each can have memory of its own.
+void parallel_for(int64_t count, int workers, FunctionRef<void(int worker, int64_t i)> body);
 
 }  // namespace heed

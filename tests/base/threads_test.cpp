@@ -48,6 +48,43 @@ TEST_P(Threads, ForVisitsEveryIndexOnce) {
   parallel_for(-5, [](int64_t) { FAIL(); });
 }
 
+TEST_P(Threads, ForVisitsMoreThanATicketCounts) {
+  const int64_t count = (int64_t(1) << 21) + 3;
+  std::vector<uint8_t> visits(size_t(count), 0);
+  parallel_for(count, [&](int64_t i) { ++visits[size_t(i)]; });
+  EXPECT_EQ(visits, std::vector<uint8_t>(size_t(count), 1));
+}
+
+TEST_P(Threads, AWorkerHeldUpByOneItemLeavesTheRestToOthers) {
+  if (GetParam() == 1) return;
+  for (int round = 0; round < 20; ++round) {
+    std::atomic<int> done{0};
+    parallel_for(40, [&](int64_t i) {
+      if (i == 1)
+        while (done.load() < 39) std::this_thread::yield();
+      ++done;
+    });
+    ASSERT_EQ(done.load(), 40);
+  }
+}
+
+TEST_P(Threads, NoMoreWorkersThanAskedFor) {
+  for (int most : {1, 2, 100})
+    for (int round = 0; round < 50; ++round) {
+      std::vector<std::atomic<int>> inside(size_t(GetParam() + 1));
+      std::atomic<int> wrong{0};
+      parallel_for(50, most, [&](int worker, int64_t) {
+        if (worker < 0 || worker >= most || worker >= GetParam()) {
+          ++wrong;
+          return;
+        }
+        if (inside[size_t(worker)]++ != 0) ++wrong;  // a worker's memory is its own
+        inside[size_t(worker)]--;
+      });
+      ASSERT_EQ(wrong.load(), 0);
+    }
+}
+
 TEST_P(Threads, SleepingWorkersWakeUp) {
   for (int round = 0; round < 5; ++round) {
     std::this_thread::sleep_for(std::chrono::milliseconds(3));  // longer than a worker spins

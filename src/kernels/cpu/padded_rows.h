@@ -1,7 +1,6 @@
 // Rows of numbers of any plain type, read as f32 into padded scratch, and work handed to the pool with a worker's number.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "base/queue.h"
@@ -76,11 +75,7 @@ void for_each(Queue& queue, int64_t count, int64_t floats, Body&& body) {
   const Scratch scope(queue.scratch);
   const int64_t each = padded(floats);
   float* scratch = queue.scratch.take(Dtype::F32, {workers * each}).template as<float>();
-  std::atomic<int64_t> next{0};
-  parallel([&](int worker) {
-    if (worker >= workers) return;  // somebody may have raised the number of threads since
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i, scratch + worker * each);
-  });
+  parallel_for(count, int(workers), [&](int worker, int64_t i) { body(i, scratch + worker * each); });
 }
 
 }  // namespace heed::HEED_ISA

@@ -6,14 +6,20 @@
 
 namespace heed::HEED_ISA {
 
-/// Calls rows(begin, end) for parts of 0 … count, each of about 32 KB (enough to outweigh what a part costs to hand out,
-/// small enough to even out the workers). Work that fits one part runs on the caller: a region costs a microsecond.
+/// Calls rows(begin, end) for parts of 0 … count: as many parts as workers or a small multiple, so that all end together,
+/// unless parts would be of less than 4 KB (a core reads that in half a microsecond, which is what taking one costs) or more
+/// than 32 KB. Work that fits one part runs on the caller: a region costs a microsecond.
 template <class Fn>
 void over_parts(int64_t count, int64_t row_bytes, Fn&& rows) {
-  const int64_t step = std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, row_bytes)), parts = (count + step - 1) / step;
-  const auto part = [&](int64_t i) { rows(i * step, std::min(count, (i + 1) * step)); };
-  if (parts > 1) parallel_for(parts, part);
-  else if (parts == 1) part(0);
+  const int64_t bytes = count * std::max<int64_t>(1, row_bytes), workers = threads();
+  const int64_t rounds = (bytes + workers * (32 << 10) - 1) / (workers * (32 << 10));
+  const int64_t most = std::min(rounds * workers, bytes / (4 << 10));
+  if (most <= 1) {
+    if (count > 0) rows(int64_t(0), count);
+    return;
+  }
+  const int64_t step = (count + most - 1) / most;
+  parallel_for((count + step - 1) / step, [&](int64_t i) { rows(i * step, std::min(count, (i + 1) * step)); });
 }
 
 }  // namespace heed::HEED_ISA

@@ -1,7 +1,5 @@
 // Parallel loops whose workers need memory of their own.
 #pragma once
-#include <atomic>
-
 #include "base/queue.h"
 #include "base/threads.h"
 
@@ -15,13 +13,7 @@ void parallel_with(Queue& queue, int64_t bytes, int64_t count, Body&& body) {
   const int workers = count == 1 ? 1 : threads();
   bytes = (bytes + 63) / 64 * 64;
   char* memory = queue.scratch.take(Dtype::U8, {bytes * workers}).as<char>();
-  std::atomic<int64_t> next{0};
-  auto work = [&](int worker) {
-    if (worker >= workers) return;  // the pool may have grown since it was asked
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(memory + bytes * worker, i);
-  };
-  if (count == 1) work(0);
-  else parallel(work);
+  parallel_for(count, workers, [&](int worker, int64_t i) { body(memory + bytes * worker, i); });
 }
 
 }  // namespace heed::HEED_ISA
