@@ -1,25 +1,37 @@
 #include <iostream>
 
 #include "apps/command.h"
+#include "apps/eval_rows.h"
 #include "lab/compare.h"
 #include "lab/files.h"
+#include "lab/metrics.h"
 #include "lab/perplexity.h"
 #include "lab/progress.h"
+#include "lab/ruler.h"
 
 namespace heed::apps {
 namespace {
+
+const std::vector<std::string>& task_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all = {"ppl", "kld", "mass", "niah", "niah-aware", "ruler"};
+    for (const RulerTask& task : ruler_tasks()) all.push_back(task.name);
+    return all;
+  }();
+  return names;
+}
 
 class Eval final : public Command {
  public:
   void declare(CLI::App& app) override {
     flags_.declare(app);
     app.add_option("-f,--file", file_, "the text; - is standard input")->type_name("FILE")->required();
-    app.add_option("--tasks", tasks_, "of ppl, kld, niah, niah-aware, mass; with commas")
+    app.add_option("--tasks", tasks_, "with commas; see below")
         ->type_name("LIST")
         ->delimiter(',')
-        ->check(CLI::IsMember({"ppl", "kld", "niah", "niah-aware", "mass"}))
+        ->check(CLI::IsMember(task_names()))
         ->capture_default_str();
-    app.add_option("-c,--ctx-size", context_, "tokens of a chunk (ppl) or of the whole passage")
+    app.add_option("-c,--ctx-size", context_, "tokens of a chunk (ppl), of the whole passage (kld, mass, niah), or of prompt and answer (ruler)")
         ->type_name("N")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
@@ -28,8 +40,15 @@ class Eval final : public Command {
         ->type_name("N")
         ->check(CLI::NonNegativeNumber);
     app.add_option("--attention", attention_, "the mechanism")->type_name("SPEC")->capture_default_str();
+    app.add_option("--lengths", lengths_, "ruler: several lengths instead of -c")->type_name("LIST")->delimiter(',')->check(CLI::PositiveNumber);
+    app.add_option("--count", count_, "ruler: samples of each task")->type_name("N")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+    app.add_option("--query", query_, "ruler: what a mechanism sees before it cuts: aware (context and question), blind (the context), both (a run of each)")
+        ->check(CLI::IsMember({"aware", "blind", "both"}))
+        ->capture_default_str();
+    app.add_flag("--example", example_, "ruler: an answered example before every prompt (vt and cwe have RULER's own in any case)");
+    app.add_option("--samples", samples_, "keep every sample in this file as it is finished, and do not run again those that it has")->type_name("FILE.jsonl");
     app.add_option("--state", state_, "ppl: keep what is done in this file and go on from it")->type_name("FILE.json");
-    app.add_option("-s,--seed", seed_, "of niah's numbers")->type_name("N");
+    app.add_option("-s,--seed", seed_, "of what niah and ruler hide")->type_name("N");
     add_json(app, json_);
     app.footer(
         "ppl is llama-perplexity's: the second half of each chunk is scored. kld and mass compare with dense attention "
@@ -43,23 +62,68 @@ class Eval final : public Command {
 
   int run() override {
     const auto model = flags_.load();
-    const std::vector<int32_t> tokens = tokens_of(*model, file_);
+    text_ = value_or_throw(read_file(file_));
+    const Tokenizer& words = tokenizer(*model);
     Json out = {{"model", model->path()}, {"attention", attention_}, {"context", context_}};
+    const auto tokens = words.encode(text_, {.special = false, .bos = words.add_bos()});
+    require(!tokens.empty(), file_.c_str(), "the text is empty", "give a file with text");
     if (wants("ppl")) ppl(model, tokens, out);
-    if (!interrupted() && (wants("kld") || wants("mass") || wants("niah") || wants("niah-aware")))
-      against_dense(model, tokens, out);
+    if (!interrupted() && (wants("kld") || wants("mass") || wants("niah") || wants("niah-aware"))) against_dense(model, tokens, out);
+    ruler(model, out);
     if (interrupted()) out["interrupted"] = true;
-    if (json_) print(out);
+    if (json_)
+      print(out);
     else
-      for (const auto& [key, value] : out.items())
-        std::cout << key << std::string(key.size() < 16 ? 16 - key.size() : 1, ' ')
-                  << (value.is_string() ? value.get<std::string>() : value.dump()) << '\n';
+      show(out);
     if (interrupted()) std::cerr << "heed: interrupted; what was finished is above\n";
     return interrupted() ? 130 : 0;
   }
 
  private:
   bool wants(const std::string& task) const { return std::find(tasks_.begin(), tasks_.end(), task) != tasks_.end(); }
+
+  void ruler(const std::shared_ptr<const Model>& model, Json& out) {
+    std::vector<const RulerTask*> tasks;
+    for (const RulerTask& task : ruler_tasks())
+      if (wants("ruler") || wants(task.name)) tasks.push_back(&task);
+    if (tasks.empty()) return;
+    const RulerText text = RulerText::from(text_);
+    SampleFile file(samples_);
+    std::vector<TaskRow> rows;
+    Progress progress("ruler");
+    const SampleFile::Json key = run_key(*model, text_);
+    const std::vector<int64_t> lengths = lengths_.empty() ? std::vector{context_} : lengths_;
+    const double all = double(tasks.size() * lengths.size() * queries().size());
+    for (int64_t length : lengths)
+      for (const RulerTask* task : tasks)
+        for (Query query : queries()) {
+          const auto make = [&](int64_t index) {
+            const RulerSample s = ruler_sample(*task, *model->tokenizer(), length, seed_, index, text, {.example = example_});
+            return Question{.context = s.context_tokens, .question = s.question_tokens, .prompt = s.context + s.question, .expected = s.expected,
+                            .limit = task->limit, .one_line = true, .chance = s.chance,
+                            .score = [all = task->all, expected = s.expected](const std::string& answer) {
+                              return all ? string_match_all(answer, expected) : string_match_part(answer, expected);
+                            }};
+          };
+          rows.push_back(run_task(model, flags_.session(attention_),
+                                  {.task = task->name, .metric = task->all ? "string_match_all" : "string_match_part", .query = query, .length = length}, count_, file,
+                                  key, make, [&](double share) { progress.at((double(rows.size()) + share) / all, task->name); }));
+          if (rows.back().interrupted) break;
+        }
+    progress.clear();
+    for (const TaskRow& row : rows)
+      if (!row.scores.empty()) out["tasks"].push_back(to_json(row, attention_));
+  }
+
+  std::vector<Query> queries() const {
+    if (query_ == "both") return {Query::Blind, Query::Aware};
+    return {query_ == "aware" ? Query::Aware : Query::Blind};
+  }
+
+  /// What makes a sample belong to this question and no other.
+  SampleFile::Json run_key(const Model& model, std::string_view text) const {
+    return {{"model", hexadecimal(model.info().hash)}, {"attention", attention_}, {"kv", flags_.kv}, {"chunk", flags_.chunk}, {"text", fingerprint(text)}, {"seed", seed_}, {"example", example_}};
+  }
 
   void ppl(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, Json& out) {
     // What makes a half-done sum of losses belong to this question and no other.
@@ -122,7 +186,9 @@ class Eval final : public Command {
       options.seed = seed_;
       try {
         const NiahScore score = niah(model, std::span(text.tokens).subspan(0, size_t(text.prompt)), options);
-        out[task] = {{"accuracy", score.accuracy}, {"recall", score.recall}, {"nll", score.nll}, {"runs", score.runs}};
+        const Interval ci = wilson(score.accuracy, score.runs);
+        out[task] = {{"accuracy", score.accuracy}, {"recall", score.recall}, {"nll", score.nll}, {"runs", score.runs},
+                     {"query", options.question_first ? "aware" : "blind"}, {"low", ci.low}, {"high", ci.high}, {"interval", ci.method}};
       } catch (const Error& e) {
         if (e.failure().code != Code::Interrupted) throw;
       }
@@ -130,11 +196,12 @@ class Eval final : public Command {
   }
 
   ModelFlags flags_;
-  std::string file_, attention_ = "dense", state_;
+  std::string file_, text_, attention_ = "dense", state_, samples_, query_ = "blind";
   std::vector<std::string> tasks_ = {"ppl"};
-  int64_t context_ = 2048, chunks_ = -1, score_ = 0;
+  std::vector<int64_t> lengths_;
+  int64_t context_ = 2048, chunks_ = -1, score_ = 0, count_ = 10;
   uint64_t seed_ = 0;
-  bool json_ = false;
+  bool json_ = false, example_ = false;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/random.h"
+#include "lab/ask.h"
 #include "lab/score.h"
 
 namespace heed {
@@ -26,15 +27,12 @@ NiahScore niah(std::shared_ptr<const Model> model, std::span<const int32_t> hays
 
     // A needle starts a line of its own behind the token where it is put, never before BOS.
     const int64_t at = std::max<int64_t>(1, options.depths > 1 ? room * depth / (options.depths - 1) : room / 2);
-    std::vector<int32_t> prompt(haystack.begin(), haystack.begin() + at);
-    prompt.insert(prompt.end(), needle.begin(), needle.end());
-    prompt.insert(prompt.end(), haystack.begin() + at, haystack.begin() + room);
-    size_t asked = 0;  // tokens of the question already in the prompt
-    if (options.question_first) prompt.insert(prompt.end(), question.begin(), question.end()), asked = question.size();
+    std::vector<int32_t> context(haystack.begin(), haystack.begin() + at);
+    context.insert(context.end(), needle.begin(), needle.end());
+    context.insert(context.end(), haystack.begin() + at, haystack.begin() + room);
 
     Session session(model, options.session);
-    Tensor logits = session.prefill(prompt);
-    for (; asked < question.size(); ++asked) logits = session.decode(question[asked]);
+    Tensor logits = ask(session, context, question, options.question_first ? Query::Aware : Query::Blind);
     bool exact = true;
     for (int32_t token : answer) {
       if (interrupted()) throw Error(Code::Interrupted, "niah", "stopped");

@@ -1,0 +1,78 @@
+#include "lab/samples.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "lab/files.h"
+
+namespace heed {
+namespace {
+
+constexpr const char* kKey[] = {"model", "attention", "kv", "chunk", "text", "task", "query", "length", "depth", "seed", "example", "index"};
+
+std::string identity(const SampleFile::Json& from) {
+  std::string out;
+  for (const char* field : kKey) out += from.contains(field) ? from[field].dump(-1, ' ', false, SampleFile::Json::error_handler_t::replace) + "\n" : "\n";
+  return out;
+}
+
+bool is_sample(const SampleFile::Json& line) {
+  const auto text = [&](const char* field) { return line.contains(field) && line[field].is_string(); };
+  const auto number = [&](const char* field) { return line.contains(field) && line[field].is_number() && std::isfinite(line[field].get<double>()); };
+  if (!line.is_object() || !text("model") || !text("task") || !text("answer") || !number("index") || !number("score")) return false;
+  const double score = line["score"];
+  return score >= 0 && score <= 1 && number("chance") && number("tokens") && number("density");
+}
+
+}  // namespace
+
+SampleFile::SampleFile(const std::string& path) : path_(path) {
+  if (path_.empty()) return;
+  auto text = read_file(path_);
+  if (!text && text.error().code == Code::NotFound) return;
+  const std::string bytes = value_or_throw(std::move(text));
+  size_t at = 0;
+  for (int64_t number = 1; at < bytes.size(); ++number) {
+    const size_t end = bytes.find('\n', at);
+    const bool cut = end == std::string::npos;
+    const Json line = Json::parse(bytes.begin() + std::ptrdiff_t(at), cut ? bytes.end() : bytes.begin() + std::ptrdiff_t(end), nullptr, false);
+    if (cut) {  // never finished: it is made again
+      if (line.is_discarded() && bytes[at] == '{' && truncate(path_.c_str(), off_t(at)) == 0) break;
+      throw Error(Code::Invalid, path_ + ":" + std::to_string(number), "the line has no end", "remove the file or name another");
+    }
+    if (!is_sample(line)) throw Error(Code::Invalid, path_ + ":" + std::to_string(number), "it is no sample of `heed eval`", "remove the file or name another");
+    done_[identity(line)] = line;
+    at = end + 1;
+  }
+}
+
+const SampleFile::Json* SampleFile::find(const Json& key) const {
+  const auto found = done_.find(identity(key));
+  return found == done_.end() ? nullptr : &found->second;
+}
+
+void SampleFile::add(const Json& key, const Json& result) {
+  if (path_.empty()) return;
+  Json line = key;
+  line.update(result);
+  const std::string text = line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path_.c_str(), "ab"), &std::fclose);
+  const bool written = file && std::fwrite(text.data(), 1, text.size(), file.get()) == text.size() && std::fclose(file.release()) == 0;
+  if (!written) throw Error(Code::Io, path_, std::string("cannot be written: ") + std::strerror(errno), "is there space, and may you write here?");
+  done_[identity(key)] = std::move(line);
+}
+
+std::string fingerprint(std::string_view bytes) {
+  uint64_t hash = 0xcbf29ce484222325ull;
+  for (char c : bytes) hash = (hash ^ uint8_t(c)) * 0x100000001b3ull;
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+  return text;
+}
+
+}  // namespace heed
