@@ -16,6 +16,7 @@
 // Errors. Shapes and types that do not fit throw Error(Invalid). An empty segment, or a row that sees no key, gives
 // out = 0 and lse = −∞ (with sink_logits: the sink's). No kernel waits for the host.
 #pragma once
+#include <span>
 #include <string>
 #include <vector>
 
@@ -216,6 +217,11 @@ struct Spread {
 
 enum class Activation : uint8_t { Silu, GeluTanh };
 
+/// One of several matrices that multiply the same rows.
+struct Linear {
+  Tensor w, bias, y;  // as matmul has them; bias may be empty
+};
+
 /// The table. Implementations: reference/ (plain loops, the oracle), cpu/ (one instance for each instruction set).
 struct Kernels {
   std::string name;  // "reference", "avx2", "avx512", "avx512-bf16", "amx", "neon"
@@ -291,6 +297,11 @@ struct Kernels {
 
   /// y [T, out] (+)= x [T, in] · w[out, in]^T + bias[out]. w: any Dtype, rows contiguous; x, y F32; bias may be empty.
   void (*matmul)(Queue&, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y);
+  /// y = x · w^T + bias of each (q, k and v): what is done to x is done once, and a decode step begins one parallel region
+  /// instead of three.
+  void (*matmul_each)(Queue&, std::span<const Linear> each, Tensor x);
+  /// y [T, out] = act(x · gate^T) · (x · up^T), elementwise; gate and up [out, in]. y may not be x.
+  void (*matmul_glu)(Queue&, Tensor gate, Tensor up, Tensor x, Activation, Tensor y);
   /// Rows ids (I32 [T]) of w [vocabulary, width] → y F32 [T, width], times scale.
   void (*embed)(Queue&, Tensor w, Tensor ids, float scale, Tensor y);
   /// y = x / √(mean x² + eps) · weight over the last dimension; x, y [T, width] (y may be x); an empty weight is 1.

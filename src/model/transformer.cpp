@@ -20,9 +20,8 @@ void project(Queue& queue, const Model& model, int layer, Tensor x, int64_t tile
     Scratch scope(queue.scratch);
     Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
     run.rms_norm(queue, x.slice(0, a, b), w.attn_norm, model.architecture().norm_eps, normed);
-    run.matmul(queue, w.q, normed, w.q_bias, false, q.slice(0, a, b));
-    run.matmul(queue, w.k, normed, w.k_bias, false, k.slice(0, a, b));
-    run.matmul(queue, w.v, normed, w.v_bias, false, v.slice(0, a, b));
+    const Linear each[] = {{w.q, w.q_bias, q.slice(0, a, b)}, {w.k, w.k_bias, k.slice(0, a, b)}, {w.v, w.v_bias, v.slice(0, a, b)}};
+    run.matmul_each(queue, each, normed);
   });
 }
 
@@ -47,11 +46,8 @@ void finish(Queue& queue, const Model& model, int layer, const Ragged& out, Tens
     add_product(w.o, merged.slice(0, a, b), w.o_bias, w.attn_post_norm, rows);
     Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
     Tensor gate = queue.scratch.take(Dtype::F32, {b - a, w.gate.size[0]});
-    Tensor up = queue.scratch.take(Dtype::F32, {b - a, w.up.size[0]});
     run.rms_norm(queue, rows, w.ffn_norm, eps, normed);
-    run.matmul(queue, w.gate, normed, {}, false, gate);
-    run.matmul(queue, w.up, normed, {}, false, up);
-    run.glu(queue, gate, up, model.architecture().activation, gate);
+    run.matmul_glu(queue, w.gate, w.up, normed, model.architecture().activation, gate);
     add_product(w.down, gate, {}, w.ffn_post_norm, rows);
   });
 }

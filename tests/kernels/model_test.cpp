@@ -71,6 +71,8 @@ struct Weights {
   }
 };
 
+Dtype any_type(Random& random) { return all_types[random.below(int64_t(std::size(all_types)))]; }
+
 int64_t some_width(Random& random, Dtype type) {
   const int64_t block = info(type).block;
   if (block == 256) return pick<int64_t>(random, {256, 512, 768});
@@ -103,6 +105,57 @@ void matmul_equals_reference(const Kernels& run, Random random) {
       const double rms = tokens ? longest_row(x) / std::sqrt(double(inputs)) : 0;
       expect_close("y", want, got, product(type, rms, largest(x), w.norm(), double(inputs)));
     }
+}
+
+void matmul_each_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(60); ++i) {
+    // Matrices of one input may be of different types, as q, k and v are.
+    const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17}), count = random.below(4);
+    std::vector<Weights> w;
+    std::vector<Poisoned> bias, want, got;
+    std::vector<Linear> oracles, runs;
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t outputs = pick<int64_t>(random, {1, 3, 17, 64, 100});
+      w.emplace_back(random, any_type(random), outputs, inputs);
+      bias.push_back(filled(Dtype::F32, {outputs}, [&] { return random.normal(); }, random.below(2)));
+      want.emplace_back(Dtype::F32, std::initializer_list<int64_t>{tokens, outputs}, random.below(2), random.below(2) * 3);
+      got.push_back(want.back().twin());
+      const Tensor held = chance(random, 0.5) ? bias.back().view() : Tensor();
+      oracles.push_back({w.back().view, held, want.back()});
+      runs.push_back({w.back().view, held, got.back()});
+    }
+    const Poisoned x = filled(Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+    SCOPED_TRACE(std::to_string(count) + " matrices, " + std::to_string(inputs) + " inputs, " + std::to_string(tokens) + " tokens");
+    Queue queue;
+    oracle().matmul_each(queue, oracles, x);
+    run.matmul_each(queue, runs, x);
+    const double rms = tokens ? longest_row(x) / std::sqrt(double(inputs)) : 0;
+    for (size_t m = 0; m < size_t(count); ++m)
+      expect_close("y", want[m], got[m], product(w[m].view.type, rms, largest(x), w[m].norm(), double(inputs)));
+  }
+}
+
+void matmul_glu_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(60); ++i) {
+    const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17}),
+                  outputs = pick<int64_t>(random, {1, 3, 17, 64, 100});
+    const Weights gate(random, any_type(random), outputs, inputs), up(random, any_type(random), outputs, inputs);
+    const Poisoned x = filled(Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+    Poisoned want(Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
+    const Activation activation = chance(random, 0.5) ? Activation::Silu : Activation::GeluTanh;
+    SCOPED_TRACE(std::string(info(gate.view.type).name) + " and " + info(up.view.type).name + " " + gate.view.shape() + ", " +
+                 std::to_string(tokens) + " tokens");
+    Queue queue;
+    oracle().matmul_glu(queue, gate.view, up.view, x, activation, want);
+    run.matmul_glu(queue, gate.view, up.view, x, activation, got);
+    // act is at most as large as its argument and grows by at most 1.13 of it.
+    Poisoned g = want.twin(), u = want.twin();
+    oracle().matmul(queue, gate.view, x, {}, false, g);
+    oracle().matmul(queue, up.view, x, {}, false, u);
+    const double rms = tokens ? longest_row(x) / std::sqrt(double(inputs)) : 0;
+    const auto error = [&](const Weights& w) { return product(w.view.type, rms, largest(x), w.norm(), double(inputs)); };
+    expect_close("y", want, got, 1.13 * error(gate) * (largest(u) + error(up)) + largest(g) * (error(up) + 0x1p-18 * largest(u)));
+  }
 }
 
 void embed_equals_reference(const Kernels& run, Random random) {
@@ -320,6 +373,8 @@ TEST(Reference, HeadsAreSplitTurnedAndMerged) {
 std::vector<Check> model_checks() {
   using enum Check::Against;
   return {{Reference, "matmul", matmul_equals_reference},
+          {Reference, "matmul_each", matmul_each_equals_reference},
+          {Reference, "matmul_glu", matmul_glu_equals_reference},
           {Reference, "embed", embed_equals_reference},
           {Reference, "dequantise", dequantise_equals_reference},
           {Reference, "rms_norm", rms_norm_equals_reference},

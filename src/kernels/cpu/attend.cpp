@@ -6,6 +6,7 @@
 #include "kernels/check.h"
 #include "kernels/cpu/attend_bf16.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/decode.h"
 #include "kernels/cpu/tile_tasks.h"
 
 namespace heed::HEED_ISA {
@@ -203,6 +204,7 @@ void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read&
   const Scratch scratch(queue.scratch);
   Mods own = mods;
   own.until = own.key_factor = own.row_factor = own.key_bias = own.k_pos = {};
+  if (decode(queue, q, pages, read.plan, own, out, lse)) return;
   KeySource source;
   source.pages = &pages;
   source.read = &read;

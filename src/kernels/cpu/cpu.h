@@ -43,6 +43,8 @@ Function<decltype(Kernels::column_read)> column_read;
 Function<decltype(Kernels::column_write)> column_write;
 Function<decltype(Kernels::page_score)> page_score;
 Function<decltype(Kernels::matmul)> matmul;
+Function<decltype(Kernels::matmul_each)> matmul_each;
+Function<decltype(Kernels::matmul_glu)> matmul_glu;
 Function<decltype(Kernels::embed)> embed;
 Function<decltype(Kernels::rms_norm)> rms_norm;
 Function<decltype(Kernels::split_heads)> split_heads;

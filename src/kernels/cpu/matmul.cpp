@@ -1,20 +1,58 @@
+#include <vector>
+
 #include "kernels/check.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/weights.h"
 
 namespace heed::HEED_ISA {
+namespace {
+
+// From about eight tokens on, unpacking a weight costs less than rounding and summing it for each token.
+bool few(const Tensor& x) { return x.size[0] < 8; }
+
+Product product_of(const char* where, Tensor w, Tensor x, Tensor bias, Tensor y, bool accumulate) {
+  const Product product{Weights(w, where), x, bias, y, accumulate};
+  check_tensor(where, "x", x, {x.size[0], product.w.width});
+  check_tensor(where, "bias", bias, {product.w.rows}, true);
+  check_tensor(where, "y", y, {x.size[0], product.w.rows});
+  return product;
+}
+
+}  // namespace
 
 void matmul(Queue& queue, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y) {
   if (!Weights::holds(w.type)) return reference_kernels().matmul(queue, w, x, bias, accumulate, y);
-  const Product product{Weights(w, "matmul"), x, bias, y, accumulate};
-  const int64_t rows = product.w.rows, tokens = product.tokens();
-  check_tensor("matmul", "x", x, {tokens, product.w.width});
-  check_tensor("matmul", "bias", bias, {rows}, true);
-  check_tensor("matmul", "y", y, {tokens, rows});
-  if (tokens == 0 || rows == 0) return;
-  // From about eight tokens on, unpacking a weight costs less than rounding and summing it for each token.
-  if (tokens < 8) multiply_few(queue.scratch, product);
+  const Product product = product_of("matmul", w, x, bias, y, accumulate);
+  if (product.tokens() == 0 || product.w.rows == 0) return;
+  if (few(x)) multiply_few(queue.scratch, std::span(&product, 1));
   else multiply_many(queue.scratch, product);
+}
+
+void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x) {
+  bool together = few(x);
+  for (const Linear& linear : each) together = together && Weights::holds(linear.w.type);
+  if (!together) {
+    for (const Linear& linear : each) matmul(queue, linear.w, x, linear.bias, false, linear.y);
+    return;
+  }
+  std::vector<Product> products;
+  for (const Linear& linear : each) products.push_back(product_of("matmul_each", linear.w, x, linear.bias, linear.y, false));
+  if (x.size[0] > 0 && !products.empty()) multiply_few(queue.scratch, products);
+}
+
+void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, Activation activation, Tensor y) {
+  constexpr const char* where = "matmul_glu";
+  require(gate.size == up.size, where, "gate and up are of one shape");
+  const Scratch scratch(queue.scratch);
+  const Tensor other = queue.scratch.take(Dtype::F32, {y.size[0], y.size[1]});
+  if (few(x) && Weights::holds(gate.type) && Weights::holds(up.type)) {
+    const Product a = product_of(where, gate, x, {}, y, false), b = product_of(where, up, x, {}, other, false);
+    if (a.tokens() > 0) multiply_few(queue.scratch, a, b, activation);
+    return;
+  }
+  matmul(queue, gate, x, {}, false, y);
+  matmul(queue, up, x, {}, false, other);
+  glu(queue, y, other, activation, y);
 }
 
 }  // namespace heed::HEED_ISA

@@ -1,6 +1,7 @@
 // Products with a few tokens (decode).
 #include "kernels/cpu/parts.h"
 #include "kernels/cpu/quants.h"
+#include "kernels/cpu/rows.h"
 #include "kernels/cpu/weights.h"
 
 namespace heed::HEED_ISA {
@@ -111,7 +112,9 @@ void row_times_tokens(const char* row, int64_t width, const Rounded* x, float* r
   for (int t = 0; t < Tokens; ++t) {
     Acc sum = acc[t][0];
     for (int c = 1; c < chains; ++c) sum = sum + acc[t][c];
-    result[t] = total(sum) + total(lows[t]) * (Q::has_low ? 1.0f : -float(shift));
+    if constexpr (Q::has_low) sum = sum + lows[t];
+    result[t] = total(sum);
+    if constexpr (!Q::has_low && shift != 0) result[t] -= float(shift) * total(lows[t]);
   }
 }
 
@@ -152,52 +155,88 @@ HEED_INLINE void over_tokens(int64_t tokens, Fn&& f) {
   if (t < tokens) f.template operator()<1>(t);
 }
 
-template <Dtype D>
-void multiply_quant(Arena& scratch, const Product& p) {
-  constexpr int group = Quant<D>::group;
-  const int64_t tokens = p.tokens(), width = p.w.width, n_groups = width / group + 16;
-  const Tensor codes = scratch.take(Dtype::I8, {tokens, width}), scale = scratch.take(Dtype::F32, {tokens, n_groups}),
-               sum = scratch.take(Dtype::F32, {tokens, n_groups}),
-               rows = scratch.take(Dtype::U8, {tokens * int64_t(sizeof(Rounded))});
-  Rounded* x = rows.as<Rounded>();
-  for (int64_t t = 0; t < tokens; ++t) {
-    float *s = scale.as<float>() + t * n_groups, *m = sum.as<float>() + t * n_groups;
-    int8_t* c = codes.as<int8_t>() + t * width;
-    round_to_8_bits<group>(p.x_row(t), width, c, s, m);
-    x[t] = {c, s, m};
+/// The rows of x as products read them: rounded, for each group size that one of the products has.
+class Inputs {
+ public:
+  Inputs(Arena& scratch, std::span<const Product> products) : tokens_(products[0].tokens()) {
+    for (const Product& p : products) with_quant(p.w.type, [&]<Dtype D>() { round<Quant<D>::group>(scratch, p); });
   }
-  over_parts(p.w.rows, p.w.row_bytes, [&](int64_t begin, int64_t end) {
+
+  /// Rows begin … end of a product.
+  void multiply(const Product& p, int64_t begin, int64_t end) const {
+    if (with_quant(p.w.type, [&]<Dtype D>() { multiply_quant<D>(p, begin, end); })) return;
+    if (p.w.type == Dtype::F32) return multiply_plain<float>(p, begin, end);
+    if (p.w.type == Dtype::F16) return multiply_plain<f16>(p, begin, end);
+    multiply_plain<bf16>(p, begin, end);
+  }
+
+ private:
+  template <int group>
+  void round(Arena& scratch, const Product& p) {
+    if (rounded_[group == 32]) return;
+    const int64_t width = p.w.width, groups = width / group + 16;
+    const Tensor codes = scratch.take(Dtype::I8, {tokens_, width}), scale = scratch.take(Dtype::F32, {tokens_, groups}),
+                 sum = scratch.take(Dtype::F32, {tokens_, groups}), rows = scratch.take(Dtype::U8, {tokens_ * int64_t(sizeof(Rounded))});
+    Rounded* x = rounded_[group == 32] = rows.as<Rounded>();
+    for (int64_t t = 0; t < tokens_; ++t) {
+      x[t] = {codes.as<int8_t>() + t * width, scale.as<float>() + t * groups, sum.as<float>() + t * groups};
+      round_to_8_bits<group>(p.x_row(t), width, codes.as<int8_t>() + t * width, scale.as<float>() + t * groups, sum.as<float>() + t * groups);
+    }
+  }
+
+  template <Dtype D>
+  void multiply_quant(const Product& p, int64_t begin, int64_t end) const {
+    const Rounded* x = rounded_[Quant<D>::group == 32];
     for (int64_t r = begin; r < end; ++r)
-      over_tokens(tokens, [&]<int n>(int64_t t) {
+      over_tokens(tokens_, [&]<int n>(int64_t t) {
         float result[n];
-        row_times_tokens<D, n>(p.w.at(r, 0), width, x + t, result);
+        row_times_tokens<D, n>(p.w.at(r, 0), p.w.width, x + t, result);
         for (int i = 0; i < n; ++i) p.put(t + i, r, result[i]);
       });
-  });
-}
+  }
 
-template <class T>
-void multiply_plain(const Product& p) {
-  over_parts(p.w.rows, p.w.row_bytes, [&](int64_t begin, int64_t end) {
+  template <class T>
+  void multiply_plain(const Product& p, int64_t begin, int64_t end) const {
     for (int64_t r = begin; r < end; ++r)
-      over_tokens(p.tokens(), [&]<int n>(int64_t t) {
+      over_tokens(tokens_, [&]<int n>(int64_t t) {
         const float* x[n];
         float result[n];
         for (int i = 0; i < n; ++i) x[i] = p.x_row(t + i);
         plain_row_times_tokens<T, n>(p.w.at(r, 0), p.w.width, x, result);
         for (int i = 0; i < n; ++i) p.put(t + i, r, result[i]);
       });
-  });
-}
+  }
+
+  int64_t tokens_;
+  Rounded* rounded_[2] = {};  // by groups of 16 and of 32
+};
 
 }  // namespace
 
-void multiply_few(Arena& arena, const Product& p) {
+void multiply_few(Arena& arena, std::span<const Product> products) {
   const Scratch give_back(arena);
-  if (with_quant(p.w.type, [&]<Dtype D>() { multiply_quant<D>(arena, p); })) return;
-  if (p.w.type == Dtype::F32) return multiply_plain<float>(p);
-  if (p.w.type == Dtype::F16) return multiply_plain<f16>(p);
-  multiply_plain<bf16>(p);
+  const Inputs inputs(arena, products);
+  int64_t rows = 0, bytes = 0;
+  for (const Product& p : products) rows += p.w.rows, bytes += p.w.rows * p.w.row_bytes;
+  over_parts(rows, bytes / std::max<int64_t>(rows, 1), [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // of a product's rows among all
+    for (const Product& p : products) {
+      const int64_t a = std::max(begin, first), b = std::min(end, first + p.w.rows);
+      if (a < b) inputs.multiply(p, a - first, b - first);
+      first += p.w.rows;
+    }
+  });
+}
+
+void multiply_few(Arena& arena, const Product& gate, const Product& up, Activation activation) {
+  const Scratch give_back(arena);
+  const Product both[] = {gate, up};
+  const Inputs inputs(arena, both);
+  over_parts(gate.w.rows, gate.w.row_bytes + up.w.row_bytes, [&](int64_t begin, int64_t end) {
+    for (const Product& p : both) inputs.multiply(p, begin, end);
+    for (int64_t t = 0; t < gate.tokens(); ++t)
+      glu_row(gate.y_row(t) + begin, up.y_row(t) + begin, end - begin, activation, gate.y_row(t) + begin);
+  });
 }
 
 }  // namespace heed::HEED_ISA

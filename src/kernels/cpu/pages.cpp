@@ -83,7 +83,8 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
   }
   const std::vector<Piece> pieces = pieces_of(pages, begin, [&](int64_t s) { return k.length(s) ? end(s) : 0; });
   const Scratch scratch(queue.scratch);
-  parallel_with(queue, kPage * widest(pages) * int64_t(sizeof(float)), int64_t(pieces.size()), [&](char* memory, int64_t i) {
+  const int64_t bytes = kPage * widest(pages) * int64_t(sizeof(float));
+  const auto write = [&](char* memory, int64_t i) {
     const auto [s, p] = pieces[size_t(i)];
     const PageLayout& layout = pages.layout_of(s, p);
     char* page = pages.page(s, p);
@@ -96,7 +97,11 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
     if (layout.bias_at >= 0) std::fill(bias_of(layout, page) + from, bias_of(layout, page) + to, 0.0f);
     fill_columns(pages, layout, page, from, to);
     refresh_columns(pages, layout, page, from, to, int(std::min<int64_t>(kPage, std::max(held(pages, s), end(s)) - p * kPage)), rows);
-  });
+  };
+  // The few rows of a decode step are written before a region would have begun.
+  if (k.values.size[0] * (k.values.size[1] + v.values.size[1]) > 8192) return parallel_with(queue, bytes, int64_t(pieces.size()), write);
+  char* memory = queue.scratch.take(Dtype::U8, {bytes}).as<char>();
+  for (size_t i = 0; i < pieces.size(); ++i) write(memory, int64_t(i));
 }
 
 void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged& k, const Ragged& v, Tensor positions) {

@@ -38,16 +38,7 @@ void glu(Queue&, Tensor gate, Tensor up, Activation activation, Tensor y) {
   check_tensor("glu", "gate", gate, {rows, width});
   check_tensor("glu", "up", up, {rows, width});
   check_tensor("glu", "y", y, {rows, width});
-  const auto apply = [&](auto&& active) {
-    over_rows(gate, [&](int64_t t) {
-      const float *g = row_of(gate, t), *u = row_of(up, t);
-      float* out = row_of(y, t);
-      over_lanes(width, [&](int64_t i, auto part) { part.put(out + i, active(part.get(g + i)) * part.get(u + i)); });
-    });
-  };
-  if (activation == Activation::Silu) return apply([](F x) { return x * sigmoid(x); });
-  // x/2 · (1 + tanh z) = x · σ(2z), with z = √(2/π) · (x + 0.044715 x³).
-  apply([](F x) { return x * sigmoid(x * fma(x * x, set(0.071354813f), set(1.5957691f))); });
+  over_rows(gate, [&](int64_t t) { glu_row(row_of(gate, t), row_of(up, t), width, activation, row_of(y, t)); });
 }
 
 void add(Queue&, Tensor x, Tensor y) {

@@ -1,6 +1,7 @@
 // Loops over the numbers of one row.
 #pragma once
 #include "kernels/cpu/simd.h"
+#include "kernels/kernels.h"
 
 namespace heed::HEED_ISA {
 
@@ -32,6 +33,16 @@ HEED_INLINE float rms_factor(const float* x, int64_t count, float eps) {
     sum = fma(v, v, sum);
   });
   return 1 / std::sqrt(hsum(squares[0] + squares[1]) / float(count) + eps);
+}
+
+/// out = act(gate) · up; out may be gate.
+inline void glu_row(const float* gate, const float* up, int64_t count, Activation activation, float* out) {
+  const auto apply = [&](auto&& active) {
+    over_lanes(count, [&](int64_t i, auto part) { part.put(out + i, active(part.get(gate + i)) * part.get(up + i)); });
+  };
+  if (activation == Activation::Silu) return apply([](F x) { return x * sigmoid(x); });
+  // x/2 · (1 + tanh z) = x · σ(2z), with z = √(2/π) · (x + 0.044715 x³).
+  apply([](F x) { return x * sigmoid(x * fma(x * x, set(0.071354813f), set(1.5957691f))); });
 }
 
 }  // namespace heed::HEED_ISA

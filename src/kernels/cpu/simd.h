@@ -84,6 +84,37 @@ HEED_INLINE void store_part(float* p, F x, int n) { _mm512_mask_storeu_ps(p, fir
 HEED_INLINE F fraction(F x) { return _mm512_reduce_ps(x, 0x09); }
 HEED_INLINE F scale_exponent(F y, F x) { return _mm512_scalef_ps(y, x); }
 
+HEED_INLINE F sum_quads(F a, F b, F c, F d) {
+  const F ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  return _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+}
+HEED_INLINE F sum_fours(const F x[4]) {
+  const F ab = _mm512_shuffle_f32x4(x[0], x[1], 0x88) + _mm512_shuffle_f32x4(x[0], x[1], 0xdd);
+  const F cd = _mm512_shuffle_f32x4(x[2], x[3], 0x88) + _mm512_shuffle_f32x4(x[2], x[3], 0xdd);
+  return _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+}
+HEED_INLINE void interleave(F even, F odd, F& low, F& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = _mm512_permutex2var_ps(even, first, odd);
+  high = _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd);
+}
+HEED_INLINE void load_even_odd(const bf16* p, F& even, F& odd) {
+  const __m512i x = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000))));
+}
+HEED_INLINE void load_nibbles(const uint8_t* p, F& even, F& odd) {
+  const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  even = _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
+  odd = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4));
+}
+HEED_INLINE void load_quarters(const uint8_t* p, F& even, F& odd) {
+  const __m128i b = _mm_loadl_epi64((const __m128i*)p);
+  const __m512i x = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b)), _mm512_set1_epi64(int64_t(4) << 32));
+  even = _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(3)));
+  odd = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, 2), _mm512_set1_epi32(3)));
+}
+
 #elif defined(__AVX2__)
 
 using F = __m256;
@@ -155,6 +186,37 @@ HEED_INLINE F scale_exponent(F y, F x) {
   const __m256i e = _mm256_cvtps_epi32(_mm256_floor_ps(inside));
   const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(e, 23)));
   return _mm256_and_ps(scaled, _mm256_cmp_ps(x, set(-126), _CMP_NLT_UQ));
+}
+
+HEED_INLINE F sum_quads(F a, F b, F c, F d) {
+  const F ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b), cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  return _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
+}
+HEED_INLINE F sum_fours(const F x[2]) {
+  return _mm256_permute2f128_ps(x[0], x[1], 0x20) + _mm256_permute2f128_ps(x[0], x[1], 0x31);
+}
+HEED_INLINE void interleave(F even, F odd, F& low, F& high) {
+  const F a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+  low = _mm256_permute2f128_ps(a, b, 0x20);
+  high = _mm256_permute2f128_ps(a, b, 0x31);
+}
+HEED_INLINE void load_even_odd(const bf16* p, F& even, F& odd) {
+  const __m256i x = _mm256_loadu_si256((const __m256i*)p);
+  even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000))));
+}
+HEED_INLINE void load_nibbles(const uint8_t* p, F& even, F& odd) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  even = _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+  odd = _mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4));
+}
+HEED_INLINE void load_quarters(const uint8_t* p, F& even, F& odd) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  const __m128i b = _mm_cvtsi32_si128(four);
+  const __m256i x = _mm256_srlv_epi32(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(b, b)), _mm256_set1_epi64x(int64_t(4) << 32));
+  even = _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(3)));
+  odd = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x, 2), _mm256_set1_epi32(3)));
 }
 
 #else
@@ -234,7 +296,36 @@ HEED_INLINE F scale_exponent(F y, F x) {
   return vbslq_f32(vcltq_f32(x, set(-126)), set(0), scaled);
 }
 
+HEED_INLINE F sum_quads(F a, F b, F c, F d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
+HEED_INLINE F sum_fours(const F x[1]) { return x[0]; }
+HEED_INLINE void interleave(F even, F odd, F& low, F& high) {
+  low = vzip1q_f32(even, odd);
+  high = vzip2q_f32(even, odd);
+}
+HEED_INLINE void load_even_odd(const bf16* p, F& even, F& odd) {
+  const uint32x4_t x = vreinterpretq_u32_u16(vld1q_u16((const uint16_t*)p));
+  even = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
+  odd = vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000)));
+}
+HEED_INLINE void load_nibbles(const uint8_t* p, F& even, F& odd) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  const uint32x4_t x = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+  even = vcvtq_f32_u32(vandq_u32(x, vdupq_n_u32(15)));
+  odd = vcvtq_f32_u32(vshrq_n_u32(x, 4));
+}
+HEED_INLINE void load_quarters(const uint8_t* p, F& even, F& odd) {
+  const uint32_t lanes[4] = {p[0], uint32_t(p[0]) >> 4, p[1], uint32_t(p[1]) >> 4};
+  const uint32x4_t x = vld1q_u32(lanes), three = vdupq_n_u32(3);
+  even = vcvtq_f32_u32(vandq_u32(x, three));
+  odd = vcvtq_f32_u32(vandq_u32(vshrq_n_u32(x, 2), three));
+}
+
 #endif
+
+// sum_fours of kLanes / 4 results of sum_quads is a vector of kLanes sums: lane 4 i + j is the sum of the lanes of argument j
+// of the i-th sum_quads. interleave: low and high are even[0], odd[0], even[1], …. load_even_odd, load_nibbles (4 bits) and
+// load_quarters (2 bits) read 2 · kLanes numbers, the first in the low bits: the even ones and the odd ones.
 
 /// The parts that need no instruction of their own.
 template <class T>

@@ -1,7 +1,10 @@
 // A matrix of weights as products read it, and its rows as plain numbers.
 #pragma once
+#include <span>
+
 #include "base/queue.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/kernels.h"
 
 namespace heed::HEED_ISA {
 
@@ -43,8 +46,10 @@ struct Product {
 };
 
 /// For a few tokens: the weights are read once, as they are, against activations rounded to 8 bits with a scale for
-/// each 32 (plain types: against the activations themselves). Bound by memory.
-void multiply_few(Arena& scratch, const Product& p);
+/// each 32 (plain types: against the activations themselves). Bound by memory. All products are of the same x.
+void multiply_few(Arena& scratch, std::span<const Product> products);
+/// gate.y = act(gate) · up of two products of one shape; up.y is scratch.
+void multiply_few(Arena& scratch, const Product& gate, const Product& up, Activation activation);
 
 /// For many tokens: panels of weights are unpacked to f32, or bf16 where the machine multiplies that faster, and
 /// multiplied in registers. Bound by arithmetic.

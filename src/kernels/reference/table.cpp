@@ -29,6 +29,8 @@ const Kernels& reference_kernels() {
     t.column_write = reference::column_write;
     t.page_score = reference::page_score;
     t.matmul = reference::matmul;
+    t.matmul_each = reference::matmul_each;
+    t.matmul_glu = reference::matmul_glu;
     t.embed = reference::embed;
     t.rms_norm = reference::rms_norm;
     t.split_heads = reference::split_heads;

@@ -1,0 +1,496 @@
+#include "kernels/cpu/decode.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/page_rows.h"
+#include "kernels/cpu/page_side.h"
+#include "kernels/cpu/tile_tasks.h"
+#include "kernels/cpu/walk.h"
+#include "kernels/cpu/workers.h"
+
+namespace heed::HEED_ISA {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kRows = 8;
+// Query rows and value pairs whose sums fit the registers beside an entry.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kRowBlock = 2, kValuePairs = 2;
+#else
+constexpr int kRowBlock = 4, kValuePairs = 2;
+#endif
+
+/// Up to 64 entries of one layout that are met together.
+struct Entries {
+  int count = 0;
+  const PageLayout* layout = nullptr;
+  float position_low = 0;
+  const char *k[kPage], *v[kPage];
+  const float *k_scale[kPage], *k_low[kPage], *v_scale[kPage], *v_low[kPage];  // of quantised sides
+  alignas(64) int32_t key[kPage];
+  alignas(64) int32_t position[kPage];  // with a window
+  alignas(64) float bias[kPage];        // with a bias
+};
+
+/// Scales and lows of quantised entries as f32: a row for each entry, or for each run of entries that share one.
+struct ScaleRows {
+  float* memory;
+  int64_t used = 0;
+  const char* last = nullptr;  // the page and run that the last row is of
+  int last_run = -1;
+
+  static int64_t width(const PageType& type, int d) {
+    if (!type.quantised()) return 0;
+    return type.axis == PageType::Axis::Channel ? d : (d + type.group - 1) / type.group;
+  }
+  /// Floats for 64 entries.
+  static int64_t floats(const PageType& type, int d) { return 2 * kPage * ((width(type, d) + 15) / 16 * 16); }
+
+  void clear() { used = 0, last = nullptr; }
+
+  /// Entries first … first + count of a side; pointers for each go to scale and low.
+  void add(const PageSide& side, int first, int count, const float** scale, const float** low) {
+    const int64_t n = width(*side.type, side.width);
+    if (side.type->axis == PageType::Axis::Token) {
+      float *s = memory + used, *l = s + count * n;
+      convert_row(side.scales() + first * n, count * n, s);
+      convert_row(side.zeros() + first * n, count * n, l);
+      used += 2 * count * n;
+      for (int i = 0; i < count; ++i) scale[i] = s + i * n, low[i] = l + i * n;
+      return;
+    }
+    for (int i = 0; i < count; ++i) {
+      const int run = (first + i) / side.type->group;
+      if (side.data != last || run != last_run) {
+        order(side, side.scales() + run * n, memory + used);
+        order(side, side.zeros() + run * n, memory + used + n);
+        used += 2 * n, last = side.data, last_run = run;
+      }
+      scale[i] = memory + used - 2 * n, low[i] = memory + used - n;
+    }
+  }
+
+  /// Channels in the order in which the codes of a pair are read.
+  static void order(const PageSide& side, const f16* from, float* to) {
+    if (side.type->kind == PageType::Kind::Q8) return convert_row(from, side.width, to);
+    for (int c = 0; c < side.width; c += kPair)
+      for (int i = 0; i < kLanes; ++i) {
+        to[c + i] = float(from[c + 2 * i]);
+        to[c + kLanes + i] = float(from[c + 2 * i + 1]);
+      }
+  }
+};
+
+/// The query rows of a KV head, and what their logits are.
+struct Shared {
+  int64_t segment = 0, plan_row = 0;
+  int rows = 0;
+  int64_t row[kRows];
+  int32_t head[kRows];
+  float limit[kRows], position[kRows], factor[kRows];
+  float limit_low, limit_high, position_low, position_high;
+  int64_t first_piece = 0, pieces = 0;
+};
+
+struct Piece {
+  int64_t shared, begin, end;  // keys (Dense) or entries of the plan's row
+};
+
+/// An online softmax in log2: out [rows][d_v], high and sum of each row.
+struct Softmax {
+  float *out, *high, *sum;
+  static int64_t floats(int rows, int d_v) { return int64_t(rows) * d_v + 2 * 16; }
+  Softmax(float* memory, int rows, int d_v) : out(memory), high(memory + int64_t(rows) * d_v), sum(high + 16) {}
+};
+
+void prefetch(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+int64_t row_bytes(const PageType& type, int width) { return int64_t(width) * type.bits() / 8; }
+
+/// s [R][kPage] = dots of query rows q [R][step] (in Row's order) with the entries.
+template <class Row, int R>
+void dots(const Entries& e, const Entries* next, int d, int shift, const float* q, int64_t step, float* s) {
+  const int64_t next_bytes = next ? row_bytes(next->layout->k, d) : 0;
+  for (int j = 0; j < e.count; j += kLanes) {
+    F fours[R][kLanes / 4];
+    for (int block = 0; block < kLanes / 4; ++block) {
+      int at[4];
+      for (int i = 0; i < 4; ++i) {
+        at[i] = std::min(j + 4 * block + i, e.count - 1);  // past the end: the last entry again
+        if (next && j + 4 * block + i < next->count) prefetch(next->k[j + 4 * block + i], next_bytes);
+      }
+      F sum[R][4];
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 4; ++i) sum[r][i] = zero();
+      for (int64_t c = 0; c < d; c += kPair) {
+        const int64_t scale = Row::by_channel ? c : (c / kPair) >> shift;
+        for (int i = 0; i < 4; ++i) {
+          F a, b;
+          Row::load(e.k[at[i]], c, Row::quantised ? e.k_scale[at[i]] + scale : nullptr, Row::quantised ? e.k_low[at[i]] + scale : nullptr, a, b);
+          for (int r = 0; r < R; ++r) {
+            sum[r][i] = fma(a, load(q + r * step + c), sum[r][i]);
+            sum[r][i] = fma(b, load(q + r * step + c + kLanes), sum[r][i]);
+          }
+        }
+      }
+      for (int r = 0; r < R; ++r) fours[r][block] = sum_quads(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    }
+    for (int r = 0; r < R; ++r) store(s + r * kPage + j, sum_fours(fours[r]));
+  }
+}
+
+/// out [R][d_v] = out · keep[r] + Σ p [R][kPage] · values, `Pairs` pairs of vectors at once.
+template <class Row, int R, int Pairs>
+HEED_INLINE void add_values(const Entries& e, int64_t c, int shift, const float* p, const float* keep, int d_v, float* out) {
+  F sum[R][2 * Pairs];
+  for (int r = 0; r < R; ++r)
+    for (F& x : sum[r]) x = zero();
+  for (int j = 0; j < e.count; ++j)
+    for (int u = 0; u < Pairs; ++u) {
+      const int64_t at = c + u * kPair, scale = Row::by_channel ? at : (at / kPair) >> shift;
+      F a, b;
+      Row::load(e.v[j], at, Row::quantised ? e.v_scale[j] + scale : nullptr, Row::quantised ? e.v_low[j] + scale : nullptr, a, b);
+      for (int r = 0; r < R; ++r) {
+        const F weight = set(p[r * kPage + j]);
+        sum[r][2 * u] = fma(weight, a, sum[r][2 * u]);
+        sum[r][2 * u + 1] = fma(weight, b, sum[r][2 * u + 1]);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int u = 0; u < Pairs; ++u) {
+      float* to = out + int64_t(r) * d_v + c + u * kPair;
+      F a = sum[r][2 * u], b = sum[r][2 * u + 1];
+      if constexpr (Row::interleaved) interleave(a, b, a, b);
+      store(to, fma(load(to), set(keep[r]), a));
+      store(to + kLanes, fma(load(to + kLanes), set(keep[r]), b));
+    }
+}
+
+template <class Row, int R>
+void values(const Entries& e, const Entries* next, int d_v, int shift, const float* p, const float* keep, float* out) {
+  if (next)
+    for (int j = 0; j < next->count; ++j) prefetch(next->v[j], row_bytes(next->layout->v, d_v));
+  int64_t c = 0;
+  for (; c + kValuePairs * kPair <= d_v; c += kValuePairs * kPair) add_values<Row, R, kValuePairs>(e, c, shift, p, keep, d_v, out);
+  for (; c < d_v; c += kPair) add_values<Row, R, 1>(e, c, shift, p, keep, d_v, out);
+}
+
+/// Calls f.template operator()<R>(first) for blocks of R ≤ kRowBlock rows.
+template <class Fn>
+void over_rows(int rows, Fn&& f) {
+  int r = 0;
+  for (; r + kRowBlock <= rows; r += kRowBlock) f.template operator()<kRowBlock>(r);
+  switch (rows - r) {
+    case 1: return f.template operator()<1>(r);
+    case 2: return f.template operator()<2>(r);
+    case 3: return f.template operator()<kRowBlock == 4 ? 3 : 1>(r);
+    default: return;
+  }
+}
+
+class Decode {
+ public:
+  Decode(Queue& queue, const Ragged& q, const Pages& pages, const Plan& plan, const Mods& mods)
+      : queue_(queue), q_(q), pages_(pages), plan_(plan), mods_(mods), d_(pages.layouts[0].d), d_v_(pages.layouts[0].d_v) {}
+
+  /// Cuts the work into pieces; false when a KV head has too many rows.
+  bool plan() {
+    const std::vector<TileTask> tasks = tile_tasks(plan_, q_, pages_.kv_heads, pages_.kv_heads, mods_, true);
+    for (const TileTask& task : tasks)
+      if (task.heads * task.rows > kRows) return false;
+    for (const TileTask& task : tasks)
+      if (task.rows > 0) add(task);
+    return true;
+  }
+
+  void run(Tensor out, Tensor lse) {
+    out_ = out, lse_ = lse;
+    int64_t k_scales = 0, v_scales = 0;
+    for (const PageLayout& layout : pages_.layouts) {
+      k_scales = std::max(k_scales, ScaleRows::floats(layout.k, d_));
+      v_scales = std::max(v_scales, ScaleRows::floats(layout.v, d_v_));
+      has_bias_ |= layout.bias_at >= 0;
+    }
+    states_ = queue_.scratch.take(Dtype::F32, {std::max<int64_t>(int64_t(pieces_.size()), 1), Softmax::floats(kRows, d_v_)});
+    left_ = queue_.scratch.take(Dtype::I64, {std::max<int64_t>(int64_t(shared_.size()), 1)}).as<int64_t>();
+    for (size_t i = 0; i < shared_.size(); ++i) left_[i] = shared_[i].pieces;
+    const int64_t floats = 2 * kRows * d_ + 2 * (k_scales + v_scales);
+    parallel_with(queue_, floats * int64_t(sizeof(float)), int64_t(pieces_.size()), [&](char* memory, int64_t i) {
+      auto* numbers = reinterpret_cast<float*>(memory);
+      Worker worker{numbers, numbers + kRows * d_, {}};
+      float* scales = numbers + 2 * kRows * d_;
+      for (Batch& batch : worker.batch) {
+        batch.k_scales.memory = scales, batch.v_scales.memory = scales + k_scales;
+        scales += k_scales + v_scales;
+      }
+      work(worker, i);
+    });
+  }
+
+ private:
+  struct Batch {
+    Entries entries;
+    ScaleRows k_scales, v_scales;
+  };
+  struct Worker {
+    float *q, *q_paired;  // [rows][d], in order and as pairs of even and odd channels
+    Batch batch[2];
+  };
+
+  const int32_t* positions(int64_t segment, int64_t page) const {
+    return reinterpret_cast<const int32_t*>(pages_.page(segment, page) + pages_.layout_of(segment, page).position_at);
+  }
+
+  void add(const TileTask& task) {
+    const int64_t keys = pages_.length.at<int32_t>(task.k_segment);
+    const Lanes lanes = lanes_of(task, q_, keys, mods_, plan_.causal);
+    Shared s;
+    s.segment = task.k_segment, s.plan_row = task.plan_row, s.rows = lanes.count;
+    for (int r = 0; r < lanes.count; ++r) {
+      s.row[r] = lanes.row[r], s.head[r] = lanes.head[r];
+      s.limit[r] = lanes.limit[r], s.position[r] = lanes.position[r], s.factor[r] = lanes.factor[r];
+    }
+    s.limit_low = lanes.limit_low, s.limit_high = lanes.limit_high;
+    s.position_low = lanes.position_low, s.position_high = lanes.position_high;
+    s.first_piece = int64_t(pieces_.size());
+
+    int64_t begin = 0, end = 0, unit = 1;
+    if (plan_.form == Plan::Form::Dense) {
+      end = plan_.causal ? std::clamp<int64_t>(int64_t(s.limit_high) + 1, 0, keys) : keys;
+      if (mods_.window > 0 && end > 0) {
+        // Positions ascend: the last page that begins outside the window is the first that may reach into it.
+        int64_t low = 0, high = (end + kPage - 1) / kPage;
+        while (high - low > 1) {
+          const int64_t middle = (low + high) / 2;
+          if (s.position_low - float(positions(s.segment, middle)[0]) >= float(mods_.window)) low = middle;
+          else high = middle;
+        }
+        begin = low * kPage;
+      }
+    } else {
+      end = plan_.end(s.plan_row) - plan_.begin(s.plan_row);
+      unit = plan_.form == Plan::Form::Blocks ? plan_.k_tile : 1;
+    }
+    // Pieces follow from the shapes alone, never from the number of threads: of 32,768 numbers (64 KB in 16 bits, some 10 µs
+    // of one core), unless that would be more than 128 pieces to merge.
+    const int64_t few = std::max<int64_t>((int64_t(32) << 10) / (d_ + d_v_) / kPage, 1);
+    const int64_t all = (end - begin) * unit, step = std::max(few, (all / 128 + kPage - 1) / kPage) * kPage / unit;
+    int64_t at = begin;
+    do {
+      pieces_.push_back({int64_t(shared_.size()), at, std::min(at + step, end)});
+      at += step;
+    } while (at < end);
+    s.pieces = int64_t(pieces_.size()) - s.first_piece;
+    shared_.push_back(s);
+  }
+
+  /// The next entries of the walk that lie in one layout.
+  bool gather(const Shared& s, Walk& walk, Run& run, Batch& batch) const {
+    Entries& e = batch.entries;
+    e.count = 0;
+    e.position_low = kInfinity;
+    batch.k_scales.clear();
+    batch.v_scales.clear();
+    while (e.count < kPage) {
+      if (run.count == 0 && !walk.next(kPage, run)) break;
+      const int64_t number = run.first / kPage;
+      const PageLayout& layout = pages_.layout_of(s.segment, number);
+      if (e.count > 0 && e.layout != &layout) break;
+      e.layout = &layout;
+      char* page = pages_.page(s.segment, number);
+      const int first = int(run.first % kPage), count = int(std::min<int64_t>({run.count, kPage - first, kPage - e.count}));
+      const int64_t k_bytes = row_bytes(layout.k, d_), v_bytes = row_bytes(layout.v, d_v_);
+      const int at = e.count;
+      for (int i = 0; i < count; ++i) {
+        e.k[at + i] = page + layout.k_at + (first + i) * k_bytes;
+        e.v[at + i] = page + layout.v_at + (first + i) * v_bytes;
+        e.key[at + i] = int32_t(run.first + i);
+      }
+      if (layout.k.quantised()) batch.k_scales.add(PageSide::keys(layout, page), first, count, e.k_scale + at, e.k_low + at);
+      if (layout.v.quantised()) batch.v_scales.add(PageSide::values(layout, page), first, count, e.v_scale + at, e.v_low + at);
+      if (mods_.window > 0) {
+        const auto* from = reinterpret_cast<const int32_t*>(page + layout.position_at) + first;
+        for (int i = 0; i < count; ++i) {
+          e.position[at + i] = from[i];
+          e.position_low = std::min(e.position_low, float(from[i]));
+        }
+      }
+      if (layout.bias_at >= 0) std::copy_n(reinterpret_cast<const float*>(page + layout.bias_at) + first, count, e.bias + at);
+      else if (has_bias_) std::fill_n(e.bias + at, count, 0.0f);
+      e.count += count;
+      run.first += count;
+      run.count -= count;
+    }
+    return e.count > 0;
+  }
+
+  void work(Worker& worker, int64_t i) {
+    const Piece& piece = pieces_[size_t(i)];
+    const Shared& s = shared_[size_t(piece.shared)];
+    const Softmax state = state_of(i, s);
+    std::fill_n(state.out, int64_t(s.rows) * d_v_, 0.0f);
+    std::fill_n(state.high, s.rows, -kInfinity);
+    std::fill_n(state.sum, s.rows, 0.0f);
+    if (piece.begin < piece.end && !skipped(s)) attend(worker, piece, s, state);
+    if (std::atomic_ref<int64_t>(left_[piece.shared]).fetch_sub(1, std::memory_order_acq_rel) == 1) finish(s);
+  }
+
+  Softmax state_of(int64_t piece, const Shared& s) const {
+    return Softmax(states_.as<float>() + piece * states_.stride[0], s.rows, d_v_);
+  }
+
+  bool skipped(const Shared& s) const {
+    if (!mods_.gain) return false;
+    for (int r = 0; r < s.rows; ++r)
+      if (mods_.gain.as<float>()[s.row[r]] != 0) return false;
+    return true;
+  }
+
+  void attend(Worker& worker, const Piece& piece, const Shared& s, Softmax state) const {
+    const bool dense = plan_.form == Plan::Form::Dense;
+    const int64_t keys = pages_.length.at<int32_t>(s.segment);
+    const int64_t end = plan_.causal ? std::clamp<int64_t>(int64_t(s.limit_high) + 1, 0, keys) : keys;
+    Walk walk(plan_, s.plan_row, -1, dense ? piece.begin : 0, dense ? piece.end : end);
+    if (!dense) walk.entries(piece.begin, piece.end);
+    Run run;
+    if (!gather(s, walk, run, worker.batch[0])) return;
+    for (int r = 0; r < s.rows; ++r) {
+      float *q = worker.q + int64_t(r) * d_, *paired = worker.q_paired + int64_t(r) * d_;
+      const char* row = row_of(q_.values, s.row[r]);
+      const float* from = widen_row(row, q_.values.type, d_, q);
+      if (from != q) std::copy_n(from, d_, q);
+      for (int c = 0; c < d_; c += kPair)
+        for (int lane = 0; lane < kLanes; ++lane) {
+          paired[c + lane] = q[c + 2 * lane];
+          paired[c + kLanes + lane] = q[c + 2 * lane + 1];
+        }
+    }
+    alignas(64) float scores[kRows * kPage], keep[kRows];
+    for (int i = 0;; i ^= 1) {
+      const Entries& e = worker.batch[i].entries;
+      const Entries* next = gather(s, walk, run, worker.batch[i ^ 1]) ? &worker.batch[i ^ 1].entries : nullptr;
+      with_rows(e.layout->k, [&]<class Row>() {
+        const float* q = Row::interleaved ? worker.q_paired : worker.q;
+        over_rows(s.rows, [&]<int R>(int r) {
+          dots<Row, R>(e, r == 0 ? next : nullptr, d_, shift(e.layout->k), q + int64_t(r) * d_, d_, scores + r * kPage);
+        });
+      });
+      weigh(s, e, scores, state, keep);
+      with_rows(e.layout->v, [&]<class Row>() {
+        over_rows(s.rows, [&]<int R>(int r) {
+          values<Row, R>(e, r == 0 ? next : nullptr, d_v_, shift(e.layout->v), scores + r * kPage, keep + r, state.out + int64_t(r) * d_v_);
+        });
+      });
+      if (!next) return;
+    }
+  }
+
+  /// log2 of how many pairs of vectors share a scale.
+  static int shift(const PageType& type) {
+    int out = 0;
+    while (type.quantised() && kPair << out < type.group) ++out;
+    return out;
+  }
+
+  /// Dots → weights; keep: what each row's earlier sums are worth now.
+  void weigh(const Shared& s, const Entries& e, float* scores, Softmax state, float* keep) const {
+    const bool causal = plan_.causal && float(e.key[e.count - 1]) > s.limit_low;
+    const bool window = mods_.window > 0 && s.position_high - e.position_low >= float(mods_.window);
+    const F hidden = set(-kInfinity);
+    for (int r = 0; r < s.rows; ++r) {
+      float* x = scores + r * kPage;
+      F top = hidden;
+      for (int j = 0; j < e.count; j += kLanes) {
+        F logit = load(x + j) * set(s.factor[r]);
+        if (mods_.softcap > 0) logit = set(mods_.softcap) * tanh(logit * set(1 / mods_.softcap));
+        if (has_bias_) logit = logit + load(e.bias + j);
+        logit = logit * set(kLog2e);
+        if (causal) logit = where(less_equal(load(e.key + j), set(s.limit[r])), logit, hidden);
+        if (window) logit = where(less(set(s.position[r]) - load(e.position + j), set(float(mods_.window))), logit, hidden);
+        if (e.count - j < kLanes) logit = where(first(e.count - j), logit, hidden);
+        store(x + j, logit);
+        top = max(top, logit);
+      }
+      const float before = state.high[r], high = std::max(before, hmax(top)), shift = high > -kInfinity ? high : 0;
+      F sum = zero();
+      for (int j = 0; j < e.count; j += kLanes) {
+        const F weight = exp2(load(x + j) - set(shift));
+        sum = sum + weight;
+        store(x + j, weight);
+      }
+      keep[r] = before == high ? 1 : std::exp2(before - shift);
+      state.high[r] = high;
+      state.sum[r] = state.sum[r] * keep[r] + hsum(sum);
+    }
+  }
+
+  /// The pieces of a KV head, in their order, as rows of the output.
+  void finish(const Shared& s) const {
+    for (int r = 0; r < s.rows; ++r) {
+      float* out = out_.as<float>() + s.row[r] * out_.stride[0];
+      const float gain = mods_.gain ? mods_.gain.as<float>()[s.row[r]] : 1;
+      float high = -kInfinity, sum = 0;
+      if (gain != 0) {
+        for (int64_t i = 0; i < s.pieces; ++i) high = std::max(high, state_of(s.first_piece + i, s).high[r]);
+        const bool sink = bool(mods_.sink_logits);
+        const float sink_logit = sink ? mods_.sink_logits.as<float>()[s.head[r]] * kLog2e : -kInfinity;
+        high = std::max(high, sink_logit);
+        if (high > -kInfinity && sink) sum = std::exp2(sink_logit - high);
+      }
+      std::fill_n(out, d_v_, 0.0f);
+      if (high > -kInfinity) {
+        for (int64_t i = 0; i < s.pieces; ++i) {
+          const Softmax part = state_of(s.first_piece + i, s);
+          if (part.high[r] == -kInfinity) continue;
+          const float share = std::exp2(part.high[r] - high);
+          sum += part.sum[r] * share;
+          const float* from = part.out + int64_t(r) * d_v_;
+          for (int c = 0; c < d_v_; c += kLanes) store(out + c, fma(load(from + c), set(share), load(out + c)));
+        }
+        const F scale = set(gain / sum);
+        for (int c = 0; c < d_v_; c += kLanes) store(out + c, load(out + c) * scale);
+      }
+      if (lse_) lse_.as<float>()[s.row[r] * lse_.stride[0]] = high > -kInfinity ? (high + std::log2(sum)) / kLog2e : -kInfinity;
+    }
+  }
+
+  Queue& queue_;
+  const Ragged& q_;
+  const Pages& pages_;
+  const Plan& plan_;
+  const Mods& mods_;
+  const int d_, d_v_;
+  bool has_bias_ = false;
+  std::vector<Shared> shared_;
+  std::vector<Piece> pieces_;
+  Tensor out_, lse_, states_;
+  int64_t* left_ = nullptr;
+};
+
+/// Whether a side can be read as pairs of vectors.
+bool in_pairs(const PageType& type, int width) {
+  if (width % kPair != 0) return false;
+  if (!type.quantised() || type.axis == PageType::Axis::Channel) return true;
+  const int pairs = type.group / kPair;  // that share a scale
+  return type.group % kPair == 0 && (pairs & (pairs - 1)) == 0;
+}
+
+}  // namespace
+
+bool decode(Queue& queue, const Ragged& q, const Pages& pages, const Plan& plan, const Mods& mods, Tensor out, Tensor lse) {
+  if (mods.weight != WeightFunction::Softmax || mods.k_map || mods.v_map || pages.plain_keys || plan.mask || plan.parts > 1) return false;
+  for (const PageLayout& layout : pages.layouts)
+    if (layout.v_transposed || !in_pairs(layout.k, layout.d) || !in_pairs(layout.v, layout.d_v)) return false;
+  const Scratch scratch(queue.scratch);
+  Decode decode(queue, q, pages, plan, mods);
+  if (!decode.plan()) return false;
+  decode.run(out, lse);
+  return true;
+}
+
+}  // namespace heed::HEED_ISA
