@@ -80,7 +80,7 @@ TEST_F(RealModel, AThirdOfTheTextKeepsMostOfThePrediction) {
                            "noncausal(budget=0.33,tile=64)", "expected-attention(budget=0.33)", "random(budget=0.5,sinks=4)", "duo-attention(sinks=4,recent=64,heads=[0,2])",
                            "simlayerkv(recent=64,threshold=0.5)", "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))", "dms(keydiff,threshold=-0.8,window=32)",
                            "a-shape(sinks=4,local=64)", "tri-shape(sinks=4,local=64,last=16)", "triangle-mix(sinks=4,local=64,last=16)", "power(block=16,local=2)",
-                           "star(block=64,query=16)", "gna(window=64,stride=8)", "stochastic-sa(window=128)"}) {
+                           "recycled-attention(budget=64,stride=4)", "omnikv(budget=64)", "star(block=64,query=16)", "gna(window=64,stride=8)", "stochastic-sa(window=128)"}) {
     const double kld = divergence(dense, predict(spec));
     EXPECT_GT(kld, 1e-6) << spec << " changed nothing";
     EXPECT_LT(kld, 1.5) << spec;

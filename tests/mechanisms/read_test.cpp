@@ -20,7 +20,7 @@ std::vector<std::vector<int32_t>> read(const Case& c, const std::string& spec, c
 TEST_P(Reads, IdentityReadsAll) {
   for (const Shape s : {shape(1, 200), shape(40, 40), shape(3, 129), shape(1, 1)}) {
     const Case c(s);
-    for (const char* spec : {"quest(budget=1.0)", "quest(budget=100000)", "tidal-decode(budget=1.0)"})
+    for (const char* spec : {"quest(budget=1.0)", "quest(budget=100000)", "tidal-decode(budget=1.0)", "recycled-attention(stride=1)", "recycled-attention(budget=1.0)", "omnikv(budget=1.0)"})
       for (const auto& list : read(c, spec, backend())) EXPECT_EQ(list, all_of(s.m)) << spec;
   }
 }
@@ -63,9 +63,38 @@ TEST_P(Reads, TidalDecodeReadsTheHighestLogits) {
   }
 }
 
+TEST_P(Reads, RecycledAttentionReadsWhatTheLastRowPaid) {
+  for (const int64_t kernel : {1, 5}) {
+    const Case c(shape(3, 150), 6);
+    const auto tokens = read(c, "recycled-attention(budget=33,kernel=" + std::to_string(kernel) + ")", backend());
+    for (int64_t head = 0; head < c.shape.h; ++head) {
+      std::vector<double> most(150, 0.0), scores;
+      for (int64_t member = head / c.group() * c.group(); member < (head / c.group() + 1) * c.group(); ++member) {
+        const auto p = c.causal(member, 2);
+        for (size_t j = 0; j < 150; ++j) most[j] = std::max(most[j], p[j]);
+      }
+      for (int64_t j = 0; j < 150; ++j)
+        scores.push_back(*std::max_element(most.begin() + std::max<int64_t>(0, j - kernel / 2), most.begin() + std::min<int64_t>(150, j + kernel / 2 + 1)));
+      EXPECT_EQ(tokens[size_t(head)], top(scores, 33));
+    }
+  }
+}
+
+TEST_P(Reads, OmniKvReadsOneSetInAllHeads) {
+  const Case c(shape(1, 150), 6);
+  const auto tokens = read(c, "omnikv(budget=33)", backend());
+  std::vector<double> most(150, 0.0);
+  for (int64_t head = 0; head < c.shape.h; ++head) {
+    const auto p = c.causal(head, 0);
+    for (size_t j = 0; j < 150; ++j) most[j] = std::max(most[j], p[j]);
+  }
+  most.back() = INFINITY;  // the new token, besides the 33
+  for (const auto& list : tokens) EXPECT_EQ(list, top(most, 34));
+}
+
 TEST_P(Reads, MoreBudgetReadsMore) {
   const Case c(shape(1, 180), 5);
-  for (const char* name : {"quest", "tidal-decode"}) {
+  for (const char* name : {"quest", "tidal-decode", "recycled-attention", "omnikv"}) {
     std::vector<std::vector<int32_t>> before(static_cast<size_t>(c.shape.h));
     for (int budget : {16, 48, 96, 180}) {
       const auto now = read(c, std::string(name) + "(budget=" + std::to_string(budget) + ")", backend());

@@ -65,6 +65,10 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "adakv(snapkv(budget=16,window=4))", "adakv(pyramidkv(budget=16,window=4),port=true)", "adakv(h2o(budget=10))", "h2o(budget=10)", "h2o(budget=10,when=chunk)+quest(budget=8,page=4,dense=0)",
                              "tova(budget=7)", "quest(budget=16,page=8,dense=1)", "tidal-decode(budget=9,selection=1,correction=2)", "xattention(block=8,stride=4,threshold=0.3)", "moba(block=8,topk=2)",
                              "flexprefill(block=8,gamma=0.3,min_budget=8)", "kvzip(budget=0.2,chunk=32)", "kvzip(budget=0.2,chunk=32,share=layer)", "kivi(residual=0)", "act(threshold=0.02,skip_first=0,skip_last=0)",
+                             "a2sf(budget=10)", "observed-attention(budget=10)", "keydiff(budget=10)", "cur(budget=10)", "lagkv(budget=12,lag=4)", "noncausal(budget=10,tile=8)", "expected-attention(budget=10)",
+                             "random(budget=10)", "duo-attention(sinks=2,recent=6)", "simlayerkv(threshold=0,recent=6)", "chunkkv(tova(budget=10),chunk=4)", "caote(tova(budget=7))", "dms(keydiff,threshold=0,window=4)",
+                             "adakv(expected-attention(budget=12,eps=0.01))", "recycled-attention(budget=8,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "a-shape(sinks=2,local=9)", "tri-shape(sinks=2,local=9,last=3)",
+                             "triangle-mix(sinks=2,local=9,last=3,from=2)", "power(block=4,local=1)", "star(block=10,query=4)", "gna(window=8,stride=2,dilation=2)", "stochastic-sa(window=16)",
                              "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
       const double changed = distance(dense, logits(model, spec, chunk));
       EXPECT_GT(changed, 1e-4) << spec << " chunk " << chunk;
@@ -75,7 +79,8 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
 
 TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
   const auto model = tiny(6, 2);
-  for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)", "quest(budget=8,page=4,dense=0)"}) {
+  for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)", "quest(budget=8,page=4,dense=0)", "a2sf(budget=10)",
+                           "recycled-attention(budget=8,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "caote(h2o(budget=10))", "random(budget=10,when=every(2))"}) {
     SessionOptions o;
     o.attention = spec, o.backend = "reference";
     Session session(model, o);
@@ -89,6 +94,80 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
       EXPECT_EQ(x, std::vector<float>(b.as<float>(), b.as<float>() + b.numel())) << spec;
     }
   }
+}
+
+/// What query head 0 of a decoded token reads in a layer.
+std::vector<int32_t> first_row(const Plan& plan) {
+  std::vector<int32_t> out;
+  for (int64_t e = plan.begin(0); e < plan.end(0); ++e) out.push_back(plan.index.at<int32_t>(e));
+  return out;
+}
+
+/// Σ or max over the group of the weights that the last query pays to the entries of the first KV head, over all of them.
+std::vector<double> paid(LayerView& at, Observe::Heads heads) {
+  Observe how;
+  how.rows = Observe::Rows::Last, how.heads = heads;
+  const Ragged columns = at.observe(at.last_queries(1), how);
+  std::vector<double> out;
+  for (int64_t j = columns.begin(0); j < columns.end(0); ++j) out.push_back(columns.values.at<float>(j));
+  return out;
+}
+
+TEST(Sessions, RecycledAttentionReadsTheLastFullStepsBest) {
+  SessionOptions o;
+  o.attention = "recycled-attention(budget=9,stride=4)", o.backend = "reference";
+  Session session(tiny(6, 2), o);
+  std::vector<double> scores;
+  int full = 0, partial = 0;
+  session.tap([&](LayerView& at) {
+    if (at.layer != 2) return;
+    if (!at.decoding()) {
+      scores = paid(at, Observe::Heads::GroupMax);
+      return;
+    }
+    scores.push_back(INFINITY);  // a new token has no score yet and stays
+    if (at.read.plan.form == Plan::Form::Dense) {
+      scores = paid(at, Observe::Heads::GroupMax);
+      ++full;
+    } else {
+      EXPECT_EQ(first_row(at.read.plan), top(scores, 9));
+      ++partial;
+    }
+  });
+  session.prefill(text(60, 4));
+  for (int32_t i = 0; i < 12; ++i) session.decode(i * 5 % 61);
+  EXPECT_EQ(full, 3);
+  EXPECT_EQ(partial, 9);
+}
+
+TEST(Sessions, OmniKvHandsTheFiltersChoiceOn) {
+  SessionOptions o;
+  o.attention = "omnikv(budget=7,filters=0,wait=1)", o.backend = "reference";
+  Session session(tiny(6, 2), o);
+  std::vector<double> most;
+  int handed = 0;
+  session.tap([&](LayerView& at) {
+    if (!at.decoding()) return;
+    if (at.layer < 2) EXPECT_EQ(at.read.plan.form, Plan::Form::Dense);
+    if (at.layer == 0) {
+      Observe how;
+      how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each;
+      const Ragged each = at.observe(at.q, how);
+      const int64_t length = each.length(0), group = at.model.group();
+      most.assign(size_t(length), 0.0);
+      for (int64_t s = 0; s < each.segments(); ++s)
+        for (int64_t j = 0; j < length; ++j)
+          for (int64_t member = 0; member < group; ++member) most[size_t(j)] = std::max(most[size_t(j)], double(each.values.at<float>(each.begin(s) + j, member)));
+      for (int64_t j = 50; j < length; ++j) most[size_t(j)] = INFINITY;  // generated
+    }
+    if (at.layer < 2) return;
+    EXPECT_EQ(first_row(at.read.plan), top(most, 7 + at.step + 1));
+    EXPECT_EQ(at.read.plan.scope, Plan::Scope::Layer);
+    ++handed;
+  });
+  session.prefill(text(50, 4));
+  for (int32_t i = 0; i < 5; ++i) session.decode(i * 5 % 61);
+  EXPECT_EQ(handed, 10);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ namespace heed::mechanisms {
 
 Needs Accumulated::needs(const ModelInfo&) const {
   Needs n;
-  n.columns = {{"paid"}, {"behind"}};
+  n.columns = {{"paid"}};
+  if (counts()) n.columns.push_back({"queries"});
   return n;
 }
 
@@ -18,10 +19,11 @@ void Accumulated::observe(LayerView& at) const {
   if (at.phase == Phase::Replay) return;
   Observe how;
   how.rows = decay() < 1 ? Observe::Rows::Decayed : Observe::Rows::Sum, how.decay = float(decay());
-  const Ragged now = at.observe(at.q, how, at.decoding() ? &at.read.plan : &at.plan), queries = queries_behind(at);
-  const Ragged before = combine(at.queue, queries, at.column("paid"), Combine::Exp, float(std::log(decay())));
+  const Ragged now = at.observe(at.q, how, at.decoding() ? &at.read.plan : &at.plan);
+  Ragged before = at.column("paid");
+  if (decay() < 1) before = combine(at.queue, queries_behind(at), before, Combine::Exp, float(std::log(decay())));
   at.set_column("paid", combine(at.queue, before, now, Combine::Add));
-  at.set_column("behind", combine(at.queue, at.column("behind"), queries, Combine::Add));
+  if (counts()) at.set_column("queries", combine(at.queue, at.column("queries"), queries_behind(at), Combine::Add));
 }
 
 namespace {
@@ -69,8 +71,10 @@ struct A2SF final : Accumulated {
 struct ObservedAttention final : Accumulated {
   static std::vector<ParamInfo> params() { return keep_params<ObservedAttention>("1024", "prompt"); }
 
+  bool counts() const override { return true; }
+
   Ragged score(LayerView& at) const override {
-    Ragged seen = at.column("behind");
+    Ragged seen = at.column("queries");
     if (const int64_t window = at.model.window(at.layer); window > 0)  // min(seen, window)
       seen = combine(at.queue,
                      combine(at.queue, combine(at.queue, seen, Combine::Multiply, -1), Combine::Max, -float(window)),

@@ -14,6 +14,8 @@ struct Accumulated : KeepPolicy {
  protected:
   /// What is left of a payment when one query more has come.
   virtual double decay() const { return 1; }
+  /// Whether the queries that could see a key are counted.
+  virtual bool counts() const { return false; }
 };
 
 }  // namespace heed::mechanisms

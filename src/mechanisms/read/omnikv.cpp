@@ -1,0 +1,77 @@
+#include "attention/reads.h"
+#include "attention/scores.h"
+#include "attention/select.h"
+#include "mechanisms/entries.h"
+
+namespace heed::mechanisms {
+
+namespace {
+
+// OmniKV (Hao et al., 2025): a few filter layers find the prompt tokens that any head looks at; later layers read the last
+// filter's choice and all generated tokens. Layers before the first filter, the filters themselves and the `wait` layers
+// behind each are dense.
+struct OmniKV final : Mechanism {
+  Budget budget;
+  Range filters;
+  int wait;
+
+  static std::vector<ParamInfo> params() {
+    using M = OmniKV;
+    return {
+        param(&M::budget, "budget", "budget", "0.067", "entries ≥ 1, or a fraction: 0.1, 10%",
+              "prompt tokens read by all heads of a layer; a fraction is of the prompt"),
+        param(&M::filters, "filters", "range", "[2,8,18]", "0-3, 2-, [0,4-7], last",
+              "layers that choose (2, 8, 18 suit 32 layers); a model without any of them chooses in every layer"),
+        param(&M::wait, "wait", 1, 0, 1 << 20, "dense layers behind a filter"),
+    };
+  }
+
+  Needs needs(const ModelInfo&) const override {
+    Needs n;
+    n.same_entries = true;
+    return n;
+  }
+  std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<HeldRead>(); }
+
+  /// The last filter at or before a layer, −1 for none.
+  int filter_of(int layer, int layers) const {
+    while (layer >= 0 && !filters.holds(layer, layers)) --layer;
+    return layer;
+  }
+
+  Read read(LayerView& at) const override {
+    auto& held = static_cast<HeldRead&>(*at.state);
+    const int layers = at.model.layers, filter = filter_of(at.layer, layers);
+    const bool shallow = filter_of(layers - 1, layers) < 0;
+    if (filter == at.layer || shallow) held.hold(choice(at));
+    if (at.mods.window > 0) return {};  // a sliding window already bounds what is read
+    return shallow || (filter >= 0 && at.layer > filter + wait) ? held.read(at.queue) : Read{};
+  }
+
+  /// Top prompt tokens by the largest weight any head pays, and what was generated since.
+  Read choice(LayerView& at) const {
+    Observe how;
+    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::GroupMax;
+    Ragged paid = spread(at.queue, at.observe(at.q, how), {.of = Spread::Of::Max, .over = Spread::Over::Heads});
+    paid = force(at.queue, members(at.queue, paid, paid.heads, 0), 0, at.step + 1);
+    std::vector<int64_t> counts;
+    for (int64_t length : at.prompt) counts.push_back(budget.entries(length) + at.step + 1);
+    return best_entries(at, Plan::Scope::Layer, paid, counts);
+  }
+};
+
+}  // namespace
+
+Entry omnikv() {
+  Entry e = entry<OmniKV>("omnikv", "OmniKV: Dynamic Context Selection for Efficient Long-Context LLMs",
+                          "Hao et al., 2025, ICLR", 2025, uint8_t(Role::Read));
+  e.equation =
+      "filter layers: dense, and I = top-k_j of max over heads of P_j; later layers: attend over I and all generated "
+      "tokens";
+  e.needs = "all entries in all layers: goes with no policy that drops some";
+  e.identity = "omnikv(budget=1.0)";
+  e.verified = {"identity", "formula", "model"};
+  return e;
+}
+
+}  // namespace heed::mechanisms
