@@ -17,7 +17,7 @@ struct Named {
 constexpr Named commands[] = {
     {"run", "continue a text, with the attention of your choice", run_command},
     {"compare", "what each mechanism costs in quality and saves in time and memory", compare_command},
-    {"eval", "measure a model and a mechanism: ppl, kld, niah, mass", eval_command},
+    {"eval", "measure a model and a mechanism: perplexity, divergence, RULER, LongBench, needles", eval_command},
     {"trace", "what a mechanism kept, read and lost on a text, as arrays", trace_command},
     {"apply", "one mechanism on tensors, without a model", apply_command},
     {"tokenize", "text to token ids", tokenize_command},

@@ -41,7 +41,7 @@ class Bench {
       : model_(std::move(model)), passage_(passage), options_(options) {
     const ModelInfo& m = model_->info();
     const int64_t decoded = std::max<int64_t>(0, passage_.scored() - 1);
-    base_.mass = std::make_shared<DenseMass>(m, int64_t(passage_.tokens.size()), decoded);
+    base_.mass = std::make_shared<DenseMass>(m, int64_t(passage_.tokens.size()), decoded, options_.probe_layers);
     base_.distributions = std::make_unique<Distributions>(passage_.scored(), m.vocabulary);
   }
 
@@ -77,6 +77,9 @@ class Bench {
     row.peak_bytes = std::max(probe.peak_bytes(), row.kv_bytes);
     row.plans = probe.plans(), row.reads = probe.reads();
     row.nll.assign(losses.begin(), losses.end());
+    row.kld.assign(kld.begin(), kld.end());
+    row.probed_layers = base_.mass->layers();
+    row.mass_by_head = probe.mass_by_head(), row.error_by_head = probe.error_by_head();
     return row;
   }
 

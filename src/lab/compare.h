@@ -38,8 +38,11 @@ struct Row {
   Times prefill_times, decode_times;  // of the last repetition
   std::map<std::string, NiahScore> tasks;
 
+  std::vector<int> probed_layers;                       // that the next two tell of
+  std::vector<std::vector<double>> mass_by_head, error_by_head;  // [probed layers][h], as Probe has them
+
   // For the report.
-  std::vector<float> nll;                      // of each scored token
+  std::vector<float> nll, kld;                 // of each scored token
   std::vector<std::vector<int64_t>> kept;      // [layers][g]: entries held behind the prefill
   std::vector<std::vector<float>> kept_where;  // [layers · g][bins]: share kept of each part of the prompt
   std::vector<Map> plans, reads;
@@ -54,6 +57,7 @@ struct CompareOptions {
   int repetitions = 1;
   std::vector<std::string> tasks;  // niah, niah-aware
   bool details = false;            // what the report draws
+  int probe_layers = 6;            // layers in which attention mass and output error are sampled
   uint64_t seed = 0;               // of the order in which repetitions are timed
 };
 

@@ -30,12 +30,24 @@ void each_read(LayerView& at, int head, F visit) {
 }  // namespace
 
 DenseMass::DenseMass(const ModelInfo& model, int64_t length, int64_t decoded, int layers, int steps)
-    : layer_slot_(size_t(model.layers), -1), heads_(model.h), length_(length) {
+    : layer_slot_(size_t(model.layers), -1), heads_(model.h), length_(length), width_(int64_t(model.h) * model.d_v) {
   layers = std::min(layers, model.layers);
   for (int i = 0; i < layers; ++i) layer_slot_[size_t((2 * i + 1) * model.layers / (2 * layers))] = i;
   steps = int(std::min<int64_t>(steps, decoded));
   for (int i = 0; i < steps; ++i) steps_.push_back((2 * i + 1) * decoded / (2 * steps));
   values_.assign(size_t(layers) * size_t(steps) * size_t(heads_) * size_t(length), 0.0f);
+  outputs_.assign(size_t(layers) * size_t(steps) * size_t(width_), 0.0f);
+}
+
+std::span<float> DenseMass::output(int layer_slot, int step_slot) {
+  return {outputs_.data() + (size_t(layer_slot) * steps_.size() + size_t(step_slot)) * size_t(width_), size_t(width_)};
+}
+
+std::vector<int> DenseMass::layers() const {
+  std::vector<int> out;
+  for (size_t l = 0; l < layer_slot_.size(); ++l)
+    if (layer_slot_[l] >= 0) out.push_back(int(l));
+  return out;
 }
 
 int DenseMass::step(int64_t s) const {
@@ -50,6 +62,8 @@ std::span<float> DenseMass::row(int layer_slot, int step_slot, int head) {
 
 Probe::Probe(Session& session, std::shared_ptr<DenseMass> dense, bool record, int64_t prompt, int64_t length, bool maps)
     : session_(session), dense_(std::move(dense)), record_(record), maps_(maps), prompt_(prompt), length_(length) {
+  head_mass_.assign(dense_->layers().size() * size_t(session.model().info().h), 0.0);
+  head_error_ = head_count_ = head_mass_;
   session.tap([this](LayerView& at) { look(at); });
 }
 
@@ -123,8 +137,10 @@ void Probe::look_decode(LayerView& at) {
         for (int64_t i = begin; i < end; ++i) sum += row[size_t(positions[size_t(i)])];
       });
       decode_sum_ += std::min(1.0, sum), ++decode_count_;
+      head_mass_[size_t(layer * at.model.h + head)] += std::min(1.0, sum);
     }
   }
+  if (layer >= 0 && step >= 0) look_output(at, layer, step);
   // Reads of the middle layer, one map row for an equal share of the decoded tokens.
   if (!maps_ || at.layer != at.model.layers / 2) return;
   const int64_t decoded = std::max<int64_t>(1, length_ - prompt_ - 1);
@@ -145,6 +161,33 @@ void Probe::look_decode(LayerView& at) {
       }
     });
   }
+}
+
+void Probe::look_output(LayerView& at, int layer, int step) {
+  const std::span<float> dense = dense_->output(layer, step);
+  if (record_) return at.queue.read_back(at.out, dense.data());
+  std::vector<float> out(dense.size());
+  at.queue.read_back(at.out, out.data());
+  const size_t width = size_t(at.model.d_v);
+  for (size_t head = 0; head < size_t(at.model.h); ++head) {
+    double distance = 0, norm = 0;
+    for (size_t c = head * width; c < (head + 1) * width; ++c) {
+      distance += double(out[c] - dense[c]) * double(out[c] - dense[c]);
+      norm += double(dense[c]) * double(dense[c]);
+    }
+    head_error_[size_t(layer) * size_t(at.model.h) + head] += norm > 0 ? std::sqrt(distance / norm) : 0;
+    ++head_count_[size_t(layer) * size_t(at.model.h) + head];
+  }
+}
+
+std::vector<std::vector<double>> Probe::by_head(const std::vector<double>& sums, double none) const {
+  const size_t h = size_t(session_.model().info().h);
+  std::vector<std::vector<double>> out;
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (i % h == 0) out.emplace_back();
+    out.back().push_back(head_count_[i] > 0 ? sums[i] / head_count_[i] : none);
+  }
+  return out;
 }
 
 void Probe::draw_plan(LayerView& at) {

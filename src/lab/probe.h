@@ -18,13 +18,17 @@ class DenseMass {
   int step(int64_t s) const;
   /// Probabilities over positions [length].
   std::span<float> row(int layer_slot, int step_slot, int head);
+  /// What attention gave: [h · d_v].
+  std::span<float> output(int layer_slot, int step_slot);
+  /// The sampled layers, ascending.
+  std::vector<int> layers() const;
 
  private:
   std::vector<int> layer_slot_;
   std::vector<int64_t> steps_;
   int heads_;
-  int64_t length_;
-  std::vector<float> values_;
+  int64_t length_, width_;
+  std::vector<float> values_, outputs_;
 };
 
 /// Shares of how often each pair of (query, key) ranges was computed or read: rows × columns numbers in [0, 1].
@@ -48,6 +52,11 @@ class Probe {
   double prefill_mass() const;
   /// Mean share of dense attention's mass (of the dense run, same text and step) on what is read while decoding.
   double decode_mass() const;
+  /// decode_mass() apart: [sampled layers][h].
+  std::vector<std::vector<double>> mass_by_head() const { return by_head(head_mass_, 1); }
+  /// Mean of ‖o − dense o‖ / ‖dense o‖ over sampled steps, [sampled layers][h]: what each head's output differs from the
+  /// dense run's at the same step, what layers below changed included.
+  std::vector<std::vector<double>> error_by_head() const { return by_head(head_error_, 0); }
   /// Most bytes that the store held between two layers.
   int64_t peak_bytes() const { return peak_; }
   double seconds() const { return seconds_; }
@@ -59,6 +68,8 @@ class Probe {
   void look_prefill(LayerView& at);
   void look_decode(LayerView& at);
   void draw_plan(LayerView& at);
+  void look_output(LayerView& at, int layer, int step);
+  std::vector<std::vector<double>> by_head(const std::vector<double>& sums, double none) const;
 
   Session& session_;
   std::shared_ptr<DenseMass> dense_;
@@ -67,6 +78,7 @@ class Probe {
   double prefill_sum_ = 0, decode_sum_ = 0;
   int64_t prefill_count_ = 0, decode_count_ = 0, peak_ = 0;
   double seconds_ = 0;
+  std::vector<double> head_mass_, head_error_, head_count_;  // [sampled layers · h]
   std::vector<Map> plans_, reads_;
 };
 

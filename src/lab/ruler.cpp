@@ -182,7 +182,7 @@ class Maker {
   int example_units() const {
     const bool small = length_ < kShort;
     switch (task_.kind) {
-      case Kind::Needle: return task_.haystack == Haystack::Essay ? 60 : 2 * needle_count() + 2;
+      case Kind::Needle: return task_.haystack == Haystack::Essay ? 60 : 2;
       case Kind::Chain: return length_ < 2048 ? kHops + 1 : 15;
       case Kind::CommonWords: return small ? 20 : 40;
       case Kind::FrequentWords: return 60;
