@@ -18,6 +18,7 @@ int Failure::exit_status() const {
     case Code::Interrupted: return 130;
     case Code::Io:
     case Code::Memory:
+    case Code::Device:
     case Code::Internal: return 1;
   }
   return 1;

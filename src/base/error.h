@@ -14,6 +14,7 @@ enum class Code {
   Io,           // the operating system said no
   Memory,       // not enough memory; `what` says how much was asked for
   Conflict,     // two claims on the same role of the same layer
+  Device,       // an accelerator failed, or is not there
   Interrupted,  // stopped by the user; what was finished is kept
   Internal,     // a bug in heed
 };

@@ -11,9 +11,10 @@ namespace heed {
 struct Kernels;  // kernels/kernels.h
 
 /// Scratch memory that a step takes piece by piece and gives back all at once. Blocks are kept between steps, so a
-/// steady state allocates nothing. Pieces are 64-byte aligned and not initialised.
+/// steady state allocates nothing. Pieces are 256-byte aligned from the start of a block and not initialised.
 class Arena {
  public:
+  explicit Arena(const Memory& memory = cpu_memory()) : memory_(&memory) {}
   Tensor take(Dtype type, std::initializer_list<int64_t> sizes);
   Tensor take(Dtype type, std::span<const int64_t> sizes);
   /// Where the arena stands; rewind(mark) gives back everything taken since.
@@ -24,6 +25,7 @@ class Arena {
   int64_t bytes() const;
 
  private:
+  const Memory* memory_;
   std::vector<Buffer> blocks_;
   Mark at_;
 };
@@ -41,14 +43,44 @@ class Scratch {
   Arena::Mark mark_;
 };
 
+/// Owns its stream. Built by queue_on(kernels); a default one is a CPU queue without kernels.
 struct Queue {
   Device device = Device::Cpu;
   const Kernels* run = nullptr;
+  const Memory* memory = &cpu_memory();
+  void* stream = nullptr;
   Arena scratch;
-  int64_t host_waits = 0;  // read_back calls, counted so that tests can forbid them inside roles
+  int64_t host_waits = 0;      // read_back calls, counted so that tests can forbid them inside roles
+  int64_t launches = 0;        // kernels started, where the table counts them
+  int64_t uploads = 0;         // upload calls
+  int64_t uploaded_bytes = 0;
+
+  Queue() = default;
+  Queue(const Kernels* run, const Memory& memory);
+  ~Queue();
+  Queue(const Queue&) = delete;
+  Queue& operator=(const Queue&) = delete;
+
+  /// A contiguous host tensor's copy in scratch, in stream order, without waiting. `host` may be reused at once.
+  Tensor upload(const Tensor& host);
+  /// Into a contiguous device tensor of the same type and size.
+  void upload(const Tensor& host, const Tensor& to);
+  template <class T>
+  Tensor upload(std::span<const T> host) {
+    return upload(Tensor(const_cast<T*>(host.data()), DtypeOf<T>::value, {int64_t(host.size())}));
+  }
+  template <class T>
+  Tensor upload(const std::vector<T>& host) {
+    return upload(std::span<const T>(host));
+  }
+  /// Contiguous device tensors of the same bytes, which do not overlap.
+  void move(const Tensor& from, const Tensor& to);
+  /// Every byte of a contiguous device tensor.
+  void fill(const Tensor& to, int byte);
 
   /// Copies a contiguous device tensor to host memory and waits for it: the only host wait there is.
   void read_back(const Tensor& from, void* host);
+  Buffer read_back(const Tensor& from);
 };
 
 }  // namespace heed

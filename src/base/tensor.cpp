@@ -75,21 +75,17 @@ Tensor Tensor::reshape(std::initializer_list<int64_t> sizes) const {
   return out;
 }
 
-void Buffer::Free::operator()(void* p) const { std::free(p); }
+Buffer::Buffer(Dtype type, std::initializer_list<int64_t> sizes, const Memory& memory)
+    : Buffer(type, std::span<const int64_t>(sizes.begin(), sizes.size()), memory) {}
 
-Buffer::Buffer(Dtype type, std::initializer_list<int64_t> sizes)
-    : Buffer(type, std::span<const int64_t>(sizes.begin(), sizes.size())) {}
-
-Buffer::Buffer(Dtype type, std::span<const int64_t> sizes) {
+Buffer::Buffer(Dtype type, std::span<const int64_t> sizes, const Memory& memory) : memory_(nullptr, Release{&memory}) {
   const DtypeInfo i = info(type);
   int64_t count = i.bytes;
   for (int64_t n : sizes)
     if (n < 0 || __builtin_mul_overflow(count, n, &count))
       throw Error(Code::Memory, "Buffer", "a size that does not fit in memory");
-  const size_t bytes = (size_t(count / i.block) + 63) / 64 * 64;
-  memory_.reset(std::aligned_alloc(64, bytes ? bytes : 64));
-  if (!memory_) throw Error(Code::Memory, "Buffer", std::to_string(bytes) + " bytes asked for, not available");
-  view_ = Tensor(memory_.get(), type, sizes);
+  memory_.reset(memory.allocate(count / i.block));
+  view_ = Tensor(memory_.get(), type, sizes, memory.device);
 }
 
 Buffer Buffer::zeros(Dtype type, std::initializer_list<int64_t> sizes) {

@@ -1,4 +1,4 @@
-// Views of memory. A Tensor never owns; a Buffer owns 64-byte-aligned memory and nothing else.
+// Views of memory. A Tensor never owns; a Buffer owns aligned memory of one device and nothing else.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -11,10 +11,9 @@
 
 #include "base/dtype.h"
 #include "base/error.h"
+#include "base/memory.h"
 
 namespace heed {
-
-enum class Device : uint8_t { Cpu, Cuda };
 
 template <class T> struct DtypeOf;
 template <> struct DtypeOf<float> { static constexpr Dtype value = Dtype::F32; };
@@ -66,13 +65,13 @@ struct Tensor {
   Tensor reshape(std::initializer_list<int64_t> sizes) const;  // of a contiguous view
 };
 
-/// Contiguous memory of `count` elements, aligned to 64 bytes, not initialised.
+/// Contiguous memory of one device, aligned to at least 64 bytes, not initialised. `of` and `zeros` are of the host.
 /// Throws Error(Memory) saying how many bytes were asked for.
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Dtype type, std::initializer_list<int64_t> sizes);
-  Buffer(Dtype type, std::span<const int64_t> sizes);
+  Buffer(Dtype type, std::initializer_list<int64_t> sizes, const Memory& memory = cpu_memory());
+  Buffer(Dtype type, std::span<const int64_t> sizes, const Memory& memory = cpu_memory());
   template <class T>
   static Buffer of(std::initializer_list<int64_t> sizes, std::span<const T> values);
   static Buffer zeros(Dtype type, std::initializer_list<int64_t> sizes);
@@ -83,8 +82,11 @@ class Buffer {
   explicit operator bool() const { return bool(view_); }
 
  private:
-  struct Free { void operator()(void* p) const; };
-  std::unique_ptr<void, Free> memory_;
+  struct Release {
+    const Memory* memory = nullptr;
+    void operator()(void* p) const { memory->release(p); }
+  };
+  std::unique_ptr<void, Release> memory_;
   Tensor view_;
 };
 

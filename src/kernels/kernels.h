@@ -226,6 +226,7 @@ struct Linear {
 struct Kernels {
   std::string name;  // "reference", "avx2", "avx512", "avx512-bf16", "amx", "neon"
   bool v_transposed = false;  // the page layout this backend wants for V
+  const Memory* memory = &cpu_memory();  // where every tensor that a kernel sees must lie
 
   /// out [rows, d_v], lse [rows]; with plan.parts > 1: out [parts, rows, d_v], lse [parts, rows]. lse may be empty.
   /// Milakov & Gimelshein 2018 (online softmax); Dao 2023 (tiling).
@@ -318,6 +319,9 @@ struct Kernels {
   /// rows of w (any Dtype) → F32 of the same shape.
   void (*dequantise)(Queue&, Tensor w, Tensor y);
 };
+
+/// A queue of its own for this table: its memory, a new stream.
+inline Queue queue_on(const Kernels& run) { return Queue(&run, *run.memory); }
 
 /// Plain loops in f32 with f64 sums: slow, obvious, the oracle of every test.
 const Kernels& reference_kernels();

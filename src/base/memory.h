@@ -1,0 +1,31 @@
+// The memory of one kind of device: where buffers live, and how bytes reach them.
+#pragma once
+#include <cstdint>
+
+namespace heed {
+
+enum class Device : uint8_t { Cpu, Cuda };
+
+/// Every kernel table names one (Kernels::memory). What lies in device memory the host may not touch: it passes through
+/// upload and download. Streams order work; on the CPU everything happens at once and streams are null.
+/// Functions throw Error(Memory), with how much was asked and how much there is, or Error(Device).
+struct Memory {
+  Device device = Device::Cpu;
+  void* (*allocate)(int64_t bytes) = nullptr;  // at least 64-byte aligned (CUDA: 256), not initialised
+  void (*release)(void*) noexcept = nullptr;
+  void* (*open_stream)() = nullptr;
+  void (*close_stream)(void* stream) noexcept = nullptr;
+  /// `host` may be reused when it returns. Does not wait for earlier work.
+  void (*upload)(void* stream, const void* host, void* to, int64_t bytes) = nullptr;
+  /// Waits for the stream. Only Queue::read_back calls it.
+  void (*download)(void* stream, const void* from, void* host, int64_t bytes) = nullptr;
+  /// Device to device, in stream order; the ranges do not overlap.
+  void (*move)(void* stream, const void* from, void* to, int64_t bytes) = nullptr;
+  void (*fill)(void* stream, void* to, int byte, int64_t bytes) = nullptr;
+  /// Waits until the stream is done; errors of its kernels surface here.
+  void (*finish)(void* stream) = nullptr;
+};
+
+const Memory& cpu_memory();
+
+}  // namespace heed
