@@ -26,6 +26,7 @@ class Apply final : public Command {
         ->check(CLI::IsMember({"f32", "bf16", "f16"}))
         ->capture_default_str();
     app.add_option("--backend", backend_, "auto, reference, cpu, cuda, or a kernel table's name")->type_name("NAME")->capture_default_str();
+    app.add_option("--device", device_, "which of the backend's devices, counted from 0")->type_name("N")->check(CLI::Range(0, 1023));
     app.add_option("-s,--seed", seed_, "of mechanisms that draw random numbers")->type_name("N");
     app.add_option("-t,--threads", threads_, "threads; 0: one a core")->type_name("N")->check(CLI::Range(0, 4096));
     app.add_option("-o,--output", out_, "where the arrays go")->type_name("FILE.npz")->required();
@@ -53,7 +54,7 @@ class Apply final : public Command {
       require(input.inputs.emplace(name, load(text.substr(equals + 1))).second, "--input",
               "'" + name + "' is given twice");
     }
-    input.causal = !no_causal_, input.scale = scale_, input.backend = backend_, input.seed = seed_;
+    input.causal = !no_causal_, input.scale = scale_, input.backend = backend_, input.device = device_, input.seed = seed_;
     input.dtype = dtype_ == "bf16" ? Dtype::BF16 : dtype_ == "f16" ? Dtype::F16 : Dtype::F32;
     const ApplyOutput output = value_or_throw(heed::apply(spec_, input));
 
@@ -86,6 +87,7 @@ class Apply final : public Command {
   }
 
   std::string spec_, q_, k_, v_, positions_, dtype_ = "f32", backend_ = "auto", out_;
+  int device_ = 0;
   std::vector<std::string> inputs_;
   std::vector<Buffer> held_;
   bool no_causal_ = false, json_ = false;

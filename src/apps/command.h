@@ -33,7 +33,7 @@ std::unique_ptr<Command> bench_command();
 /// Flags of every command that opens a model.
 struct ModelFlags {
   std::string model, kv = "bf16", backend = "auto";
-  int threads = 0;
+  int threads = 0, device = 0;
   int64_t ubatch = 512, chunk = 0;
 
   void declare(CLI::App& app, bool required = true);

@@ -34,6 +34,7 @@ void ModelFlags::declare(CLI::App& app, bool required) {
   app.add_option("--backend", backend, "auto, cpu, reference, or a kernel table's name (heed info)")
       ->type_name("NAME")
       ->capture_default_str();
+  app.add_option("--device", device, "which of the backend's devices, counted from 0")->type_name("N")->check(CLI::Range(0, 1023));
   app.add_option("--kv", kv, "how the cache keeps entries: bf16, f16, f32, q8, q4, or keys,values")
       ->type_name("TYPE")
       ->capture_default_str();
@@ -50,14 +51,14 @@ void ModelFlags::declare(CLI::App& app, bool required) {
 std::shared_ptr<const Model> ModelFlags::load() const {
   set_threads(threads);
   page_types(kv);
-  heed::backend(backend);
+  heed::backend(backend, device);
   return value_or_throw(Model::load(model));
 }
 
 SessionOptions ModelFlags::session(const std::string& attention) const {
   SessionOptions options;
   options.attention = attention;
-  options.ubatch = ubatch, options.chunk = chunk, options.backend = backend;
+  options.ubatch = ubatch, options.chunk = chunk, options.backend = backend, options.device = device;
   std::tie(options.k, options.v) = page_types(kv);
   return options;
 }

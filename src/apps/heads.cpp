@@ -51,7 +51,7 @@ class Heads final : public Command {
       const auto prompts = retrieval_prompts(words, text, context_, prompts_, seed_);
       RetrievalOptions retrieval;
       retrieval.limit = 16;
-      retrieval.backend = flags_.backend;
+      retrieval.backend = flags_.backend, retrieval.device = flags_.device;
       retrieval.stop = words.encode(".");
       for (int32_t token : words.encode("\n")) retrieval.stop.push_back(token);
       scores = retrieval_heads(model, prompts, retrieval,

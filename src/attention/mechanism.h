@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/numbers.h"
 #include "attention/params.h"
 #include "attention/store.h"
 #include "base/queue.h"
@@ -81,6 +82,10 @@ class LayerView {
   int64_t step = 0;             // tokens decoded before this one
   State* state = nullptr;       // of the mechanism being called
   std::vector<int64_t> prompt;  // for each sequence: tokens of its prompt so far (what fractions refer to)
+  // What the host knows of this step; everything else lies where kernels run.
+  std::vector<int64_t> rows;      // new tokens of each sequence: the queries of each of its heads
+  std::vector<int64_t> key_rows;  // Prompt, Chunk, Replay: keys in each segment of the panel
+  Tensor first;                   // I64 [sequences + 1]: where each sequence's new tokens begin
 
   Ragged q;         // F32, head-major, heads = h: the new queries, rotated
   Ragged plain_q;   // before rotary embedding; empty unless keys are kept plain
@@ -92,12 +97,12 @@ class LayerView {
   Read read;        // after attention of a Decode: what was read
   Tensor out, lse;  // after attention: F32, as q's rows
   LayerStore* store = nullptr;      // the new entries are in it
-  const Store* stores = nullptr;    // for column numbers
+  Store* stores = nullptr;  // for column numbers
   const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`
 
   const Kernels& run() const { return *queue.run; }
   bool decoding() const { return phase == Phase::Decode; }
-  int sequences() const { return int(q.sequences()); }
+  int sequences() const { return int(rows.size()); }
   /// The last `rows` new queries of every sequence (fewer where it has fewer). No copy: indices stay those of q.
   Ragged last_queries(int64_t rows) const;
   /// The keys that the new queries see: the panel, or while decoding the store's pages.
@@ -138,8 +143,8 @@ struct Mechanism {
   virtual void observe(LayerView&) const {}
   /// keep: one number for each entry of the store (heads = g); higher stays, +∞ must stay.
   virtual Ragged score(LayerView&) const { return {}; }
-  /// keep: entries that each (layer, segment) may hold: I32 [layers, segments]. By default the budget, evenly.
-  virtual Tensor allocate(const Allocation&) const;
+  /// keep: entries that each (layer, segment) may hold: I32 [layers, segments].
+  virtual Tensor allocate(const Allocation&) const { return {}; }
   /// keep: stores entries otherwise (quantised, merged) instead of dropping them. True when that was all there is to do.
   virtual bool settle(LayerView&) const { return false; }
   /// read: what the new token of each sequence reads (Decode). May also change at.mods.
@@ -163,6 +168,11 @@ struct KeepPolicy : Mechanism {
   When when;
   virtual const Budget& kept() const { return budget; }
   virtual const When& timing() const { return when; }
+  /// Entries for each KV head of a layer, behind a prompt of `length` tokens. An allocator divides a layer's total of these
+  /// between heads (or, with all_layers, that of all layers): the host counts on it when it bounds what a layer holds.
+  virtual int64_t entries(const Budget& kept, const ModelInfo&, int /*layer*/, int64_t length) const { return kept.entries(length); }
+  /// By default entries(), evenly.
+  Tensor allocate(const Allocation&) const override;
   /// While decoding, cut before the new token is appended and leave room for it, so that no query ever sees more than
   /// the budget. Others cut behind attention: a query sees one entry more, and that step's weights decide.
   virtual bool makes_room() const { return false; }
@@ -180,6 +190,7 @@ struct KeepWrapper : KeepPolicy {
   void drive(Run& run) const override { inner->drive(run); }
   std::string check() const override { return inner->check(); }
   const Budget& kept() const override { return inner->kept(); }
+  int64_t entries(const Budget& b, const ModelInfo& m, int layer, int64_t length) const override { return inner->entries(b, m, layer, length); }
   const When& timing() const override { return inner->timing(); }
   bool makes_room() const override { return inner->makes_room(); }
 };
@@ -206,7 +217,8 @@ class Run {
 /// The first `sinks` and the last `recent` entries of every segment of scores become +∞. Returns scores.
 Ragged force(Queue&, Ragged scores, int64_t sinks, int64_t recent);
 
-/// Keeps in each segment of the layer its counts[segment] best entries by score. KV heads outside `heads` keep all.
-void evict(LayerView&, const Ragged& scores, Tensor counts, const Range& heads);
+/// Keeps in each segment of the layer its counts[segment] best entries by score. KV heads outside `heads` keep all. What
+/// the host knows of the counts beforehand: no segment keeps more than most[segment], the layer no more than `together`.
+void evict(LayerView&, const Ragged& scores, Tensor counts, const Range& heads, std::span<const int64_t> most = {}, int64_t together = -1);
 
 }  // namespace heed

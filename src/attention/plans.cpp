@@ -1,76 +1,22 @@
 #include "attention/plans.h"
 
 #include <algorithm>
-#include <bit>
-#include <limits>
+
+#include "attention/numbers.h"
+#include "kernels/plan_spans.h"
 
 namespace heed {
-namespace {
-
-using Spans = std::vector<std::pair<int64_t, int64_t>>;
-
-// The query and key counts, positions and first plan row of one (sequence, query head).
-struct Head {
-  int64_t n, m, q_row, k_row, plan_row;
-  Head(const Plan& plan, const PlanRows& rows, const Ragged& q, const Ragged& k, int64_t s, int64_t head)
-      : n(q.length(s * q.heads + head)),
-        m(k.length(s * k.heads + head * k.heads / q.heads)),
-        q_row(q.begin(s * q.heads + head)),
-        k_row(k.begin(s * k.heads + head * k.heads / q.heads)),
-        plan_row(plan.form == Plan::Form::Dense ? 0 : rows.row(s, head, q.heads, 0, plan.q_tile)) {}
-};
-
-// Keys that a plan row names, as ascending disjoint spans; bit-masked blocks are left whole.
-Spans named(const Plan& plan, int64_t row, int64_t m) {
-  Spans out;
-  if (plan.form == Plan::Form::Dense) return {{0, m}};
-  auto add = [&](int64_t begin, int64_t end) {
-    end = std::min(end, m);
-    if (begin >= end) return;
-    if (!out.empty() && out.back().second == begin) out.back().second = end;
-    else out.emplace_back(begin, end);
-  };
-  for (int64_t e = plan.begin(row); e < plan.end(row); ++e) switch (plan.form) {
-      case Plan::Form::Interval: add(plan.index.at<int32_t>(e, 0), plan.index.at<int32_t>(e, 1)); break;
-      case Plan::Form::Blocks: {
-        const int64_t block = plan.index.at<int32_t>(e);
-        add(block * plan.k_tile, (block + 1) * plan.k_tile);
-        break;
-      }
-      default: add(plan.index.at<int32_t>(e), plan.index.at<int32_t>(e) + 1);
-    }
-  return out;
-}
-
-// What causality and the window leave to query row i: [low, high).
-std::pair<int64_t, int64_t> visible(const Head& head, const Plan& plan, const Mods& mods, int64_t i) {
-  int64_t high = plan.causal ? std::min(head.m, head.m - head.n + i + 1) : head.m, low = 0;
-  if (mods.window > 0) {
-    const int64_t position = mods.q_pos ? mods.q_pos.at<int32_t>(head.q_row + i) : head.m - head.n + i;
-    if (mods.k_pos) {
-      const int32_t* keys = mods.k_pos.as<int32_t>() + head.k_row;
-      low = std::upper_bound(keys, keys + head.m, position - mods.window) - keys;
-    } else {
-      low = std::max<int64_t>(0, position - mods.window + 1);
-    }
-  }
-  return {low, std::max(low, high)};
-}
-
-bool masked(const Plan& plan) { return plan.form == Plan::Form::Blocks && bool(plan.mask); }
-
-}  // namespace
 
 void each_interval(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods, int64_t s, int64_t head_number,
                    const std::function<void(int64_t, int64_t, int64_t)>& visit) {
   const PlanRows rows(plan, q, k.heads);
-  const Head head(plan, rows, q, k, s, head_number);
+  const PlanHead head(plan, rows, q, k, s, head_number);
   const int64_t tile = plan.form == Plan::Form::Dense ? std::max<int64_t>(1, head.n) : plan.q_tile;
   for (int64_t first = 0; first < head.n; first += tile) {
     const int64_t row = head.plan_row + (plan.form == Plan::Form::Dense ? 0 : first / tile);
-    const Spans spans = named(plan, row, head.m);
+    const Spans spans = named_keys(plan, row, head.m);
     for (int64_t i = first; i < std::min(first + tile, head.n); ++i) {
-      const auto [low, high] = visible(head, plan, mods, i);
+      const auto [low, high] = visible_keys(head, plan, mods, i);
       auto emit = [&](int64_t begin, int64_t end) {
         begin = std::max(begin, low), end = std::min(end, high);
         if (begin >= end) return;
@@ -100,57 +46,26 @@ void each_interval(const Plan& plan, const Ragged& q, const Ragged& k, const Mod
   }
 }
 
-namespace {
-
-// Pairs that query head `head` of sequence s computes. Blocks that every row of a tile sees whole are counted at once.
-double pairs(const Plan& plan, const PlanRows& rows, const Ragged& q, const Ragged& k, const Mods& mods, int64_t s, int64_t number) {
-  double total = 0;
-  if (masked(plan) || mods.until) {
-    each_interval(plan, q, k, mods, s, number, [&](int64_t, int64_t begin, int64_t end) { total += double(end - begin); });
-    return total;
-  }
-  const Head head(plan, rows, q, k, s, number);
-  const bool dense = plan.form == Plan::Form::Dense;
-  const int64_t tile = dense ? std::max<int64_t>(1, head.n) : plan.q_tile;
-  for (int64_t first = 0; first < head.n; first += tile) {
-    const int64_t last = std::min(first + tile, head.n);
-    const Spans spans = named(plan, head.plan_row + (dense ? 0 : first / tile), head.m);
-    int64_t low = 0, high = head.m;  // what every row of the tile sees
-    std::vector<std::pair<int64_t, int64_t>> seen;
-    for (int64_t i = first; i < last; ++i) {
-      seen.push_back(visible(head, plan, mods, i));
-      low = std::max(low, seen.back().first), high = std::min(high, seen.back().second);
-    }
-    for (const auto& [begin, end] : spans) {
-      if (begin >= low && end <= high) {
-        total += double(end - begin) * double(last - first);
-        continue;
-      }
-      for (const auto& [from, to] : seen) total += double(std::max<int64_t>(0, std::min(end, to) - std::max(begin, from)));
-    }
-  }
-  return total;
-}
-
-}  // namespace
-
-std::vector<double> density(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods) {
+std::vector<double> density(Queue& queue, const Plan& plan, const Ragged& q, const Keys& keys, const Mods& mods) {
   std::vector<double> out(size_t(q.heads), 1.0);
   if (plan.form == Plan::Form::Dense && !mods.until) return out;
+  Scratch scope(queue.scratch);
+  const Tensor pairs = queue.scratch.take(Dtype::F64, {2, q.heads});
+  count_density(queue, plan, q, keys, mods, pairs);
+  const Buffer counted = queue.read_back(pairs);
+  for (int64_t head = 0; head < q.heads; ++head)
+    if (const double possible = counted->at<double>(1, head); possible > 0) out[size_t(head)] = counted->at<double>(0, head) / possible;
+  return out;
+}
+
+void count_density(Queue& queue, const Plan& plan, const Ragged& q, const Keys& keys, const Mods& mods, const Tensor& pairs) {
   Plan all;
   all.causal = plan.causal;
   Mods plain = mods;
   plain.until = {};
-  const PlanRows rows(plan, q, k.heads), all_rows(all, q, k.heads);
-  for (int64_t head = 0; head < q.heads; ++head) {
-    double kept = 0, possible = 0;
-    for (int64_t s = 0; s < q.sequences(); ++s) {
-      kept += pairs(plan, rows, q, k, mods, s, head);
-      possible += pairs(all, all_rows, q, k, plain, s, head);
-    }
-    out[size_t(head)] = possible > 0 ? kept / possible : 1.0;
-  }
-  return out;
+  queue.fill(pairs, 0);
+  queue.run->count_pairs(queue, plan, q, keys, mods, pairs.select(0, 0));
+  queue.run->count_pairs(queue, all, q, keys, plain, pairs.select(0, 1));
 }
 
 Cost cost(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods, int64_t d_v) {
@@ -158,15 +73,18 @@ Cost cost(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods, 
   const int64_t d = k.values.rank > 1 ? k.values.size[1] : 1;
   const double entry = double(d + d_v) * double(info(k.values.type).bytes);
   Cost out;
+  Queue queue;
+  Buffer computed = Buffer::zeros(Dtype::F64, {q.heads});
+  reference_kernels().count_pairs(queue, plan, q, {.panel = &k, .pages = nullptr, .read = nullptr}, mods, computed);
+  for (double pairs : computed->span<double>()) out.pairs += pairs;
   for (int64_t s = 0; s < q.sequences(); ++s)
     for (int64_t number = 0; number < q.heads; ++number) {
-      out.pairs += pairs(plan, rows, q, k, mods, s, number);
       if (number % (q.heads / k.heads) != 0) continue;  // a group reads its keys once
-      const Head head(plan, rows, q, k, s, number);
+      const PlanHead head(plan, rows, q, k, s, number);
       const bool dense = plan.form == Plan::Form::Dense;
       const int64_t tiles = dense ? 1 : (head.n + plan.q_tile - 1) / plan.q_tile;
       for (int64_t t = 0; t < tiles; ++t)
-        for (const auto& [begin, end] : named(plan, head.plan_row + t, head.m)) out.bytes += double(end - begin) * entry;
+        for (const auto& [begin, end] : named_keys(plan, head.plan_row + t, head.m)) out.bytes += double(end - begin) * entry;
     }
   out.flops = 2 * out.pairs * double(d + d_v);
   return out;
@@ -178,8 +96,7 @@ Plan listed(Queue& queue, Plan::Scope scope, int q_tile, int k_tile, Tensor inde
   plan.scope = scope, plan.q_tile = q_tile, plan.k_tile = k_tile;
   plan.index = index, plan.count = count;
   const int64_t rows = count.size[0];
-  plan.rowptr = queue.scratch.take(Dtype::I64, {rows + 1});
-  for (int64_t r = 0; r <= rows; ++r) plan.rowptr.at<int64_t>(r) = r * capacity;
+  plan.rowptr = compute(queue, Dtype::I64, {rows + 1}, heed::index() * capacity);
   plan.nnz_bound = rows * capacity;
   return plan;
 }
@@ -197,49 +114,53 @@ Plan tokens_plan(Queue& queue, Plan::Scope scope, int q_tile, Tensor index, Tens
   return plan;
 }
 
-Plan limit_heads(Queue& queue, const Plan& plan, const Ragged& q, const Ragged& k, const Range& heads) {
+Plan limit_heads(LayerView& at, const Plan& plan, const Ragged& keys, int64_t key_bound, const Range& heads) {
   if (heads.all() || plan.form == Plan::Form::Dense) return plan;
   // A scope wider than a query head is split, so that some heads of it can differ.
+  Queue& queue = at.queue;
+  const int64_t h = at.q.heads, g = keys.heads, shared = scope_heads(plan.scope, h, g);
+  const bool interval = plan.form == Plan::Form::Interval;
+  std::vector<int64_t> source, segment_of;  // of each new row: the old row, −1 for a dense one; the segment of its keys
+  int64_t start = 0, dense = 0;
+  for (int64_t s = 0; s < at.sequences(); ++s) {
+    const int64_t tiles = (at.rows[size_t(s)] + plan.q_tile - 1) / plan.q_tile;
+    for (int64_t head = 0; head < h; ++head)
+      for (int64_t t = 0; t < tiles; ++t) {
+        const bool inside = heads.holds(int(head), int(h));
+        source.push_back(inside ? start + head * shared / h * tiles + t : -1);
+        segment_of.push_back(s * g + head * g / h);
+        dense += !inside;
+      }
+    start += shared * tiles;
+  }
+  const int64_t rows = int64_t(source.size()), listing = interval ? 1 : (key_bound + plan.k_tile - 1) / plan.k_tile;
+  const Tensor from = queue.upload(source), of = queue.upload(segment_of);
+  auto inside = [&](const Num& r) { return load(from, r) >= 0; };
+  auto begin = [&](const Num& r) { return load(plan.rowptr, load(from, r)); };
+  const Num row = index(), m = length_of(keys, load(of, row));
+  const Num entries = plan.count ? load(plan.count, load(from, row)) : load(plan.rowptr, load(from, row) + 1) - begin(row);
   Plan out = plan;
   out.scope = Plan::Scope::QueryHead;
-  const PlanRows from(plan, q, k.heads), to(out, q, k.heads);
-  const int64_t rows = to.starts.back();
-  std::vector<int64_t> rowptr{0};
-  std::vector<int32_t> index, mask, part;
-  const int width = plan.form == Plan::Form::Interval ? 2 : 1;
-  for (int64_t s = 0; s < q.sequences(); ++s)
-    for (int64_t h = 0; h < q.heads; ++h) {
-      const int64_t n = q.length(s * q.heads + h), m = k.length(s * k.heads + h * k.heads / q.heads);
-      const bool inside = heads.holds(int(h), int(q.heads));
-      for (int64_t i = 0; i < n; i += plan.q_tile) {
-        const int64_t row = from.row(s, h, q.heads, i, plan.q_tile);
-        if (inside) {
-          for (int64_t e = plan.begin(row); e < plan.end(row); ++e) {
-            for (int c = 0; c < width; ++c) index.push_back(plan.index.as<int32_t>()[e * width + c]);
-            mask.push_back(plan.mask ? plan.mask.at<int32_t>(e) : -1);
-            part.push_back(plan.part ? plan.part.at<int32_t>(e) : 0);
-          }
-        } else if (width == 2) {
-          index.push_back(0), index.push_back(int32_t(m)), mask.push_back(-1), part.push_back(0);
-        } else {
-          for (int64_t b = 0; b * plan.k_tile < m; ++b) index.push_back(int32_t(b)), mask.push_back(-1), part.push_back(0);
-        }
-        rowptr.push_back(int64_t(mask.size()));
-      }
-    }
-  auto keep = [&](Dtype type, const auto& values, bool pairs_of) {
-    const int64_t count = int64_t(values.size());
-    Tensor t = pairs_of ? queue.scratch.take(type, {count / 2, 2}) : queue.scratch.take(type, {count});
-    std::copy(values.begin(), values.end(), t.as<std::decay_t<decltype(values[0])>>());
-    return t;
-  };
-  require(int64_t(rowptr.size()) == rows + 1, "limit_heads", "the plan does not fit its queries");
-  out.rowptr = keep(Dtype::I64, rowptr, false);
-  out.index = keep(Dtype::I32, index, width == 2);
-  if (plan.mask) out.mask = keep(Dtype::I32, mask, false);
-  if (plan.part) out.part = keep(Dtype::I32, part, false);
   out.count = {};
-  out.nnz_bound = int64_t(mask.size());
+  out.nnz_bound = plan.nnz_bound * (h / shared) + dense * listing;
+  out.rowptr = offsets_of(queue, rows, pick(inside(row), entries, interval ? Num(1) : ceil_div(m, plan.k_tile)));
+  Ragged listed;
+  listed.offsets = out.rowptr, listed.bound = out.nnz_bound;
+  const Num chosen = inside(segment()), entry = begin(segment()) + place();
+  auto make = [&](const Tensor& old, const Num& otherwise) {
+    const Tensor made = queue.scratch.take(Dtype::I32, {out.nnz_bound});
+    compute(queue, listed, pick(chosen, load(old, entry), otherwise), made);
+    return made;
+  };
+  if (interval) {
+    out.index = queue.scratch.take(Dtype::I32, {out.nnz_bound, 2});
+    const Num all = pick(channel() == 0, 0, length_of(keys, load(of, segment())));
+    compute(queue, listed, pick(chosen, load(plan.index, entry * 2 + channel()), all), out.index);
+  } else {
+    out.index = make(plan.index, place());
+  }
+  if (plan.mask) out.mask = make(plan.mask, -1);
+  if (plan.part) out.part = make(plan.part, 0);
   return out;
 }
 

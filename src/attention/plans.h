@@ -15,8 +15,10 @@ struct Cost {
 Cost cost(const Plan&, const Ragged& q, const Ragged& k, const Mods&, int64_t d_v);
 
 /// Share of the causal query–key pairs (of the layer's window) that a plan computes, for each query head, over all
-/// sequences.
-std::vector<double> density(const Plan&, const Ragged& q, const Ragged& k, const Mods&);
+/// sequences. Waits for the device.
+std::vector<double> density(Queue&, const Plan&, const Ragged& q, const Keys&, const Mods&);
+/// The numbers behind it, F64 [2, h]: pairs computed, and pairs that a dense plan would compute.
+void count_density(Queue&, const Plan&, const Ragged& q, const Keys&, const Mods&, const Tensor& pairs);
 
 /// A Blocks plan whose row r holds what select wrote at r · capacity, count[r] of them. q_tile rows × k_tile keys.
 Plan blocks_plan(Queue&, Plan::Scope, int q_tile, int k_tile, Tensor index, Tensor count, int64_t capacity);
@@ -28,7 +30,8 @@ Plan tokens_plan(Queue&, Plan::Scope, int q_tile, Tensor index, Tensor count, in
 void each_interval(const Plan&, const Ragged& q, const Ragged& k, const Mods&, int64_t s, int64_t head,
                    const std::function<void(int64_t row, int64_t begin, int64_t end)>& visit);
 
-/// The plan with query heads outside `heads` made dense; the plan itself when none is.
-Plan limit_heads(Queue&, const Plan&, const Ragged& q, const Ragged& k, const Range& heads);
+/// The plan with query heads outside `heads` made dense; the plan itself when none is. `keys`: offsets of at's keys are
+/// enough; key_bound: no segment has more.
+Plan limit_heads(LayerView& at, const Plan&, const Ragged& keys, int64_t key_bound, const Range& heads);
 
 }  // namespace heed

@@ -1,7 +1,7 @@
 #include "attention/select.h"
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 
 namespace heed {
 
@@ -13,75 +13,97 @@ Ragged segments(const Ragged& x, int64_t first, int64_t last, int64_t heads) {
   return out;
 }
 
+Num of_sequence(Queue& queue, std::span<const int64_t> numbers, const Num& s, int64_t heads) {
+  if (std::equal(numbers.begin() + 1, numbers.end(), numbers.begin())) return numbers[0];
+  return load(queue.upload(numbers), floor_div(s, heads));
+}
+
 Ragged without_last(Queue& queue, const Ragged& x, std::span<const int64_t> counts) {
   Ragged out = x;
-  const int64_t all = x.segments();
-  out.ends = queue.scratch.take(Dtype::I64, {all});
-  for (int64_t s = 0; s < all; ++s)
-    out.ends.at<int64_t>(s) = std::max(x.begin(s), x.end(s) - counts[size_t(s / x.heads)]);
+  const Num s = index();
+  out.ends = compute(queue, Dtype::I64, {x.segments()}, max(begin_of(x, s), end_of(x, s) - of_sequence(queue, counts, s, x.heads)));
   return out;
 }
 
-Ragged force_last(Ragged scores, std::span<const int64_t> counts) {
-  float* x = scores.values.as<float>();
-  for (int64_t s = 0; s < scores.segments(); ++s) {
-    const int64_t end = scores.end(s), begin = std::max(scores.begin(s), end - counts[size_t(s / scores.heads)]);
-    std::fill(x + begin, x + end, std::numeric_limits<float>::infinity());
-  }
+Ragged force_last(Queue& queue, Ragged scores, std::span<const int64_t> counts) {
+  const Num latest = place() >= length() - of_sequence(queue, counts, segment(), scores.heads);
+  compute(queue, scores, pick(latest, kInfinity, load(scores.values, index())), scores.values);
   return scores;
 }
 
 Ragged numbers(Queue& queue, std::span<const int64_t> lengths, int64_t heads, int64_t width) {
   Ragged out;
-  const int64_t count = int64_t(lengths.size());
   out.heads = heads;
-  out.offsets = queue.scratch.take(Dtype::I64, {count + 1});
-  out.offsets.at<int64_t>(0) = 0;
-  for (int64_t s = 0; s < count; ++s) out.offsets.at<int64_t>(s + 1) = out.offsets.at<int64_t>(s) + lengths[size_t(s)];
-  out.bound = out.offsets.at<int64_t>(count);
+  std::vector<int64_t> offsets{0};
+  for (int64_t length : lengths) offsets.push_back(offsets.back() + length);
+  out.offsets = queue.upload(offsets);
+  out.bound = offsets.back();
   out.values = width == 1 ? queue.scratch.take(Dtype::F32, {out.bound}) : queue.scratch.take(Dtype::F32, {out.bound, width});
+  return out;
+}
+
+Ragged numbers(Queue& queue, int64_t segments, const Num& lengths, int64_t heads, int64_t bound) {
+  Ragged out;
+  out.heads = heads, out.bound = bound;
+  out.offsets = offsets_of(queue, segments, lengths);
+  out.values = queue.scratch.take(Dtype::F32, {bound});
+  return out;
+}
+
+Ragged by_query_head(Queue& queue, const Ragged& columns, int64_t group) {
+  const int64_t segments = columns.segments() * group;
+  const Ragged out = numbers(queue, segments, length_of(columns, floor_div(index(), group)), columns.heads * group, columns.bound * group);
+  const Num entry = begin_of(columns, floor_div(segment(), group)) + place();
+  compute(queue, out, load(columns.values, entry * group + mod(segment(), group)), out.values);
   return out;
 }
 
 Grids grids(Queue& queue, int64_t heads, int64_t rows, int64_t cols) {
   Grids out;
-  const std::vector<int64_t> cells(static_cast<size_t>(heads), rows * cols);
-  out.cells = numbers(queue, cells, heads);
-  out.rows = queue.scratch.take(Dtype::I64, {heads});
-  out.cols = queue.scratch.take(Dtype::I64, {heads});
-  std::fill_n(out.rows.as<int64_t>(), heads, rows);
-  std::fill_n(out.cols.as<int64_t>(), heads, cols);
+  out.cells.heads = heads, out.cells.bound = heads * rows * cols;
+  out.cells.offsets = compute(queue, Dtype::I64, {heads + 1}, index() * (rows * cols));
+  out.cells.values = queue.scratch.take(Dtype::F32, {out.cells.bound});
+  out.rows = compute(queue, Dtype::I64, {heads}, rows);
+  out.cols = compute(queue, Dtype::I64, {heads}, cols);
   return out;
 }
 
 Ragged rows_of(Queue& queue, const Grids& grid, std::span<const int64_t> visible) {
-  const int64_t heads = grid.rows.size[0], rows = int64_t(visible.size()), cols = heads ? grid.cols.at<int64_t>(0) : 0;
+  const int64_t heads = grid.rows.size[0], rows = int64_t(visible.size()), all = heads * rows, cols = all ? grid.cells.bound / all : 0;
   Ragged out = grid.cells;
   out.heads = rows;
-  out.offsets = queue.scratch.take(Dtype::I64, {heads * rows + 1});
-  out.ends = queue.scratch.take(Dtype::I64, {heads * rows});
-  const int64_t base = heads ? grid.cells.begin(0) : 0;
-  for (int64_t r = 0; r < heads * rows; ++r) {
-    out.offsets.at<int64_t>(r) = base + r * cols;
-    out.ends.at<int64_t>(r) = base + r * cols + visible[size_t(r % rows)];
-  }
-  out.offsets.at<int64_t>(heads * rows) = base + heads * rows * cols;
+  out.offsets = compute(queue, Dtype::I64, {all + 1}, index() * cols);
+  out.ends = compute(queue, Dtype::I64, {all}, index() * cols + load(queue.upload(visible), mod(index(), rows)));
   return out;
 }
 
-Ragged with_queries(Queue& queue, const Ragged& scores, const Ragged& q) {
+namespace {
+/// Sequences that have queries.
+std::vector<int64_t> asking(const LayerView& at) {
+  std::vector<int64_t> out;
+  for (int64_t s = 0; s < at.sequences(); ++s)
+    if (at.rows[size_t(s)] > 0) out.push_back(s);
+  return out;
+}
+}  // namespace
+
+Num query_segment(LayerView& at, const Num& row) {
+  const std::vector<int64_t> with = asking(at);
+  if (int(with.size()) == at.sequences()) return row;
+  return load(at.queue.upload(with), floor_div(row, at.q.heads)) * at.q.heads + mod(row, at.q.heads);
+}
+
+Num granted(const Budget& budget, const Num& length) {
+  return min(length, budget.fraction ? max(1, floor(length * budget.amount + 1e-9)) : floor(Num(budget.amount)));
+}
+
+Ragged with_queries(LayerView& at, const Ragged& scores) {
+  const int64_t rows = int64_t(asking(at).size()) * at.q.heads;
+  if (rows == scores.segments()) return scores;
   Ragged out = scores;
-  int64_t rows = 0;
-  for (int64_t s = 0; s < q.segments(); ++s) rows += q.length(s) > 0;
-  out.offsets = queue.scratch.take(Dtype::I64, {rows + 1});
-  out.ends = queue.scratch.take(Dtype::I64, {rows});
-  int64_t row = 0;
-  for (int64_t s = 0; s < q.segments(); ++s) {
-    if (q.length(s) == 0) continue;
-    out.offsets.at<int64_t>(row) = scores.begin(s);
-    out.ends.at<int64_t>(row++) = scores.end(s);
-  }
-  out.offsets.at<int64_t>(rows) = scores.bound;
+  const Num s = query_segment(at, index());
+  out.offsets = compute(at.queue, Dtype::I64, {rows + 1}, pick(index() < rows, begin_of(scores, s), scores.bound));
+  out.ends = compute(at.queue, Dtype::I64, {rows}, end_of(scores, s));
   return out;
 }
 
@@ -98,53 +120,66 @@ std::string too_small(const Budget& budget, int64_t forced, const std::string& n
 }
 
 Tensor divide(const Allocation& a, std::span<const Ragged> scores, Tensor counts, Pool pool) {
+  Queue& queue = a.queue;
   const int64_t layers = int64_t(scores.size()), all = scores[0].segments(), heads = scores[0].heads, sequences = all / heads;
-  const int64_t together = pool == Pool::All ? layers : 1;
-  Tensor out = a.queue.scratch.take(Dtype::I32, {layers, all});
-  const Scratch scratch(a.queue.scratch);
-  for (int64_t first = 0; first < layers; first += together)
-    for (int64_t s = 0; s < sequences; ++s) {
-      const Scratch inner(a.queue.scratch);
-      // The pool's scores, end to end, and what its members were granted.
-      std::vector<int64_t> ends;
-      int64_t total = 0, granted = 0;
-      for (int64_t l = first; l < first + together; ++l)
-        for (int64_t i = s * heads; i < (s + 1) * heads; ++i) {
-          const int64_t length = scores[size_t(l)].length(i);
-          ends.push_back(total += length);
-          granted += std::min<int64_t>(counts.at<int32_t>(l, i), length);
-        }
-      const Ragged joined = numbers(a.queue, std::span(&total, 1), 1);
-      size_t member = 0;
-      for (int64_t l = first; l < first + together; ++l)
-        for (int64_t i = s * heads; i < (s + 1) * heads; ++i, ++member)
-          copy(scores[size_t(l)].segment(i), joined.values.slice(0, member ? ends[member - 1] : 0, ends[member]));
-      const int64_t capacity = std::max<int64_t>(1, granted);
-      const Tensor index = a.queue.scratch.take(Dtype::I32, {capacity}), count = a.queue.scratch.take(Dtype::I32, {1});
-      Select best;
-      best.k = granted;
-      a.queue.run->select(a.queue, joined, best, capacity, index, count);
-      const int32_t* chosen = index.as<int32_t>();
-      const int32_t* last = chosen + count.at<int32_t>(0);
-      member = 0;
-      for (int64_t l = first; l < first + together; ++l)
-        for (int64_t i = s * heads; i < (s + 1) * heads; ++i, ++member) {
-          const int32_t* next = std::lower_bound(chosen, last, int32_t(ends[member]));
-          out.at<int32_t>(l, i) = int32_t(next - chosen);
-          chosen = next;
-        }
-    }
+  const int64_t together = pool == Pool::All ? layers : 1, members = together * heads, pools = layers / together * sequences;
+  Tensor out = queue.scratch.take(Dtype::I32, {layers, all});
+  const Scratch scratch(queue.scratch);
+  // Members lie pool by pool: (layers of the pool, sequence, layer in it, head). A layer's members, as [sequences, heads]:
+  const Tensor lengths = queue.scratch.take(Dtype::I64, {layers * all}), granted = queue.scratch.take(Dtype::I64, {layers * all});
+  auto first_member = [&](int64_t l) { return l / together * sequences * members + l % together * heads; };
+  auto members_of = [&](Tensor t, int64_t l) {
+    t.data = t.as<int64_t>() + first_member(l);
+    t.rank = 2, t.size = {sequences, heads}, t.stride = {members, 1};
+    return t;
+  };
+  int64_t entries = 0, most = 1;
+  for (int64_t l = 0; l < layers; ++l) {
+    compute(queue, length_of(scores[size_t(l)], index()), members_of(lengths, l));
+    compute(queue, min(load(counts.select(0, l), index()), length_of(scores[size_t(l)], index())), members_of(granted, l));
+    entries += scores[size_t(l)].bound;
+    most = std::max(most, scores[size_t(l)].bound);
+  }
+  const Tensor starts = queue.scratch.take(Dtype::I64, {layers * all + 1}), grants = queue.scratch.take(Dtype::I64, {layers * all + 1});
+  queue.run->offsets(queue, lengths, starts), queue.run->offsets(queue, granted, grants);
+  // The scores of each pool, end to end.
+  const Tensor joined = queue.scratch.take(Dtype::F32, {entries});
+  for (int64_t l = 0; l < layers; ++l) {
+    const Num member = floor_div(index(), heads) * members + mod(index(), heads) + first_member(l);
+    Ragged to;
+    to.heads = heads, to.bound = scores[size_t(l)].bound;
+    to.offsets = compute(queue, Dtype::I64, {all + 1}, load(starts, member));
+    to.ends = compute(queue, Dtype::I64, {all}, load(starts, member + 1));
+    compute(queue, to, load(scores[size_t(l)].values, begin_of(scores[size_t(l)], segment()) + place()), joined);
+  }
+  Ragged pooled;
+  pooled.values = joined, pooled.bound = entries;
+  pooled.offsets = compute(queue, Dtype::I64, {pools + 1}, load(starts, index() * members));
+  const int64_t capacity = std::max<int64_t>(1, pool == Pool::All ? entries : most);
+  const Tensor chosen = queue.scratch.take(Dtype::I32, {pools * capacity}), count = queue.scratch.take(Dtype::I32, {pools});
+  Select best;
+  best.count = compute(queue, Dtype::I32, {pools}, load(grants, (index() + 1) * members) - load(grants, index() * members));
+  queue.run->select(queue, pooled, best, capacity, chosen, count);
+  // How many of the chosen lie before the end of each member.
+  const Num in = floor_div(index(), members);
+  const Num end = load(starts, index() + 1) - load(starts, in * members);
+  const Tensor before = compute(queue, Dtype::I64, {layers * all}, find(chosen, in * capacity, in * capacity + load(count, in), end) - in * capacity);
+  for (int64_t l = 0; l < layers; ++l) {
+    const Num member = floor_div(index(), heads) * members + mod(index(), heads) + first_member(l);
+    const Num others = l % together == 0 ? pick(mod(index(), heads) == 0, 0, load(before, member - 1)) : load(before, member - 1);
+    compute(queue, load(before, member) - others, out.select(0, l));
+  }
   return out;
 }
 
 void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&)>& visit) {
   const int64_t h = at.q.heads, g = at.k.heads, group = h / g;
   int64_t row = 0;
-  for (int64_t s = 0; s < at.q.sequences(); ++s)
+  for (int64_t s = 0; s < at.sequences(); ++s)
     for (int64_t head = 0; head < g; ++head) {
-      const int64_t query = s * h + head * group, key = s * g + head;
-      Slice slice{segments(at.q, query, query + group, group), segments(at.k, key, key + 1, 1), at.q.length(query), at.k.length(key),
-                  s, head, row, (at.q.length(query) + q_tile - 1) / q_tile};
+      const int64_t query = s * h + head * group, key = s * g + head, n = at.rows[size_t(s)];
+      Slice slice{segments(at.q, query, query + group, group), segments(at.k, key, key + 1, 1), n, at.key_rows[size_t(key)],
+                  s, head, row, (n + q_tile - 1) / q_tile};
       row += group * slice.tiles;
       if (slice.n == 0) continue;
       const Scratch scratch(at.queue.scratch);
@@ -154,27 +189,47 @@ void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&
 
 int64_t plan_rows(const LayerView& at, int q_tile) {
   int64_t rows = 0;
-  for (int64_t i = 0; i < at.q.segments(); ++i) rows += (at.q.length(i) + q_tile - 1) / q_tile;
+  for (int64_t n : at.rows) rows += at.q.heads * ((n + q_tile - 1) / q_tile);
   return rows;
 }
 
-int64_t longest_keys(const LayerView& at) {
-  int64_t most = 0;
-  for (int64_t i = 0; i < at.k.segments(); ++i) most = std::max(most, at.k.length(i));
-  return most;
-}
+int64_t longest_keys(const LayerView& at) { return *std::max_element(at.key_rows.begin(), at.key_rows.end()); }
+
+int64_t longest_queries(const LayerView& at) { return std::max<int64_t>(1, *std::max_element(at.rows.begin(), at.rows.end())); }
 
 Plan listed_blocks(Queue& queue, int q_tile, int k_tile, std::span<const std::vector<int32_t>> rows) {
   Plan plan;
   plan.form = Plan::Form::Blocks;
   plan.q_tile = q_tile, plan.k_tile = k_tile;
-  const int64_t count = int64_t(rows.size());
-  plan.rowptr = queue.scratch.take(Dtype::I64, {count + 1});
-  plan.rowptr.at<int64_t>(0) = 0;
-  for (int64_t r = 0; r < count; ++r) plan.rowptr.at<int64_t>(r + 1) = plan.rowptr.at<int64_t>(r) + int64_t(rows[size_t(r)].size());
-  plan.nnz_bound = plan.rowptr.at<int64_t>(count);
-  plan.index = queue.scratch.take(Dtype::I32, {plan.nnz_bound});
-  for (int64_t r = 0; r < count; ++r) std::copy(rows[size_t(r)].begin(), rows[size_t(r)].end(), plan.index.as<int32_t>() + plan.begin(r));
+  std::vector<int64_t> rowptr{0};
+  std::vector<int32_t> blocks;
+  for (const auto& row : rows) {
+    blocks.insert(blocks.end(), row.begin(), row.end());
+    rowptr.push_back(int64_t(blocks.size()));
+  }
+  plan.rowptr = queue.upload(rowptr), plan.index = queue.upload(blocks);
+  plan.nnz_bound = int64_t(blocks.size());
+  return plan;
+}
+
+Plan tiled_blocks(LayerView& at, int block, Tensor index_of, Tensor count, int64_t capacity, int64_t blocks) {
+  Queue& queue = at.queue;
+  constexpr int64_t tile = 64;
+  int split = (block + 63) / 64;  // a block becomes parts of at most 64 keys, all of one size
+  while (block % split) ++split;
+  const int64_t h = at.q.heads, tiles = plan_rows(at, int(tile)), most = std::min(blocks, tile * capacity) * split;
+  std::vector<int64_t> first{0};
+  for (int64_t n : at.rows)
+    for (int64_t head = 0; head < h; ++head)
+      for (int64_t i = 0; i < n; i += tile) first.push_back(first.back() + std::min(tile, n - i));
+  Plan plan;
+  plan.form = Plan::Form::Blocks, plan.q_tile = int(tile), plan.k_tile = block / split;
+  plan.rowptr = compute(queue, Dtype::I64, {tiles + 1}, index() * most);
+  plan.count = queue.scratch.take(Dtype::I32, {tiles});
+  plan.nnz_bound = tiles * most;
+  plan.index = queue.scratch.take(Dtype::I32, {plan.nnz_bound}), plan.mask = queue.scratch.take(Dtype::I32, {plan.nnz_bound});
+  plan.bits = queue.scratch.take(Dtype::U64, {plan.nnz_bound / split, tile, 1});
+  queue.run->tile_blocks(queue, index_of, count, capacity, queue.upload(first), split, plan);
   return plan;
 }
 

@@ -15,10 +15,19 @@ Ragged segments(const Ragged& x, int64_t first, int64_t last, int64_t heads);
 Ragged without_last(Queue&, const Ragged& x, std::span<const int64_t> counts);
 
 /// The last counts[sequence] rows of every segment of scores become +∞. Returns scores.
-Ragged force_last(Ragged scores, std::span<const int64_t> counts);
+Ragged force_last(Queue&, Ragged scores, std::span<const int64_t> counts);
 
 /// A ragged of numbers (or of rows of `width`) whose segment s has lengths[s] rows: scratch, not initialised.
 Ragged numbers(Queue&, std::span<const int64_t> lengths, int64_t heads, int64_t width = 1);
+
+/// Likewise with lengths that a formula of index() says; `bound`: the most rows of all segments together.
+Ragged numbers(Queue&, int64_t segments, const Num& lengths, int64_t heads, int64_t bound);
+
+/// Numbers beside the entries of KV heads, [entries, group] (Observe::Heads::Each), as one run for each query head.
+Ragged by_query_head(Queue&, const Ragged& columns, int64_t group);
+
+/// A number for each sequence, seen by the segment s of which sequence s / heads is one: a formula.
+Num of_sequence(Queue&, std::span<const int64_t> numbers, const Num& s, int64_t heads);
 
 /// Matrices of rows × cols for each of `heads` segments: scratch.
 Grids grids(Queue&, int64_t heads, int64_t rows, int64_t cols);
@@ -26,9 +35,15 @@ Grids grids(Queue&, int64_t heads, int64_t rows, int64_t cols);
 /// The rows of one-sized matrices as segments: row r (counted through all matrices) is its first visible[r mod rows] cells.
 Ragged rows_of(Queue&, const Grids&, std::span<const int64_t> visible);
 
-/// The segments of scores (heads = q's) that belong to a query, in order: the rows of a plan that read() makes, where a
+/// The segments of scores (heads = those of at.q) that belong to a query, in order: the rows of a plan that read() makes, where a
 /// sequence without a new token has none.
-Ragged with_queries(Queue&, const Ragged& scores, const Ragged& q);
+Ragged with_queries(LayerView&, const Ragged& scores);
+
+/// The segment of at.q that row `row` of such a plan belongs to.
+Num query_segment(LayerView&, const Num& row);
+
+/// What a budget grants of `length` entries: all when there are fewer, a fraction of them rounded down but at least one.
+Num granted(const Budget&, const Num& length);
 
 /// For each sequence, min(most, what the budget allows it): a window that a fraction of a short prompt can pay for.
 std::vector<int64_t> affordable(const LayerView&, const Budget&, int64_t most);
@@ -63,8 +78,15 @@ int64_t plan_rows(const LayerView& at, int q_tile);
 /// The most keys that a sequence's queries see.
 int64_t longest_keys(const LayerView& at);
 
+/// The most queries that a sequence has, at least 1.
+int64_t longest_queries(const LayerView& at);
+
 /// A plan from rows of ascending block numbers, rows as Plan counts them.
 Plan listed_blocks(Queue&, int q_tile, int k_tile, std::span<const std::vector<int32_t>> rows);
+
+/// A plan from block lists of single queries (one scope head for each query head, count[r] blocks at r · capacity, `blocks`
+/// in all at most): tiles of 64 queries share a list, and bits say which of them read a block.
+Plan tiled_blocks(LayerView&, int block, Tensor index, Tensor count, int64_t capacity, int64_t blocks);
 
 /// A dense plan that names its tiles, for a planner that sees nothing to leave out.
 Plan dense_plan(int q_tile, int k_tile);

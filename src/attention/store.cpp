@@ -1,273 +1,283 @@
 #include "attention/store.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <new>
+#include <numeric>
+
+#include "attention/numbers.h"
 
 namespace heed {
 namespace {
 
-// Each page follows a cache line that counts its holders.
-constexpr int64_t kHeader = 64;
-constexpr size_t kIdlePages = 64;
-
-std::atomic<int64_t>& holders(char* page) { return *reinterpret_cast<std::atomic<int64_t>*>(page - kHeader); }
-const std::atomic<int64_t>& holders(const char* page) {
-  return *reinterpret_cast<const std::atomic<int64_t>*>(page - kHeader);
-}
-
 int64_t pages_for(int64_t entries) { return (entries + kPage - 1) / kPage; }
+
+/// Counts that lie in ordinary memory may be looked at: nothing waits.
+bool visible(const Queue& queue) { return queue.memory->device == Device::Cpu; }
 
 }  // namespace
 
-PagePool::~PagePool() {
-  for (char* page : idle_) std::free(page - kHeader);
-}
+PagePool::PagePool(const Memory& memory, int64_t page_bytes) : memory_(&memory) { supply_.page_bytes = page_bytes; }
 
-char* PagePool::take() {
-  char* page = nullptr;
-  if (!idle_.empty()) {
-    page = idle_.back();
-    idle_.pop_back();
-  } else {
-    const size_t bytes = size_t(page_bytes_ + kHeader + 63) / 64 * 64;
-    void* block = std::aligned_alloc(64, bytes);
-    if (!block) throw Error(Code::Memory, "store", "no memory for one more page of " + std::to_string(bytes) + " bytes");
-    page = static_cast<char*>(block) + kHeader;
-    new (page - kHeader) std::atomic<int64_t>(0);
+void PagePool::promise(Queue& queue, int64_t count) {
+  if (!top_) {
+    top_ = Buffer(Dtype::I32, {1}, *memory_);
+    queue.fill(top_, 0);
+    supply_.top = top_;
   }
-  holders(page).store(1, std::memory_order_relaxed);
-  return page;
+  if (visible(queue)) set_free(supply_.top.at<int32_t>(0));
+  if (const int64_t missing = count - (total_ - out_); missing > 0) {
+    const int64_t more = std::max({missing, total_ / 8, int64_t(16)});
+    if (const int64_t room = total_ + more; !free_ || room > free_->numel()) {
+      Buffer wider(Dtype::U64, {std::max(room, 2 * total_)}, *memory_);
+      if (free_) queue.move(free_, wider->slice(0, 0, free_->numel()));
+      free_ = std::move(wider);
+      supply_.free = free_;
+    }
+    blocks_.emplace_back(Dtype::U8, std::initializer_list<int64_t>{more * (kPageHeader + supply_.page_bytes)}, *memory_);
+    queue.run->page_supply(queue, supply_, blocks_.back());
+    total_ += more;
+  }
+  out_ += count;
 }
 
-void PagePool::hold(char* page) { holders(page).fetch_add(1, std::memory_order_relaxed); }
-
-void PagePool::drop(char* page) {
-  if (holders(page).fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  if (idle_.size() < kIdlePages) idle_.push_back(page);
-  else std::free(page - kHeader);
+LayerStore::LayerStore(Store& store, int group, StoreShape shape, int64_t segments, Tensor lengths, int64_t wide)
+    : store_(&store), group_(group), shape_(shape), segments_(segments), length_(size_t(segments), 0) {
+  view_.length = lengths;
+  view_.kv_heads = shape.kv_heads;
+  view_.plain_keys = store.options_.plain_keys;
+  view_.columns = &store.options_.columns;
+  widen(store.queue_, wide);
 }
 
-bool PagePool::shared(const char* page) { return holders(page).load(std::memory_order_acquire) > 1; }
-
-LayerStore::LayerStore(Store& store, int group, StoreShape shape, int64_t segments)
-    : store_(&store), group_(group), shape_(shape), segments_(size_t(segments)) {}
-
-LayerStore::LayerStore(Store& store, const LayerStore& other)
-    : store_(&store), group_(other.group_), shape_(other.shape_), segments_(other.segments_) {
-  Store::Group& group = store.groups_[size_t(group_)];
-  for (Segment& segment : segments_)
-    for (size_t p = 0; p < segment.pages.size(); ++p) group.pools[segment.layouts[p]]->hold(segment.pages[p]);
+LayerStore::LayerStore(Store& store, const LayerStore& other, Tensor lengths)
+    : LayerStore(store, other.group_, other.shape_, other.segments_, lengths, other.table_->size[1]) {
+  Queue& queue = store.queue_;
+  length_ = other.length_, together_ = other.together_, loose_ = other.loose_, converted_ = other.converted_;
+  queue.move(other.table_, table_), queue.move(other.layout_, layout_);
+  shared_ = page_bound();
+  changed(queue);
 }
 
-LayerStore::~LayerStore() {
-  for (Segment& segment : segments_) shrink(segment, 0);
-}
+PagePool& LayerStore::pool(int layout) const { return *store_->groups_[size_t(group_)].pools[size_t(layout)]; }
 
-const PageLayout& LayerStore::layout_of(const Segment& segment, size_t page) const {
-  return store_->groups_[size_t(group_)].layouts[segment.layouts[page]];
-}
-
-int64_t LayerStore::longest() const {
-  int64_t most = 0;
-  for (const Segment& segment : segments_) most = std::max(most, segment.length);
-  return most;
-}
+int64_t LayerStore::longest() const { return *std::max_element(length_.begin(), length_.end()); }
 
 int64_t LayerStore::entries() const {
-  int64_t total = 0;
-  for (const Segment& segment : segments_) total += segment.length;
-  return total;
+  const int64_t sum = std::accumulate(length_.begin(), length_.end(), int64_t(0));
+  return together_ >= 0 ? std::min(sum, together_) : sum;
 }
 
-int64_t LayerStore::bytes() const {
-  int64_t total = 0;
-  for (const Segment& segment : segments_)
-    for (size_t p = 0; p < segment.pages.size(); ++p) total += layout_of(segment, p).bytes;
-  return total;
+int64_t LayerStore::page_bound() const {
+  int64_t sum = 0;
+  for (int64_t length : length_) sum += pages_for(length);
+  return together_ >= 0 ? std::min(sum, together_ / kPage + segments_) : sum;
 }
 
-const Pages& LayerStore::pages() {
-  if (!stale_) return view_;
-  int64_t capacity = 1;
-  for (const Segment& segment : segments_) capacity = std::max(capacity, int64_t(segment.pages.size()));
-  const int64_t count = segments();
-  table_.assign(size_t(count * capacity), 0);
-  layout_table_.assign(size_t(count * capacity), 0);
-  lengths_.resize(size_t(count));
-  offsets_.assign(size_t(count + 1), 0);
-  for (int64_t s = 0; s < count; ++s) {
-    const Segment& segment = segments_[size_t(s)];
-    for (size_t p = 0; p < segment.pages.size(); ++p) {
-      table_[size_t(s * capacity) + p] = reinterpret_cast<uint64_t>(segment.pages[p]);
-      layout_table_[size_t(s * capacity) + p] = segment.layouts[p];
-    }
-    lengths_[size_t(s)] = int32_t(segment.length);
-    offsets_[size_t(s + 1)] = offsets_[size_t(s)] + segment.length;
-  }
-  view_.table = Tensor(table_.data(), Dtype::U64, {count, capacity});
-  view_.layout = Tensor(layout_table_.data(), Dtype::U8, {count, capacity});
-  view_.length = Tensor(lengths_.data(), Dtype::I32, {count});
-  view_.kv_heads = shape_.kv_heads;
+void LayerStore::changed_bounds() {
+  const Store::Group& group = store_->groups_[size_t(group_)];
+  if (view_.layouts.size() != group.layouts.size()) view_.layouts = group.layouts;
+  view_.supply.resize(group.pools.size());
+  for (size_t l = 0; l < group.pools.size(); ++l) view_.supply[l] = group.pools[l]->supply();
   view_.length_bound = longest();
-  view_.plain_keys = store_->options_.plain_keys;
-  view_.layouts = store_->groups_[size_t(group_)].layouts;
-  view_.columns = &store_->options_.columns;
-  stale_ = false;
-  return view_;
 }
 
-Tensor LayerStore::offsets() {
-  pages();
-  return Tensor(offsets_.data(), Dtype::I64, {segments() + 1});
-}
-
-void LayerStore::own(Segment& segment, size_t page) {
-  char*& at = segment.pages[page];
-  if (!PagePool::shared(at)) return;
-  PagePool& pool = *store_->groups_[size_t(group_)].pools[segment.layouts[page]];
-  char* copy = pool.take();
-  std::memcpy(copy, at, size_t(pool.page_bytes()));
-  pool.drop(at);
-  at = copy;
-}
-
-void LayerStore::shrink(Segment& segment, int64_t length) {
-  Store::Group& group = store_->groups_[size_t(group_)];
-  while (int64_t(segment.pages.size()) > pages_for(length)) {
-    group.pools[segment.layouts.back()]->drop(segment.pages.back());
-    segment.pages.pop_back();
-    segment.layouts.pop_back();
+void LayerStore::changed(Queue& queue) {
+  if (visible(queue)) {
+    std::copy_n(view_.length.as<int32_t>(), segments_, length_.begin());
+    together_ = -1, loose_ = false;
   }
-  segment.length = length;
-  stale_ = true;
+  changed_bounds();
+  offsets_stale_ = bytes_stale_ = true;
 }
 
-void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor positions) {
+Tensor LayerStore::offsets(Queue& queue) {
+  if (!offsets_) offsets_ = Buffer(Dtype::I64, {segments_ + 1}, *queue.memory);
+  if (offsets_stale_) queue.run->offsets(queue, view_.length, offsets_);
+  offsets_stale_ = false;
+  return offsets_;
+}
+
+int64_t LayerStore::bytes() {
+  if (!bytes_stale_) return bytes_;
+  Queue& queue = store_->queue_;
+  bytes_ = 0;
+  bytes_stale_ = false;
+  std::vector<int32_t> lengths(static_cast<size_t>(segments_));
+  queue.read_back(view_.length, lengths.data());
+  const int64_t wide = table_->size[1];
+  std::vector<uint8_t> layouts(converted_ ? size_t(segments_ * wide) : 0);
+  if (converted_) queue.read_back(layout_, layouts.data());
+  for (int64_t s = 0; s < segments_; ++s)
+    for (int64_t p = 0; p < pages_for(lengths[size_t(s)]); ++p)
+      bytes_ += view_.layouts[converted_ ? layouts[size_t(s * wide + p)] : 0].bytes;
+  return bytes_;
+}
+
+/// Makes room for `pages` pages of every segment in the table.
+void LayerStore::widen(Queue& queue, int64_t pages) {
+  const int64_t wide = table_ ? table_->size[1] : 0;
+  if (pages <= wide) return;
+  const int64_t wider = std::max(pages, wide * 2);
+  Buffer table(Dtype::U64, {segments_, wider}, *queue.memory), layout(Dtype::U8, {segments_, wider}, *queue.memory);
+  queue.fill(layout, 0);
+  for (int64_t s = 0; wide > 0 && s < segments_; ++s) {
+    queue.move(table_->select(0, s), table->select(0, s).slice(0, 0, wide));
+    queue.move(layout_->select(0, s), layout->select(0, s).slice(0, 0, wide));
+  }
+  table_ = std::move(table), layout_ = std::move(layout);
+  view_.table = table_, view_.layout = layout_;
+}
+
+void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor positions, std::span<const int64_t> rows) {
   require(k.segments() == segments() && v.segments() == segments(), "LayerStore::append",
           std::to_string(k.segments()) + " segments for a layer of " + std::to_string(segments()));
-  PagePool& pool = *store_->groups_[size_t(group_)].pools[0];
-  std::vector<int32_t> first(segments_.size());
-  for (int64_t s = 0; s < segments(); ++s) {
-    Segment& segment = segments_[size_t(s)];
-    first[size_t(s)] = int32_t(segment.length);
-    const int64_t rows = k.length(s);
-    if (rows == 0) continue;
-    if (segment.length % kPage != 0) {
-      const int64_t last = int64_t(segment.pages.size()) - 1;
-      if (segment.layouts[size_t(last)] != 0) convert(queue, s, last, last + 1, 0);
-      own(segment, size_t(last));
-    }
-    segment.length += rows;
-    while (int64_t(segment.pages.size()) < pages_for(segment.length)) {
-      segment.pages.push_back(pool.take());
-      segment.layouts.push_back(0);
-    }
+  const int64_t before = page_bound();
+  int64_t total = 0;
+  for (int64_t s = 0; s < segments_; ++s) {
+    const int64_t count = rows.empty() ? k.length(s) : rows[size_t(s / shape_.kv_heads)];
+    length_[size_t(s)] += count, total += count;
   }
-  stale_ = true;
-  queue.run->page_write(queue, pages(), k, v, positions, Tensor(first.data(), Dtype::I32, {segments()}));
+  if (total == 0) return;
+  if (together_ >= 0) together_ += total;
+  pool(0).promise(queue, page_bound() - before + (shared_ > 0 ? segments_ : 0));
+  widen(queue, pages_for(longest()));
+  changed_bounds();
+  Scratch scope(queue.scratch);
+  const Tensor first = queue.scratch.take(Dtype::I32, {segments_});
+  queue.run->page_grow(queue, view_, k, first);
+  changed(queue);
+  queue.run->page_write(queue, view_, k, v, positions, first);
 }
 
-void LayerStore::compact(Queue& queue, Tensor index, Tensor count, int64_t capacity) {
-  for (int64_t s = 0; s < segments(); ++s) {
-    Segment& segment = segments_[size_t(s)];
-    for (int64_t p = 0; p < pages_for(count.at<int32_t>(s)); ++p) own(segment, size_t(p));
+void LayerStore::compact(Queue& queue, Tensor index, Tensor count, int64_t capacity, std::span<const int64_t> most, int64_t together) {
+  if (shared_ > 0) {
+    pool(0).promise(queue, std::min(shared_, page_bound()));
+    for (size_t l = 1; converted_ && l < view_.layouts.size(); ++l) pool(int(l)).promise(queue, std::min(shared_, page_bound()));
+    changed_bounds();
+    queue.run->page_own(queue, view_, count);
   }
-  stale_ = true;
-  queue.run->page_move(queue, pages(), pages(), index, count, capacity);
-  for (int64_t s = 0; s < segments(); ++s) shrink(segments_[size_t(s)], count.at<int32_t>(s));
+  queue.run->page_move(queue, view_, view_, index, count, capacity);
+  let_go(queue, count, most, together);
 }
 
-void LayerStore::convert(Queue& queue, int64_t segment, int64_t first, int64_t last, int layout) {
-  if (first >= last) return;
-  Segment& s = segments_[size_t(segment)];
-  PagePool& pool = *store_->groups_[size_t(group_)].pools[size_t(layout)];
-  const int64_t count = last - first, entries = std::min(last * kPage, s.length) - first * kPage;
-  std::vector<uint64_t> old_table, new_table;
-  std::vector<uint8_t> old_layouts(s.layouts.begin() + first, s.layouts.begin() + last);
-  std::vector<uint8_t> new_layouts(static_cast<size_t>(count), static_cast<uint8_t>(layout));
-  std::vector<char*> fresh;
-  for (int64_t p = first; p < last; ++p) {
-    old_table.push_back(reinterpret_cast<uint64_t>(s.pages[size_t(p)]));
-    fresh.push_back(pool.take());
-    new_table.push_back(reinterpret_cast<uint64_t>(fresh.back()));
+void LayerStore::let_go(Queue& queue, Tensor lengths, std::span<const int64_t> most, int64_t together) {
+  const int64_t before = page_bound();
+  queue.run->page_shrink(queue, view_, lengths);
+  loose_ = true;  // a CPU looks at once: changed()
+  if (!most.empty()) {
+    for (int64_t s = 0; s < segments_; ++s) length_[size_t(s)] = std::min(length_[size_t(s)], most[size_t(s)]);
+    together_ = together;
   }
-  std::vector<int32_t> index(static_cast<size_t>(entries));
-  for (int64_t i = 0; i < entries; ++i) index[size_t(i)] = int32_t(i);
-  int32_t length = int32_t(entries);
-  // One segment of its own, so that the kernel sees only the pages that move.
-  Pages from = pages();
-  from.kv_heads = 1;
-  from.length = Tensor(&length, Dtype::I32, {1});
-  from.length_bound = entries;
-  Pages to = from;
-  from.table = Tensor(old_table.data(), Dtype::U64, {1, count});
-  from.layout = Tensor(old_layouts.data(), Dtype::U8, {1, count});
-  to.table = Tensor(new_table.data(), Dtype::U64, {1, count});
-  to.layout = Tensor(new_layouts.data(), Dtype::U8, {1, count});
-  queue.run->page_move(queue, from, to, Tensor(index.data(), Dtype::I32, {entries}), Tensor(&length, Dtype::I32, {1}), entries);
-  Store::Group& group = store_->groups_[size_t(group_)];
-  for (int64_t p = first; p < last; ++p) {
-    group.pools[s.layouts[size_t(p)]]->drop(s.pages[size_t(p)]);
-    s.pages[size_t(p)] = fresh[size_t(p - first)];
-    s.layouts[size_t(p)] = uint8_t(layout);
-  }
-  stale_ = true;
+  changed(queue);
+  const int64_t after = page_bound();
+  if (!converted_) pool(0).returned(std::max<int64_t>(0, before - after - shared_));
+  shared_ = std::min(shared_, after);
+}
+
+void LayerStore::convert(Queue& queue, Tensor first, Tensor last, int layout, int64_t pages, bool again) {
+  if (pages <= 0) return;
+  pool(layout).promise(queue, pages);
+  converted_ |= layout != 0;
+  changed_bounds();
+  queue.run->page_convert(queue, view_, first, last, layout, again);
+  changed(queue);
+  loose_ = !visible(queue);
 }
 
 void LayerStore::truncate(Queue& queue, int sequence, int64_t position) {
+  if (entries() == 0) return;
+  Scratch scope(queue.scratch);
   bool block_columns = false;
   for (const Column& column : store_->options_.columns) block_columns |= column.keeps != Column::Keeps::User;
-  for (int64_t head = 0; head < shape_.kv_heads; ++head) {
-    const int64_t number = sequence * shape_.kv_heads + head;
-    Segment& segment = segments_[size_t(number)];
-    const std::vector<int32_t> held = positions(number);
-    const int64_t length = std::lower_bound(held.begin(), held.end(), position) - held.begin();
-    if (length == segment.length) continue;
-    shrink(segment, length);
-    const int64_t last = length / kPage;
-    if (length % kPage == 0) continue;
-    // The last page takes new entries again: it must be in the layout that append writes, and its blocks' columns
-    // must forget what left.
-    if (segment.layouts[size_t(last)] != 0 || block_columns) convert(queue, number, last, last + 1, 0);
-  }
+  Ragged held{.values = {}, .offsets = offsets(queue), .ends = {}, .heads = shape_.kv_heads, .bound = entries()};
+  const Tensor positions = queue.scratch.take(Dtype::I32, {held.bound});
+  queue.run->page_read(queue, view_, nullptr, held, {}, positions);
+  const Num mine = floor_div(index(), shape_.kv_heads) == sequence, begin = begin_of(held, index()), length = length_of(held, index());
+  const Num left = find(positions, begin, begin + length, position) - begin;
+  const Tensor lengths = compute(queue, Dtype::I32, {segments_}, pick(mine, left, length));
+  let_go(queue, lengths, {}, -1);
+  // The last page takes new entries again: it must be in the layout that append writes, and its blocks' columns must
+  // forget what left.
+  if (!converted_ && !block_columns) return;
+  const Num end = load(lengths, index());
+  const Tensor first = compute(queue, Dtype::I32, {segments_}, floor_div(end, kPage));
+  const Tensor last = compute(queue, Dtype::I32, {segments_}, pick(mine, ceil_div(end, kPage), floor_div(end, kPage)));
+  convert(queue, first, last, 0, shape_.kv_heads, true);
 }
 
-std::vector<int32_t> LayerStore::positions(int64_t segment) const {
-  const Segment& s = segments_[size_t(segment)];
-  std::vector<int32_t> out(static_cast<size_t>(s.length));
-  for (size_t p = 0; p < s.pages.size(); ++p) {
-    const int64_t first = int64_t(p) * kPage, count = std::min<int64_t>(kPage, s.length - first);
-    std::memcpy(out.data() + first, s.pages[p] + layout_of(s, p).position_at, size_t(count) * sizeof(int32_t));
-  }
+std::vector<int32_t> LayerStore::positions(int64_t segment) {
+  Queue& queue = store_->queue_;
+  Scratch scope(queue.scratch);
+  Pages one = view_;
+  one.table = view_.table.slice(0, segment, segment + 1), one.layout = view_.layout.slice(0, segment, segment + 1);
+  one.length = view_.length.slice(0, segment, segment + 1);
+  one.kv_heads = 1;
+  int32_t count = 0;
+  queue.read_back(one.length, &count);
+  std::vector<int32_t> out(static_cast<size_t>(count));
+  if (count == 0) return out;
+  const Tensor positions = queue.scratch.take(Dtype::I32, {count});
+  const std::vector<int64_t> offsets{0, count};
+  Ragged held{.values = {}, .offsets = queue.upload(offsets), .ends = {}, .heads = 1, .bound = count};
+  queue.run->page_read(queue, one, nullptr, held, {}, positions);
+  queue.read_back(positions, out.data());
   return out;
 }
 
-Store::Store(std::span<const StoreShape> layers, StoreOptions options, bool v_transposed, int sequences)
-    : options_(std::move(options)), v_transposed_(v_transposed), sequences_(sequences) {
+Store::Store(Queue& queue, std::span<const StoreShape> layers, StoreOptions options, int sequences)
+    : queue_(queue), options_(std::move(options)), sequences_(sequences) {
+  int64_t all = 0;
+  for (const StoreShape& shape : layers) all += int64_t(sequences) * shape.kv_heads;
+  lengths_ = Buffer(Dtype::I32, {all}, *queue.memory);
+  queue.fill(lengths_, 0);
+  int64_t at = 0;
   for (const StoreShape& shape : layers) {
     size_t group = 0;
     while (group < groups_.size() && !(groups_[group].shape == shape)) ++group;
     if (group == groups_.size()) groups_.push_back({shape, {}, {}});
-    layers_.emplace_back(new LayerStore(*this, int(group), shape, int64_t(sequences) * shape.kv_heads));
+    const int64_t segments = int64_t(sequences) * shape.kv_heads;
+    layers_.emplace_back(new LayerStore(*this, int(group), shape, segments, lengths_->slice(0, at, at + segments), 4));
+    at += segments;
   }
   add_layout(options_.k, options_.v);
 }
 
-Store::Store(const Store& other)
-    : options_(other.options_), v_transposed_(other.v_transposed_), sequences_(other.sequences_), groups_(other.groups_) {
-  for (const auto& layer : other.layers_) layers_.emplace_back(new LayerStore(*this, *layer));
+Store::Store(Queue& queue, Store& other)
+    : queue_(queue), options_(other.options_), sequences_(other.sequences_), groups_(other.groups_),
+      lengths_(Dtype::I32, {other.lengths_->numel()}, *queue.memory) {
+  queue.move(other.lengths_, lengths_);
+  int64_t at = 0;
+  for (const auto& layer : other.layers_) {
+    layers_.emplace_back(new LayerStore(*this, *layer, lengths_->slice(0, at, at + layer->segments())));
+    at += layer->segments();
+    if (layer->page_bound() == 0) continue;
+    queue.run->page_hold(queue, layers_.back()->view_);
+    layer->shared_ = layer->page_bound();
+  }
+}
+
+Store::~Store() {
+  try {
+    for (auto& layer : layers_) {
+      bool shared = false;
+      for (const auto& pool : groups_[size_t(layer->group_)].pools) shared |= pool.use_count() > 1;
+      if (!shared) continue;
+      Scratch scope(queue_.scratch);
+      const Tensor none = queue_.scratch.take(Dtype::I32, {layer->segments()});
+      queue_.fill(none, 0);
+      queue_.run->page_shrink(queue_, layer->view_, none);
+    }
+  } catch (const Error&) {  // a device that failed has said so before; forks then hold pages that nobody uses
+  }
 }
 
 int Store::add_layout(PageType k, PageType v) {
   for (Group& group : groups_) {
     require(group.layouts.size() < 4, "Store::add_layout", "a store has at most four ways of keeping pages");
-    group.layouts.push_back(page_layout(group.shape.d, group.shape.d_v, k, v, v_transposed_, options_.bias, options_.columns));
-    group.pools.push_back(std::make_shared<PagePool>(group.layouts.back().bytes));
+    const bool transposed = queue_.run && queue_.run->v_transposed;
+    group.layouts.push_back(page_layout(group.shape.d, group.shape.d_v, k, v, transposed, options_.bias, options_.columns));
+    group.pools.push_back(std::make_shared<PagePool>(*queue_.memory, group.layouts.back().bytes));
   }
-  for (auto& layer : layers_) layer->stale_ = true;
+  for (auto& layer : layers_) layer->changed(queue_);
   return groups_.empty() ? 0 : int(groups_[0].layouts.size()) - 1;
 }
 
@@ -275,9 +285,36 @@ void Store::truncate(Queue& queue, int sequence, int64_t position) {
   for (auto& layer : layers_) layer->truncate(queue, sequence, position);
 }
 
-int64_t Store::bytes() const {
+void Store::sync() {
+  bool shared = false, loose = false;
+  for (const Group& group : groups_)
+    for (const auto& pool : group.pools) shared |= pool.use_count() > 1;
+  for (auto& layer : layers_) {
+    if (!shared) layer->shared_ = 0;
+    loose |= layer->loose_ || layer->shared_ > 0;
+  }
+  if (!loose || visible(queue_)) return;
+  std::vector<int32_t> lengths(static_cast<size_t>(lengths_->numel()));
+  queue_.read_back(lengths_, lengths.data());
+  auto at = lengths.begin();
+  for (auto& layer : layers_) {
+    std::copy_n(at, layer->segments(), layer->length_.begin());
+    at += layer->segments();
+    layer->together_ = -1, layer->loose_ = false;
+    layer->view_.length_bound = layer->longest();
+  }
+  for (const Group& group : groups_)
+    for (const auto& pool : group.pools) {
+      if (!pool->supply().top) continue;
+      int32_t top = 0;
+      queue_.read_back(pool->supply().top, &top);
+      pool->set_free(top);
+    }
+}
+
+int64_t Store::bytes() {
   int64_t total = 0;
-  for (const auto& layer : layers_) total += layer->bytes();
+  for (auto& layer : layers_) total += layer->bytes();
   return total;
 }
 

@@ -3,6 +3,9 @@
 // A segment is one (sequence, KV head) of one layer and has a page list of its own, so a head that keeps 200 entries
 // holds the pages of 200. Pages are shared between forks and copied when one of them writes. Nobody above the store
 // computes a position: an entry's true position never changes, whatever is evicted around it.
+//
+// Page lists, lengths and free pages lie where kernels run, and kernels change them. The host knows bounds, which size
+// launches and decide when more pages are needed; sync() makes them exact. On a CPU they always are.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -30,23 +33,26 @@ struct StoreOptions {
   std::vector<Column> columns;
 };
 
-/// Pages of equal size, counted by how many page lists hold them. A page given back is kept for the next taker while
-/// few lie idle, so a steady decode allocates nothing; the rest returns to the system.
+/// Pages of equal size in blocks of memory, and the stack of those that lie free. Blocks grow as the host's bounds ask for
+/// it and are given back with the pool.
 class PagePool {
  public:
-  explicit PagePool(int64_t page_bytes) : page_bytes_(page_bytes) {}
-  ~PagePool();
-  PagePool(const PagePool&) = delete;
-  PagePool& operator=(const PagePool&) = delete;
-  char* take();            // held once; throws Error(Memory)
-  void hold(char* page);   // once more
-  void drop(char* page);   // once less
-  static bool shared(const char* page);
-  int64_t page_bytes() const { return page_bytes_; }
+  PagePool(const Memory& memory, int64_t page_bytes);
+  /// Sees to it that `count` pages lie free, whatever bounds hide: throws Error(Memory).
+  void promise(Queue&, int64_t count);
+  /// `count` pages less are out, for certain.
+  void returned(int64_t count) { out_ -= count; }
+  /// How many are out, as counted on the device.
+  void set_free(int64_t top) { out_ = total_ - top; }
+  const PageSupply& supply() const { return supply_; }
+  int64_t page_bytes() const { return supply_.page_bytes; }
 
  private:
-  int64_t page_bytes_;
-  std::vector<char*> idle_;
+  const Memory* memory_;
+  PageSupply supply_;
+  std::vector<Buffer> blocks_;
+  Buffer free_, top_;
+  int64_t total_ = 0, out_ = 0;  // pages there are; at most so many are in lists
 };
 
 class Store;
@@ -54,72 +60,80 @@ class Store;
 /// One layer of a store.
 class LayerStore {
  public:
-  ~LayerStore();
   LayerStore(const LayerStore&) = delete;
   LayerStore& operator=(const LayerStore&) = delete;
 
-  int64_t segments() const { return int64_t(segments_.size()); }
+  int64_t segments() const { return segments_; }
   const StoreShape& shape() const { return shape_; }
-  int64_t length(int64_t segment) const { return segments_[size_t(segment)].length; }
+  /// The most entries that a segment holds; exact on a CPU, and behind Store::sync.
+  int64_t length(int64_t segment) const { return length_[size_t(segment)]; }
   int64_t longest() const;
-  /// Σ lengths.
+  /// Σ lengths, likewise.
   int64_t entries() const;
-  /// Bytes of the pages this layer holds; a page shared by forks counts in each of them.
-  int64_t bytes() const;
+  /// Bytes of the pages this layer holds; a page shared by forks counts in each of them. Waits, unless nothing changed.
+  int64_t bytes();
 
   /// What kernels read; valid until the layer next changes.
-  const Pages& pages();
+  const Pages& pages() { return view_; }
   /// Offsets (I64 [segments + 1]) of the Ragged of all entries that page_read fills; valid like pages().
-  Tensor offsets();
+  Tensor offsets(Queue&);
 
   /// Rows of k and v (head-major, one segment for each of this layer's, any plain type; keys plain or rotated as the
-  /// store's options say) go behind each segment's last entry. positions: I32, indexed as k's rows.
-  void append(Queue&, const Ragged& k, const Ragged& v, Tensor positions);
+  /// store's options say) go behind each segment's last entry. positions: I32, indexed as k's rows. rows: of each
+  /// sequence; left out, k's offsets are looked at, which must then be of the host.
+  void append(Queue&, const Ragged& k, const Ragged& v, Tensor positions, std::span<const int64_t> rows = {});
 
   /// Keeps entries index[s · capacity + i], i < count[s] (ascending), of each segment; pages left over are given back.
-  void compact(Queue&, Tensor index, Tensor count, int64_t capacity);
+  /// most: no segment keeps more than most[s], and all of the layer together no more than `together`; left out, bounds
+  /// stay as they are.
+  void compact(Queue&, Tensor index, Tensor count, int64_t capacity, std::span<const int64_t> most = {}, int64_t together = -1);
 
-  /// Pages first … last of `segment` are kept in layout `layout` from now on (Store::add_layout).
-  void convert(Queue&, int64_t segment, int64_t first, int64_t last, int layout);
+  /// Pages first[s] … last[s] − 1 (I32 [segments]) of every segment are kept in layout `layout` from now on
+  /// (Store::add_layout); at most `pages` are not yet.
+  void convert(Queue&, Tensor first, Tensor last, int layout, int64_t pages, bool again = false);
 
   /// Forgets entries whose position is ≥ `position` in every segment of `sequence`.
   void truncate(Queue&, int sequence, int64_t position);
 
-  /// True positions of a segment's entries, ascending.
-  std::vector<int32_t> positions(int64_t segment) const;
-  /// Which layout a page of a segment has.
-  int layout(int64_t segment, int64_t page) const { return segments_[size_t(segment)].layouts[size_t(page)]; }
+  /// True positions of a segment's entries, ascending. Waits.
+  std::vector<int32_t> positions(int64_t segment);
 
  private:
   friend class Store;
-  struct Segment {
-    std::vector<char*> pages;
-    std::vector<uint8_t> layouts;
-    int64_t length = 0;
-  };
-  LayerStore(Store& store, int group, StoreShape shape, int64_t segments);
-  LayerStore(Store& store, const LayerStore& other);    // shares the pages
-  const PageLayout& layout_of(const Segment& segment, size_t page) const;
-  void own(Segment& segment, size_t page);              // makes a page writable, copying it if it is shared
-  void shrink(Segment& segment, int64_t length);
+  LayerStore(Store& store, int group, StoreShape shape, int64_t segments, Tensor lengths, int64_t wide);
+  LayerStore(Store& store, const LayerStore& other, Tensor lengths);  // shares the pages
+  PagePool& pool(int layout) const;
+  int64_t page_bound() const;  // pages in all lists
+  void widen(Queue&, int64_t pages);
+  void let_go(Queue&, Tensor lengths, std::span<const int64_t> most, int64_t together);
+  void changed_bounds();   // behind bounds, supplies or layouts that changed on the host
+  void changed(Queue&);    // behind a kernel that changed lengths
 
   Store* store_;
   int group_;
   StoreShape shape_;
-  std::vector<Segment> segments_;
-  bool stale_ = true;
+  int64_t segments_;
+  std::vector<int64_t> length_;  // bounds
+  int64_t together_ = -1;        // bound of Σ lengths; −1: no better than the sum
+  bool loose_ = false;           // bounds are more than bounds
+  int64_t shared_ = 0;           // pages that a fork may hold too
+  bool converted_ = false;       // some pages have another layout than the first
+  Buffer table_, layout_;
   Pages view_;
-  std::vector<uint64_t> table_;
-  std::vector<uint8_t> layout_table_;
-  std::vector<int32_t> lengths_;
-  std::vector<int64_t> offsets_;
+  Buffer offsets_;
+  bool offsets_stale_ = true;
+  int64_t bytes_ = 0;
+  bool bytes_stale_ = true;
 };
 
 class Store {
  public:
-  /// One StoreShape for each layer. v_transposed: as the backend's table says (Kernels::v_transposed).
-  Store(std::span<const StoreShape> layers, StoreOptions options, bool v_transposed, int sequences = 1);
-  Store(const Store& other);  // a fork: shares every page
+  /// One StoreShape for each layer, pages laid out as the queue's kernels want them. The queue must outlive the store.
+  Store(Queue&, std::span<const StoreShape> layers, StoreOptions options, int sequences = 1);
+  /// A fork: shares every page. Its queue goes on in the stream of the other's.
+  Store(Queue&, Store& other);
+  ~Store();
+  Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
 
   int layers() const { return int(layers_.size()); }
@@ -130,7 +144,9 @@ class Store {
   /// Another way of keeping pages (at most three besides the first): its number for LayerStore::convert.
   int add_layout(PageType k, PageType v);
   void truncate(Queue&, int sequence, int64_t position);
-  int64_t bytes() const;
+  /// Makes all bounds exact when some are not: waits then.
+  void sync();
+  int64_t bytes();
   int64_t entries() const;
   /// The number of a column by its name, or −1.
   int column(const std::string& name) const;
@@ -142,10 +158,11 @@ class Store {
     std::vector<PageLayout> layouts;
     std::vector<std::shared_ptr<PagePool>> pools;
   };
+  Queue& queue_;
   StoreOptions options_;
-  bool v_transposed_;
   int sequences_;
   std::vector<Group> groups_;
+  Buffer lengths_;  // I32 [Σ segments], layer by layer
   std::vector<std::unique_ptr<LayerStore>> layers_;
 };
 

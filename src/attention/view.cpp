@@ -1,20 +1,14 @@
 #include <algorithm>
-#include <limits>
 
 #include "attention/mechanism.h"
 
 namespace heed {
 
-Ragged LayerView::last_queries(int64_t rows) const {
+Ragged LayerView::last_queries(int64_t count) const {
   Ragged out = q;
-  const int64_t segments = q.segments();
-  out.offsets = queue.scratch.take(Dtype::I64, {segments + 1});
-  out.ends = queue.scratch.take(Dtype::I64, {segments});
-  for (int64_t s = 0; s < segments; ++s) {
-    out.offsets.at<int64_t>(s) = std::max(q.begin(s), q.end(s) - rows);
-    out.ends.at<int64_t>(s) = q.end(s);
-  }
-  out.offsets.at<int64_t>(segments) = segments ? q.end(segments - 1) : 0;
+  const int64_t all = q.segments();
+  out.offsets = compute(queue, Dtype::I64, {all + 1}, pick(index() < all, max(begin_of(q, index()), end_of(q, index()) - count), load(q.offsets, all)));
+  out.ends = compute(queue, Dtype::I64, {all}, end_of(q, index()));
   return out;
 }
 
@@ -31,7 +25,7 @@ Tensor LayerView::input(const std::string& name, const std::string& shape) const
 
 Ragged LayerView::per_entry(int64_t width) const {
   Ragged out;
-  out.offsets = store->offsets();
+  out.offsets = store->offsets(queue);
   out.heads = store->shape().kv_heads;
   out.bound = store->entries();
   out.values = width == 1 ? queue.scratch.take(Dtype::F32, {out.bound}) : queue.scratch.take(Dtype::F32, {out.bound, width});
@@ -65,41 +59,35 @@ void LayerView::set_column(const std::string& name, const Ragged& values) const 
   run().column_write(queue, store->pages(), column_number(stores, name), values);
 }
 
-Tensor Mechanism::allocate(const Allocation& a) const {
+Tensor KeepPolicy::allocate(const Allocation& a) const {
   const int64_t layers = int64_t(a.scores.size()), segments = a.scores[0].segments(), g = a.scores[0].heads;
-  Tensor counts = a.queue.scratch.take(Dtype::I32, {layers, segments});
+  std::vector<int32_t> counts;
   for (int64_t l = 0; l < layers; ++l)
-    for (int64_t s = 0; s < segments; ++s)
-      counts.at<int32_t>(l, s) = int32_t(a.budget.entries(a.prompt[size_t(s / g)]));
-  return counts;
+    for (int64_t s = 0; s < segments; ++s) counts.push_back(int32_t(entries(a.budget, a.model, a.first_layer + int(l), a.prompt[size_t(s / g)])));
+  if (std::equal(counts.begin() + 1, counts.end(), counts.begin())) return compute(a.queue, Dtype::I32, {layers, segments}, counts[0]);
+  return a.queue.upload(counts).reshape({layers, segments});
 }
 
-Ragged force(Queue&, Ragged scores, int64_t sinks, int64_t recent) {
-  constexpr float always = std::numeric_limits<float>::infinity();
-  float* x = scores.values.as<float>();
-  for (int64_t s = 0; s < scores.segments(); ++s) {
-    const int64_t begin = scores.begin(s), end = scores.end(s);
-    std::fill(x + begin, x + std::min(begin + sinks, end), always);
-    std::fill(x + std::max(begin, end - recent), x + end, always);
-  }
+Ragged force(Queue& queue, Ragged scores, int64_t sinks, int64_t recent) {
+  const Num forced = place() < sinks || place() >= length() - recent;
+  compute(queue, scores, pick(forced, kInfinity, load(scores.values, index())), scores.values);
   return scores;
 }
 
-void evict(LayerView& at, const Ragged& scores, Tensor counts, const Range& heads) {
-  const int64_t segments = scores.segments(), capacity = std::max<int64_t>(1, at.store->longest());
-  bool cut = false;
-  for (int64_t s = 0; s < segments; ++s) {
-    int32_t& count = counts.at<int32_t>(s);
-    const int32_t length = int32_t(at.store->length(s));
-    if (!heads.holds(int(s % scores.heads), int(scores.heads))) count = length;
-    count = std::clamp(count, 0, length);
-    cut |= count < length;
+void evict(LayerView& at, const Ragged& scores, Tensor counts, const Range& heads, std::span<const int64_t> most, int64_t together) {
+  const int64_t segments = scores.segments(), g = scores.heads, capacity = std::max<int64_t>(1, at.store->longest());
+  const Num length = load(at.store->pages().length, index());
+  Num kept = clamp(load(counts, index()), 0, length);
+  if (!heads.all()) {
+    std::vector<uint8_t> chosen;
+    for (int64_t head = 0; head < g; ++head) chosen.push_back(heads.holds(int(head), int(g)));
+    kept = pick(load(at.queue.upload(chosen), mod(index(), g)), kept, length);
   }
-  if (!cut) return;
-  Tensor index = at.queue.scratch.take(Dtype::I32, {segments * capacity});
-  Tensor chosen = at.queue.scratch.take(Dtype::I32, {segments});
-  at.run().select(at.queue, scores, {.by = Select::By::TopK, .count = counts}, capacity, index, chosen);
-  at.store->compact(at.queue, index, chosen, capacity);
+  Select best;
+  best.count = compute(at.queue, Dtype::I32, {segments}, kept);
+  const Tensor entries = at.queue.scratch.take(Dtype::I32, {segments * capacity}), chosen = at.queue.scratch.take(Dtype::I32, {segments});
+  at.run().select(at.queue, scores, best, capacity, entries, chosen);
+  at.store->compact(at.queue, entries, chosen, capacity, most, together);
 }
 
 }  // namespace heed

@@ -8,7 +8,7 @@
 namespace heed {
 namespace {
 
-void check(const Tensor& t, const char* where) {
+void check(const Tensor& t, const char* where) {  // of what the collectives look at
   require(t.contiguous() && t.device == Device::Cpu, where, "a contiguous tensor in host memory is needed, got " + t.shape());
 }
 
@@ -50,7 +50,7 @@ Comm::Ticket Comm::start(std::span<const Message> sends, std::span<const Message
   require(!inside_parallel(), "Comm::start", "called inside a parallel region, which would keep the other ranks out of theirs");
   for (const std::span<const Message> list : {sends, receives})
     for (const Message& m : list) {
-      check(m.tensor, "Comm::start");
+      require(m.tensor.contiguous(), "Comm::start", "a contiguous tensor is needed, got " + m.tensor.shape());
       require(m.peer >= 0 && m.peer < size(), "Comm::start", "no rank " + std::to_string(m.peer) + " in a group of " + std::to_string(size()));
     }
   for (const Message& m : sends)

@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "base/tensor.h"
+#include "base/queue.h"
 
 namespace heed {
 
@@ -72,7 +72,8 @@ class Comm {
 };
 
 /// Runs fn on `count` ranks, each a thread, and returns when all have. When one throws, the others' transfers fail and
-/// the first exception is thrown again here.
-void run_ranks(int count, const std::function<void(Comm&)>& fn);
+/// the first exception is thrown again here. Ranks on one device share the stream of `on`, in which messages are carried;
+/// without it they lie in host memory.
+void run_ranks(int count, const std::function<void(Comm&)>& fn, const Queue* on = nullptr);
 
 }  // namespace heed

@@ -26,9 +26,12 @@ int64_t Arena::bytes() const {
 }
 
 Queue::Queue(const Kernels* run_in, const Memory& memory_in)
-    : device(memory_in.device), run(run_in), memory(&memory_in), stream(memory_in.open_stream()), scratch(memory_in) {}
+    : device(memory_in.device), run(run_in), memory(&memory_in), stream(memory_in.open_stream()), scratch(memory_in),
+      stream_owner_(stream, memory_in.close_stream) {}
 
-Queue::~Queue() { memory->close_stream(stream); }
+Queue::Queue(const Queue* parent)
+    : device(parent->device), run(parent->run), memory(parent->memory), stream(parent->stream), scratch(*parent->memory),
+      stream_owner_(parent->stream_owner_) {}
 
 Tensor Queue::upload(const Tensor& host) {
   const Tensor to = scratch.take(host.type, std::span(host.size.data(), size_t(host.rank)));

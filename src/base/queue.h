@@ -43,7 +43,7 @@ class Scratch {
   Arena::Mark mark_;
 };
 
-/// Owns its stream. Built by queue_on(kernels); a default one is a CPU queue without kernels.
+/// Owns its stream, or shares that of its parent. Built by queue_on(kernels); a default one is a CPU queue without kernels.
 struct Queue {
   Device device = Device::Cpu;
   const Kernels* run = nullptr;
@@ -57,7 +57,8 @@ struct Queue {
 
   Queue() = default;
   Queue(const Kernels* run, const Memory& memory);
-  ~Queue();
+  /// Scratch and counts of its own on the parent's stream: what the two start happens in the order of the calls.
+  explicit Queue(const Queue* parent);
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
 
@@ -81,6 +82,9 @@ struct Queue {
   /// Copies a contiguous device tensor to host memory and waits for it: the only host wait there is.
   void read_back(const Tensor& from, void* host);
   Buffer read_back(const Tensor& from);
+
+ private:
+  std::shared_ptr<void> stream_owner_;
 };
 
 }  // namespace heed

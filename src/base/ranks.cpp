@@ -1,7 +1,6 @@
 // Ranks as threads of one process. A message holds a copy: a rank that throws takes its own tensors with it, while others
 // may still be reading what it sent.
 #include <condition_variable>
-#include <cstring>
 #include <exception>
 #include <functional>
 #include <map>
@@ -30,6 +29,8 @@ struct World {
   std::vector<bool> left;
   std::exception_ptr error;
   std::string failure;
+  const Memory* memory = &cpu_memory();
+  void* stream = nullptr;
 
   void fail(std::string why) {
     if (failure.empty()) failure = std::move(why);
@@ -113,8 +114,10 @@ class ThreadComm final : public Comm {
       work.push_back({channel, received_[size_t(m.peer)]++, m.tensor});
     }
     for (const Message& m : sends) {
-      Buffer held(m.tensor.type, std::span(m.tensor.size).first(size_t(m.tensor.rank)));
-      if (m.tensor.numel()) std::memcpy(held->data, m.tensor.data, size_t(m.tensor.bytes()));
+      // Ranks may tell each other host numbers even where their tensors lie on a device.
+      const Memory& memory = m.tensor.device == Device::Cpu ? cpu_memory() : *world_.memory;
+      Buffer held(m.tensor.type, std::span(m.tensor.size).first(size_t(m.tensor.rank)), memory);
+      memory.move(world_.stream, m.tensor.data, held->data, m.tensor.bytes());
       std::lock_guard lock(world_.mutex);
       world_.posts[{group_, world_rank(), members_[size_t(m.peer)]}].emplace(sent_[size_t(m.peer)]++, std::move(held));
     }
@@ -142,7 +145,8 @@ class ThreadComm final : public Comm {
     require(from.type == to.type && from.numel() == to.numel(), "Comm",
             "rank " + std::to_string(std::get<1>(channel)) + " sends " + info(from.type).name + from.shape() + ", rank " +
                 std::to_string(std::get<2>(channel)) + " expects " + info(to.type).name + to.shape());
-    if (from.numel()) std::memcpy(to.data, from.data, size_t(from.bytes()));
+    require(from.device == to.device, "Comm", "a message between two kinds of memory");
+    (to.device == Device::Cpu ? cpu_memory() : *world_.memory).move(world_.stream, from.data, to.data, from.bytes());
   }
 
   World& world_;
@@ -157,9 +161,10 @@ class ThreadComm final : public Comm {
 
 }  // namespace
 
-void run_ranks(int count, const std::function<void(Comm&)>& fn) {
+void run_ranks(int count, const std::function<void(Comm&)>& fn, const Queue* on) {
   require(count > 0, "run_ranks", std::to_string(count) + " ranks");
   World world(count);
+  if (on) world.memory = on->memory, world.stream = on->stream;
   std::vector<int> everybody;
   for (int r = 0; r < count; ++r) everybody.push_back(r);
   std::vector<std::thread> crew;

@@ -83,7 +83,7 @@ class Buffer {
 
  private:
   struct Release {
-    const Memory* memory = nullptr;
+    const Memory* memory;
     void operator()(void* p) const { memory->release(p); }
   };
   std::unique_ptr<void, Release> memory_;

@@ -22,6 +22,7 @@
 
 #include "base/queue.h"
 #include "base/tensor.h"
+#include "kernels/numbers.h"
 #include "kernels/pages.h"
 #include "kernels/plan.h"
 
@@ -262,6 +263,23 @@ struct Kernels {
   /// scores [rows] → index I32 [segments · capacity], count I32 [segments]: segment s at s · capacity.
   void (*select)(Queue&, const Ragged& scores, const Select&, int64_t capacity, Tensor index, Tensor count);
 
+  /// Each number of out ([rows] or [rows, width], any strides; F32, BF16, F16, F64, I32, I64, U8) is the program's result for its
+  /// row and channel, converted as a C cast does. With `over` (its values are not looked at), rows are those of its
+  /// segments and the others stay as they were. out may be what the program loads, at its own index.
+  void (*compute)(Queue&, const Numbers&, const Ragged* over, Tensor out);
+  /// out[0] = 0, out[i + 1] = out[i] + lengths[i]: lengths I32 or I64 [n], out I64 [n + 1].
+  void (*offsets)(Queue&, Tensor lengths, Tensor out);
+  /// Block lists of single queries → one list a tile. index I32 [rows · capacity], count I32 [rows]: row r lists
+  /// count[r] blocks, ascending, at r · capacity. Tile t takes rows first[t] … first[t + 1] − 1 (I64 [tiles + 1]; at most 64
+  /// each), and its list becomes row t of `out`: out.index and out.mask have room for out.rowptr[t + 1] − out.rowptr[t]
+  /// entries at out.rowptr[t] (an input, multiples of `split`), out.count[t] of which are written. A block becomes `split`
+  /// consecutive numbers block · split + i, all with mask −1 when every row lists it, else with the mask
+  /// rowptr[t] / split + place of the block in the list, whose bits [rows of the tile, 1] say which rows do.
+  void (*tile_blocks)(Queue&, Tensor index, Tensor count, int64_t capacity, Tensor first, int split, Plan out);
+  /// pairs F64 [h] += the query–key pairs that each query head computes, over all sequences, under plan, causality, window
+  /// and until. Of q and a panel only offsets and ends are looked at; of pages lengths and, for a window, positions.
+  void (*count_pairs)(Queue&, const Plan&, const Ragged& q, const Keys&, const Mods&, Tensor pairs);
+
   /// out F32 [rows, d_v]; state (optional out) [segments, d, d_v], z (optional out) [segments, d].
   void (*recur)(Queue&, const RecurInputs&, const Recur&, Tensor out, Tensor state, Tensor z);
   /// d_out [rows, d_v], d_state [segments, d, d_v] (gradient of the final state; may be empty). Not with normalise.
@@ -290,6 +308,23 @@ struct Kernels {
   /// User column `column` of all entries ↔ values [keys(, width)], laid out as page_read's rows.
   void (*column_read)(Queue&, const Pages&, int column, Ragged values);
   void (*column_write)(Queue&, const Pages&, int column, const Ragged& values);
+  // Page lists. These change table, layout, length and supply of the pages given, where they lie.
+  /// The pages of `block` (U8 [n · (kPageHeader + page_bytes)]) join the supply, held by nobody.
+  void (*page_supply)(Queue&, const PageSupply&, Tensor block);
+  /// Every segment grows by as many entries as `rows` has rows in it (its values are not looked at): first[s] (I32
+  /// [segments], out) is the length before, new pages have layout 0. A part-filled last page that others hold too is
+  /// exchanged for a copy. A segment without new rows stays as it is.
+  void (*page_grow)(Queue&, const Pages&, const Ragged& rows, Tensor first);
+  /// Pages that hold entries before until[s] (I32 [segments]) and that others hold too are exchanged for copies.
+  void (*page_own)(Queue&, const Pages&, Tensor until);
+  /// Lengths become min(length, to[s]) (I32 [segments]); pages past them are let go, and those that nobody holds join the
+  /// supply again.
+  void (*page_shrink)(Queue&, const Pages&, Tensor to);
+  /// Every page in the lists is held once more.
+  void (*page_hold)(Queue&, const Pages&);
+  /// Pages first[s] … last[s] − 1 (I32 [segments]; no further than entries reach) are moved to new pages of `layout`, block
+  /// columns made anew; those that have it already stay unless `again`.
+  void (*page_convert)(Queue&, const Pages&, Tensor first, Tensor last, int layout, bool again);
   /// Upper bound of q·k over each block from KeyMin and KeyMax columns (Quest: Σ_c max(q_c lo_c, q_c hi_c)), or q·mean
   /// when low == high (a KeyMean column). Not scaled. q has one row a segment, or none (whose
   /// scores stay as they were); scores: Ragged, heads = h,
@@ -329,7 +364,10 @@ const Kernels& reference_kernels();
 /// The CPU tables that this build holds and this machine can run, best first; never empty on a supported machine.
 std::vector<const Kernels*> cpu_kernels();
 
-/// The table of that name ("reference" included), or an Error(NotFound) that lists what there is.
+/// The table of that name ("reference" and those of add_kernels included), or an Error(NotFound) that lists what there is.
 const Kernels& kernels_named(const std::string& name);
+
+/// Makes a table known to kernels_named for the rest of the process; it must stay. Not while others look names up.
+void add_kernels(const Kernels& table);
 
 }  // namespace heed

@@ -1,14 +1,25 @@
 #include "kernels/kernels.h"
 
 namespace heed {
+namespace {
+
+std::vector<const Kernels*>& added() {
+  static std::vector<const Kernels*> tables;
+  return tables;
+}
+
+}  // namespace
+
+void add_kernels(const Kernels& table) { added().push_back(&table); }
 
 const Kernels& kernels_named(const std::string& name) {
   std::string known = "reference";
   if (name == known) return reference_kernels();
-  for (const Kernels* table : cpu_kernels()) {
-    if (table->name == name) return *table;
-    if (table->name != "reference") known += ", " + table->name;
-  }
+  for (const auto& tables : {cpu_kernels(), added()})
+    for (const Kernels* table : tables) {
+      if (table->name == name) return *table;
+      if (table->name != "reference") known += ", " + table->name;
+    }
   throw Error(Code::NotFound, "kernels", "no backend named '" + name + "' on this machine", "there are: " + known);
 }
 

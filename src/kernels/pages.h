@@ -61,6 +61,15 @@ struct PageLayout {
 /// blocks that do not fit.
 PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias, const std::vector<Column>& columns);
 
+/// Pages of one layout that lie free, as a stack in device memory. Each page follows 64 bytes whose first I64 counts the
+/// page lists that hold it. What needs pages finds enough of them: the host sees to that beforehand.
+struct PageSupply {
+  Tensor free;  // U64 [capacity]: addresses, the first top of them free
+  Tensor top;   // I32 [1]
+  int64_t page_bytes = 0;
+};
+inline constexpr int64_t kPageHeader = 64;
+
 /// One layer of a store. Segment = sequence · kv_heads + KV head. Pages of different layouts (a quantised past and a
 /// recent part in full precision) may follow each other in one segment.
 struct Pages {
@@ -72,6 +81,7 @@ struct Pages {
   bool plain_keys = false;              // keys are kept before rotary embedding
   std::vector<PageLayout> layouts;      // at most 4
   const std::vector<Column>* columns = nullptr;
+  std::vector<PageSupply> supply;       // for each of layouts; only kernels that change page lists need it
 
   int64_t segments() const { return length.size[0]; }
   // Host-visible pages only.

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 
+#include "attention/on_host.h"
 #include "attention/plans.h"
 #include "mechanisms/registry.h"
+#include "model/session.h"
 
 namespace heed {
 namespace {
@@ -24,9 +26,9 @@ bool real(Dtype type) { return type == Dtype::F32 || type == Dtype::F64 || type 
 /// One layer without a model: h heads of n queries over g heads of m keys.
 class Harness {
  public:
-  Harness(const std::string& spec, const ApplyInput& in) : in_(in) {
+  Harness(const std::string& spec, const ApplyInput& in)
+      : in_(in), queue_(&backend(in.backend, in.device), *backend(in.backend, in.device).memory), host_(queue_) {
     check(in);
-    queue_.run = in.backend == "auto" || in.backend == "cpu" ? cpu_kernels().front() : &kernels_named(in.backend);
     h_ = in.q.size[0], n_ = in.q.size[1], g_ = in.k.size[0], m_ = in.k.size[1];
     model_.architecture = "apply";
     model_.h = int(h_), model_.g = int(g_), model_.d = int(in.q.size[2]), model_.d_v = int(in.v.size[2]);
@@ -34,23 +36,19 @@ class Harness {
     composition_ = value_or_throw(Composition::parse(spec, model_, registry()));
 
     const Dtype type = float_type(in.dtype, "--dtype");
-    q_ = Buffer(Dtype::F32, {h_ * n_, model_.d}), k_ = Buffer(type, {g_ * m_, model_.d}), v_ = Buffer(type, {g_ * m_, model_.d_v});
-    copy(in.q, q_->reshape({h_, n_, model_.d}));
-    copy(in.k, k_->reshape({g_, m_, model_.d}));
-    copy(in.v, v_->reshape({g_, m_, model_.d_v}));
+    auto placed = [&](const Tensor& from, Dtype as) {
+      Buffer host(as, std::span(from.size.data(), size_t(from.rank)));
+      copy(from, host);
+      return queue_.upload(host);
+    };
+    q_ = placed(in.q, Dtype::F32).reshape({h_ * n_, model_.d});
+    k_ = placed(in.k, type).reshape({g_ * m_, model_.d}), v_ = placed(in.v, type).reshape({g_ * m_, model_.d_v});
     q_offsets_ = steps(h_, n_), k_offsets_ = steps(g_, m_);
-    q_pos_ = Buffer(Dtype::I32, {h_ * n_}), k_pos_ = Buffer(Dtype::I32, {g_ * m_});
-    for (int64_t r = 0; r < g_ * m_; ++r) k_pos_->at<int32_t>(r) = position(r % m_);
-    for (int64_t r = 0; r < h_ * n_; ++r) q_pos_->at<int32_t>(r) = position(m_ - n_ + r % n_);
-    for (const auto& [name, tensor] : in.inputs) {
-      if (!real(tensor.type)) {
-        inputs_[name] = tensor;
-        continue;
-      }
-      owned_.emplace_back(Dtype::F32, std::span(tensor.size.data(), size_t(tensor.rank)));
-      copy(tensor, owned_.back());
-      inputs_[name] = owned_.back();
-    }
+    std::vector<int32_t> q_pos, k_pos;
+    for (int64_t r = 0; r < g_ * m_; ++r) k_pos.push_back(position(r % m_));
+    for (int64_t r = 0; r < h_ * n_; ++r) q_pos.push_back(position(m_ - n_ + r % n_));
+    q_pos_ = queue_.upload(q_pos), k_pos_ = queue_.upload(k_pos);
+    for (const auto& [name, tensor] : in.inputs) inputs_[name] = placed(tensor, real(tensor.type) ? Dtype::F32 : tensor.type);
 
     StoreOptions options;  // keys come as they are read: without a rotation of its own the store keeps none plain
     options.k = options.v = page_type(type);
@@ -67,7 +65,7 @@ class Harness {
       states_.push_back(p.mechanism->open(model_));
     }
     const StoreShape shape{int(g_), model_.d, model_.d_v};
-    store_ = std::make_unique<Store>(std::span(&shape, 1), options, queue_.run->v_transposed);
+    store_ = std::make_unique<Store>(queue_, std::span(&shape, 1), options);
     if (quantised) store_->add_layout(types.quantised_k, types.quantised_v);
   }
 
@@ -77,18 +75,17 @@ class Harness {
     at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_}, at.v = {v_, k_offsets_, {}, g_, g_ * m_};
     at.q_pos = at.mods.q_pos = q_pos_, at.k_pos = at.mods.k_pos = k_pos_;
     at.plan.causal = in_.causal;
-    out_ = Buffer(Dtype::F32, {h_ * n_, model_.d_v}), lse_ = Buffer(Dtype::F32, {h_ * n_});
-    at.out = out_, at.lse = lse_;
-    store_->layer(0).append(queue_, at.k, at.v, k_pos_);
+    at.out = queue_.scratch.take(Dtype::F32, {h_ * n_, model_.d_v}), at.lse = queue_.scratch.take(Dtype::F32, {h_ * n_});
+    store_->layer(0).append(queue_, at.k, at.v, k_pos_, std::span(&m_, 1));
 
     const int planner = composition_.owner(Role::Plan, 0), reader = composition_.owner(Role::Read, 0), keeper = composition_.owner(Role::Keep, 0);
     if (planner >= 0) {
       Plan plan = enter(at, planner).plan(at);
       plan.causal = in_.causal;
-      at.plan = limit_heads(queue_, plan, at.q, at.k, part(planner).heads);
+      at.plan = limit_heads(at, plan, at.k, m_, part(planner).heads);
     }
     queue_.run->attend(queue_, at.q, at.k, at.v, at.plan, at.mods, at.out, at.lse);
-    density_ = density(at.plan, at.q, at.k, at.mods);
+    density_ = density(queue_, at.plan, at.q, {.panel = &at.k, .pages = nullptr, .read = nullptr}, at.mods);
     for (int p : composition_.edits(0)) at.out = enter(at, p).edit(at);
     for (size_t p = 0; p < states_.size(); ++p) enter(at, int(p)).observe(at);
     if (planner >= 0) export_plan(at);
@@ -99,7 +96,7 @@ class Harness {
     add("lse", Dtype::F32, {h_, n_}, at.lse);
     Buffer share(Dtype::F32, {h_});
     for (int64_t head = 0; head < h_; ++head) share->at<float>(head) = float(density_[size_t(head)]);
-    add("density", Dtype::F32, {h_}, share);
+    output_.arrays.emplace_back("density", std::move(share));
     return std::move(output_);
   }
 
@@ -125,15 +122,12 @@ class Harness {
 
   int32_t position(int64_t key) const { return in_.positions ? in_.positions.at<int32_t>(key) : int32_t(key); }
 
-  static Buffer steps(int64_t count, int64_t step) {
-    Buffer out(Dtype::I64, {count + 1});
-    for (int64_t s = 0; s <= count; ++s) out->at<int64_t>(s) = s * step;
-    return out;
-  }
+  Tensor steps(int64_t count, int64_t step) { return compute(queue_, Dtype::I64, {count + 1}, index() * step); }
 
   LayerView view(Phase phase) {
     LayerView at(model_, queue_, 0, phase);
-    at.prompt = {m_};
+    at.prompt = {m_}, at.rows = {phase == Phase::Decode ? 1 : n_}, at.first = steps(1, at.rows[0]);
+    if (phase != Phase::Decode) at.key_rows.assign(size_t(g_), m_);
     at.mods.scale = in_.scale;
     at.store = &store_->layer(0), at.stores = store_.get();
     at.inputs = &inputs_;
@@ -151,8 +145,7 @@ class Harness {
     require(composition_.parts().size() == 1, "apply", "a linear form stands alone");
     LayerView at = view(Phase::Prompt);
     at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_}, at.v = {v_, k_offsets_, {}, g_, g_ * m_};
-    out_ = Buffer(Dtype::F32, {h_ * n_, model_.d_v});
-    at.out = out_;
+    at.out = queue_.scratch.take(Dtype::F32, {h_ * n_, model_.d_v});
     const Tensor state = enter(at, p).recur(at);
     add("out", Dtype::F32, {h_, n_, model_.d_v}, at.out);
     add("state", Dtype::F32, {h_, model_.d, model_.d_v}, state);
@@ -162,18 +155,18 @@ class Harness {
   // The last query as a decoded token: its row of out and lse is what it reads from the store.
   void read(LayerView& prompt, int reader) {
     LayerView at = view(Phase::Decode);
-    Buffer offsets(Dtype::I64, {h_ + 1}), ends(Dtype::I64, {h_});
-    for (int64_t head = 0; head < h_; ++head) offsets->at<int64_t>(head) = (head + 1) * n_ - 1, ends->at<int64_t>(head) = (head + 1) * n_;
-    offsets->at<int64_t>(h_) = h_ * n_;
+    const Tensor offsets = compute(queue_, Dtype::I64, {h_ + 1}, pick(index() < h_, (index() + 1) * n_ - 1, h_ * n_));
+    const Tensor ends = compute(queue_, Dtype::I64, {h_}, (index() + 1) * n_);
     at.q = {q_, offsets, ends, h_, h_ * n_};
     at.q_pos = at.mods.q_pos = q_pos_;
-    at.read.plan = limit_heads(queue_, enter(at, reader).read(at).plan, at.q, prompt.k, part(reader).heads);
+    at.read.plan = limit_heads(at, enter(at, reader).read(at).plan, prompt.k, m_, part(reader).heads);
     queue_.run->attend_store(queue_, at.q, store_->layer(0).pages(), at.read, at.mods, prompt.out, prompt.lse);
     std::vector<std::vector<int32_t>> tokens(static_cast<size_t>(h_));
-    Mods plain;
+    const Plan plan = host_(at.read.plan);
+    const Ragged q = host_.segments(at.q), k = host_.segments(prompt.k);
     for (int64_t head = 0; head < h_; ++head) {
       auto& list = tokens[size_t(head)];
-      each_interval(at.read.plan, at.q, prompt.k, plain, 0, head, [&](int64_t, int64_t begin, int64_t end) {
+      each_interval(plan, q, k, Mods(), 0, head, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; ++j) list.push_back(int32_t(j));
       });
       const double pairs = in_.causal ? double(n_) * double(m_ - n_) + double(n_) * double(n_ + 1) / 2 : double(n_) * double(m_);
@@ -194,10 +187,10 @@ class Harness {
     add_lists("kept", positions);
 
     // What the last query would read from what is left.
-    Buffer out(Dtype::F32, {h_, model_.d_v}), lse(Dtype::F32, {h_}), q(Dtype::F32, {h_, model_.d}), pos(Dtype::I32, {h_});
-    copy(q_->reshape({h_, n_, model_.d}).select(1, n_ - 1), q);
-    std::fill_n(pos->as<int32_t>(), h_, position(m_ - 1));
-    const Buffer offsets = steps(h_, 1);
+    const Tensor out = queue_.scratch.take(Dtype::F32, {h_, model_.d_v}), lse = queue_.scratch.take(Dtype::F32, {h_});
+    const Num row = place();
+    const Tensor q = compute(queue_, Dtype::F32, {h_, model_.d}, load(q_, ((row + 1) * n_ - 1) * model_.d + channel()));
+    const Tensor pos = compute(queue_, Dtype::I32, {h_}, position(m_ - 1)), offsets = steps(h_, 1);
     Read read;
     read.positions = positions_;
     Mods mods = at.mods;
@@ -209,10 +202,12 @@ class Harness {
 
   // Blocks that hold a key some query of the tile sees; plans of other forms are listed token by token.
   void export_plan(const LayerView& at) {
-    const Plan& plan = at.plan;
+    const Plan plan = host_(at.plan);
+    const Ragged q = host_.segments(at.q), k = host_.segments(at.k);
+    const Mods mods = host_.positions(at.mods);
     const bool dense = plan.form == Plan::Form::Dense, blocks = dense || (plan.form == Plan::Form::Blocks && !plan.mask);
     const int64_t rows = blocks ? plan.q_tile : 1, cols = blocks ? plan.k_tile : 1;
-    const PlanRows numbers(plan, at.q, g_);
+    const PlanRows numbers(plan, q, g_);
     std::vector<std::vector<int32_t>> lists;
     for (int64_t head = 0; head < h_; ++head) {
       const size_t first = lists.size();
@@ -229,19 +224,19 @@ class Harness {
           if (plan.index.at<int32_t>(e) * cols < seen) list.push_back(plan.index.at<int32_t>(e));
       }
       if (!blocks)
-        each_interval(plan, at.q, at.k, at.mods, 0, head, [&](int64_t row, int64_t begin, int64_t end) {
+        each_interval(plan, q, k, mods, 0, head, [&](int64_t row, int64_t begin, int64_t end) {
           for (int64_t j = begin; j < end; ++j) lists[first + size_t(row)].push_back(int32_t(j));
         });
     }
     add_lists("plan", lists);
     Buffer block(Dtype::I32, {2});
     block->at<int32_t>(0) = int32_t(rows), block->at<int32_t>(1) = int32_t(cols);
-    add("plan_block", Dtype::I32, {2}, block);
+    output_.arrays.emplace_back("plan_block", std::move(block));
   }
 
   void add(const std::string& name, Dtype type, std::initializer_list<int64_t> sizes, const Tensor& from) {
     Buffer copied(type, sizes);
-    copy(from.reshape(sizes), copied);
+    queue_.read_back(from, copied->data);
     output_.arrays.emplace_back(name, std::move(copied));
   }
 
@@ -259,11 +254,11 @@ class Harness {
 
   const ApplyInput& in_;
   Queue queue_;
+  OnHost host_;
   ModelInfo model_;
   Composition composition_;
   int64_t h_ = 0, n_ = 0, g_ = 0, m_ = 0;
-  Buffer q_, k_, v_, q_offsets_, k_offsets_, q_pos_, k_pos_, out_, lse_;
-  std::vector<Buffer> owned_;
+  Tensor q_, k_, v_, q_offsets_, k_offsets_, q_pos_, k_pos_;  // in scratch, which is never rewound
   std::map<std::string, Tensor> inputs_;
   std::vector<std::unique_ptr<State>> states_;
   std::unique_ptr<Store> store_;

@@ -16,6 +16,7 @@ struct ApplyInput {
   float scale = 0;
   Dtype dtype = Dtype::F32;  // what k and v are rounded to
   std::string backend = "auto";
+  int device = 0;
   uint64_t seed = 0;
 };
 

@@ -5,7 +5,7 @@
 namespace heed {
 namespace {
 
-Ragged heads(const Tensor& x, const Buffer& offsets) {
+Ragged heads(const Tensor& x, const Tensor& offsets) {
   return {.values = x.reshape({x.size[0] * x.size[1], x.size[2]}),
           .offsets = offsets,
           .ends = {},
@@ -34,21 +34,27 @@ Attended attend(const Tensor& q, const Tensor& k, const Tensor& v, const Plan& p
   require(!options.causal || q.size[1] <= k.size[1] || plan.form != Plan::Form::Dense, "attend",
           "more queries than keys", "say causal = false");
 
-  Queue queue;
-  queue.run = &backend(options.backend);
+  Queue queue = queue_on(backend(options.backend, options.device));
   Plan used = plan;
   if (used.form == Plan::Form::Dense) used.causal = options.causal;
   check_plan(used, "attend");
   Mods mods;
   mods.scale = options.scale, mods.softcap = options.softcap, mods.window = options.window;
-  const Buffer q_offsets = equal_segments(q), k_offsets = equal_segments(k);
+  const Tensor q_offsets = queue.upload(equal_segments(q)), k_offsets = queue.upload(equal_segments(k));
+  for (Tensor* t : {&used.rowptr, &used.count, &used.index, &used.mask, &used.bits, &used.part})
+    if (*t) *t = queue.upload(*t);
   const int64_t h = q.size[0], n = q.size[1], d_v = v.size[2];
   const bool parts = used.parts > 1;
   Attended result{parts ? Buffer(Dtype::F32, {used.parts, h, n, d_v}) : Buffer(Dtype::F32, {h, n, d_v}),
                   parts ? Buffer(Dtype::F32, {used.parts, h, n}) : Buffer(Dtype::F32, {h, n})};
-  const Tensor out = parts ? result.out->reshape({used.parts, h * n, d_v}) : result.out->reshape({h * n, d_v});
-  const Tensor lse = parts ? result.lse->reshape({used.parts, h * n}) : result.lse->reshape({h * n});
-  queue.run->attend(queue, heads(q, q_offsets), heads(k, k_offsets), heads(v, k_offsets), used, mods, out, lse);
+  const bool host = queue.memory->device == Device::Cpu;
+  auto made = [&](const Buffer& b) { return host ? b.view() : queue.scratch.take(Dtype::F32, {b->numel()}); };
+  const Tensor flat_out = made(result.out), flat_lse = made(result.lse);
+  auto placed = [&](const Tensor& t) { return host ? t : queue.upload(t); };
+  const Tensor out = parts ? flat_out.reshape({used.parts, h * n, d_v}) : flat_out.reshape({h * n, d_v});
+  const Tensor lse = parts ? flat_lse.reshape({used.parts, h * n}) : flat_lse.reshape({h * n});
+  queue.run->attend(queue, heads(placed(q), q_offsets), heads(placed(k), k_offsets), heads(placed(v), k_offsets), used, mods, out, lse);
+  if (!host) queue.read_back(out, result.out->data), queue.read_back(lse, result.lse->data);
   return result;
 }
 

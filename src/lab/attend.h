@@ -12,6 +12,7 @@ struct AttendOptions {
   float softcap = 0;   // 0: none
   int64_t window = 0;  // > 0: keys further back are not seen
   std::string backend = "auto";
+  int device = 0;  // of the backend; arrays are of the host all the same
 };
 
 struct Attended {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "attention/on_host.h"
 #include "base/random.h"
 
 namespace heed {
@@ -26,18 +27,20 @@ std::vector<std::vector<HeadView>> head_views(std::shared_ptr<const Model> model
     stats.entropy = at.queue.scratch.take(Dtype::F32, {all});
     stats.distance = at.queue.scratch.take(Dtype::F32, {all});
     stats.span = at.queue.scratch.take(Dtype::F32, {all, 2});
-    stats.spans = at.queue.scratch.take(Dtype::I32, {2, 2});
-    const int32_t bounds[] = {0, kSinks, int32_t(length - options.window), int32_t(length)};
-    std::copy(std::begin(bounds), std::end(bounds), stats.spans.as<int32_t>());
+    const std::vector<int32_t> bounds{0, kSinks, int32_t(length - options.window), int32_t(length)};
+    stats.spans = at.queue.upload(bounds).reshape({2, 2});
     at.run().observe_rows(at.queue, rows, at.keys(), nullptr, at.mods, stats);
+    OnHost host(at.queue);
+    const Ragged seen = host.segments(rows);
+    const Tensor span = host(stats.span), distance = host(stats.distance), entropy = host(stats.entropy);
     for (int head = 0; head < m.h; ++head) {
       HeadView& view = out[size_t(at.layer)][size_t(head)];
-      const double share = 1.0 / double(rows.length(head));
-      for (int64_t row = rows.begin(head); row < rows.end(head); ++row) {
-        view.sink += share * stats.span.at<float>(row, 0);
-        view.local += share * stats.span.at<float>(row, 1);
-        view.distance += share * stats.distance.at<float>(row);
-        view.entropy += share * stats.entropy.at<float>(row);
+      const double share = 1.0 / double(seen.length(head));
+      for (int64_t row = seen.begin(head); row < seen.end(head); ++row) {
+        view.sink += share * span.at<float>(row, 0);
+        view.local += share * span.at<float>(row, 1);
+        view.distance += share * distance.at<float>(row);
+        view.entropy += share * entropy.at<float>(row);
       }
     }
   });

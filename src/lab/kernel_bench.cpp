@@ -101,16 +101,15 @@ class Cases {
       StoreOptions options;
       options.k.kind = options.v.kind = kind;
       const StoreShape one{int(g), int(d), int(d)};
-      auto store = std::make_shared<Store>(std::span(&one, 1), options, kernels_.v_transposed);
-      Queue queue;
-      queue.run = &kernels_;
+      auto queue = std::make_shared<Queue>(&kernels_, *kernels_.memory);
+      auto store = std::make_shared<Store>(*queue, std::span(&one, 1), options);
       const Heads k(Dtype::BF16, g, m, d, 1), v(Dtype::BF16, g, m, d, 2);
       Buffer positions(Dtype::I32, {g * m});
       for (int64_t i = 0; i < g * m; ++i) positions->at<int32_t>(i) = int32_t(i % m);
-      store->layer(0).append(queue, k.view(), v.view(), positions);
+      store->layer(0).append(*queue, k.view(), v.view(), positions);
       auto data = keep(Heads(Dtype::F32, h, 1, d, 3), Buffer(Dtype::F32, {h, d}), Buffer(Dtype::F32, {h}));
       add("attend_store", shape({{"h", h}, {"g", g}, {"m", m}, {"d", d}}, name), false, false, double(store->bytes()),
-          [data, store](Queue& at) {
+          [data, queue, store](Queue& at) {
             const auto& [q, out, lse] = *data;
             at.run->attend_store(at, q.view(), store->layer(0).pages(), Read(), Mods(), out, lse);
           });

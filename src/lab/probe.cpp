@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "attention/on_host.h"
 #include "attention/plans.h"
 #include "lab/progress.h"
 
@@ -14,18 +15,23 @@ constexpr int kRows = 16;   // query rows looked at in one place of a prefill
 constexpr int kCells = 64;  // rows and columns of a map
 constexpr int kMapHeads = 4;
 
-/// The keys of a store as a Ragged without values: what each_interval needs of them.
-Ragged key_segments(LayerView& at) {
-  return {.values = {}, .offsets = at.store->offsets(), .ends = {}, .heads = at.model.g, .bound = at.store->entries()};
-}
+/// What a decoding step reads of the store, as the host sees it.
+class Reads {
+ public:
+  explicit Reads(LayerView& at)
+      : host_(at.queue), plan_(host_(at.read.plan)), q_(host_.segments(at.q)),
+        keys_(host_.segments({.values = {}, .offsets = at.store->offsets(at.queue), .ends = {}, .heads = at.model.g, .bound = at.store->entries()})) {}
+  /// Calls visit(first entry, past the last) for what query head `head` of sequence 0 reads.
+  template <class F>
+  void each(int head, F visit) const {
+    each_interval(plan_, q_, keys_, Mods(), 0, head, [&](int64_t, int64_t begin, int64_t end) { visit(begin, end); });
+  }
 
-/// Calls visit(first entry, past the last) for what query head `head` of sequence 0 reads of the store.
-template <class F>
-void each_read(LayerView& at, int head, F visit) {
-  const Ragged keys = key_segments(at);
-  each_interval(at.read.plan, at.q, keys, Mods(), 0, head,
-                [&](int64_t, int64_t begin, int64_t end) { visit(begin, end); });
-}
+ private:
+  OnHost host_;
+  Plan plan_;
+  Ragged q_, keys_;
+};
 
 }  // namespace
 
@@ -87,27 +93,26 @@ void Probe::look(LayerView& at) {
 void Probe::look_prefill(LayerView& at) {
   if (at.plan.form == Plan::Form::Dense || !at.lse) return;
   const Tensor full = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
-  const int64_t n = at.q.length(0);
+  OnHost host(at.queue);
+  const Ragged queries = host.segments(at.q);
+  const Tensor planned = host(at.lse);
+  const int64_t n = at.rows[0];
   // Rows in the middle see fewer keys: the panel is cut so that they are its last queries.
   for (const int64_t eighth : {4, 6, 7}) {
-    const int64_t last = n * eighth / 8, first = std::max<int64_t>(0, last - kRows);
+    const int64_t last = n * eighth / 8, first = std::max<int64_t>(0, last - kRows), all = at.q.segments();
     if (last == 0) continue;
     Ragged rows = at.q, keys = at.k;
-    rows.offsets = at.queue.scratch.take(Dtype::I64, {at.q.segments() + 1});
-    rows.ends = at.queue.scratch.take(Dtype::I64, {at.q.segments()});
-    keys.ends = at.queue.scratch.take(Dtype::I64, {at.k.segments()});
-    for (int64_t s = 0; s < at.q.segments(); ++s) {
-      rows.offsets.at<int64_t>(s) = at.q.begin(s) + first;
-      rows.ends.at<int64_t>(s) = at.q.begin(s) + last;
-    }
-    rows.offsets.at<int64_t>(at.q.segments()) = at.q.end(at.q.segments() - 1);
-    for (int64_t s = 0; s < at.k.segments(); ++s) keys.ends.at<int64_t>(s) = at.k.end(s) - (n - last);
+    const Num begin = begin_of(at.q, index());
+    rows.offsets = compute(at.queue, Dtype::I64, {all + 1}, pick(index() < all, begin + first, end_of(at.q, all - 1)));
+    rows.ends = compute(at.queue, Dtype::I64, {all}, begin + last);
+    keys.ends = compute(at.queue, Dtype::I64, {at.k.segments()}, end_of(at.k, index()) - (n - last));
     RowStats stats;
     stats.lse = full;
     at.run().observe_rows(at.queue, rows, {.panel = &keys, .pages = nullptr, .read = nullptr}, nullptr, at.mods, stats);
-    for (int64_t s = 0; s < rows.segments(); ++s)
-      for (int64_t row = rows.begin(s); row < rows.end(s); ++row) {
-        const double share = std::exp(double(at.lse.at<float>(row)) - double(full.at<float>(row)));
+    const Tensor dense = host(full);
+    for (int64_t s = 0; s < all; ++s)
+      for (int64_t row = queries.begin(s) + first; row < queries.begin(s) + last; ++row) {
+        const double share = std::exp(double(planned.at<float>(row)) - double(dense.at<float>(row)));
         if (!std::isfinite(share)) continue;
         prefill_sum_ += std::min(1.0, share), ++prefill_count_;
       }
@@ -117,9 +122,11 @@ void Probe::look_prefill(LayerView& at) {
 void Probe::look_decode(LayerView& at) {
   const int layer = dense_->layer(at.layer), step = dense_->step(at.step);
   if (layer >= 0 && step >= 0 && record_) {
-    const Ragged columns = at.observe(at.q, {.rows = Observe::Rows::Sum, .heads = Observe::Heads::Each});
+    OnHost host(at.queue);
+    const Ragged paid = at.observe(at.q, {.rows = Observe::Rows::Sum, .heads = Observe::Heads::Each}), columns = host.segments(paid);
     const int group = at.model.group();
-    const float* values = columns.values.as<float>();
+    const Tensor weights = host(paid.values);
+    const float* values = weights.as<float>();
     for (int head = 0; head < at.model.h; ++head) {
       const int64_t segment = head / group;
       const std::vector<int32_t> positions = at.store->positions(segment);
@@ -128,12 +135,15 @@ void Probe::look_decode(LayerView& at) {
         row[size_t(positions[i])] = values[(columns.begin(segment) + int64_t(i)) * group + head % group];
     }
   }
-  if (layer >= 0 && step >= 0 && !record_) {
+  const bool measured = layer >= 0 && step >= 0 && !record_, drawn = maps_ && at.layer == at.model.layers / 2;
+  if (!measured && !drawn) return;
+  const Reads reads(at);
+  if (measured) {
     for (int head = 0; head < at.model.h; ++head) {
       const std::vector<int32_t> positions = at.store->positions(head / at.model.group());
       const std::span<const float> row = dense_->row(layer, step, head);
       double sum = 0;
-      each_read(at, head, [&](int64_t begin, int64_t end) {
+      reads.each(head, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) sum += row[size_t(positions[size_t(i)])];
       });
       decode_sum_ += std::min(1.0, sum), ++decode_count_;
@@ -142,7 +152,7 @@ void Probe::look_decode(LayerView& at) {
   }
   if (layer >= 0 && step >= 0) look_output(at, layer, step);
   // Reads of the middle layer, one map row for an equal share of the decoded tokens.
-  if (!maps_ || at.layer != at.model.layers / 2) return;
+  if (!drawn) return;
   const int64_t decoded = std::max<int64_t>(1, length_ - prompt_ - 1);
   if (reads_.empty())
     for (int head = 0; head < std::min(kMapHeads, at.model.h); ++head)
@@ -154,7 +164,7 @@ void Probe::look_decode(LayerView& at) {
   const double steps = double(first_step(y + 1) - first_step(y));
   for (Map& map : reads_) {
     const std::vector<int32_t> positions = at.store->positions(map.head / at.model.group());
-    each_read(at, map.head, [&](int64_t begin, int64_t end) {
+    reads.each(map.head, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t x = std::min<int64_t>(kCells - 1, int64_t(positions[size_t(i)]) * kCells / length_);
         map.share[size_t(y * kCells + x)] += float(double(kCells) / double(length_) / std::max(1.0, steps));
@@ -191,7 +201,11 @@ std::vector<std::vector<double>> Probe::by_head(const std::vector<double>& sums,
 }
 
 void Probe::draw_plan(LayerView& at) {
-  const int64_t n = at.q.length(0), m = at.k.length(0);
+  OnHost host(at.queue);
+  const Plan plan = host(at.plan);
+  const Ragged q = host.segments(at.q), k = host.segments(at.k);
+  const Mods mods = host.positions(at.mods);
+  const int64_t n = at.rows[0], m = at.key_rows[0];
   const int heads = std::min(kMapHeads, at.model.h), cells = int(std::min<int64_t>(kCells, n));
   for (int i = 0; i < heads; ++i) {
     Map map{at.layer, i * at.model.h / heads, cells, cells, std::vector<float>(size_t(cells) * size_t(cells))};
@@ -199,7 +213,7 @@ void Probe::draw_plan(LayerView& at) {
     const int64_t every = std::max<int64_t>(1, n / cells / 4);
     std::vector<int64_t> sampled(static_cast<size_t>(cells));
     for (int64_t row = 0; row < n; row += every) ++sampled[size_t(row * cells / n)];
-    each_interval(at.plan, at.q, at.k, at.mods, 0, map.head, [&](int64_t row, int64_t begin, int64_t end) {
+    each_interval(plan, q, k, mods, 0, map.head, [&](int64_t row, int64_t begin, int64_t end) {
       if (row % every != 0) return;
       const int64_t y = row * cells / n;
       for (int64_t x = begin * cells / m; x < cells; ++x) {

@@ -57,7 +57,7 @@ RetrievalScores retrieval_heads(std::shared_ptr<const Model> model, std::span<co
     require(p.tokens.size() >= 2 && p.begin >= 0 && p.begin < p.end && p.end <= int64_t(p.tokens.size()), "heads",
             "prompt " + std::to_string(number) + " has no needle inside its tokens");
     SessionOptions how;
-    how.backend = options.backend;
+    how.backend = options.backend, how.device = options.device;
     Session session(model, how);
     std::vector<std::vector<int32_t>> looked(static_cast<size_t>(m.layers * m.h));
     session.tap([&](LayerView& at) {
@@ -65,7 +65,8 @@ RetrievalScores retrieval_heads(std::shared_ptr<const Model> model, std::span<co
       RowStats stats;
       stats.argmax = at.queue.scratch.take(Dtype::I32, {at.q.values.size[0]});
       at.run().observe_rows(at.queue, at.q, at.keys(), nullptr, at.mods, stats);
-      for (int head = 0; head < m.h; ++head) looked[size_t(at.layer * m.h + head)].push_back(stats.argmax.at<int32_t>(at.q.begin(head)));
+      const Buffer most = at.queue.read_back(stats.argmax);  // one row a head
+      for (int head = 0; head < m.h; ++head) looked[size_t(at.layer * m.h + head)].push_back(most->at<int32_t>(head));
     });
     // Decoding starts with the prompt's last token, so that every answer token has a row of its own.
     session.prefill(std::span(p.tokens).first(p.tokens.size() - 1), Session::Logits::None);

@@ -24,6 +24,7 @@ struct RetrievalOptions {
   bool repeats = false;
   double least_recall = 0.5;  // prompts whose answer recalls no more of the needle's tokens do not count
   std::string backend = "auto";
+  int device = 0;
 };
 
 struct RetrievalScores {

@@ -28,7 +28,7 @@ Arrays trace(std::shared_ptr<const Model> model, const SessionOptions& options, 
   std::vector<int32_t> kept;
   offsets->at<int64_t>(0) = 0;
   for (int l = 0; l < m.layers; ++l) {
-    const LayerStore& layer = session.store().layer(l);
+    LayerStore& layer = session.store().layer(l);
     bytes->at<int64_t>(l) = layer.bytes();
     for (int64_t head = 0; head < m.g; ++head) {
       const std::vector<int32_t> positions = layer.positions(head);

@@ -153,6 +153,37 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
   return tl::unexpected(error.failure());
 }
 
+std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
+  const std::lock_guard lock(placing_);
+  std::weak_ptr<const ModelWeights>& known = placed_[queue.memory];
+  if (auto found = known.lock()) return found;
+  auto out = std::make_shared<ModelWeights>();
+  const bool host = queue.memory->device == Device::Cpu;
+  auto place = [&](const Tensor& t) {
+    if (host || !t) return t;
+    out->owned.emplace_back(t.type, std::span(t.size.data(), size_t(t.rank)), *queue.memory);
+    queue.upload(t, out->owned.back());
+    return out->owned.back().view();
+  };
+  for (const LayerWeights& w : layers_) {
+    LayerWeights& to = out->layers.emplace_back(w);
+    for (Tensor* t : {&to.attn_norm, &to.attn_post_norm, &to.ffn_norm, &to.ffn_post_norm, &to.q, &to.k, &to.v, &to.o, &to.q_bias, &to.k_bias,
+                      &to.v_bias, &to.o_bias, &to.q_norm, &to.k_norm, &to.gate, &to.up, &to.down})
+      *t = place(*t);
+  }
+  out->embedding = place(embedding_), out->final_norm = place(final_norm_);
+  out->output = output_.data == embedding_.data ? out->embedding : place(output_);
+  std::map<const Rope*, Tensor> tables;
+  for (const Rope* rope : info_.ropes) {
+    Tensor& table = tables[rope];
+    if (!table) table = place(rope->inv_freq);
+    out->ropes.push_back({table, rope->dims, rope->neox});
+  }
+  if (!host) queue.memory->finish(queue.stream);
+  known = out;
+  return out;
+}
+
 std::shared_ptr<const Model> Model::random(const ModelInfo& shape, int feed_forward, Dtype type, uint64_t seed) {
   require(type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16, "Model::random", "weights are f32, bf16 or f16");
   auto model = std::make_shared<Model>();

@@ -1,6 +1,8 @@
 // A language model: its configuration and weights, as a GGUF file holds them.
 #pragma once
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -28,6 +30,14 @@ struct Architecture {
   float final_softcap = 0;
 };
 
+/// All weights where one kind of kernels can read them.
+struct ModelWeights {
+  std::vector<LayerWeights> layers;
+  Tensor embedding, final_norm, output;
+  std::vector<Rope> ropes;     // for each layer
+  std::vector<Buffer> owned;   // what of it lies in no file and in no other's memory
+};
+
 class Session;
 struct SessionOptions;
 
@@ -44,6 +54,9 @@ class Model {
   const Tensor& embedding() const { return embedding_; }
   const Tensor& final_norm() const { return final_norm_; }
   const Tensor& output() const { return output_; }
+  /// The weights in the memory of the queue's kernels: views of the file where that is the host's, else one copy that all
+  /// sessions on it share. Waits for the copy. Throws Error(Memory).
+  std::shared_ptr<const ModelWeights> place(Queue& queue) const;
   /// Null when the file has no vocabulary.
   const Tokenizer* tokenizer() const { return tokenizer_ ? &*tokenizer_ : nullptr; }
   /// Bytes of all weights.
@@ -63,6 +76,8 @@ class Model {
   Tensor embedding_, final_norm_, output_;
   std::optional<Tokenizer> tokenizer_;
   int64_t bytes_ = 0;
+  mutable std::mutex placing_;
+  mutable std::map<const Memory*, std::weak_ptr<const ModelWeights>> placed_;
 };
 
 }  // namespace heed

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
 
 #include "attention/plans.h"
 #include "mechanisms/registry.h"
@@ -24,14 +23,6 @@ class Clock {
   std::chrono::steady_clock::time_point begin_;
 };
 
-/// Lays out segments of the given lengths, each `heads` times for a sequence.
-Tensor ends_to_ends(Queue& queue, std::span<const int64_t> lengths) {
-  Tensor offsets = queue.scratch.take(Dtype::I64, {int64_t(lengths.size()) + 1});
-  offsets.at<int64_t>(0) = 0;
-  for (size_t s = 0; s < lengths.size(); ++s) offsets.at<int64_t>(s + 1) = offsets.at<int64_t>(s) + lengths[s];
-  return offsets;
-}
-
 Dtype plain(PageType type) {
   switch (type.kind) {
     case PageType::Kind::BF16: return Dtype::BF16;
@@ -46,17 +37,21 @@ void interrupt() noexcept { stop_requested.store(true, std::memory_order_relaxed
 void clear_interrupt() noexcept { stop_requested.store(false, std::memory_order_relaxed); }
 bool interrupted() noexcept { return stop_requested.load(std::memory_order_relaxed); }
 
-const Kernels& backend(const std::string& name) {
-  if (name == "auto" || name == "cpu") return *cpu_kernels().front();
-  return kernels_named(name);
+const Kernels& backend(const std::string& name, int device) {
+  const Kernels& table = name == "auto" || name == "cpu" ? *cpu_kernels().front() : kernels_named(name);
+  if (device != 0)
+    throw Error(Code::NotFound, "--device", "there is no device " + std::to_string(device) + " of backend '" + table.name + "'", "it has one: 0");
+  return table;
 }
 
 struct Session::Impl {
   std::shared_ptr<const Model> model;
   SessionOptions options;
   std::shared_ptr<const Composition> composition;
-  std::unique_ptr<Store> store;
   Queue queue;
+  std::shared_ptr<const ModelWeights> weights;
+  ModelInfo shape;  // of the model, ropes where kernels read them
+  std::unique_ptr<Store> store;
   std::vector<std::unique_ptr<State>> states;  // one for each part
   int quantised_layout = 0;
   Read::Positions positions = Read::Positions::True;
@@ -65,18 +60,21 @@ struct Session::Impl {
   std::vector<int64_t> prompt;  // tokens of each sequence's prompt
   int64_t step = 0;
   Times times;
-  std::vector<std::vector<double>> density, density_pairs, reads;
+  std::vector<double> dense_rows, rows;  // for each layer: prompt rows that a dense plan read, and all of them
+  Buffer shares;       // F64 [layers, h], of kernels: rows under other plans, each times the share of pairs computed
+  Buffer reads;        // F64 [layers, h], of kernels: keys read while decoding
   int64_t reads_count = 0;
   Buffer logits_out;
   Tap tap;
   std::function<void(int64_t, int64_t)> progress;
 
   Impl(std::shared_ptr<const Model> model_in, const SessionOptions& o);
-  Impl(const Impl& other);
+  Impl(Impl& other);
 
   int parts() const { return int(composition->parts().size()); }
   const Mechanism& part(int p) const { return *composition->parts()[size_t(p)].mechanism; }
-  const ModelInfo& info() const { return model->info(); }
+  const ModelInfo& info() const { return shape; }
+  const Architecture& architecture() const { return model->architecture(); }
 
   struct Batch;
   void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
@@ -89,7 +87,10 @@ struct Session::Impl {
   void cut(LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming);
   void evict_all(int p, Phase phase);
   void emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit);
-  void count_reads(const LayerView& view);
+  void count_reads(LayerView& view);
+  void count_shares(const Batch& batch, LayerView& view);
+  Ragged head_major(const Batch& batch, Dtype type, int64_t heads, int64_t width);
+  void make_logits(Tensor x, Tensor host);
 };
 
 /// One feed: the tokens, where they stand, and what it is.
@@ -99,6 +100,8 @@ struct Session::Impl::Batch {
   std::vector<int64_t> count;  // new tokens of each sequence
   int64_t total = 0;
   Tensor ids, positions, first;  // I32 [T], I32 [T], I64 [sequences + 1]
+  Tensor q_offsets, kv_offsets;  // I64 [sequences · heads + 1]: the new rows, head-major
+  Tensor q_pos, kv_pos;          // I32, as those rows
 };
 
 /// What a drive sees of its session.
@@ -126,11 +129,13 @@ class SessionRun final : public Run {
   int part_;
 };
 
-Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions& o) : model(std::move(model_in)), options(o) {
+Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions& o)
+    : model(std::move(model_in)), options(o), queue(&backend(o.backend, o.device), *backend(o.backend, o.device).memory), shape(model->info()) {
   require(o.sequences >= 1 && o.sequences <= 4096, "session", "sequences: 1…4096");
   require(o.ubatch >= 1, "session", "ubatch must be at least 1");
   require(o.chunk >= 0, "session", "chunk must not be negative");
-  queue.run = &backend(o.backend);
+  weights = model->place(queue);
+  for (size_t l = 0; l < shape.ropes.size(); ++l) shape.ropes[l] = &weights->ropes[l];
   const ModelInfo& m = info();
   composition = std::make_shared<Composition>(value_or_throw(Composition::parse(o.attention, m, registry())));
   StoreOptions store_options;
@@ -155,21 +160,23 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
     states.push_back(p.mechanism->open(m));
   }
   const std::vector<StoreShape> shapes(size_t(m.layers), StoreShape{m.g, m.d, m.d_v});
-  store = std::make_unique<Store>(shapes, store_options, queue.run->v_transposed, o.sequences);
+  store = std::make_unique<Store>(queue, shapes, store_options, o.sequences);
   if (quantised) quantised_layout = store->add_layout(quantised_k, quantised_v);
   tokens.resize(size_t(o.sequences));
   next.assign(size_t(o.sequences), 0);
   prompt.assign(size_t(o.sequences), 0);
-  density.assign(size_t(m.layers), std::vector<double>(size_t(m.h), 0.0));
-  density_pairs = reads = density;
+  dense_rows.assign(size_t(m.layers), 0), rows.assign(size_t(m.layers), 0);
+  shares = Buffer(Dtype::F64, {m.layers, m.h}, *queue.memory), reads = Buffer(Dtype::F64, {m.layers, m.h}, *queue.memory);
+  queue.fill(shares, 0), queue.fill(reads, 0);
 }
 
-Session::Impl::Impl(const Impl& other)
-    : model(other.model), options(other.options), composition(other.composition), store(std::make_unique<Store>(*other.store)),
-      quantised_layout(other.quantised_layout), positions(other.positions), tokens(other.tokens), next(other.next),
-      prompt(other.prompt), step(other.step), times(other.times), density(other.density), density_pairs(other.density_pairs),
-      reads(other.reads), reads_count(other.reads_count) {
-  queue.device = other.queue.device, queue.run = other.queue.run;
+Session::Impl::Impl(Impl& other)
+    : model(other.model), options(other.options), composition(other.composition), queue(&other.queue), weights(other.weights), shape(other.shape),
+      store(std::make_unique<Store>(queue, *other.store)), quantised_layout(other.quantised_layout), positions(other.positions), tokens(other.tokens),
+      next(other.next), prompt(other.prompt), step(other.step), times(other.times), dense_rows(other.dense_rows), rows(other.rows),
+      shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory), reads(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
+      reads_count(other.reads_count) {
+  queue.move(other.shares, shares), queue.move(other.reads, reads);
   for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
 }
 
@@ -177,27 +184,36 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
                          const std::function<void(int64_t, Tensor)>& visit) {
   const int sequences = options.sequences;
   const ModelInfo& m = info();
-  Batch batch{.phase = phase, .last_chunk = last_chunk, .count = {}, .ids = {}, .positions = {}, .first = {}};
+  Batch batch{.phase = phase, .last_chunk = last_chunk};
   for (const auto& span : fed) batch.count.push_back(int64_t(span.size())), batch.total += int64_t(span.size());
   if (batch.total == 0) return;
-  Scratch scope(queue.scratch);
-  batch.ids = queue.scratch.take(Dtype::I32, {batch.total});
-  batch.positions = queue.scratch.take(Dtype::I32, {batch.total});
-  batch.first = ends_to_ends(queue, batch.count);
+  std::vector<int32_t> ids, places;
+  std::vector<int64_t> first{0};
   for (int s = 0; s < sequences; ++s) {
     if (m.context > 0 && positions == Read::Positions::True && next[size_t(s)] + batch.count[size_t(s)] > m.context && phase != Phase::Replay)
       throw Error(Code::Invalid, "session", std::to_string(next[size_t(s)] + batch.count[size_t(s)]) + " tokens are more than the model's context of " + std::to_string(m.context),
                   "shorten the text with -c, or read at cache positions: --attention \"streaming-llm\"");
     for (int64_t i = 0; i < batch.count[size_t(s)]; ++i) {
-      const int64_t row = batch.first.at<int64_t>(s) + i;
       const int32_t id = fed[size_t(s)][size_t(i)];
       if (id < 0 || id >= m.vocabulary) throw Error(Code::Invalid, "session", "token " + std::to_string(id) + " is not in the vocabulary of " + std::to_string(m.vocabulary));
-      batch.ids.at<int32_t>(row) = id;
-      batch.positions.at<int32_t>(row) = int32_t(next[size_t(s)] + i);
+      ids.push_back(id), places.push_back(int32_t(next[size_t(s)] + i));
     }
+    first.push_back(int64_t(ids.size()));
   }
+  // All that a step tells the device; the rest follows from it there.
+  Scratch scope(queue.scratch);
+  batch.ids = queue.upload(ids), batch.positions = queue.upload(places), batch.first = queue.upload(first);
+  auto rows_of_heads = [&](int64_t heads, Tensor& offsets, Tensor& at) {
+    const Num s = floor_div(index(), heads), begin = load(batch.first, s);
+    offsets = compute(queue, Dtype::I64, {sequences * heads + 1}, begin * heads + mod(index(), heads) * (load(batch.first, s + 1) - begin));
+    at = queue.scratch.take(Dtype::I32, {batch.total * heads});
+    Ragged rows_there;
+    rows_there.offsets = offsets, rows_there.heads = heads, rows_there.bound = batch.total * heads;
+    compute(queue, rows_there, load(batch.positions, load(batch.first, floor_div(segment(), heads)) + place()), at);
+  };
+  rows_of_heads(m.h, batch.q_offsets, batch.q_pos), rows_of_heads(m.g, batch.kv_offsets, batch.kv_pos);
   Tensor x = queue.scratch.take(Dtype::F32, {batch.total, m.hidden});
-  queue.run->embed(queue, model->embedding(), batch.ids, model->architecture().embedding_scale, x);
+  queue.run->embed(queue, weights->embedding, batch.ids, architecture().embedding_scale, x);
   if (phase == Phase::Prompt || phase == Phase::Chunk)
     for (int s = 0; s < sequences; ++s) prompt[size_t(s)] += batch.count[size_t(s)];
   for (int l = 0; l < m.layers; ++l) {
@@ -205,13 +221,14 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
     layer(batch, l, x);
     if (progress && phase != Phase::Decode) progress(l + 1, m.layers);
   }
-  if (phase == Phase::Replay) return;
+  if (phase == Phase::Replay) return store->sync();
   for (int s = 0; s < sequences; ++s) {
     next[size_t(s)] += batch.count[size_t(s)];
     tokens[size_t(s)].insert(tokens[size_t(s)].end(), fed[size_t(s)].begin(), fed[size_t(s)].end());
   }
   if (phase == Phase::Decode) ++step;
   emit(batch, x, want, visit);
+  store->sync();  // the step is over: what was evicted by counts of the device becomes known
   if (phase == Phase::Decode || !last_chunk) return;
   for (int p = 0; p < parts(); ++p) {
     const uint8_t roles = composition->parts()[size_t(p)].roles;
@@ -222,18 +239,25 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
       evict_all(p, phase);
     }
   }
+  store->sync();
+}
+
+Ragged Session::Impl::head_major(const Batch& batch, Dtype type, int64_t heads, int64_t width) {
+  const int64_t all = batch.total * heads;
+  return {.values = queue.scratch.take(type, {all, width}), .offsets = heads == info().h ? batch.q_offsets : batch.kv_offsets, .ends = {}, .heads = heads, .bound = all};
 }
 
 void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   const ModelInfo& m = info();
   const Kernels& run = *queue.run;
-  const int64_t sequences = options.sequences, total = batch.total;
+  const int64_t total = batch.total;
   const bool decoding = batch.phase == Phase::Decode;
   LayerStore& entries = store->layer(l);
-  const LayerWeights& w = model->layers()[size_t(l)];
+  const LayerWeights& w = weights->layers[size_t(l)];
   Scratch scope(queue.scratch);
   LayerView view(m, queue, l, batch.phase);
   view.step = step, view.prompt = prompt, view.store = &entries, view.stores = store.get();
+  view.rows = batch.count, view.first = batch.first;
   view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);
 
   Tensor q_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.h) * m.d});
@@ -241,11 +265,11 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   Tensor v_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.g) * m.d_v});
   {
     Clock clock(times.products);
-    project(queue, *model, l, x, options.ubatch, q_rows, k_rows, v_rows);
+    project(queue, *weights, architecture(), l, x, options.ubatch, q_rows, k_rows, v_rows);
   }
   std::optional<Clock> clock(std::in_place, times.rest);
   Tensor q_heads = q_rows.reshape({total, m.h, m.d}), k_heads = k_rows.reshape({total, m.g, m.d}), v_heads = v_rows.reshape({total, m.g, m.d_v});
-  const float eps = model->architecture().norm_eps;
+  const float eps = architecture().norm_eps;
   const Rope* rope = m.rope(l);
   const bool plain_keys = store->options().plain_keys && rope;
   if (decoding) make_room(batch, view);
@@ -254,80 +278,59 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   // numbers of entries read the same token at different places, so these are numbers for each (token, KV head).
   Tensor read_at = batch.positions, query_at = batch.positions;
   if (positions == Read::Positions::Cache) {
-    read_at = queue.scratch.take(Dtype::I32, {total, m.g});
-    query_at = queue.scratch.take(Dtype::I32, {total, m.h});
-    for (int64_t s = 0; s < sequences; ++s)
-      for (int64_t i = 0; i < batch.count[size_t(s)]; ++i)
-        for (int64_t head = 0; head < m.h; ++head) {
-          const int64_t row = batch.first.at<int64_t>(s) + i, kv = head / m.group();
-          const int32_t at = int32_t(entries.length(s * m.g + kv) + i);
-          read_at.at<int32_t>(row, kv) = query_at.at<int32_t>(row, head) = at;
-        }
+    const Num s = find(batch.first, 1, options.sequences + 1, place() + 1) - 1, i = place() - load(batch.first, s);
+    const Tensor held = entries.pages().length;
+    read_at = compute(queue, Dtype::I32, {total, m.g}, load(held, s * m.g + channel()) + i);
+    query_at = compute(queue, Dtype::I32, {total, m.h}, load(held, s * m.g + floor_div(channel(), m.group())) + i);
   }
 
-  auto head_major = [&](Dtype type, int64_t heads, int64_t width) {
-    std::vector<int64_t> lengths;
-    for (int64_t s = 0; s < sequences; ++s) lengths.insert(lengths.end(), size_t(heads), batch.count[size_t(s)]);
-    return Ragged{.values = queue.scratch.take(type, {total * heads, width}), .offsets = ends_to_ends(queue, lengths), .ends = {}, .heads = heads, .bound = total * heads};
-  };
-  view.q = head_major(Dtype::F32, m.h, m.d);
+  view.q = head_major(batch, Dtype::F32, m.h, m.d);
   run.split_heads(queue, q_heads, batch.first, w.q_norm, eps, rope, query_at, view.q);
   if (plain_keys) {
-    view.plain_q = head_major(Dtype::F32, m.h, m.d);
+    view.plain_q = head_major(batch, Dtype::F32, m.h, m.d);
     run.split_heads(queue, q_heads, batch.first, w.q_norm, eps, nullptr, {}, view.plain_q);
   }
-  view.q_pos = queue.scratch.take(Dtype::I32, {total * m.h});
-  for (int64_t s = 0; s < view.q.segments(); ++s)
-    for (int64_t i = 0; i < view.q.length(s); ++i)
-      view.q_pos.at<int32_t>(view.q.begin(s) + i) = batch.positions.at<int32_t>(batch.first.at<int64_t>(s / m.h) + i);
-  view.mods.q_pos = view.q_pos;
+  view.q_pos = view.mods.q_pos = batch.q_pos;
 
   // New keys and values, in the panel behind the old ones or, while decoding, on their own.
   const Dtype k_type = plain(store->options().k), v_type = plain(store->options().v);
   Ragged k_new, v_new;
-  Tensor new_positions;
+  Tensor new_positions = batch.kv_pos;
   if (decoding) {
-    k_new = head_major(k_type, m.g, m.d), v_new = head_major(v_type, m.g, m.d_v);
-    new_positions = queue.scratch.take(Dtype::I32, {total * m.g});
+    k_new = head_major(batch, k_type, m.g, m.d), v_new = head_major(batch, v_type, m.g, m.d_v);
   } else {
-    std::vector<int64_t> lengths;
-    for (int64_t s = 0; s < entries.segments(); ++s) lengths.push_back(entries.length(s) + batch.count[size_t(s / m.g)]);
-    const Tensor offsets = ends_to_ends(queue, lengths);
-    const int64_t rows = offsets.at<int64_t>(entries.segments());
+    const int64_t all = entries.segments(), rows = entries.entries() + total * m.g;
+    for (int64_t s = 0; s < all; ++s) view.key_rows.push_back(entries.length(s) + batch.count[size_t(s / m.g)]);
+    const Tensor old = entries.offsets(queue);
+    const Tensor offsets = compute(queue, Dtype::I64, {all + 1}, load(old, index()) + load(batch.kv_offsets, index()));
+    // Where the old ones of each segment end.
+    const Tensor middle = compute(queue, Dtype::I64, {all + 1}, load(old, index() + 1) + load(batch.kv_offsets, index()));
     view.k = {.values = queue.scratch.take(k_type, {rows, m.d}), .offsets = offsets, .ends = {}, .heads = m.g, .bound = rows};
     view.v = view.k;
     view.v.values = queue.scratch.take(v_type, {rows, m.d_v});
-    view.k_pos = queue.scratch.take(Dtype::I32, {rows});
-    view.mods.k_pos = view.k_pos;
+    view.k_pos = view.mods.k_pos = new_positions = queue.scratch.take(Dtype::I32, {rows});
     Ragged k_old = view.k, v_old = view.v;
+    k_old.ends = v_old.ends = middle.slice(0, 0, all);
     k_new = view.k;
-    Tensor middle = queue.scratch.take(Dtype::I64, {entries.segments() + 1});
-    for (int64_t s = 0; s < entries.segments(); ++s) middle.at<int64_t>(s) = view.k.begin(s) + entries.length(s);
-    middle.at<int64_t>(entries.segments()) = rows;
-    k_old.ends = v_old.ends = middle.slice(0, 0, entries.segments());
-    k_new.offsets = middle;
-    k_new.ends = offsets.slice(0, 1, entries.segments() + 1);
+    k_new.offsets = middle, k_new.ends = offsets.slice(0, 1, all + 1);
     v_new = k_new;
     v_new.values = view.v.values;
     if (entries.entries() > 0) {
       const Read read{.plan = {}, .positions = positions, .rope = rope};
       run.page_read(queue, entries.pages(), plain_keys ? &read : nullptr, k_old, v_old, view.k_pos);
     }
-    new_positions = view.k_pos;
+    compute(queue, k_new, load(batch.positions, load(batch.first, floor_div(segment(), m.g)) + place()), new_positions);
   }
-  for (int64_t s = 0; s < k_new.segments(); ++s)
-    for (int64_t i = 0; i < k_new.length(s); ++i)
-      new_positions.at<int32_t>(k_new.begin(s) + i) = batch.positions.at<int32_t>(batch.first.at<int64_t>(s / m.g) + i);
   run.split_heads(queue, v_heads, batch.first, {}, eps, nullptr, {}, v_new);
   if (plain_keys) {
     Ragged kept = k_new;  // the same rows, unrotated
     kept.values = queue.scratch.take(k_type, {k_new.values.size[0], m.d});
     run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, nullptr, {}, kept);
-    entries.append(queue, kept, v_new, new_positions);
+    entries.append(queue, kept, v_new, new_positions, batch.count);
     if (!decoding) run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, rope, read_at, k_new);
   } else {
     run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, rope, read_at, k_new);
-    entries.append(queue, k_new, v_new, new_positions);
+    entries.append(queue, k_new, v_new, new_positions, batch.count);
   }
 
   view.out = queue.scratch.take(Dtype::F32, {total * m.h, m.d_v});
@@ -338,7 +341,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   Ragged out = view.q;
   out.values = view.out;
   Clock products(times.products);
-  finish(queue, *model, l, out, batch.first, options.ubatch, x);
+  finish(queue, *weights, architecture(), l, out, batch.first, options.ubatch, x);
 }
 
 void Session::Impl::attend(Batch& batch, LayerView& view) {
@@ -355,8 +358,8 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
       Clock clock(times.plan);
       const Mechanism& mechanism = enter(reader);
       view.read.plan = mechanism.read(view).plan;
-      Ragged keys{.values = {}, .offsets = view.store->offsets(), .ends = {}, .heads = view.model.g, .bound = view.store->entries()};
-      view.read.plan = limit_heads(queue, view.read.plan, view.q, keys, mechanism.heads);
+      const Ragged keys{.values = {}, .offsets = view.store->offsets(queue), .ends = {}, .heads = view.model.g, .bound = view.store->entries()};
+      view.read.plan = limit_heads(view, view.read.plan, keys, view.store->longest(), mechanism.heads);
     }
     Clock clock(times.attend);
     run.attend_store(queue, view.q, view.store->pages(), view.read, view.mods, view.out, view.lse);
@@ -365,20 +368,13 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
     if (planner >= 0 && batch.phase != Phase::Replay) {
       Clock clock(times.plan);
       const Mechanism& mechanism = enter(planner);
-      view.plan = limit_heads(queue, mechanism.plan(view), view.q, view.k, mechanism.heads);
+      view.plan = limit_heads(view, mechanism.plan(view), view.k, *std::max_element(view.key_rows.begin(), view.key_rows.end()), mechanism.heads);
     }
     {
       Clock clock(times.attend);
       run.attend(queue, view.q, view.k, view.v, view.plan, view.mods, view.out, view.lse);
     }
-    if (batch.phase != Phase::Replay) {
-      // Weighted by rows, so that chunks of a prompt add up.
-      const std::vector<double> share = heed::density(view.plan, view.q, view.k, view.mods);
-      for (int h = 0; h < view.model.h; ++h) {
-        density[size_t(view.layer)][size_t(h)] += share[size_t(h)] * double(batch.total);
-        density_pairs[size_t(view.layer)][size_t(h)] += double(batch.total);
-      }
-    }
+    if (batch.phase != Phase::Replay) count_shares(batch, view);
   }
   if (batch.phase != Phase::Replay)
     for (int p : composition->edits(view.layer)) {
@@ -392,35 +388,26 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
   if (tap) tap(view);
 }
 
-void Session::Impl::count_reads(const LayerView& view) {
-  const Plan& plan = view.read.plan;
-  const ModelInfo& m = view.model;
-  const bool dense = plan.form == Plan::Form::Dense;
-  Ragged keys{.values = {}, .offsets = view.store->offsets(), .ends = {}, .heads = m.g, .bound = 0};
-  const PlanRows rows(plan, view.q, m.g);
-  if (view.layer == 0) ++reads_count;
-  for (int h = 0; h < m.h; ++h) {
-    double read = 0;
-    for (int64_t s = 0; s < view.q.sequences(); ++s) {
-      const int64_t segment = s * m.g + h / m.group(), length = keys.length(segment);
-      if (view.q.length(s * m.h + h) == 0) continue;
-      if (dense) {
-        const int64_t window = m.window(view.layer);
-        if (window == 0 || length <= window) read += double(length);
-        else {
-          const std::vector<int32_t> held = view.store->positions(segment);
-          read += double(held.end() - std::upper_bound(held.begin(), held.end(), view.q_pos.at<int32_t>(view.q.begin(s * m.h + h)) - window));
-        }
-        continue;
-      }
-      const int64_t row = rows.row(s, h, m.h, 0, plan.q_tile);
-      for (int64_t e = plan.begin(row); e < plan.end(row); ++e) {
-        const int64_t first = int64_t(plan.index.at<int32_t>(e)) * plan.k_tile;
-        read += double(std::clamp<int64_t>(length - first, 0, plan.k_tile));
-      }
-    }
-    reads[size_t(view.layer)][size_t(h)] += read / double(options.sequences);
+/// Weighted by rows, so that chunks of a prompt add up.
+void Session::Impl::count_shares(const Batch& batch, LayerView& view) {
+  rows[size_t(view.layer)] += double(batch.total);
+  if (view.plan.form == Plan::Form::Dense && !view.mods.until) {
+    dense_rows[size_t(view.layer)] += double(batch.total);
+    return;
   }
+  Scratch scope(queue.scratch);
+  const Tensor pairs = queue.scratch.take(Dtype::F64, {2, view.model.h}), sum = shares->select(0, view.layer);
+  count_density(queue, view.plan, view.q, {.panel = &view.k, .pages = nullptr, .read = nullptr}, view.mods, pairs);
+  const Num possible = load(pairs, view.model.h + index());
+  compute(queue, load(sum, index()) + pick(possible > 0, load(pairs, index()) / possible, 1) * double(batch.total), sum);
+}
+
+void Session::Impl::count_reads(LayerView& view) {
+  if (view.layer == 0) ++reads_count;
+  Mods mods;
+  // Plans are counted as they read, whatever a window hides of it.
+  if (view.read.plan.form == Plan::Form::Dense) mods.window = view.mods.window, mods.q_pos = view.q_pos;
+  queue.run->count_pairs(queue, view.read.plan, view.q, {.panel = nullptr, .pages = &view.store->pages(), .read = &view.read}, mods, reads->select(0, view.layer));
 }
 
 bool Session::Impl::due(const Batch& batch, const KeepPolicy& policy) const {
@@ -431,16 +418,31 @@ bool Session::Impl::due(const Batch& batch, const KeepPolicy& policy) const {
 
 // Scores, allocates and evicts in one layer, leaving room for `coming` tokens of each sequence.
 void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming) {
+  const int64_t all = view.store->segments(), g = view.model.g;
+  std::vector<int64_t> most;
+  int64_t together = 0;
+  bool fits = true;
+  for (int64_t s = 0; s < all; ++s) {
+    const int64_t length = view.store->length(s), room = coming.empty() ? 0 : coming[size_t(s / g)];
+    const bool chosen = policy.heads.holds(int(s % g), int(g));
+    const int64_t granted = chosen ? std::max<int64_t>(0, policy.entries(policy.kept(), view.model, view.layer, prompt[size_t(s / g)]) - room) : length;
+    fits &= length <= granted;
+    together += std::min(length, granted) + 1;  // an allocator may round up
+    most.push_back(length);
+  }
+  if (fits) return;
   Scratch scope(queue.scratch);
   std::optional<Clock> clock(std::in_place, times.observe);
   const Ragged scores = policy.score(view);
   Tensor counts = policy.allocate({.queue = queue, .model = view.model, .first_layer = view.layer, .scores = std::span(&scores, 1), .prompt = prompt, .budget = policy.kept()}).select(0, 0);
-  if (!coming.empty())
-    for (int64_t s = 0; s < scores.segments(); ++s)
-      counts.at<int32_t>(s) = std::max(0, counts.at<int32_t>(s) - int32_t(coming[size_t(s / scores.heads)]));
+  if (!coming.empty()) {
+    const Num s = floor_div(index(), g);
+    counts = compute(queue, Dtype::I32, {all}, max(0, load(counts, index()) - (load(view.first, s + 1) - load(view.first, s))));
+  }
   clock.reset();
   Clock select(times.select);
-  evict(view, scores, counts, policy.heads);
+  for (int64_t& length : most) length = std::min(length, together);
+  evict(view, scores, counts, policy.heads, most, together);
 }
 
 void Session::Impl::make_room(Batch& batch, LayerView& view) {
@@ -483,37 +485,43 @@ void Session::Impl::evict_all(int p, Phase phase) {
   for (size_t i = 0; i < views.size(); ++i) evict(views[i], scores[i], counts.select(0, int64_t(i)), policy.heads);
 }
 
+/// Logits of rows x, into memory of the host.
+void Session::Impl::make_logits(Tensor x, Tensor host) {
+  if (queue.memory->device == Device::Cpu) return logits(queue, *weights, architecture(), x, host);
+  Scratch scope(queue.scratch);
+  const Tensor y = queue.scratch.take(Dtype::F32, {host.size[0], host.size[1]});
+  logits(queue, *weights, architecture(), x, y);
+  queue.read_back(y, host.data);
+}
+
 void Session::Impl::emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit) {
   if (want == Logits::None && !visit) return;
   Clock clock(times.products);
-  const ModelInfo& m = info();
-  if (visit) {
-    constexpr int64_t tile = 64;  // rows whose logits exist at once: 67 MB at Gemma's vocabulary
+  const int64_t vocabulary = info().vocabulary;
+  if (visit || want == Logits::All) {
+    const int64_t tile = visit ? 64 : options.ubatch;  // visited rows exist at once: 67 MB of logits at Gemma's vocabulary
+    Buffer visited;
+    if (visit) visited = Buffer(Dtype::F32, {std::min(tile, batch.total), vocabulary});
+    else logits_out = Buffer(Dtype::F32, {batch.total, vocabulary});
     for (int64_t a = 0; a < batch.total; a += tile) {
       const int64_t b = std::min(a + tile, batch.total);
-      Scratch scope(queue.scratch);
-      Tensor y = queue.scratch.take(Dtype::F32, {b - a, m.vocabulary});
-      logits(queue, *model, x.slice(0, a, b), y);
-      visit(a, y);
+      const Tensor to = visit ? visited->slice(0, 0, b - a) : logits_out->slice(0, a, b);
+      make_logits(x.slice(0, a, b), to);
+      if (!visit) continue;
+      visit(a, to);
       if (interrupted()) throw Error(Code::Interrupted, "session", "stopped at row " + std::to_string(b));
     }
     return;
   }
-  if (want == Logits::All) {
-    logits_out = Buffer(Dtype::F32, {batch.total, m.vocabulary});
-    for (int64_t a = 0; a < batch.total; a += options.ubatch) {
-      const int64_t b = std::min(a + options.ubatch, batch.total);
-      logits(queue, *model, x.slice(0, a, b), logits_out->slice(0, a, b));
-    }
-    return;
-  }
   Scratch scope(queue.scratch);
-  if (!logits_out || logits_out->size[0] != options.sequences) logits_out = Buffer(Dtype::F32, {options.sequences, m.vocabulary});
-  Tensor last = queue.scratch.take(Dtype::F32, {options.sequences, m.hidden});
-  std::memset(last.data, 0, size_t(last.bytes()));
-  for (int64_t s = 0; s < options.sequences; ++s)
-    if (batch.count[size_t(s)] > 0) copy(x.select(0, batch.first.at<int64_t>(s + 1) - 1), last.select(0, s));
-  logits(queue, *model, last, logits_out);
+  if (!logits_out || logits_out->size[0] != options.sequences) logits_out = Buffer(Dtype::F32, {options.sequences, vocabulary});
+  const Tensor last = queue.scratch.take(Dtype::F32, {options.sequences, info().hidden});
+  queue.fill(last, 0);
+  for (int64_t s = 0, row = 0; s < options.sequences; ++s) {
+    row += batch.count[size_t(s)];
+    if (batch.count[size_t(s)] > 0) queue.move(x.select(0, row - 1), last.select(0, s));
+  }
+  make_logits(last, logits_out);
 }
 
 Session::Session(std::shared_ptr<const Model> model, const SessionOptions& options)
@@ -592,19 +600,25 @@ int64_t Session::step() const { return impl_->step; }
 const Times& Session::times() const { return impl_->times; }
 
 std::vector<std::vector<double>> Session::density() const {
-  auto out = impl_->density;
-  for (size_t l = 0; l < out.size(); ++l)
-    for (size_t h = 0; h < out[l].size(); ++h) {
-      const double rows = impl_->density_pairs[l][h];
-      out[l][h] = rows > 0 ? out[l][h] / rows : 1.0;
-    }
+  Impl& m = *impl_;
+  const Buffer shares = m.queue.read_back(m.shares);
+  std::vector<std::vector<double>> out;
+  for (int l = 0; l < m.info().layers; ++l) {
+    std::vector<double>& heads = out.emplace_back();
+    for (int h = 0; h < m.info().h; ++h)
+      heads.push_back(m.rows[size_t(l)] > 0 ? (m.dense_rows[size_t(l)] + shares->at<double>(l, h)) / m.rows[size_t(l)] : 1.0);
+  }
   return out;
 }
 
 std::vector<std::vector<double>> Session::read_tokens() const {
-  auto out = impl_->reads;
-  for (auto& heads : out)
-    for (double& reads : heads) reads = impl_->reads_count ? reads / double(impl_->reads_count) : 0.0;
+  Impl& m = *impl_;
+  const Buffer reads = m.queue.read_back(m.reads);
+  std::vector<std::vector<double>> out;
+  for (int l = 0; l < m.info().layers; ++l) {
+    std::vector<double>& heads = out.emplace_back();
+    for (int h = 0; h < m.info().h; ++h) heads.push_back(m.reads_count ? reads->at<double>(l, h) / double(m.options.sequences) / double(m.reads_count) : 0.0);
+  }
   return out;
 }
 

@@ -17,6 +17,7 @@ struct SessionOptions {
   int64_t chunk = 0;       // > 0: prompts are fed in parts of so many tokens; mechanisms then plan for each part
   PageType k = {}, v = {};  // how the store keeps entries; BF16 unless said
   std::string backend = "auto";  // auto, cpu, reference, or the name of a kernel table
+  int device = 0;                // which of a backend's devices
 };
 
 /// Seconds by part of a step, since the session began.
@@ -26,7 +27,8 @@ struct Times {
 };
 
 /// Called in every layer of every step behind attention and before entries are evicted: reads of what happened, for
-/// traces and analyses. With none set nothing is computed for it.
+/// traces and analyses. With none set nothing is computed for it. What it looks at lies where kernels run
+/// (Queue::read_back).
 using Tap = std::function<void(LayerView&)>;
 
 class Session final {
@@ -43,7 +45,7 @@ class Session final {
   /// Feeds the next tokens of each sequence (one span for each; spans may be empty and of unequal length): layer by
   /// layer, rows tiled. A feed into an empty session, or one before any decode, counts as prompt.
   /// Returns F32 [rows, vocabulary]: Last: one row for each sequence; All: one for each token, sequences in order. It
-  /// is valid until the next feed. For long texts give `visit` instead of asking for All: it is called with tiles of
+  /// is of the host and valid until the next feed. For long texts give `visit` instead of asking for All: it is called with tiles of
   /// rows (first token number of sequence 0 …) so that no [tokens, vocabulary] matrix is built.
   /// Throws Error(Invalid) when the text becomes longer than the model's context, Error(Interrupted) between layers
   /// when interrupt() was called; the session is then as it was before the feed.
@@ -89,7 +91,8 @@ void interrupt() noexcept;
 void clear_interrupt() noexcept;
 bool interrupted() noexcept;
 
-/// The table for a backend name: auto (the best CPU table), cpu, reference, or a table's own name.
-const Kernels& backend(const std::string& name);
+/// The table for a backend name: auto (the best CPU table), cpu, reference, or a table's own name; `device` counts the
+/// backend's devices from 0. Throws Error(NotFound) that lists the names, or says how many devices there are.
+const Kernels& backend(const std::string& name, int device = 0);
 
 }  // namespace heed

@@ -1,7 +1,8 @@
 #include "model/transformer.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "attention/numbers.h"
 
 namespace heed {
 namespace {
@@ -13,22 +14,22 @@ void tiles(int64_t rows, int64_t tile, Body body) {
 
 }  // namespace
 
-void project(Queue& queue, const Model& model, int layer, Tensor x, int64_t tile, Tensor q, Tensor k, Tensor v) {
+void project(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, Tensor x, int64_t tile, Tensor q, Tensor k, Tensor v) {
   const Kernels& run = *queue.run;
-  const LayerWeights& w = model.layers()[size_t(layer)];
+  const LayerWeights& w = weights.layers[size_t(layer)];
   tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
     Scratch scope(queue.scratch);
     Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
-    run.rms_norm(queue, x.slice(0, a, b), w.attn_norm, model.architecture().norm_eps, normed);
+    run.rms_norm(queue, x.slice(0, a, b), w.attn_norm, architecture.norm_eps, normed);
     const Linear each[] = {{w.q, w.q_bias, q.slice(0, a, b)}, {w.k, w.k_bias, k.slice(0, a, b)}, {w.v, w.v_bias, v.slice(0, a, b)}};
     run.matmul_each(queue, each, normed);
   });
 }
 
-void finish(Queue& queue, const Model& model, int layer, const Ragged& out, Tensor first, int64_t tile, Tensor x) {
+void finish(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, const Ragged& out, Tensor first, int64_t tile, Tensor x) {
   const Kernels& run = *queue.run;
-  const LayerWeights& w = model.layers()[size_t(layer)];
-  const float eps = model.architecture().norm_eps;
+  const LayerWeights& w = weights.layers[size_t(layer)];
+  const float eps = architecture.norm_eps;
   Scratch scope(queue.scratch);
   Tensor merged = queue.scratch.take(Dtype::F32, {x.size[0], w.o.size[1]});
   run.merge_heads(queue, out, first, merged);
@@ -47,19 +48,19 @@ void finish(Queue& queue, const Model& model, int layer, const Ragged& out, Tens
     Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
     Tensor gate = queue.scratch.take(Dtype::F32, {b - a, w.gate.size[0]});
     run.rms_norm(queue, rows, w.ffn_norm, eps, normed);
-    run.matmul_glu(queue, w.gate, w.up, normed, model.architecture().activation, gate);
+    run.matmul_glu(queue, w.gate, w.up, normed, architecture.activation, gate);
     add_product(w.down, gate, {}, w.ffn_post_norm, rows);
   });
 }
 
-void logits(Queue& queue, const Model& model, Tensor x, Tensor y) {
+void logits(Queue& queue, const ModelWeights& weights, const Architecture& architecture, Tensor x, Tensor y) {
   const Kernels& run = *queue.run;
   Scratch scope(queue.scratch);
   Tensor normed = queue.scratch.take(Dtype::F32, {x.size[0], x.size[1]});
-  run.rms_norm(queue, x, model.final_norm(), model.architecture().norm_eps, normed);
-  run.matmul(queue, model.output(), normed, {}, false, y);
-  if (const float cap = model.architecture().final_softcap; cap > 0)
-    for (float& value : y.span<float>()) value = cap * std::tanh(value / cap);
+  run.rms_norm(queue, x, weights.final_norm, architecture.norm_eps, normed);
+  run.matmul(queue, weights.output, normed, {}, false, y);
+  if (const float cap = architecture.final_softcap; cap > 0)
+    compute(queue, cap * tanh(load(y, index()) / cap), y);
 }
 
 }  // namespace heed

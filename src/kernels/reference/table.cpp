@@ -17,6 +17,10 @@ const Kernels& reference_kernels() {
     t.proxy = reference::proxy;
     t.reduce = reference::reduce;
     t.select = reference::select;
+    t.compute = reference::compute;
+    t.offsets = reference::offsets;
+    t.tile_blocks = reference::tile_blocks;
+    t.count_pairs = reference::count_pairs;
     t.recur = reference::recur;
     t.recur_backward = reference::recur_backward;
     t.scan = reference::scan;
@@ -27,6 +31,12 @@ const Kernels& reference_kernels() {
     t.page_move = reference::page_move;
     t.column_read = reference::column_read;
     t.column_write = reference::column_write;
+    t.page_supply = reference::page_supply;
+    t.page_grow = reference::page_grow;
+    t.page_own = reference::page_own;
+    t.page_shrink = reference::page_shrink;
+    t.page_hold = reference::page_hold;
+    t.page_convert = reference::page_convert;
     t.page_score = reference::page_score;
     t.matmul = reference::matmul;
     t.matmul_each = reference::matmul_each;

@@ -64,12 +64,11 @@ struct KVzip final : KeepPolicy {
     if (at.phase != Phase::Replay) return;
     const auto& part = static_cast<const Part&>(*at.state);
     Plan seen;
-    seen.form = Plan::Form::Interval, seen.scope = Plan::Scope::KvHead, seen.q_tile = 1;
-    for (int64_t s = 0; s < at.q.segments(); ++s) seen.q_tile = std::max(seen.q_tile, int(at.q.length(s)));
+    seen.form = Plan::Form::Interval, seen.scope = Plan::Scope::KvHead, seen.q_tile = int(longest_queries(at));
     std::vector<int32_t> ranges;
     std::vector<int64_t> rows{0};
     for (int64_t s = 0; s < at.k.segments(); ++s) {
-      const int64_t n = at.q.length(s * at.model.group()), m = at.k.length(s);
+      const int64_t n = at.rows[size_t(s / at.k.heads)], m = at.key_rows[size_t(s)];
       if (n == 0) continue;
       const int64_t first = std::min({int64_t(sinks), part.begin, m - n});
       auto add = [&](int64_t begin, int64_t end) {
@@ -80,11 +79,8 @@ struct KVzip final : KeepPolicy {
       add(m - n, m);
       rows.push_back(int64_t(ranges.size()) / 2);
     }
-    seen.rowptr = at.queue.scratch.take(Dtype::I64, {int64_t(rows.size())});
-    seen.index = at.queue.scratch.take(Dtype::I32, {rows.back(), 2});
     seen.nnz_bound = rows.back();
-    std::copy(rows.begin(), rows.end(), seen.rowptr.as<int64_t>());
-    std::copy(ranges.begin(), ranges.end(), seen.index.as<int32_t>());
+    seen.rowptr = at.queue.upload(rows), seen.index = at.queue.upload(ranges).reshape({rows.back(), 2});
     Observe how;
     how.rows = Observe::Rows::Max, how.heads = Observe::Heads::GroupMax;
     const Ragged most = at.column("kvzip.most"), now = at.observe(at.q, how, &seen);

@@ -1,7 +1,6 @@
 #include <cmath>
 
 #include "attention/select.h"
-#include "base/threads.h"
 #include "mechanisms/entries.h"
 
 namespace heed::mechanisms {
@@ -30,75 +29,73 @@ struct Act final : Mechanism {
     const int layers = at.model.layers;
     const bool outside = layers > skip_first + skip_last && (at.layer < skip_first || at.layer >= layers - skip_last);
     if (at.decoding() || at.phase == Phase::Replay || outside || beta >= 1) return at.out;
-    const Plan parts = two_parts(at);
-    if (parts.nnz_bound == 0) return at.out;
+    const Sinks sinks = find_sinks(at);
+    const Plan parts = two_parts(at, sinks);
     const int64_t rows = at.out.size[0], width = at.out.size[1];
     const Tensor outs = at.queue.scratch.take(Dtype::F32, {2, rows, width}), lse = at.queue.scratch.take(Dtype::F32, {2, rows});
-    at.run().attend(at.queue, at.q, at.k, at.v, parts, at.mods, outs, lse);
-    float* rest = lse.as<float>();
-    float* sinks = rest + rows;
-    parallel_for(at.q.segments(), [&](int64_t s) {
-      for (int64_t i = at.q.begin(s); i < at.q.end(s); ++i) {
-        if (sinks[i] == -INFINITY || rest[i] == -INFINITY) continue;  // one part alone keeps all the weight
-        const double mass = 1 / (1 + std::exp(double(rest[i]) - double(sinks[i])));
-        sinks[i] = float(std::log(beta * mass));
-        rest[i] = float(std::log1p(-beta * mass));
-      }
-    });
-    const Tensor out = at.queue.scratch.take(Dtype::F32, {rows, width});
-    at.run().merge(at.queue, outs, lse, out, {});
+    // Heads without sinks keep what they have: no work for their rows.
+    const Num calibrated = load(sinks.others, segment()) > 0;
+    Mods mods = at.mods;
+    mods.gain = at.queue.scratch.take(Dtype::F32, {rows});
+    compute(at.queue, at.q, pick(calibrated, at.mods.gain ? load(at.mods.gain, index()) : Num(1), 0), mods.gain);
+    at.run().attend(at.queue, at.q, at.k, at.v, parts, mods, outs, lse);
+    const Num rest = load(lse.select(0, 0), index()), sink = load(lse.select(0, 1), index());
+    const Tensor mass = at.queue.scratch.take(Dtype::F64, {rows});
+    compute(at.queue, at.q, 1 / (1 + exp(rest - sink)), mass);
+    const Num both = rest > -kInfinity && sink > -kInfinity;  // one part alone keeps all the weight
+    const Tensor weights = at.queue.scratch.take(Dtype::F32, {2, rows});
+    compute(at.queue, at.q, pick(both, log1p(-beta * load(mass, index())), rest), weights.select(0, 0));
+    compute(at.queue, at.q, pick(both, log(beta * load(mass, index())), sink), weights.select(0, 1));
+    const Tensor merged = at.queue.scratch.take(Dtype::F32, {rows, width}), out = at.queue.scratch.take(Dtype::F32, {rows, width});
+    at.run().merge(at.queue, outs, weights, merged, {});
+    compute(at.queue, at.q, pick(calibrated, load(merged, index()), load(at.out, index())), out);
     return out;
   }
 
  private:
-  /// Part 0: all keys but a head's sinks; part 1: its sinks. No rows' entries at all when no head has any.
-  Plan two_parts(LayerView& at) const {
-    const int64_t group = at.model.group();
+  /// Keys of each query head that draw more than the threshold, ascending; the first is the text's own sink and stays.
+  struct Sinks {
+    Tensor index, others;  // I32 [segments · capacity]; I32 [segments]: how many follow the first
+    int64_t capacity;
+  };
+
+  Sinks find_sinks(LayerView& at) const {
     Observe how;
     how.rows = Observe::Rows::Seen, how.heads = Observe::Heads::Each;
-    const Ragged means = at.observe(at.q, how, &at.plan);
-    std::vector<int64_t> lengths;
-    for (int64_t s = 0; s < at.q.segments(); ++s) lengths.push_back(means.length(s / group));
-    const Ragged columns = numbers(at.queue, lengths, at.q.heads);
-    for (int64_t s = 0; s < at.q.segments(); ++s)
-      copy(means.values.reshape({means.bound, group}).slice(0, means.begin(s / group), means.end(s / group)).select(1, s % group), columns.segment(s));
-    const int64_t all = at.q.segments(), capacity = std::max<int64_t>(1, longest_keys(at));
-    const Tensor index = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
+    const Ragged means = by_query_head(at.queue, at.observe(at.q, how, &at.plan), at.model.group());
+    const int64_t all = at.q.segments(), h = at.q.heads, capacity = std::max<int64_t>(1, longest_keys(at));
+    const Tensor which = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
     Select above;
     above.by = Select::By::Threshold, above.p = std::nextafter(float(threshold), INFINITY);
-    at.run().select(at.queue, columns, above, capacity, index, count);
-
-    Plan plan;
-    plan.form = Plan::Form::Interval, plan.parts = 2, plan.q_tile = 1;
-    for (int64_t s = 0; s < all; ++s) plan.q_tile = std::max(plan.q_tile, int(at.q.length(s)));
-    std::vector<int64_t> rows{0};
-    std::vector<int32_t> ranges, part;
-    bool any = false;
-    for (int64_t s = 0; s < all; ++s) {
-      if (at.q.length(s) == 0) continue;
-      auto add = [&](int64_t begin, int64_t end, int which) {
-        if (begin >= end) return;
-        ranges.push_back(int32_t(begin)), ranges.push_back(int32_t(end)), part.push_back(which);
-      };
-      int64_t from = 0;
-      const bool chosen = heads.holds(int(s % at.q.heads), int(at.q.heads));
-      for (int64_t i = 1; chosen && i < count.at<int32_t>(s); ++i) {  // the first is the text's own sink and stays
-        const int64_t sink = index.at<int32_t>(s * capacity + i);
-        add(from, sink, 0), add(sink, sink + 1, 1);
-        from = sink + 1, any = true;
-      }
-      add(from, at.k.length(s / group), 0);
-      rows.push_back(int64_t(part.size()));
+    at.run().select(at.queue, means, above, capacity, which, count);
+    Num others = max(0, load(count, index()) - 1);
+    if (!heads.all()) {
+      std::vector<uint8_t> chosen;
+      for (int64_t head = 0; head < h; ++head) chosen.push_back(heads.holds(int(head), int(h)));
+      others = pick(load(at.queue.upload(chosen), mod(index(), h)), others, 0);
     }
-    if (!any) return plan;
-    plan.nnz_bound = rows.back();
-    plan.rowptr = at.queue.scratch.take(Dtype::I64, {int64_t(rows.size())});
-    plan.index = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound, 2});
-    plan.part = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound});
-    std::copy(rows.begin(), rows.end(), plan.rowptr.as<int64_t>());
-    std::copy(ranges.begin(), ranges.end(), plan.index.as<int32_t>());
-    std::copy(part.begin(), part.end(), plan.part.as<int32_t>());
-    plan.causal = at.plan.causal;
+    return {which, compute(at.queue, Dtype::I32, {all}, others), capacity};
+  }
+
+  /// Part 0: all keys but a head's sinks; part 1: its sinks. A row lists gap, sink, gap, sink, … gap; gaps may be empty.
+  Plan two_parts(LayerView& at, const Sinks& sinks) const {
+    const int64_t tile = longest_queries(at), rows = plan_rows(at, int(tile)), wide = 2 * sinks.capacity + 1;
+    Plan plan;
+    plan.form = Plan::Form::Interval, plan.parts = 2, plan.q_tile = int(tile), plan.causal = at.plan.causal;
+    plan.nnz_bound = rows * wide;
+    plan.rowptr = compute(at.queue, Dtype::I64, {rows + 1}, index() * wide);
+    plan.count = compute(at.queue, Dtype::I32, {rows}, 2 * load(sinks.others, query_segment(at, index())) + 1);
+    plan.index = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound, 2}), plan.part = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound});
+    Ragged listed;
+    listed.offsets = plan.rowptr, listed.bound = plan.nnz_bound;
+    listed.ends = compute(at.queue, Dtype::I64, {rows}, index() * wide + load(plan.count, index()));
+    const Num s = query_segment(at, segment()), odd = mod(place(), 2);
+    auto sink = [&](const Num& i) { return load(sinks.index, s * sinks.capacity + i); };
+    const Num here = floor_div(place() + 1, 2);
+    compute(at.queue, listed, pick(place() == 0, 0, sink(here) + 1 - odd), plan.index.select(1, 0));
+    const Num gap_end = pick(place() == length() - 1, length_of(at.k, floor_div(s, at.model.group())), sink(here + 1));
+    compute(at.queue, listed, pick(odd, sink(here) + 1, gap_end), plan.index.select(1, 1));
+    compute(at.queue, listed, odd, plan.part);
     return plan;
   }
 };

@@ -1,7 +1,6 @@
 #include "mechanisms/edit/ring.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -14,9 +13,8 @@ Ragged rows(Queue& queue, const Tensor& values, int64_t heads, int64_t stride, i
   Ragged out;
   out.values = values.reshape({heads * stride, values.size[2]});
   out.heads = heads, out.bound = heads * stride;
-  out.offsets = queue.scratch.take(Dtype::I64, {heads + 1}), out.ends = queue.scratch.take(Dtype::I64, {heads});
-  for (int64_t s = 0; s < heads; ++s) out.offsets.at<int64_t>(s) = s * stride + begin, out.ends.at<int64_t>(s) = s * stride + end;
-  out.offsets.at<int64_t>(heads) = heads * stride;
+  out.offsets = compute(queue, Dtype::I64, {heads + 1}, pick(index() < heads, index() * stride + begin, heads * stride));
+  out.ends = compute(queue, Dtype::I64, {heads}, index() * stride + end);
   return out;
 }
 
@@ -31,8 +29,8 @@ void ring_attention(Comm& comm, Queue& queue, const Shards& shards, Tensor q, Te
   const Tensor spare_k = queue.scratch.take(k.type, {g, c, k.size[2]}), spare_v = queue.scratch.take(v.type, {g, c, d_v});
   // Part 0 is what is merged so far, part 1 the shard at hand.
   const Tensor outs = queue.scratch.take(Dtype::F32, {2, h * n, d_v}), lses = queue.scratch.take(Dtype::F32, {2, h * n});
-  std::fill_n(outs.as<float>(), outs.numel(), 0.0f);
-  std::fill_n(lses.as<float>(), lses.numel(), -std::numeric_limits<float>::infinity());
+  queue.fill(outs, 0);
+  compute(queue, -kInfinity, lses);
   const Tensor flat_out = out.reshape({h * n, d_v}), flat_lse = lse.reshape({h * n});
 
   Tensor here_k = k, here_v = v, to_k = next_k, to_v = next_v;
@@ -46,13 +44,13 @@ void ring_attention(Comm& comm, Queue& queue, const Shards& shards, Tensor q, Te
     Mods own;
     own.scale = mods.scale, own.softcap = mods.softcap, own.window = mods.window;
     if (mods.window > 0) {
-      own.q_pos = queue.scratch.take(Dtype::I32, {h * n}), own.k_pos = queue.scratch.take(Dtype::I32, {g * c});
-      for (int64_t r = 0; r < h * n; ++r) own.q_pos.at<int32_t>(r) = shards.q_pos.at<int32_t>(first + r % n);
-      for (int64_t r = 0; r < g * c; ++r) own.k_pos.at<int32_t>(r) = r % c < end - begin ? shards.k_pos.at<int32_t>(begin + r % c) : 0;
+      own.q_pos = compute(queue, Dtype::I32, {h * n}, load(shards.q_pos, first + mod(index(), n)));
+      const Num j = mod(index(), c);
+      own.k_pos = compute(queue, Dtype::I32, {g * c}, pick(j < end - begin, load(shards.k_pos, begin + j), 0));
     }
     const Tensor part = outs.select(0, 1), part_lse = lses.select(0, 1);
-    std::fill_n(part.as<float>(), part.numel(), 0.0f);
-    std::fill_n(part_lse.as<float>(), part_lse.numel(), -std::numeric_limits<float>::infinity());
+    queue.fill(part, 0);
+    compute(queue, -kInfinity, part_lse);
     auto attend = [&](int64_t from, int64_t to, int64_t key_end, bool triangle) {
       if (from >= to || key_end <= begin) return;
       Plan plan;
@@ -65,7 +63,7 @@ void ring_attention(Comm& comm, Queue& queue, const Shards& shards, Tensor q, Te
     attend(0, whole, std::min(end, before + first + whole), true);
     attend(whole, n, end, false);
     queue.run->merge(queue, outs, lses, flat_out, flat_lse);
-    copy(flat_out, outs.select(0, 0)), copy(flat_lse, lses.select(0, 0));
+    queue.move(flat_out, outs.select(0, 0)), queue.move(flat_lse, lses.select(0, 0));
     if (!more) break;
     comm.finish(keys), comm.finish(values);
     // The caller's own shard is never written: the third buffer takes its turn.
@@ -89,34 +87,35 @@ struct Ring final : Mechanism {
             "logit biases, gains and maps do not travel around the ring");
     const Tensor out = at.queue.scratch.take(Dtype::F32, {at.out.size[0], at.out.size[1]});
     // Heads may hold different numbers of entries, so each KV head takes its own turn around the ring.
-    for (int64_t s = 0; s < at.k.segments(); ++s) around(at, s, out);
+    int64_t key = 0;
+    for (int64_t s = 0; s < at.k.segments(); key += at.key_rows[size_t(s++)]) around(at, s, key, out);
     return out;
   }
 
-  void around(LayerView& at, int64_t kv, const Tensor& out) const {
-    const int64_t group = at.q.heads / at.k.heads, head = kv * group, d = at.q.values.size[1], d_v = at.v.values.size[1];
-    Shards shards{at.q.length(head), at.k.length(kv), ranks};
+  void around(LayerView& at, int64_t kv, int64_t key, const Tensor& out) const {
+    const int64_t group = at.q.heads / at.k.heads, d = at.q.values.size[1], d_v = at.v.values.size[1], sequence = kv / at.k.heads;
+    Shards shards{at.rows[size_t(sequence)], at.key_rows[size_t(kv)], ranks};
     if (shards.n == 0) return;
-    shards.q_pos = at.q_pos.slice(0, at.q.begin(head), at.q.end(head)), shards.k_pos = at.k_pos.slice(0, at.k.begin(kv), at.k.end(kv));
+    int64_t row = kv % at.k.heads * group * shards.n;  // of the first query
+    for (int64_t s = 0; s < sequence; ++s) row += at.q.heads * at.rows[size_t(s)];
+    const Tensor queries = at.q.values.slice(0, row, row + group * shards.n), outputs = out.slice(0, row, row + group * shards.n);
+    const Tensor keys = at.k.values.slice(0, key, key + shards.m), values = at.v.values.slice(0, key, key + shards.m);
+    shards.q_pos = at.q_pos.slice(0, row, row + shards.n), shards.k_pos = at.k_pos.slice(0, key, key + shards.m);
     const int64_t c = (shards.m + ranks - 1) / ranks;
     run_ranks(ranks, [&](Comm& comm) {
       const int r = comm.rank();
       const int64_t from = shards.q_begin(r), n = shards.q_begin(r + 1) - from, begin = shards.k_begin(r), end = shards.k_begin(r + 1);
-      Queue queue;
-      queue.device = at.queue.device, queue.run = at.queue.run;
+      Queue queue(&at.queue);
       const Tensor q = queue.scratch.take(Dtype::F32, {group, n, d}), k = queue.scratch.take(at.k.values.type, {1, c, d}), v = queue.scratch.take(at.v.values.type, {1, c, d_v});
       const Tensor part = queue.scratch.take(Dtype::F32, {group, n, d_v}), lse = queue.scratch.take(Dtype::F32, {group, n});
       // A short last shard is padded with rows that no one attends to.
-      std::fill_n(k.as<char>(), k.bytes(), char(0)), std::fill_n(v.as<char>(), v.bytes(), char(0));
-      for (int64_t i = 0; i < group; ++i) copy(at.q.segment(head + i).slice(0, from, from + n), q.select(0, i));
-      copy(at.k.segment(kv).slice(0, begin, end), k.select(0, 0).slice(0, 0, end - begin));
-      copy(at.v.segment(kv).slice(0, begin, end), v.select(0, 0).slice(0, 0, end - begin));
+      queue.fill(k, 0), queue.fill(v, 0);
+      for (int64_t i = 0; i < group; ++i) queue.move(queries.slice(0, i * shards.n + from, i * shards.n + from + n), q.select(0, i));
+      queue.move(keys.slice(0, begin, end), k.select(0, 0).slice(0, 0, end - begin));
+      queue.move(values.slice(0, begin, end), v.select(0, 0).slice(0, 0, end - begin));
       ring_attention(comm, queue, shards, q, k, v, at.mods, at.plan.causal, part, lse);
-      for (int64_t i = 0; i < group; ++i) {
-        const int64_t row = at.q.begin(head + i) + from;
-        copy(part.select(0, i), out.slice(0, row, row + n));
-      }
-    });
+      for (int64_t i = 0; i < group; ++i) queue.move(part.select(0, i), outputs.slice(0, i * shards.n + from, i * shards.n + from + n));
+    }, &at.queue);
   }
 };
 

@@ -1,4 +1,3 @@
-#include <cmath>
 #include <limits>
 
 #include "attention/select.h"
@@ -30,16 +29,15 @@ struct AdaKV final : KeepWrapper {
 
   // B_i = round((1 − α) c_i + ⌊α B⌋), c_i what falls to head i of the layer's best.
   Tensor mixed(const Allocation& a, const Tensor& even) const {
-    const Tensor counts = divide(a, a.scores, even, Pool::Layer);
-    const Scratch scratch(a.queue.scratch);
+    const Tensor won = divide(a, a.scores, even, Pool::Layer);
+    const Tensor counts = a.queue.scratch.take(Dtype::I32, {won.size[0], won.size[1]});
     for (int64_t l = 0; l < counts.size[0]; ++l) {
-      const std::vector<int64_t> forced = certain(a, a.scores[size_t(l)]);
-      for (int64_t s = 0; s < counts.size[1]; ++s) {
-        if (even.at<int32_t>(l, s) >= a.scores[size_t(l)].length(s)) continue;  // room for all: nothing to divide
-        const int64_t f = std::min<int64_t>(forced[size_t(s)], even.at<int32_t>(l, s));
-        const int64_t share = std::max<int64_t>(0, counts.at<int32_t>(l, s) - f), budget = even.at<int32_t>(l, s) - f;
-        counts.at<int32_t>(l, s) = int32_t(f + std::llround((1 - alpha) * double(share) + std::floor(alpha * double(budget))));
-      }
+      const Ragged& scores = a.scores[size_t(l)];
+      const Num granted = load(even.select(0, l), index()), forced = min(load(certain(a, scores), index()), granted);
+      const Num share = max(0, load(won.select(0, l), index()) - forced), budget = granted - forced;
+      const Num mix = forced + round((1 - alpha) * share + floor(alpha * budget));
+      // Room for all: nothing to divide.
+      compute(a.queue, pick(granted >= length_of(scores, index()), load(won.select(0, l), index()), mix), counts.select(0, l));
     }
     return counts;
   }
@@ -48,39 +46,33 @@ struct AdaKV final : KeepWrapper {
     std::vector<Ragged> raised;
     for (size_t l = 0; l < a.scores.size(); ++l) {
       const Ragged& scores = a.scores[l];
+      const int64_t all = scores.segments(), capacity = most(a, scores);
+      Select own;
+      own.count = compute(a.queue, Dtype::I32, {all}, max(1, floor(alpha * load(even.select(0, int64_t(l)), index()))));
+      const Tensor best = a.queue.scratch.take(Dtype::I32, {all * capacity}), count = a.queue.scratch.take(Dtype::I32, {all});
+      a.queue.run->select(a.queue, scores, own, capacity, best, count);
       Ragged copied = scores;
       copied.values = a.queue.scratch.take(Dtype::F32, {scores.values.size[0]});
-      copy(scores.values, copied.values);
-      Select own;
-      own.count = a.queue.scratch.take(Dtype::I32, {scores.segments()});
-      int64_t capacity = 1;
-      for (int64_t s = 0; s < scores.segments(); ++s) {
-        own.count.at<int32_t>(s) = std::max(1, int(alpha * even.at<int32_t>(int64_t(l), s)));
-        capacity = std::max<int64_t>(capacity, own.count.at<int32_t>(s));
-      }
-      const Tensor index = a.queue.scratch.take(Dtype::I32, {scores.segments() * capacity});
-      const Tensor count = a.queue.scratch.take(Dtype::I32, {scores.segments()});
-      a.queue.run->select(a.queue, scores, own, capacity, index, count);
-      for (int64_t s = 0; s < scores.segments(); ++s)
-        for (int64_t i = 0; i < count.at<int32_t>(s); ++i)
-          copied.values.at<float>(scores.begin(s) + index.at<int32_t>(s * capacity + i)) = std::numeric_limits<float>::infinity();
+      const Num begin = segment() * capacity, floor = holds(best, begin, begin + load(count, segment()), place());
+      compute(a.queue, scores, pick(floor, kInfinity, load(scores.values, index())), copied.values);
       raised.push_back(copied);
     }
     return divide(a, raised, even, Pool::Layer);
   }
 
-  /// Entries with score +∞ in every segment.
-  static std::vector<int64_t> certain(const Allocation& a, const Ragged& scores) {
-    const int64_t all = scores.segments();
-    int64_t capacity = 1;
-    for (int64_t s = 0; s < all; ++s) capacity = std::max(capacity, scores.length(s));
+  /// Entries with score +∞ in every segment: I32 [segments].
+  static Tensor certain(const Allocation& a, const Ragged& scores) {
+    const int64_t all = scores.segments(), capacity = most(a, scores);
     Select forced;
     forced.by = Select::By::Threshold;
     forced.p = std::numeric_limits<float>::infinity();
-    const Tensor index = a.queue.scratch.take(Dtype::I32, {all * capacity}), count = a.queue.scratch.take(Dtype::I32, {all});
-    a.queue.run->select(a.queue, scores, forced, capacity, index, count);
-    return {count.as<int32_t>(), count.as<int32_t>() + all};
+    const Tensor which = a.queue.scratch.take(Dtype::I32, {all * capacity}), count = a.queue.scratch.take(Dtype::I32, {all});
+    a.queue.run->select(a.queue, scores, forced, capacity, which, count);
+    return count;
   }
+
+  /// No segment has more entries.
+  static int64_t most(const Allocation&, const Ragged& scores) { return std::max<int64_t>(1, scores.bound); }
 };
 
 }  // namespace

@@ -41,7 +41,7 @@ struct H2O final : Accumulated {
   Ragged score(LayerView& at) const override {
     std::vector<int64_t> latest;
     for (int64_t length : at.prompt) latest.push_back(int64_t(recent * double(budget.entries(length))));
-    return force_last(at.column("paid"), latest);
+    return force_last(at.queue, at.column("paid"), latest);
   }
 };
 

@@ -39,13 +39,20 @@ struct Kivi final : KeepPolicy {
   }
 
   bool settle(LayerView& at) const override {
-    for (int64_t s = 0; s < at.store->segments(); ++s) {
-      if (!heads.holds(int(s % at.model.g), at.model.g)) continue;
-      const int64_t pages = (at.store->length(s) - residual) / kPage;
-      int64_t first = 0;
-      while (first < pages && at.store->layout(s, first) == 1) ++first;
-      if (first < pages) at.store->convert(at.queue, s, first, pages, 1);
+    // Every page but the newest that the residual reaches into, in the heads that this applies to.
+    const int64_t all = at.store->segments(), g = at.model.g;
+    std::vector<uint8_t> chosen;
+    int64_t most = 0;  // pages that can have become old enough since the last step, or ever
+    for (int64_t s = 0; s < all; ++s) {
+      chosen.push_back(heads.holds(int(s % g), int(g)));
+      const int64_t last = std::max<int64_t>(0, at.store->length(s) - residual) / kPage, rows = at.rows[size_t(s / g)];
+      most += chosen.back() ? (at.decoding() ? std::min<int64_t>(last, 1) * (rows > 0) : last) : 0;
     }
+    if (most == 0) return true;
+    Num old = floor_div(max(0, load(at.store->pages().length, index()) - residual), kPage);
+    if (!heads.all()) old = pick(load(at.queue.upload(chosen), index()), old, 0);
+    const Tensor first = compute(at.queue, Dtype::I32, {all}, 0), last = compute(at.queue, Dtype::I32, {all}, old);
+    at.store->convert(at.queue, first, last, 1, most);
     return true;
   }
 };

@@ -22,7 +22,8 @@ struct PyramidKV final : SnapKV {
     return all;
   }
 
-  int64_t entries(int layer, int layers, int64_t length) const {
+  int64_t entries(const Budget& budget, const ModelInfo& m, int layer, int64_t length) const override {
+    const int layers = m.layers;
     const double w = window, l = double(length), mean = budget.fraction ? l * budget.amount : budget.amount;
     if (rule.value) {  // the authors': budget is C, the window comes on top of the prefix keys
       const double t = mean - w;
@@ -36,14 +37,6 @@ struct PyramidKV final : SnapKV {
     if (high >= l - w) high = l - w, low = 2 * mean - high;
     if (!(l >= high && high >= low && low >= w) || layers < 2) return std::max<int64_t>(1, int64_t(std::nearbyint(mean)));
     return int64_t(std::nearbyint(high - layer * (high - low) / (layers - 1)));
-  }
-
-  Tensor allocate(const Allocation& a) const override {
-    Tensor counts = KeepPolicy::allocate(a);
-    for (int64_t l = 0; l < counts.size[0]; ++l)
-      for (int64_t s = 0; s < counts.size[1]; ++s)
-        counts.at<int32_t>(l, s) = int32_t(entries(a.first_layer + int(l), a.model.layers, a.prompt[size_t(s / a.scores[0].heads)]));
-    return counts;
   }
 };
 

@@ -28,7 +28,7 @@ Ragged SnapKV::score(LayerView& at) const {
   const std::vector<int64_t> recent = affordable(at, budget, window);
   Ragged smoothed = at.per_entry();
   at.run().smooth(at.queue, without_last(at.queue, votes, recent), pool.value ? PoolKind::Max : PoolKind::Mean, kernel, smoothed.values);
-  return force_last(smoothed, recent);
+  return force_last(at.queue, smoothed, recent);
 }
 
 Entry snapkv() {

@@ -36,12 +36,7 @@ struct StreamingLLM final : KeepPolicy {
   // Age itself is the score.
   Ragged score(LayerView& at) const override { return by_age(at, sinks); }
 
-  Tensor allocate(const Allocation& a) const override {
-    if (window == 0) return KeepPolicy::allocate(a);
-    Allocation given = a;
-    given.budget = {double(sinks + window), false};
-    return KeepPolicy::allocate(given);
-  }
+  int64_t entries(const Budget& kept, const ModelInfo&, int, int64_t length) const override { return window > 0 ? sinks + window : kept.entries(length); }
 };
 
 }  // namespace

@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <cmath>
-#include <set>
 
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -36,13 +34,16 @@ struct FlexPrefill final : Mechanism {
   Plan plan(LayerView& at) const override {
     if (!at.plan.causal) throw Error(Code::Unsupported, "flexprefill", "plans for causal attention only", "leave out --no-causal");
     const int64_t least = std::max<int64_t>(2 * block, (min_budget + block - 1) / block * block);
-    int64_t shortest = longest_keys(at);
-    for (int64_t s = 0; s < at.q.segments(); ++s) shortest = std::min(shortest, at.q.length(s));
+    const int64_t shortest = *std::min_element(at.rows.begin(), at.rows.end());
     // Short prompts and parts of one read everything; so do layers whose sliding window already bounds what is read.
     if (gamma >= 1 || shortest <= least || at.mods.window > 0) return dense_plan(block, block);
-    std::vector<std::vector<int32_t>> rows(static_cast<size_t>(plan_rows(at, block)));
-    each_slice(at, block, [&](const Slice& s) { plan_slice(at, s, rows); });
-    return listed_blocks(at.queue, block, block, rows);
+    const int64_t rows = plan_rows(at, block), capacity = (longest_keys(at) + block - 1) / block;
+    const Tensor listed = at.queue.scratch.take(Dtype::I32, {rows * capacity}), count = at.queue.scratch.take(Dtype::I32, {rows});
+    each_slice(at, block, [&](const Slice& s) {
+      const int64_t end = s.row + s.q.heads * s.tiles;
+      plan_slice(at, s, capacity, listed.slice(0, s.row * capacity, end * capacity), count.slice(0, s.row, end));
+    });
+    return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, listed, count, capacity);
   }
 
  private:
@@ -52,63 +53,83 @@ struct FlexPrefill final : Mechanism {
     Ragged slashes;  // diagonals in groups of `block`, the farthest first and whole, the nearest last
   };
 
-  void plan_slice(LayerView& at, const Slice& s, std::vector<std::vector<int32_t>>& rows) const {
+  void plan_slice(LayerView& at, const Slice& s, int64_t capacity, Tensor listed, Tensor listed_count) const {
+    Queue& queue = at.queue;
     const int64_t heads = s.q.heads, k_blocks = (s.m + block - 1) / block, q_blocks = s.tiles;
     const std::vector<int64_t> whole_blocks(static_cast<size_t>(heads), q_blocks);
     const int64_t d = s.k.values.size[1];
-    const Ragged k_means = numbers(at.queue, std::span(&k_blocks, 1), 1, d), q_means = numbers(at.queue, whole_blocks, heads, d);
-    at.run().pool(at.queue, s.k, PoolKind::Mean, block, k_means);
-    at.run().pool(at.queue, s.q, PoolKind::Mean, block, q_means);
+    const Ragged k_means = numbers(queue, std::span(&k_blocks, 1), 1, d), q_means = numbers(queue, whole_blocks, heads, d);
+    at.run().pool(queue, s.k, PoolKind::Mean, block, k_means);
+    at.run().pool(queue, s.q, PoolKind::Mean, block, q_means);
 
-    const Ragged tail = tail_of(at.queue, s.q, block);
+    const Ragged tail = tail_of(queue, s.q, block);
     const Last last = observe_last(at, s, tail);
-    const Grids estimate = estimate_last(at, s, tail, k_means);
-    const Grids map = grids(at.queue, heads, q_blocks, k_blocks);
+    const Tensor distance = distances(at, estimate_last(at, s, tail, k_means), last.blocks);
+    const Grids map = grids(queue, heads, q_blocks, k_blocks);
     Proxy mean;
     mean.scale = at.mods.scale, mean.softmax = true, mean.q_tile = mean.k_tile = block, mean.offset = s.m - s.n;
-    at.run().proxy(at.queue, q_means, k_means, mean, map);
+    at.run().proxy(queue, q_means, k_means, mean, map);
 
-    for (int64_t head = 0; head < heads; ++head) {
-      const float* guess = estimate.cells.values.as<float>() + estimate.cells.begin(head);
-      const float* truth = last.blocks.cells.values.as<float>() + last.blocks.cells.begin(head);
-      const bool query_aware = distance(guess, truth, k_blocks) < tau;
-      const int64_t fewest = (min_budget + block - 1) / block;
-      const int64_t columns = query_aware ? fewest : blocks_holding(at.queue, segments(last.columns.cells, head, head + 1, 1));
-      const int64_t slashes = query_aware ? fewest : blocks_holding(at.queue, segments(last.diagonals.cells, head, head + 1, 1));
-      const std::vector<int32_t> verticals = best(truth, k_blocks, clamp(columns, k_blocks), 0);
-      const std::vector<int32_t> groups = best(last.slashes.values.as<float>() + last.slashes.begin(head), k_blocks, clamp(slashes, k_blocks), k_blocks - 1);
-      std::vector<std::set<int32_t>> chosen(static_cast<size_t>(q_blocks));
-      for (int64_t t = 0; t < q_blocks; ++t) {
-        // Queries behind an earlier text may straddle two blocks of keys.
-        const int64_t first = (s.m - s.n + t * block) / block, end = (s.m - s.n + std::min((t + 1) * block, s.n) - 1) / block;
-        for (int64_t row = first; row <= end; ++row) {
-          for (int32_t j : verticals)
-            if (j <= row) chosen[size_t(t)].insert(j);
-          for (int32_t group : groups)
-            if (const int64_t j = row - (k_blocks - 1 - group); j >= 0) chosen[size_t(t)].insert(int32_t(j));
-        }
-      }
-      if (query_aware) add_map(at.queue, segments(map.cells, head, head + 1, 1), k_blocks, chosen);
-      for (int64_t t = 0; t < q_blocks; ++t)
-        rows[size_t(s.row + head * s.tiles + t)].assign(chosen[size_t(t)].begin(), chosen[size_t(t)].end());
-    }
+    auto query_aware = [&](const Num& head) { return load(distance, head) < tau; };
+    const int64_t fewest = (min_budget + block - 1) / block, low = std::max<int64_t>(1, fewest);
+    const int64_t high = max_budget > 0 ? std::max(low, max_budget / block) : std::max(low, k_blocks);
+    // ⌊(count + 1) / 128⌋ + 1 blocks, count the elements whose descending running sum stays within gamma. The divisor is
+    // 128 whatever the block, as released.
+    auto blocks_of = [&](const Ragged& mass) {
+      const Num holding = floor_div(load(holding_gamma(queue, mass, s.m).count, index()) + 1, 128) + 1;
+      return compute(queue, Dtype::I32, {heads}, min(clamp(pick(query_aware(index()), fewest, holding), low, high), k_blocks));
+    };
+    const List verticals = best(queue, force(queue, last.blocks.cells, 1, 0), blocks_of(last.columns.cells), k_blocks);
+    const List slashes = best(queue, force(queue, last.slashes, 0, 1), blocks_of(last.diagonals.cells), k_blocks);
+    const List cells = holding_gamma(queue, map.cells, q_blocks * k_blocks);
+
+    // A cell (tile, block) is read for its column, its diagonal or, in a query-aware head, for itself. Queries behind an
+    // earlier text may straddle two blocks of keys, `first` and `end`.
+    const Grids chosen = grids(queue, heads, q_blocks, k_blocks);
+    const Num t = floor_div(place(), k_blocks), j = mod(place(), k_blocks);
+    const Num first = floor_div(s.m - s.n + t * block, block), end = floor_div(s.m - s.n + min((t + 1) * block, s.n) - 1, block);
+    auto on_diagonal = [&](const Num& row) { return slashes.has(segment(), k_blocks - 1 - row + j); };
+    auto add = [&](const Num& also) { compute(queue, chosen.cells, max(load(chosen.cells.values, index()), also), chosen.cells.values); };
+    compute(queue, chosen.cells, j <= end && verticals.has(segment(), j), chosen.cells.values);
+    add(on_diagonal(first)), add(on_diagonal(end));
+    add(query_aware(segment()) && cells.has(segment(), place()));
+    Select read;
+    read.by = Select::By::Threshold, read.p = 0.5f;
+    const std::vector<int64_t> all(static_cast<size_t>(q_blocks), k_blocks);
+    at.run().select(queue, rows_of(queue, chosen, all), read, capacity, listed, listed_count);
   }
 
-  int64_t clamp(int64_t blocks, int64_t all) const {
-    const int64_t low = std::max<int64_t>(1, (min_budget + block - 1) / block), high = max_budget > 0 ? std::max(low, max_budget / block) : all;
-    return std::min(std::clamp(blocks, low, std::max(low, high)), all);
+  /// For each head, numbers in ascending order.
+  struct List {
+    Tensor index, count;  // I32 [heads · capacity], [heads]
+    int64_t capacity;
+    Num has(const Num& head, const Num& number) const { return holds(index, head * capacity, head * capacity + load(count, head), number); }
+  };
+
+  static List best(Queue& queue, const Ragged& scores, const Tensor& count, int64_t capacity) {
+    const int64_t heads = scores.segments();
+    const List out{queue.scratch.take(Dtype::I32, {heads * capacity}), queue.scratch.take(Dtype::I32, {heads}), capacity};
+    Select most;
+    most.count = count;
+    queue.run->select(queue, scores, most, capacity, out.index, out.count);
+    return out;
+  }
+
+  /// Those, largest first, whose running sum stays within gamma of the whole.
+  List holding_gamma(Queue& queue, const Ragged& mass, int64_t capacity) const {
+    const int64_t heads = mass.segments();
+    const List out{queue.scratch.take(Dtype::I32, {heads * capacity}), queue.scratch.take(Dtype::I32, {heads}), capacity};
+    Select most;
+    most.by = Select::By::TopP, most.p = float(gamma), most.crossing = false;
+    queue.run->select(queue, mass, most, capacity, out.index, out.count);
+    return out;
   }
 
   static Ragged tail_of(Queue& queue, const Ragged& q, int64_t rows) {
     Ragged out = q;
     const int64_t all = q.segments();
-    out.offsets = queue.scratch.take(Dtype::I64, {all + 1});
-    out.ends = queue.scratch.take(Dtype::I64, {all});
-    for (int64_t s = 0; s < all; ++s) {
-      out.ends.at<int64_t>(s) = q.end(s);
-      out.offsets.at<int64_t>(s) = std::max(q.begin(s), q.end(s) - rows);
-    }
-    out.offsets.at<int64_t>(all) = q.end(all - 1);
+    out.offsets = compute(queue, Dtype::I64, {all + 1}, pick(index() < all, max(begin_of(q, index()), end_of(q, index()) - rows), end_of(q, all - 1)));
+    out.ends = compute(queue, Dtype::I64, {all}, end_of(q, index()));
     return out;
   }
 
@@ -130,26 +151,17 @@ struct FlexPrefill final : Mechanism {
     // are whole blocks behind it.
     const int64_t nearest = s.m - (k_blocks - 1) * block;
     Ragged near = out.diagonals.cells, far = out.diagonals.cells;
-    near.ends = at.queue.scratch.take(Dtype::I64, {heads});
-    far.offsets = at.queue.scratch.take(Dtype::I64, {heads + 1});
-    far.ends = at.queue.scratch.take(Dtype::I64, {heads});
-    for (int64_t head = 0; head < heads; ++head) {
-      near.ends.at<int64_t>(head) = far.offsets.at<int64_t>(head) = near.begin(head) + nearest;
-      far.ends.at<int64_t>(head) = near.begin(head) + s.m;
-    }
-    far.offsets.at<int64_t>(heads) = heads * s.m;
+    near.ends = compute(at.queue, Dtype::I64, {heads}, index() * s.m + nearest);
+    far.offsets = compute(at.queue, Dtype::I64, {heads + 1}, pick(index() < heads, index() * s.m + nearest, heads * s.m));
+    far.ends = compute(at.queue, Dtype::I64, {heads}, (index() + 1) * s.m);
     const std::vector<int64_t> one(static_cast<size_t>(heads), 1), rest(static_cast<size_t>(heads), k_blocks - 1);
     const Ragged first = numbers(at.queue, one, heads), others = numbers(at.queue, rest, heads);
     at.run().pool(at.queue, near, PoolKind::Sum, block, first);
     at.run().pool(at.queue, far, PoolKind::Sum, block, others);
     const std::vector<int64_t> groups(static_cast<size_t>(heads), k_blocks);
     out.slashes = numbers(at.queue, groups, heads);
-    for (int64_t head = 0; head < heads; ++head) {
-      float* group = out.slashes.values.as<float>() + out.slashes.begin(head);
-      const float* mass = others.values.as<float>() + others.begin(head);
-      std::reverse_copy(mass, mass + k_blocks - 1, group);
-      group[k_blocks - 1] = first.values.at<float>(head);
-    }
+    const Num last = k_blocks - 1, group = place();
+    compute(at.queue, out.slashes, pick(group == last, load(first.values, segment()), load(others.values, segment() * last + last - 1 - group)), out.slashes.values);
     return out;
   }
 
@@ -165,54 +177,18 @@ struct FlexPrefill final : Mechanism {
     return out;
   }
 
-  /// Square root of the Jensen-Shannon divergence, natural logarithm; a zero on either side makes it infinite, as the
-  /// released code's NaN does.
-  static double distance(const float* a, const float* b, int64_t count) {
-    double sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const double mean = 0.5 * (double(a[i]) + double(b[i]));
-      if (a[i] <= 0 || b[i] <= 0) return INFINITY;
-      sum += 0.5 * (a[i] * std::log(a[i] / mean) + b[i] * std::log(b[i] / mean));
-    }
-    return std::sqrt(std::max(0.0, sum));
-  }
-
-  /// ⌊(count + 1) / 128⌋ + 1 blocks, count the elements whose descending running sum stays within gamma. The divisor is 128
-  /// whatever the block, as released.
-  int64_t blocks_holding(Queue& queue, const Ragged& mass) const {
-    const Scratch scratch(queue.scratch);
-    const int64_t capacity = mass.length(0);
-    const Tensor index = queue.scratch.take(Dtype::I32, {capacity}), count = queue.scratch.take(Dtype::I32, {1});
-    Select most;
-    most.by = Select::By::TopP, most.p = float(gamma), most.crossing = false;
-    queue.run->select(queue, mass, most, capacity, index, count);
-    return (count.at<int32_t>(0) + 1) / 128 + 1;
-  }
-
-  /// The `take` largest of count masses, `always` among them; of ties the lower number.
-  static std::vector<int32_t> best(const float* mass, int64_t count, int64_t take, int64_t always) {
-    std::vector<int32_t> order(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) order[size_t(i)] = int32_t(i);
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-      if ((a == always) != (b == always)) return a == always;
-      return mass[a] > mass[b];
-    });
-    order.resize(size_t(std::min(take, count)));
-    return order;
-  }
-
-  /// Blocks of the flattened map that hold gamma of all rows' mass together.
-  void add_map(Queue& queue, const Ragged& map, int64_t cols, std::vector<std::set<int32_t>>& chosen) const {
-    const Scratch scratch(queue.scratch);
-    const int64_t capacity = map.length(0);
-    const Tensor index = queue.scratch.take(Dtype::I32, {capacity}), count = queue.scratch.take(Dtype::I32, {1});
-    Select most;
-    most.by = Select::By::TopP, most.p = float(gamma), most.crossing = false;
-    queue.run->select(queue, map, most, capacity, index, count);
-    for (int32_t i = 0; i < count.at<int32_t>(0); ++i) {
-      const int64_t cell = index.at<int32_t>(i);
-      chosen[size_t(cell / cols)].insert(int32_t(cell % cols));
-    }
+  /// Square root of the Jensen-Shannon divergence of each head, natural logarithm; a zero on either side makes it infinite,
+  /// as the released code's NaN does.
+  static Tensor distances(LayerView& at, const Grids& guess, const Grids& truth) {
+    const int64_t heads = guess.rows.size[0], cols = guess.cells.bound / heads;
+    const Grids terms = grids(at.queue, heads, 1, cols), sums = grids(at.queue, heads, 1, 1);
+    const Num a = load(guess.cells.values, index()), b = load(truth.cells.values, index()), mean = 0.5 * (a + b);
+    const Num term = 0.5 * (a * log(a / mean) + b * log(b / mean));
+    compute(at.queue, terms.cells, pick(a <= 0 || b <= 0, kInfinity, term), terms.cells.values);
+    Reduce sum;
+    sum.to = Reduce::To::Rows;
+    at.run().reduce(at.queue, terms, sum, sums);
+    return compute(at.queue, Dtype::F32, {heads}, sqrt(max(0, load(sums.cells.values, index()))));
   }
 };
 

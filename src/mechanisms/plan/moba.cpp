@@ -26,10 +26,9 @@ struct Moba final : Mechanism {
 
   Plan plan(LayerView& at) const override {
     if (!at.plan.causal) throw Error(Code::Unsupported, "moba", "plans for causal attention only", "leave out --no-causal");
-    const int64_t capacity = std::min<int64_t>(topk, (longest_keys(at) + block - 1) / block);
-    const int64_t rows = plan_rows(at, 1);
+    const int64_t most = (longest_keys(at) + block - 1) / block, capacity = std::min<int64_t>(topk, most), rows = plan_rows(at, 1);
     // A sliding window already bounds what is read.
-    if (at.mods.window > 0 || capacity * block >= longest_keys(at)) return dense_plan(1, block);
+    if (at.mods.window > 0 || capacity == most) return dense_plan(1, block);
     const Tensor index = at.queue.scratch.take(Dtype::I32, {rows * capacity}), count = at.queue.scratch.take(Dtype::I32, {rows});
     each_slice(at, 1, [&](const Slice& s) {
       const int64_t blocks = (s.m + block - 1) / block;
@@ -48,7 +47,7 @@ struct Moba final : Mechanism {
       const int64_t end = s.row + s.q.heads * s.tiles;
       at.run().select(at.queue, queries, best, capacity, index.slice(0, s.row * capacity, end * capacity), count.slice(0, s.row, end));
     });
-    return blocks_plan(at.queue, Plan::Scope::QueryHead, 1, block, index, count, capacity);
+    return tiled_blocks(at, block, index, count, capacity, most);
   }
 };
 

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <limits>
 
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -39,7 +38,7 @@ struct XAttention final : Mechanism {
     // A sliding window already bounds what is read.
     if (at.mods.window > 0 || threshold >= 1) return dense_plan(block, block);
     const int64_t capacity = (longest_keys(at) + block - 1) / block, all = plan_rows(at, block);
-    const Tensor index = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
+    const Tensor listed = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
     const bool causal = at.plan.causal;
     each_slice(at, block, [&](const Slice& s) {
       const Grids mass = block_mass(at, s);
@@ -47,37 +46,36 @@ struct XAttention final : Mechanism {
       std::vector<int64_t> visible;
       for (int64_t t = 0; t < s.tiles; ++t) visible.push_back(((causal ? before + std::min((t + 1) * block, s.n) : s.m) - 1) / block + 1);
       const Ragged rows = rows_of(at.queue, mass, visible);
-      // Forced blocks leave the competition, their mass counts.
+      // Block 0 and the diagonal leave the competition; their mass counts. A tile behind an earlier text may straddle two.
+      const auto tile = [&](const Num& r) { return mod(r, s.tiles); };
+      const auto own = [&](const Num& r) { return floor_div(before + tile(r) * block, block); };
+      const auto last = [&](const Num& r) { return floor_div(before + min((tile(r) + 1) * block, s.n) - 1, block); };
+      const auto mass_of = [&](const Num& j) {
+        const Num x = load(rows.values, begin_of(rows, index()) + j);
+        return pick(x > -kInfinity, x, 0);
+      };
+      const auto first = [&](const Num& r) { return pick(released(before, tile(r)), -1, 0); };
+      const Num r = index();
+      const Tensor zero = compute(at.queue, Dtype::F32, {rows.segments()}, pick(first(r) == 0, mass_of(0), 0));
       Select most;
       most.by = Select::By::TopP, most.p = float(threshold);
-      most.held = at.queue.scratch.take(Dtype::F32, {rows.segments()});
-      for (int64_t r = 0; r < rows.segments(); ++r) {
-        float* row = rows.values.as<float>() + rows.begin(r);
-        float held = 0;
-        auto force_one = [&](int64_t j) {
-          if (std::isinf(row[j])) return;
-          held += row[j];
-          row[j] = std::numeric_limits<float>::infinity();
-        };
-        const int64_t t = r % s.tiles;
-        if (!released(before, t)) force_one(0);
-        const int64_t own = (before + std::min((t + 1) * block, s.n) - 1) / block;
-        for (int64_t j = (before + t * block) / block; j <= own; ++j) force_one(j);
-        most.held.at<float>(r) = held;
-      }
+      most.held = compute(at.queue, Dtype::F32, {rows.segments()},
+                          load(zero, r) + pick(own(r) == first(r), 0, mass_of(own(r))) + pick(last(r) == own(r), 0, mass_of(last(r))));
+      const Num j = place(), x = load(rows.values, index());
+      const Num forced = j == first(segment()) || (j >= own(segment()) && j <= last(segment()));
+      compute(at.queue, rows, pick(forced && x > -kInfinity, kInfinity, x), rows.values);
       const int64_t end = s.row + s.q.heads * s.tiles;
-      const Tensor blocks = index.slice(0, s.row * capacity, end * capacity), taken = count.slice(0, s.row, end);
+      const Tensor blocks = listed.slice(0, s.row * capacity, end * capacity), taken = count.slice(0, s.row, end);
       at.run().select(at.queue, rows, most, capacity, blocks, taken);
       if (!as_released) return;
       Select more;
-      more.count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
-      for (int64_t r = 0; r < rows.segments(); ++r) more.count.at<int32_t>(r) = taken.at<int32_t>(r) + released(before, r % s.tiles);
+      more.count = compute(at.queue, Dtype::I32, {rows.segments()}, load(taken, r) + released(before, tile(r)));
       at.run().select(at.queue, rows, more, capacity, blocks, taken);
     });
-    return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, index, count, capacity);
+    return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, listed, count, capacity);
   }
 
-  bool released(int64_t before, int64_t tile) const { return as_released && before + tile * block < 16384; }
+  Num released(int64_t before, const Num& tile) const { return as_released ? before + tile * block < 16384 : Num(0); }
 
   // Softmax over groups of `stride` keys of the antidiagonal sums, summed to blocks.
   Grids block_mass(LayerView& at, const Slice& s) const {

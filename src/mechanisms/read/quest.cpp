@@ -33,20 +33,15 @@ struct Quest final : Mechanism {
   Read read(LayerView& at) const override {
     // A sliding window already bounds what is read.
     if ((at.layer < first_dense && at.model.layers > first_dense) || at.mods.window > 0) return {};
-    std::vector<int64_t> pages;
-    for (int64_t s = 0; s < at.q.segments(); ++s) pages.push_back((at.store->length(s / at.model.group()) + page - 1) / page);
-    const Ragged scores = numbers(at.queue, pages, at.q.heads);
+    const int64_t h = at.q.heads, group = at.model.group(), all = at.q.segments(), most = (at.store->longest() + page - 1) / page;
+    const Tensor held = at.store->pages().length;
+    auto pages = [&](const Num& entries) { return ceil_div(entries, page); };
+    const Ragged scores = numbers(at.queue, all, pages(load(held, floor_div(index(), group))), h, all * most);
     at.run().page_score(at.queue, at.q, at.store->pages(), at.stores->column(low()), at.stores->column(high()), scores);
-    const Ragged rows = with_queries(at.queue, force(at.queue, scores, 0, 1), at.q);
-    int64_t capacity = 1;
+    const Ragged rows = with_queries(at, force(at.queue, scores, 0, 1));
+    const int64_t capacity = std::max<int64_t>(1, (std::min(budget.entries(at.store->longest()), at.store->longest()) + page - 1) / page);
     Select best;
-    best.count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
-    for (int64_t s = 0, row = 0; s < at.q.segments(); ++s) {
-      if (at.q.length(s) == 0) continue;
-      const int64_t length = at.store->length(s / at.model.group()), count = (std::min(budget.entries(length), length) + page - 1) / page;
-      best.count.at<int32_t>(row++) = int32_t(count);
-      capacity = std::max(capacity, count);
-    }
+    best.count = compute(at.queue, Dtype::I32, {rows.segments()}, pages(granted(budget, load(held, floor_div(query_segment(at, index()), group)))));
     const Tensor index = at.queue.scratch.take(Dtype::I32, {rows.segments() * capacity}), count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
     at.run().select(at.queue, rows, best, capacity, index, count);
     Read read;

@@ -24,15 +24,7 @@ struct TidalDecode final : Mechanism {
   struct Chosen final : State {
     Buffer index, count;
     int64_t capacity = 0;
-    std::unique_ptr<State> clone() const override {
-      auto out = std::make_unique<Chosen>();
-      if (capacity > 0) {
-        out->index = Buffer(Dtype::I32, {index->numel()}), out->count = Buffer(Dtype::I32, {count->numel()});
-        copy(index, out->index), copy(count, out->count);
-      }
-      out->capacity = capacity;
-      return out;
-    }
+    std::unique_ptr<State> clone() const override { return std::make_unique<Chosen>(); }  // made anew in every step
   };
 
   Needs needs(const ModelInfo&) const override {
@@ -51,35 +43,27 @@ struct TidalDecode final : Mechanism {
     if (selects) choose(at, chosen);
     if ((selects && !shallow) || at.mods.window > 0) return {};
     Read read;
-    read.plan = tokens_plan(at.queue, Plan::Scope::QueryHead, 1, chosen.index, chosen.count, chosen.capacity);
+    const int64_t rows = plan_rows(at, 1);
+    read.plan = tokens_plan(at.queue, Plan::Scope::QueryHead, 1, chosen.index->slice(0, 0, rows * chosen.capacity), chosen.count->slice(0, 0, rows), chosen.capacity);
     return read;
   }
 
   void choose(LayerView& at, Chosen& chosen) const {
-    const int64_t group = at.model.group();
-    std::vector<int64_t> lengths;
-    for (int64_t s = 0; s < at.q.segments(); ++s) lengths.push_back(at.store->length(s / group));
+    const int64_t group = at.model.group(), longest = at.store->longest();
     Observe how;
     how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
-    const Ragged columns = at.observe(at.q, how);
-    // [entries, group] of each KV head → one run of entries for each query head.
-    const Ragged logits = numbers(at.queue, lengths, at.q.heads);
-    for (int64_t s = 0; s < at.q.segments(); ++s) {
-      const Tensor entries = columns.values.reshape({columns.bound, group}).slice(0, columns.begin(s / group), columns.end(s / group));
-      copy(entries.select(1, s % group), logits.segment(s));
-    }
-    const Ragged rows = with_queries(at.queue, force(at.queue, logits, 0, 1), at.q);
+    const Ragged logits = by_query_head(at.queue, at.observe(at.q, how), group);
+    const Ragged rows = with_queries(at, force(at.queue, logits, 0, 1));
+    const Num held = load(at.store->pages().length, floor_div(query_segment(at, index()), group));
     Select best;
-    best.count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
-    chosen.capacity = 1;
-    for (int64_t s = 0, row = 0; s < at.q.segments(); ++s) {
-      if (at.q.length(s) == 0) continue;
-      const int64_t count = std::min(budget.entries(lengths[size_t(s)]), lengths[size_t(s)]);
-      best.count.at<int32_t>(row++) = int32_t(count);
-      chosen.capacity = std::max(chosen.capacity, count);
-    }
-    chosen.index = Buffer(Dtype::I32, {rows.segments() * chosen.capacity}), chosen.count = Buffer(Dtype::I32, {rows.segments()});
-    at.run().select(at.queue, rows, best, chosen.capacity, chosen.index, chosen.count);
+    best.count = compute(at.queue, Dtype::I32, {rows.segments()}, granted(budget, held));
+    chosen.capacity = std::max<int64_t>(1, std::min(budget.entries(longest), longest));
+    grow(at, chosen.index, rows.segments() * chosen.capacity), grow(at, chosen.count, rows.segments());
+    at.run().select(at.queue, rows, best, chosen.capacity, chosen.index->slice(0, 0, rows.segments() * chosen.capacity), chosen.count->slice(0, 0, rows.segments()));
+  }
+
+  static void grow(LayerView& at, Buffer& buffer, int64_t size) {
+    if (!buffer || buffer->numel() < size) buffer = Buffer(Dtype::I32, {size + size / 4}, *at.queue.memory);
   }
 };
 

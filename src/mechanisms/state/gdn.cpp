@@ -50,10 +50,9 @@ struct Gdn final : Mechanism {
   Tensor normal(const LayerView& at, const Tensor& x) const {
     const int64_t rows = x.size[0], d = x.size[1];
     const Tensor out = at.queue.scratch.take(Dtype::F32, {rows, d});
-    copy(x, out);
+    at.queue.move(x, out);
     if (!l2norm) return out;
-    const Tensor weight = at.queue.scratch.take(Dtype::F32, {d});
-    std::fill_n(weight.as<float>(), d, 1 / std::sqrt(float(d)));
+    const Tensor weight = compute(at.queue, Dtype::F32, {d}, 1 / std::sqrt(float(d)));
     at.run().rms_norm(at.queue, out, weight, 1e-6f / float(d), out);
     return out;
   }
@@ -63,11 +62,10 @@ struct Gdn final : Mechanism {
     Ragged out = at.q;
     out.values = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0], width});
     const int64_t group = at.q.heads / panel.heads;
-    for (int64_t s = 0; s < at.q.segments(); ++s) {
-      const int64_t n = at.q.length(s), end = panel.end(s / group);
-      require(panel.length(s / group) >= n, "gdn", "there are fewer keys than queries");
-      copy(panel.values.slice(0, end - n, end), out.segment(s));
-    }
+    for (size_t s = 0; s < at.key_rows.size(); ++s)
+      require(at.key_rows[s] >= at.rows[s / size_t(panel.heads)], "gdn", "there are fewer keys than queries");
+    const Num row = end_of(panel, floor_div(segment(), group)) - length() + place();
+    compute(at.queue, out, load(panel.values, row * width + channel()), out.values);
     return out;
   }
 };
