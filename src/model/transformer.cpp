@@ -22,7 +22,7 @@ void project(Queue& queue, const ModelWeights& weights, const Architecture& arch
     Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
     run.rms_norm(queue, x.slice(0, a, b), w.attn_norm, architecture.norm_eps, normed);
     const Linear each[] = {{w.q, w.q_bias, q.slice(0, a, b)}, {w.k, w.k_bias, k.slice(0, a, b)}, {w.v, w.v_bias, v.slice(0, a, b)}};
-    run.matmul_each(queue, each, normed);
+    run.matmul_each(queue, std::span(each), normed);
   });
 }
 
