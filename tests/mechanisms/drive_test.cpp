@@ -17,16 +17,15 @@ class FakeRun final : public Run {
     std::vector<Case> layers;  // prompt and replay: q of the replay, k of both
   };
 
-  FakeRun(Setting setting, const std::string& spec, int64_t length) : length_(length), shape_{setting.h, setting.g, 1, length, 16, 16} {
+  FakeRun(Setting setting, const std::string& spec, int64_t length) : length_(length), shape_{setting.h, setting.g, 1, length, 16, 16}, queue_(&backend(setting.backend), *backend(setting.backend).memory) {
     info_.layers = kLayers, info_.h = int(setting.h), info_.g = int(setting.g), info_.d = info_.d_v = 16;
-    queue_.run = setting.backend == "cpu" ? cpu_kernels().front() : &reference_kernels();
     mechanism_ = value_or_throw(make_mechanism(value_or_throw(parse_spec(spec))[0], registry()));
     state_ = mechanism_->open(info_);
     StoreOptions options;
     options.k.kind = options.v.kind = PageType::Kind::F32;
     options.columns = mechanism_->needs(info_).columns;
     const std::vector<StoreShape> shapes(kLayers, StoreShape{int(setting.g), 16, 16});
-    store_ = std::make_unique<Store>(shapes, options, queue_.run->v_transposed);
+    store_ = std::make_unique<Store>(queue_, shapes, options);
     for (int32_t i = 0; i < length; ++i) tokens_.push_back(i);
     for (int l = 0; l < kLayers; ++l) {
       prompt_.emplace_back(shape_, uint64_t(20 + l));
@@ -54,13 +53,17 @@ class FakeRun final : public Run {
       const Scratch scratch(queue_.scratch);
       LayerView at(info_, queue_, l, Phase::Replay);
       at.prompt = {length_}, at.state = state_.get(), at.store = &store_->layer(l), at.stores = store_.get();
-      const Buffer q_offsets = steps(shape.h, n), k_offsets = steps(shape.g, m);
-      at.q = {c.q->reshape({shape.h * n, 16}), q_offsets, {}, shape.h, shape.h * n};
-      at.k = {c.k->reshape({shape.g * m, 16}), k_offsets, {}, shape.g, shape.g * m};
-      at.v = {c.v->reshape({shape.g * m, 16}), k_offsets, {}, shape.g, shape.g * m};
+      at.rows = {n}, at.key_rows.assign(size_t(shape.g), m);
+      const Tensor q_offsets = queue_.upload(steps(shape.h, n)), k_offsets = queue_.upload(steps(shape.g, m));
+      at.q = {queue_.upload(c.q->reshape({shape.h * n, 16})), q_offsets, {}, shape.h, shape.h * n};
+      at.k = {queue_.upload(c.k->reshape({shape.g * m, 16})), k_offsets, {}, shape.g, shape.g * m};
+      at.v = {queue_.upload(c.v->reshape({shape.g * m, 16})), k_offsets, {}, shape.g, shape.g * m};
+      const int64_t waits = queue_.host_waits;
       mechanism_->observe(at);
+      EXPECT_EQ(queue_.host_waits, waits);
     }
     store_->truncate(queue_, 0, length_);
+    store_->sync();
   }
 
   void evict() override {
@@ -93,8 +96,11 @@ class FakeRun final : public Run {
     Buffer offsets = steps(g, m), ends(Dtype::I64, {g}), positions(Dtype::I32, {g * m});
     for (int64_t kv = 0; kv < g; ++kv) offsets->at<int64_t>(kv) += from, ends->at<int64_t>(kv) = kv * m + to;
     for (int64_t r = 0; r < g * m; ++r) positions->at<int32_t>(r) = int32_t(r % m);
-    const Ragged k{c.k->reshape({g * m, 16}), offsets, ends, g, g * m}, v{c.v->reshape({g * m, 16}), offsets, ends, g, g * m};
-    store_->layer(l).append(queue_, k, v, positions);
+    const Scratch scratch(queue_.scratch);
+    const Tensor begin = queue_.upload(offsets), end = queue_.upload(ends);
+    const Ragged k{queue_.upload(c.k->reshape({g * m, 16})), begin, end, g, g * m}, v{queue_.upload(c.v->reshape({g * m, 16})), begin, end, g, g * m};
+    const int64_t rows = to - from;
+    store_->layer(l).append(queue_, k, v, queue_.upload(positions), std::span(&rows, 1));
   }
 
   int64_t length_;

@@ -9,8 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "backends.h"
 #include "base/random.h"
 #include "lab/apply.h"
+#include "model/session.h"
 
 namespace heed::test {
 
@@ -119,7 +121,8 @@ inline std::vector<int32_t> top(const std::vector<double>& scores, int64_t count
   return order;
 }
 
-/// Every test of a mechanism runs on the oracle and on the machine's best table, for groups 1, 3 and 8.
+/// Every test of a mechanism runs on the oracle, on the machine's best table (or the one that HEED_BACKEND names) and on
+/// memory that the host may not touch, for groups 1, 3 and 8.
 struct Setting {
   std::string backend;
   int64_t h, g;
@@ -132,8 +135,8 @@ class Mechanisms : public testing::TestWithParam<Setting> {
 };
 #define HEED_ON_ALL_SETTINGS(SUITE)                                                                                       \
   INSTANTIATE_TEST_SUITE_P(All, SUITE,                                                                                    \
-                           testing::Values(Setting{"reference", 2, 2}, Setting{"reference", 6, 2}, Setting{"cpu", 2, 2}, \
-                                           Setting{"cpu", 6, 2}, Setting{"cpu", 8, 1}))
+                           testing::Values(Setting{"reference", 2, 2}, Setting{"reference", 6, 2}, Setting{backend_or("cpu"), 2, 2}, \
+                                           Setting{backend_or("cpu"), 6, 2}, Setting{backend_or("cpu"), 8, 1}, Setting{"guarded", 6, 2}))
 
 inline constexpr double kExact = 2e-5;  // f32 against f64 at these sizes
 

@@ -248,21 +248,22 @@ TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
   const Case c(shape(1, 333, 40, 24), 12);
   for (const auto& [spec, bits, group, residual] : {std::tuple{"kivi(residual=70)", 2, 32, 70}, {"kivi(bits=4,group=16,residual=0)", 4, 16, 0}, {"kivi(bits=8,group=64,residual=130)", 8, 64, 130}}) {
     const int64_t g = c.shape.g, m = c.shape.m;
-    Queue queue;
-    queue.run = backend() == "cpu" ? cpu_kernels().front() : &reference_kernels();
+    Queue queue = queue_on(heed::backend(backend()));
     ModelInfo model;
     model.h = int(c.shape.h), model.g = int(g), model.d = 40, model.d_v = 24;
     const auto mechanism = value_or_throw(make_mechanism(value_or_throw(parse_spec(spec))[0], registry()));
     StoreOptions options;
     options.k.kind = options.v.kind = PageType::Kind::F32;
     const StoreShape layer{int(g), 40, 24};
-    Store store(std::span(&layer, 1), options, queue.run->v_transposed);
+    Store store(queue, std::span(&layer, 1), options);
     const Needs needs = mechanism->needs(model);
     EXPECT_EQ(store.add_layout(needs.quantised_k, needs.quantised_v), 1);
     Buffer offsets(Dtype::I64, {g + 1}), positions(Dtype::I32, {g * m}), k(Dtype::F32, {g * m, 40}), v(Dtype::F32, {g * m, 24});
     for (int64_t s = 0; s <= g; ++s) offsets->at<int64_t>(s) = s * m;
     for (int64_t r = 0; r < g * m; ++r) positions->at<int32_t>(r) = int32_t(r % m);
-    store.layer(0).append(queue, {c.k->reshape({g * m, 40}), offsets, {}, g, g * m}, {c.v->reshape({g * m, 24}), offsets, {}, g, g * m}, positions);
+    const Tensor there = queue.upload(offsets);
+    store.layer(0).append(queue, {queue.upload(c.k->reshape({g * m, 40})), there, {}, g, g * m}, {queue.upload(c.v->reshape({g * m, 24})), there, {}, g, g * m},
+                          queue.upload(positions), std::span(&m, 1));
     const int64_t bytes = store.bytes();
     LayerView at(model, queue, 0, Phase::Prompt);
     at.store = &store.layer(0), at.stores = &store;
@@ -271,7 +272,9 @@ TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
     EXPECT_TRUE(policy.settle(at)) << "twice is once";
     EXPECT_LT(store.bytes(), bytes);
     std::fill_n(k->as<float>(), k->numel(), NAN), std::fill_n(v->as<float>(), v->numel(), NAN);
-    queue.run->page_read(queue, store.layer(0).pages(), nullptr, {k, offsets, {}, g, g * m}, {v, offsets, {}, g, g * m}, {});
+    const Tensor read_k = queue.upload(k), read_v = queue.upload(v);
+    queue.run->page_read(queue, store.layer(0).pages(), nullptr, {read_k, there, {}, g, g * m}, {read_v, there, {}, g, g * m}, {});
+    queue.read_back(read_k, k->data), queue.read_back(read_v, v->data);
     const int64_t old = (m - residual) / 64 * 64;
     const double levels = (1 << bits) - 1;
     int rounded = 0;

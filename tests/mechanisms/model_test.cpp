@@ -4,6 +4,7 @@
 #include <cmath>
 #include <filesystem>
 
+#include "backends.h"
 #include "mechanisms/registry.h"
 #include "model/session.h"
 
@@ -35,7 +36,7 @@ class RealModel : public testing::Test {
   /// Log probabilities of the last `steps` tokens' rows, fed one by one behind the rest.
   std::vector<std::vector<double>> predict(const std::string& spec, int steps = 8) {
     SessionOptions o;
-    o.attention = spec;
+    o.attention = spec, o.backend = backend_or("auto");
     Session session(model_, o);
     session.prefill(std::span(ids_).first(ids_.size() - size_t(steps)));
     std::vector<std::vector<double>> out;

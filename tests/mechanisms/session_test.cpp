@@ -23,7 +23,7 @@ std::vector<int32_t> text(int64_t length, uint64_t seed) {
 /// Logits of every decoded step of two sequences of unequal length, one of them idle at times, the prompt in parts of `chunk`.
 std::vector<float> logits(const std::shared_ptr<const Model>& model, const std::string& spec, int64_t chunk) {
   SessionOptions o;
-  o.attention = spec, o.sequences = 2, o.chunk = chunk, o.backend = "reference";
+  o.attention = spec, o.sequences = 2, o.chunk = chunk, o.backend = backend_or("reference");
   o.k.kind = o.v.kind = PageType::Kind::F32;
   Session session(model, o);
   const auto a = text(83, 1), b = text(30, 2);
@@ -82,7 +82,7 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
   for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)", "quest(budget=8,page=4,dense=0)", "a2sf(budget=10)",
                            "recycled-attention(budget=8,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "caote(h2o(budget=10))", "random(budget=10,when=every(2))"}) {
     SessionOptions o;
-    o.attention = spec, o.backend = "reference";
+    o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);
     session.prefill(text(70, 3));
     session.decode(4);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <map>
 
+#include "backends.h"
 #include "base/random.h"
 #include "model/transformer.h"
 
@@ -37,6 +38,7 @@ std::vector<std::string> exact_backends() {
   std::vector<std::string> names{"reference"};
   for (const Kernels* table : cpu_kernels())
     if (table->name == "avx512" || table->name == "avx2" || table->name == "neon") names.push_back(table->name);
+  if (const std::string chosen = test::backend_or(""); !chosen.empty()) names.push_back(chosen);
   return names;
 }
 
@@ -60,6 +62,7 @@ using Until = std::vector<std::vector<std::vector<int32_t>>>;
 std::vector<std::vector<float>> recompute(const Model& model, const std::vector<int32_t>& ids, const Until& until) {
   Queue queue;
   queue.run = &reference_kernels();
+  const auto weights = model.place(queue);
   const ModelInfo& m = model.info();
   const int64_t n = int64_t(ids.size());
   std::vector<int32_t> positions(static_cast<size_t>(n)), tokens = ids;
@@ -76,7 +79,7 @@ std::vector<std::vector<float>> recompute(const Model& model, const std::vector<
   };
   for (int l = 0; l < m.layers; ++l) {
     Buffer q(Dtype::F32, {n, m.h, m.d}), k(Dtype::F32, {n, m.g, m.d}), v(Dtype::F32, {n, m.g, m.d});
-    project(queue, model, l, x, n, q->reshape({n, m.h * m.d}), k->reshape({n, m.g * m.d}), v->reshape({n, m.g * m.d}));
+    project(queue, *weights, model.architecture(), l, x, n, q->reshape({n, m.h * m.d}), k->reshape({n, m.g * m.d}), v->reshape({n, m.g * m.d}));
     Buffer qh(Dtype::F32, {m.h * n, m.d}), kh(Dtype::F32, {m.g * n, m.d}), vh(Dtype::F32, {m.g * n, m.d}), out(Dtype::F32, {m.h * n, m.d});
     queue.run->split_heads(queue, q, ends, {}, 0, m.rope(l), at, heads(m.h, qh));
     queue.run->split_heads(queue, k, ends, {}, 0, m.rope(l), at, heads(m.g, kh));
@@ -87,10 +90,10 @@ std::vector<std::vector<float>> recompute(const Model& model, const std::vector<
     mods.window = m.window(l);
     mods.until = Tensor(seen.data(), Dtype::I32, {m.g * n});
     queue.run->attend(queue, heads(m.h, qh), heads(m.g, kh), heads(m.g, vh), {}, mods, out, {});
-    finish(queue, model, l, heads(m.h, out), ends, n, x);
+    finish(queue, *weights, model.architecture(), l, heads(m.h, out), ends, n, x);
   }
   Buffer y(Dtype::F32, {n, m.vocabulary});
-  logits(queue, model, x, y);
+  logits(queue, *weights, model.architecture(), x, y);
   std::vector<std::vector<float>> rows;
   for (int64_t i = 0; i < n; ++i) rows.push_back(row(y, i));
   return rows;
@@ -119,7 +122,7 @@ TEST_P(EvictionTest, EqualsTheUntilMask) {
     bool shorter = false;
     session.tap([&](LayerView& at) {
       if (at.phase == Phase::Replay) return;
-      const int64_t rows = at.q.length(0);
+      const int64_t rows = at.rows[0];
       if (at.layer == 0) fed += rows;
       for (int g = 0; g < m.g; ++g) {
         const std::vector<int32_t> held = at.store->positions(g);
@@ -150,12 +153,122 @@ INSTANTIATE_TEST_SUITE_P(Policies, EvictionTest, testing::Values(
     Case{"duo-attention(sinks=2,recent=12)"}, Case{"duo-attention(sinks=2,recent=12,heads=1)", 25}, Case{"simlayerkv(threshold=0,recent=14)"},
     Case{"chunkkv(snapkv(budget=20,window=4),chunk=5)"}, Case{"caote(h2o(budget=16))"}, Case{"caote(snapkv(budget=20,window=4))"},
     Case{"dms(keydiff,threshold=0,window=8)"}, Case{"adakv(keydiff(budget=20))"},
-    Case{"tova(budget=16)"}, Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"}, Case{"snapkv(budget=20,window=4,layers=1-)"}),
+    Case{"tova(budget=16)"}, Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"}, Case{"snapkv(budget=20,window=4,layers=1-)"},
+    Case{"kvzip(budget=20,chunk=32,sinks=2)"}, Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
     [](const auto& info) {
       std::string name = info.param.attention + (info.param.chunk ? "_chunk" : "");
       for (char& c : name) if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
       return name;
     });
+
+// Decoding at cache positions, step by step with nothing but lists: keys lie unrotated and are turned to their places in
+// the cache anew for every query.
+struct CacheOracle {
+  struct Entry {
+    int32_t position;
+    std::vector<double> k, v;
+  };
+  const Model& model;
+  int64_t sinks, budget;
+  std::vector<std::vector<std::vector<Entry>>> cache;  // [layer][KV head]
+  int64_t fed = 0;
+
+  CacheOracle(const Model& m, int64_t sinks, int64_t budget)
+      : model(m), sinks(sinks), budget(budget), cache(size_t(m.info().layers), std::vector(size_t(m.info().g), std::vector<Entry>())) {}
+
+  void cut(std::vector<Entry>& entries, int64_t count) const {
+    if (int64_t(entries.size()) > count) entries.erase(entries.begin() + sinks, entries.end() - (count - sinks));
+  }
+  std::vector<double> turned(std::vector<double> x, int64_t place) const {
+    const Rope& rope = *model.info().rope(0);
+    for (int i = 0; i < rope.dims / 2; ++i) {
+      const double angle = double(place) * double(rope.inv_freq.at<float>(i)), a = x[size_t(i)], b = x[size_t(i + rope.dims / 2)];
+      x[size_t(i)] = a * std::cos(angle) - b * std::sin(angle), x[size_t(i + rope.dims / 2)] = a * std::sin(angle) + b * std::cos(angle);
+    }
+    return x;
+  }
+  static std::vector<double> numbers(const Buffer& t, int64_t row, int64_t first, int64_t count) {
+    std::vector<double> out;
+    for (int64_t c = 0; c < count; ++c) out.push_back(double(t->at<float>(row, first + c)));
+    return out;
+  }
+
+  /// Logits of the last of the tokens.
+  std::vector<float> feed(std::vector<int32_t> tokens, bool prompt) {
+    Queue queue;
+    queue.run = &reference_kernels();
+    const auto weights = model.place(queue);
+    const ModelInfo& m = model.info();
+    const int64_t n = int64_t(tokens.size()), d = m.d;
+    std::vector<int64_t> first{0, n}, offsets;
+    for (int64_t h = 0; h <= m.h; ++h) offsets.push_back(h * n);
+    const Tensor ends(first.data(), Dtype::I64, {2});
+    Buffer x(Dtype::F32, {n, m.hidden});
+    queue.run->embed(queue, weights->embedding, Tensor(tokens.data(), Dtype::I32, {n}), 1, x);
+    for (int l = 0; l < m.layers; ++l) {
+      Buffer q(Dtype::F32, {n, m.h * d}), k(Dtype::F32, {n, m.g * d}), v(Dtype::F32, {n, m.g * d}), out(Dtype::F32, {m.h * n, d});
+      project(queue, *weights, model.architecture(), l, x, n, q, k, v);
+      for (int g = 0; g < m.g; ++g) {
+        auto& entries = cache[size_t(l)][size_t(g)];
+        if (!prompt) cut(entries, budget - n);
+        const int64_t held = int64_t(entries.size());
+        for (int64_t i = 0; i < n; ++i) entries.push_back({int32_t(fed + i), numbers(k, i, g * d, d), numbers(v, i, g * d, d)});
+        for (int h = g * m.group(); h < (g + 1) * m.group(); ++h)
+          for (int64_t i = 0; i < n; ++i) {
+            const auto query = turned(numbers(q, i, h * d, d), held + i);
+            std::vector<double> sum(size_t(d), 0.0);
+            double total = 0;
+            for (int64_t j = 0; j <= held + i; ++j) {
+              const Entry& e = entries[size_t(j)];
+              if (m.window(l) > 0 && fed + i - e.position >= m.window(l)) continue;
+              const auto key = turned(e.k, j);
+              double logit = 0;
+              for (int64_t c = 0; c < d; ++c) logit += query[size_t(c)] * key[size_t(c)];
+              const double w = std::exp(logit / std::sqrt(double(d)));
+              total += w;
+              for (int64_t c = 0; c < d; ++c) sum[size_t(c)] += w * e.v[size_t(c)];
+            }
+            for (int64_t c = 0; c < d; ++c) out->at<float>(h * n + i, c) = float(sum[size_t(c)] / total);
+          }
+        cut(entries, budget);
+      }
+      finish(queue, *weights, model.architecture(), l, Ragged{out, Tensor(offsets.data(), Dtype::I64, {m.h + 1}), {}, m.h, m.h * n}, ends, n, x);
+    }
+    fed += n;
+    Buffer y(Dtype::F32, {n, m.vocabulary});
+    logits(queue, *weights, model.architecture(), x, y);
+    return row(y, n - 1);
+  }
+};
+
+TEST(Session, CachePositionsAreThoseOfTheCache) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}}) {
+    const auto model = tiny({0, 24, 0}, h, g);
+    for (const auto& [prompt, budget] : {std::pair{70, 16}, {9, 16}, {40, 33}}) {
+      const std::vector<int32_t> ids = text(int64_t(prompt) + 24);
+      CacheOracle oracle(*model, 3, budget);
+      Session session(model, options("streaming-llm(sinks=3,budget=" + std::to_string(budget) + ")"));
+      EXPECT_LT(distance(row(session.prefill(std::span(ids).first(size_t(prompt))), 0), oracle.feed({ids.begin(), ids.begin() + prompt}, true)), 2e-4);
+      for (size_t i = size_t(prompt); i < ids.size(); ++i)
+        ASSERT_LT(distance(row(session.decode(ids[i]), 0), oracle.feed({ids[i]}, false)), 2e-4) << h << " " << g << " " << prompt << " " << i;
+    }
+  }
+}
+
+// What no later query can see is not worth an entry, and what the window shows is kept whatever a repetition sees of it.
+TEST(Session, KvZipLeavesWindowsOutOfThePool) {
+  const auto model = tiny({24, 0, 24, 0});
+  Session session(model, options("kvzip(budget=30,chunk=32,sinks=2)"));
+  session.prefill(text(100));
+  int64_t whole = 0;
+  for (int l = 0; l < 4; ++l)
+    for (int64_t g = 0; g < 2; ++g) {
+      const std::vector<int32_t> held = session.store().layer(l).positions(g);
+      if (l % 2) whole += int64_t(held.size());
+      else ASSERT_EQ(held.size(), 24u), EXPECT_EQ(held.front(), 76);
+    }
+  EXPECT_EQ(whole, 2 * 2 * 30);
+}
 
 // A batch of unequal sequences gives what each gives alone.
 TEST(Session, BatchEqualsEachAlone) {

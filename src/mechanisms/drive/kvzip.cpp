@@ -7,7 +7,9 @@ namespace {
 
 // KVzip (Kim et al., 2025): behind the prompt the model is asked to repeat it, part by part, and an entry is worth the most
 // attention that it gets while it is repeated; the lowest go, over all layers and heads together. The first `sinks`
-// entries always stay (the library's rule; the authors keep the system prompt).
+// entries always stay (the library's rule; the authors keep the system prompt). In a sliding-window layer a repetition
+// behind the prompt sees nothing of what it repeats, so scores say nothing there: such a layer stays out of the pool and
+// keeps the newest entries, as many as its own share grants and its window can still show.
 struct KVzip final : KeepPolicy {
   int chunk, sinks;
   Choice share;
@@ -61,7 +63,7 @@ struct KVzip final : KeepPolicy {
   // A repetition sees the sinks, its own part of the prompt and itself; the softmax is over those. Parts are disjoint and
   // sinks always stay, so the sum over repetitions is the largest of them.
   void observe(LayerView& at) const override {
-    if (at.phase != Phase::Replay) return;
+    if (at.phase != Phase::Replay || at.model.window(at.layer) > 0) return;
     const auto& part = static_cast<const Part&>(*at.state);
     Plan seen;
     seen.form = Plan::Form::Interval, seen.scope = Plan::Scope::KvHead, seen.q_tile = int(longest_queries(at));
@@ -88,11 +90,27 @@ struct KVzip final : KeepPolicy {
     at.set_column("kvzip.most", most);
   }
 
-  Ragged score(LayerView& at) const override { return force(at.queue, at.column("kvzip.most"), sinks, 0); }
+  Ragged score(LayerView& at) const override {
+    const int64_t window = at.model.window(at.layer);
+    if (window == 0) return force(at.queue, at.column("kvzip.most"), sinks, 0);
+    const Ragged age = at.per_entry();
+    compute(at.queue, age, pick(place() < length() - window, -kInfinity, place()), age.values);
+    return age;
+  }
 
   Tensor allocate(const Allocation& a) const override {
     const Tensor even = KeepPolicy::allocate(a);
-    return share.value == 2 ? even : divide(a, a.scores, even, share.value ? Pool::Layer : Pool::All);
+    if (share.value == 2) return even;
+    std::vector<Ragged> scores;
+    std::vector<int64_t> which;  // layers without a window
+    for (int64_t l = 0; l < even.size[0]; ++l)
+      if (a.model.window(a.first_layer + int(l)) == 0) scores.push_back(a.scores[size_t(l)]), which.push_back(l);
+    if (which.empty()) return even;
+    const Tensor granted = a.queue.scratch.take(Dtype::I32, {int64_t(which.size()), even.size[1]});
+    for (size_t i = 0; i < which.size(); ++i) a.queue.move(even.select(0, which[i]), granted.select(0, int64_t(i)));
+    const Tensor won = divide(a, scores, granted, share.value ? Pool::Layer : Pool::All);
+    for (size_t i = 0; i < which.size(); ++i) a.queue.move(won.select(0, int64_t(i)), even.select(0, which[i]));
+    return even;
   }
 };
 

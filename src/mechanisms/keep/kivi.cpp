@@ -45,8 +45,8 @@ struct Kivi final : KeepPolicy {
     int64_t most = 0;  // pages that can have become old enough since the last step, or ever
     for (int64_t s = 0; s < all; ++s) {
       chosen.push_back(heads.holds(int(s % g), int(g)));
-      const int64_t last = std::max<int64_t>(0, at.store->length(s) - residual) / kPage, rows = at.rows[size_t(s / g)];
-      most += chosen.back() ? (at.decoding() ? std::min<int64_t>(last, 1) * (rows > 0) : last) : 0;
+      const int64_t last = std::max<int64_t>(0, at.store->length(s) - residual) / kPage;
+      if (chosen.back()) most += at.decoding() ? std::min<int64_t>(last, 1) : last;
     }
     if (most == 0) return true;
     Num old = floor_div(max(0, load(at.store->pages().length, index()) - residual), kPage);

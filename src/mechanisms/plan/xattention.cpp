@@ -47,29 +47,29 @@ struct XAttention final : Mechanism {
       for (int64_t t = 0; t < s.tiles; ++t) visible.push_back(((causal ? before + std::min((t + 1) * block, s.n) : s.m) - 1) / block + 1);
       const Ragged rows = rows_of(at.queue, mass, visible);
       // Block 0 and the diagonal leave the competition; their mass counts. A tile behind an earlier text may straddle two.
-      const auto tile = [&](const Num& r) { return mod(r, s.tiles); };
-      const auto own = [&](const Num& r) { return floor_div(before + tile(r) * block, block); };
-      const auto last = [&](const Num& r) { return floor_div(before + min((tile(r) + 1) * block, s.n) - 1, block); };
-      const auto mass_of = [&](const Num& j) {
-        const Num x = load(rows.values, begin_of(rows, index()) + j);
-        return pick(x > -kInfinity, x, 0);
+      const int64_t all_rows = rows.segments();
+      const Num r = index(), tile = mod(r, s.tiles);
+      const Tensor own = compute(at.queue, Dtype::I32, {all_rows}, floor_div(before + tile * block, block));
+      const Tensor last = compute(at.queue, Dtype::I32, {all_rows}, floor_div(before + min((tile + 1) * block, s.n) - 1, block));
+      const Tensor first = compute(at.queue, Dtype::I32, {all_rows}, pick(released(before, tile), -1, 0));  // −1: block 0 competes
+      const auto mass_of = [&](const Tensor& block) {
+        const Num x = load(rows.values, begin_of(rows, r) + load(block, r));
+        return pick(load(block, r) >= 0 && x > -kInfinity, x, 0);
       };
-      const auto first = [&](const Num& r) { return pick(released(before, tile(r)), -1, 0); };
-      const Num r = index();
-      const Tensor zero = compute(at.queue, Dtype::F32, {rows.segments()}, pick(first(r) == 0, mass_of(0), 0));
+      const auto differ = [&](const Tensor& a, const Tensor& b) { return 1 - (load(a, r) == load(b, r)); };
+      const Tensor early = compute(at.queue, Dtype::F32, {all_rows}, mass_of(first) + differ(own, first) * mass_of(own));
       Select most;
       most.by = Select::By::TopP, most.p = float(threshold);
-      most.held = compute(at.queue, Dtype::F32, {rows.segments()},
-                          load(zero, r) + pick(own(r) == first(r), 0, mass_of(own(r))) + pick(last(r) == own(r), 0, mass_of(last(r))));
+      most.held = compute(at.queue, Dtype::F32, {all_rows}, load(early, r) + differ(last, own) * mass_of(last));
       const Num j = place(), x = load(rows.values, index());
-      const Num forced = j == first(segment()) || (j >= own(segment()) && j <= last(segment()));
+      const Num forced = j == load(first, segment()) || (j >= load(own, segment()) && j <= load(last, segment()));
       compute(at.queue, rows, pick(forced && x > -kInfinity, kInfinity, x), rows.values);
       const int64_t end = s.row + s.q.heads * s.tiles;
       const Tensor blocks = listed.slice(0, s.row * capacity, end * capacity), taken = count.slice(0, s.row, end);
       at.run().select(at.queue, rows, most, capacity, blocks, taken);
       if (!as_released) return;
       Select more;
-      more.count = compute(at.queue, Dtype::I32, {rows.segments()}, load(taken, r) + released(before, tile(r)));
+      more.count = compute(at.queue, Dtype::I32, {all_rows}, load(taken, r) + released(before, tile));
       at.run().select(at.queue, rows, more, capacity, blocks, taken);
     });
     return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, listed, count, capacity);

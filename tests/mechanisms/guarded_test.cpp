@@ -1,0 +1,120 @@
+// The whole catalogue on memory that the host may not touch: the same results as in ordinary memory, no host wait inside
+// a layer, and a bounded number of uploads and launches.
+#include <algorithm>
+
+#include "harness.h"
+#include "mechanisms/registry.h"
+#include "model/session.h"
+
+namespace heed::test {
+namespace {
+
+const std::vector<std::string> kSpecs = {
+    "dense", "streaming-llm(budget=12)", "streaming-llm(window=12)", "snapkv(budget=16,window=4)", "snapkv(budget=16,window=4,heads=1,when=every(2))",
+    "pyramidkv(budget=16,window=4)", "adakv(snapkv(budget=16,window=4))", "adakv(h2o(budget=10))", "adakv(knorm(budget=16),port=true)",
+    "h2o(budget=10)", "h2o(budget=10,when=chunk)+quest(budget=8,page=4,dense=0)", "tova(budget=7)", "knorm(budget=12,sinks=2)",
+    "quest(budget=16,page=8,dense=1)", "quest(budget=0.2,page=4,heads=-1)", "tidal-decode(budget=9,selection=1,correction=2)",
+    "xattention(block=8,stride=4,threshold=0.3)", "xattention(block=8,stride=4,threshold=0.3,as_released=true,heads=0)", "moba(block=8,topk=2)",
+    "moba(block=100,topk=1)", "flexprefill(block=8,gamma=0.3,min_budget=8)", "flexprefill(block=8,gamma=0.6,min_budget=8,tau=1)",
+    "kvzip(budget=0.2,chunk=32)", "kvzip(budget=0.2,chunk=32,share=layer)", "kivi(residual=0)", "kivi(bits=4,residual=8,heads=1)",
+    "act(threshold=0.02,skip_first=0,skip_last=0)", "act(threshold=0.02,skip_first=0,skip_last=0,heads=1-2)", "ring(ranks=3)",
+};
+
+std::shared_ptr<const Model> tiny() {
+  ModelInfo shape;
+  shape.layers = 4, shape.h = 6, shape.g = 2, shape.d = shape.d_v = 16, shape.hidden = 48, shape.vocabulary = 61;
+  shape.windows = {0, 24, 0, 0};
+  return Model::random(shape, 64, Dtype::F32, 5);
+}
+
+std::vector<int32_t> text(int64_t length, uint64_t seed) {
+  Random random(seed);
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < length; ++i) ids.push_back(int32_t(random.below(61)));
+  return ids;
+}
+
+struct Walk {
+  std::vector<float> logits;
+  std::vector<int64_t> bytes;
+  std::vector<std::vector<double>> density, reads;
+  int64_t waits = 0;               // inside steps, between the first layer and the last
+  int64_t launches = 0, uploads = 0;  // most between two layers of a decode step
+};
+
+/// Prompts, a second prompt behind it, decoding with idle sequences, a fork that goes its own way, a truncation.
+Walk walk(const std::shared_ptr<const Model>& model, const std::string& spec, const std::string& backend, int64_t chunk) {
+  SessionOptions o;
+  o.attention = spec, o.sequences = 2, o.chunk = chunk, o.backend = backend;
+  o.k.kind = o.v.kind = PageType::Kind::F32;
+  Session session(model, o);
+  Walk out;
+  int64_t waits = 0, launches = 0, uploads = 0;
+  session.tap([&](LayerView& at) {
+    if (at.layer > 0) {
+      out.waits += at.queue.host_waits - waits;
+      if (at.decoding()) out.launches = std::max(out.launches, at.queue.launches - launches), out.uploads = std::max(out.uploads, at.queue.uploads - uploads);
+    }
+    waits = at.queue.host_waits, launches = at.queue.launches, uploads = at.queue.uploads;
+  });
+  auto take = [&](const Tensor& t) { out.logits.insert(out.logits.end(), t.as<float>(), t.as<float>() + t.numel()); };
+  auto note = [&](Session& s) {
+    for (int l = 0; l < model->info().layers; ++l) out.bytes.push_back(s.store().layer(l).bytes());
+  };
+  take(session.prefill({text(83, 1), text(30, 2)}));
+  note(session);
+  for (int32_t i = 0; i < 4; ++i) take(session.decode(std::vector<int32_t>{(i * 13) % 61, i % 3 == 2 ? -1 : (i * 7) % 61}));
+  take(session.prefill({text(9, 3), text(70, 4)}));
+  auto fork = session.fork();
+  take(session.decode(std::vector<int32_t>{3, 4}));
+  take(fork->decode(std::vector<int32_t>{5, 6}));
+  fork->truncate(0, 60);
+  take(fork->decode(std::vector<int32_t>{7, -1}));
+  fork.reset();
+  take(session.decode(std::vector<int32_t>{8, 9}));
+  note(session);
+  out.density = session.density(), out.reads = session.read_tokens();
+  return out;
+}
+
+TEST(Guarded, TheWholeCatalogueIsListed) {
+  for (const Entry& e : registry()) {
+    if (e.kind != "mechanism" || has(e.roles, Role::State)) continue;
+    const bool there = std::any_of(kSpecs.begin(), kSpecs.end(), [&](const std::string& s) {
+      const size_t at = s.find(e.name);
+      return at != std::string::npos && (at == 0 || !std::isalnum(static_cast<unsigned char>(s[at - 1])));
+    });
+    EXPECT_TRUE(there) << e.name << " runs on no guarded memory";
+  }
+}
+
+TEST(Guarded, SessionsGiveWhatTheyGiveInOrdinaryMemory) {
+  const auto model = tiny();
+  guarded_kernels();
+  for (const std::string& spec : kSpecs)
+    for (int64_t chunk : {0, 25}) {
+      SCOPED_TRACE(spec + " chunk " + std::to_string(chunk));
+      Walk plain, guarded;
+      ASSERT_NO_THROW(plain = walk(model, spec, "cpu", chunk));
+      ASSERT_NO_THROW(guarded = walk(model, spec, "guarded", chunk));
+      ASSERT_EQ(plain.logits.size(), guarded.logits.size());
+      double worst = 0;
+      for (size_t i = 0; i < plain.logits.size(); ++i) worst = std::max(worst, std::abs(double(plain.logits[i]) - double(guarded.logits[i])));
+      EXPECT_LT(worst, 1e-5);
+      EXPECT_EQ(plain.bytes, guarded.bytes);
+      EXPECT_EQ(plain.reads, guarded.reads);
+      EXPECT_EQ(plain.density, guarded.density);
+      EXPECT_EQ(guarded.waits, 0);
+      EXPECT_LE(guarded.launches, 80);
+      EXPECT_LE(guarded.uploads, 6);
+    }
+}
+
+TEST(Guarded, ADenseStepUploadsItsTokensAlone) {
+  const Walk dense = walk(tiny(), "dense", "guarded", 0);
+  EXPECT_EQ(dense.uploads, 0) << "in a layer";
+  EXPECT_LE(dense.launches, 24) << "in a layer";
+}
+
+}  // namespace
+}  // namespace heed::test
