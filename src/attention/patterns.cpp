@@ -63,24 +63,16 @@ void add_tile(Rows& rows, const Pattern& pattern, int64_t first, int64_t last, i
   rows.rowptr.push_back(int64_t(rows.index.size()));
 }
 
-/// `values` on the queue's device, as [count, …].
-template <class T>
-Tensor placed(Queue& queue, Dtype type, const std::vector<T>& values, std::initializer_list<int64_t> sizes) {
-  const Tensor out = queue.scratch.take(type, sizes);
-  std::copy(values.begin(), values.end(), out.as<T>());
-  return out;
-}
-
 }  // namespace
 
 Plan pattern_plan(LayerView& at, const Pattern& pattern) {
-  const int64_t h = at.q.heads, g = at.k.heads;
+  const int64_t g = at.k.heads;
   bool alike = true;
-  for (int64_t s = 0; s < at.k.segments(); ++s) alike &= at.k.length(s) == at.k.length(s / g * g);
+  for (size_t s = 0; s < at.key_rows.size(); ++s) alike &= at.key_rows[s] == at.key_rows[s / size_t(g) * size_t(g)];
   Rows rows;
-  for (int64_t s = 0; s < at.q.sequences(); ++s)
+  for (int64_t s = 0; s < at.sequences(); ++s)
     for (int64_t head = 0; head < (alike ? 1 : g); ++head) {
-      const int64_t n = at.q.length(s * h), m = at.k.length(s * g + head);
+      const int64_t n = at.rows[size_t(s)], m = at.key_rows[size_t(s * g + head)];
       for (int64_t first = 0; first < n; first += kTile)
         add_tile(rows, pattern, first, std::min(n, first + kTile), n, m, at.plan.causal);
     }
@@ -89,22 +81,22 @@ Plan pattern_plan(LayerView& at, const Pattern& pattern) {
   plan.q_tile = plan.k_tile = kTile, plan.causal = at.plan.causal;
   const int64_t count = int64_t(rows.index.size());
   plan.nnz_bound = count;
-  plan.rowptr = placed(at.queue, Dtype::I64, rows.rowptr, {int64_t(rows.rowptr.size())});
-  plan.index = placed(at.queue, Dtype::I32, rows.index, {count});
+  plan.rowptr = at.queue.upload(rows.rowptr);
+  plan.index = at.queue.upload(rows.index);
   if (rows.masks.empty()) return plan;
-  plan.mask = placed(at.queue, Dtype::I32, rows.mask, {count});
+  plan.mask = at.queue.upload(rows.mask);
   std::vector<uint64_t> words;
   for (const Mask& m : rows.masks) words.insert(words.end(), m.begin(), m.end());
-  plan.bits = placed(at.queue, Dtype::U64, words, {int64_t(rows.masks.size()), kTile, 1});
+  plan.bits = at.queue.upload(words).reshape({int64_t(rows.masks.size()), kTile, 1});
   return plan;
 }
 
 Plan own_tiles(LayerView& at, int tile) {
-  const int64_t h = at.q.heads, g = at.k.heads;
+  const int64_t g = at.k.heads;
   std::vector<int64_t> rowptr{0};
   std::vector<int32_t> ranges;
   for (int64_t s = 0; s < at.k.segments(); ++s) {
-    const int64_t n = at.q.length(s / g * h), m = at.k.length(s);
+    const int64_t n = at.rows[size_t(s / g)], m = at.key_rows[size_t(s)];
     for (int64_t first = 0; first < n; first += tile) {
       ranges.push_back(int32_t(m - n + first));
       ranges.push_back(int32_t(m - n + std::min<int64_t>(n, first + tile)));
@@ -114,8 +106,8 @@ Plan own_tiles(LayerView& at, int tile) {
   Plan plan;
   plan.form = Plan::Form::Interval, plan.scope = Plan::Scope::KvHead, plan.q_tile = tile, plan.causal = false;
   plan.nnz_bound = rowptr.back();
-  plan.rowptr = placed(at.queue, Dtype::I64, rowptr, {int64_t(rowptr.size())});
-  plan.index = placed(at.queue, Dtype::I32, ranges, {plan.nnz_bound, 2});
+  plan.rowptr = at.queue.upload(rowptr);
+  plan.index = at.queue.upload(ranges).reshape({plan.nnz_bound, 2});
   return plan;
 }
 

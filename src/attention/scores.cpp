@@ -138,13 +138,10 @@ Ragged queries_behind(const LayerView& at) {
 Ragged without_first(Queue& queue, const Ragged& x, int64_t rows) {
   Ragged out = x;
   const int64_t all = x.segments();
-  out.offsets = queue.scratch.take(Dtype::I64, {all + 1});
-  out.ends = queue.scratch.take(Dtype::I64, {all});
-  for (int64_t s = 0; s < all; ++s) {
-    out.offsets.at<int64_t>(s) = std::min(x.end(s), x.begin(s) + rows);
-    out.ends.at<int64_t>(s) = x.end(s);
-  }
-  out.offsets.at<int64_t>(all) = x.offsets.at<int64_t>(all);
+  const Num s = index();
+  const Tensor starts = compute(queue, Dtype::I64, {all + 1}, pick(s < all, min(begin_of(x, s) + rows, end_of(x, min(s, all - 1))), load(x.offsets, s)));
+  out.ends = compute(queue, Dtype::I64, {all}, end_of(x, s));
+  out.offsets = starts;
   return out;
 }
 
@@ -152,13 +149,9 @@ Ragged members(Queue& queue, const Ragged& q, int64_t group, int64_t member) {
   Ragged out = q;
   const int64_t all = q.segments() / group;
   out.heads = q.heads / group;
-  out.offsets = queue.scratch.take(Dtype::I64, {all + 1});
-  out.ends = queue.scratch.take(Dtype::I64, {all});
-  for (int64_t s = 0; s < all; ++s) {
-    out.offsets.at<int64_t>(s) = q.begin(s * group + member);
-    out.ends.at<int64_t>(s) = q.end(s * group + member);
-  }
-  out.offsets.at<int64_t>(all) = q.offsets.at<int64_t>(q.segments());
+  const Num of = index() * group + member;
+  out.offsets = compute(queue, Dtype::I64, {all + 1}, pick(index() < all, begin_of(q, of), load(q.offsets, q.segments())));
+  out.ends = compute(queue, Dtype::I64, {all}, end_of(q, of));
   return out;
 }
 

@@ -87,10 +87,10 @@ std::vector<int64_t> asking(const LayerView& at) {
 }
 }  // namespace
 
-Num query_segment(LayerView& at, const Num& row) {
+Num query_segment(LayerView& at, const Num& row, int64_t heads) {
   const std::vector<int64_t> with = asking(at);
   if (int(with.size()) == at.sequences()) return row;
-  return load(at.queue.upload(with), floor_div(row, at.q.heads)) * at.q.heads + mod(row, at.q.heads);
+  return load(at.queue.upload(with), floor_div(row, heads)) * heads + mod(row, heads);
 }
 
 Num granted(const Budget& budget, const Num& length) {
@@ -98,10 +98,10 @@ Num granted(const Budget& budget, const Num& length) {
 }
 
 Ragged with_queries(LayerView& at, const Ragged& scores) {
-  const int64_t rows = int64_t(asking(at).size()) * at.q.heads;
+  const int64_t rows = int64_t(asking(at).size()) * scores.heads;
   if (rows == scores.segments()) return scores;
   Ragged out = scores;
-  const Num s = query_segment(at, index());
+  const Num s = query_segment(at, index(), scores.heads);
   out.offsets = compute(at.queue, Dtype::I64, {rows + 1}, pick(index() < rows, begin_of(scores, s), scores.bound));
   out.ends = compute(at.queue, Dtype::I64, {rows}, end_of(scores, s));
   return out;

@@ -35,12 +35,13 @@ Grids grids(Queue&, int64_t heads, int64_t rows, int64_t cols);
 /// The rows of one-sized matrices as segments: row r (counted through all matrices) is its first visible[r mod rows] cells.
 Ragged rows_of(Queue&, const Grids&, std::span<const int64_t> visible);
 
-/// The segments of scores (heads = those of at.q) that belong to a query, in order: the rows of a plan that read() makes, where a
-/// sequence without a new token has none.
+/// The segments of scores (a number of heads for each sequence) whose sequence has a query, in order: the rows of a plan that
+/// read() makes, where a sequence without a new token has none.
 Ragged with_queries(LayerView&, const Ragged& scores);
 
-/// The segment of at.q that row `row` of such a plan belongs to.
-Num query_segment(LayerView&, const Num& row);
+/// The segment, of `heads` to a sequence, that row `row` of such a plan belongs to.
+Num query_segment(LayerView&, const Num& row, int64_t heads);
+inline Num query_segment(LayerView& at, const Num& row) { return query_segment(at, row, at.q.heads); }
 
 /// What a budget grants of `length` entries: all when there are fewer, a fraction of them rounded down but at least one.
 Num granted(const Budget&, const Num& length);

@@ -314,14 +314,13 @@ TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
       rows.push_back(row);
     }
   }
-  Queue queue;
-  queue.run = backend() == "cpu" ? cpu_kernels().front() : &reference_kernels();
+  Queue queue = queue_on(heed::backend(backend()));
   ModelInfo model;
   model.h = int(s.h), model.g = int(s.g), model.d = int(d), model.d_v = int(s.d_v), model.ropes = {&rope};
   StoreOptions options;
   options.k.kind = options.v.kind = PageType::Kind::F32;
   const StoreShape layer{int(s.g), int(d), int(s.d_v)};
-  Store store(std::span(&layer, 1), options, queue.run->v_transposed);
+  Store store(queue, std::span(&layer, 1), options);
   auto steps = [](int64_t count, int64_t step) {
     Buffer out(Dtype::I64, {count + 1});
     for (int64_t i = 0; i <= count; ++i) out->at<int64_t>(i) = i * step;
@@ -332,9 +331,9 @@ TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
   for (int64_t r = 0; r < q_pos->numel(); ++r) q_pos->at<int32_t>(r) = int32_t(r % s.n);
   for (int64_t r = 0; r < k_pos->numel(); ++r) k_pos->at<int32_t>(r) = int32_t(r % s.m);
   const Ragged panel_v{c.v->reshape({s.g * s.m, s.d_v}), k_offsets, {}, s.g, s.g * s.m};
-  store.layer(0).append(queue, {k, k_offsets, {}, s.g, s.g * s.m}, panel_v, k_pos);
+  store.layer(0).append(queue, {k, k_offsets, {}, s.g, s.g * s.m}, panel_v, k_pos, std::span(&s.m, 1));
   LayerView at(model, queue, 0, Phase::Prompt);
-  at.prompt = {s.m}, at.store = &store.layer(0), at.stores = &store;
+  at.prompt = {s.m}, at.rows = {s.n}, at.store = &store.layer(0), at.stores = &store;
   at.q = {q, q_offsets, {}, s.h, s.h * s.n}, at.q_pos = q_pos;
   const auto mechanism = value_or_throw(make_mechanism(value_or_throw(parse_spec("expected-attention"))[0], registry()));
   const Ragged scores = static_cast<const KeepPolicy&>(*mechanism).score(at);

@@ -43,7 +43,7 @@ struct OmniKV final : Mechanism {
     auto& held = static_cast<HeldRead&>(*at.state);
     const int layers = at.model.layers, filter = filter_of(at.layer, layers);
     const bool shallow = filter_of(layers - 1, layers) < 0;
-    if (filter == at.layer || shallow) held.hold(choice(at));
+    if (filter == at.layer || shallow) held.hold(at.queue, choice(at));
     if (at.mods.window > 0) return {};  // a sliding window already bounds what is read
     return shallow || (filter >= 0 && at.layer > filter + wait) ? held.read(at.queue) : Read{};
   }
