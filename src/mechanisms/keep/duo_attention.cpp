@@ -26,11 +26,7 @@ struct DuoAttention final : KeepPolicy {
 
   Ragged score(LayerView& at) const override { return by_age(at, sinks); }
 
-  Tensor allocate(const Allocation& a) const override {
-    Allocation given = a;
-    given.budget = {double(sinks) + double(recent), false};
-    return KeepPolicy::allocate(given);
-  }
+  int64_t entries(const Budget&, const ModelInfo&, int, int64_t) const override { return int64_t(sinks) + recent; }
 };
 
 }  // namespace
