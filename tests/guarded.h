@@ -57,7 +57,7 @@ class GuardedSpace {
   bool holds(const void* p) const { return p >= base_ && p < base_ + kSpace; }
 
  private:
-  static constexpr int64_t kUnit = 4096, kSpace = int64_t(1) << 38;
+  static constexpr int64_t kUnit = 4096, kSpace = int64_t(1) << 34;
   GuardedSpace() {
     void* p = mmap(nullptr, size_t(kSpace), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw Error(Code::Memory, "guarded", "no address space");

@@ -161,6 +161,7 @@ void LayerStore::compact(Queue& queue, Tensor index, Tensor count, int64_t capac
 
 void LayerStore::let_go(Queue& queue, Tensor lengths, std::span<const int64_t> most, int64_t together) {
   const int64_t before = page_bound();
+  changed_bounds();  // another layer or fork may have moved the supply
   queue.run->page_shrink(queue, view_, lengths);
   loose_ = true;  // a CPU looks at once: changed()
   if (!most.empty()) {
@@ -264,6 +265,7 @@ Store::~Store() {
       Scratch scope(queue_.scratch);
       const Tensor none = queue_.scratch.take(Dtype::I32, {layer->segments()});
       queue_.fill(none, 0);
+      layer->changed_bounds();
       queue_.run->page_shrink(queue_, layer->view_, none);
     }
   } catch (const Error&) {  // a device that failed has said so before; forks then hold pages that nobody uses

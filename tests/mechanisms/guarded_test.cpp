@@ -44,6 +44,7 @@ struct Walk {
 
 /// Prompts, a second prompt behind it, decoding with idle sequences, a fork that goes its own way, a truncation.
 Walk walk(const std::shared_ptr<const Model>& model, const std::string& spec, const std::string& backend, int64_t chunk) {
+  guarded_kernels();
   SessionOptions o;
   o.attention = spec, o.sequences = 2, o.chunk = chunk, o.backend = backend;
   o.k.kind = o.v.kind = PageType::Kind::F32;

@@ -84,12 +84,13 @@ struct Act final : Mechanism {
     plan.form = Plan::Form::Interval, plan.parts = 2, plan.q_tile = int(tile), plan.causal = at.plan.causal;
     plan.nnz_bound = rows * wide;
     plan.rowptr = compute(at.queue, Dtype::I64, {rows + 1}, index() * wide);
-    plan.count = compute(at.queue, Dtype::I32, {rows}, 2 * load(sinks.others, query_segment(at, index())) + 1);
+    const Tensor of = compute(at.queue, Dtype::I32, {rows}, query_segment(at, index()));
+    plan.count = compute(at.queue, Dtype::I32, {rows}, 2 * load(sinks.others, load(of, index())) + 1);
     plan.index = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound, 2}), plan.part = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound});
     Ragged listed;
     listed.offsets = plan.rowptr, listed.bound = plan.nnz_bound;
     listed.ends = compute(at.queue, Dtype::I64, {rows}, index() * wide + load(plan.count, index()));
-    const Num s = query_segment(at, segment()), odd = mod(place(), 2);
+    const Num s = load(of, segment()), odd = mod(place(), 2);
     auto sink = [&](const Num& i) { return load(sinks.index, s * sinks.capacity + i); };
     const Num here = floor_div(place() + 1, 2);
     compute(at.queue, listed, pick(place() == 0, 0, sink(here) + 1 - odd), plan.index.select(1, 0));
