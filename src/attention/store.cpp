@@ -285,6 +285,7 @@ int Store::add_layout(PageType k, PageType v) {
 
 void Store::truncate(Queue& queue, int sequence, int64_t position) {
   for (auto& layer : layers_) layer->truncate(queue, sequence, position);
+  sync();  // how many entries that left only the positions tell
 }
 
 void Store::sync() {

@@ -143,6 +143,7 @@ class Store {
   const StoreOptions& options() const { return options_; }
   /// Another way of keeping pages (at most three besides the first): its number for LayerStore::convert.
   int add_layout(PageType k, PageType v);
+  /// In all layers. Waits.
   void truncate(Queue&, int sequence, int64_t position);
   /// Makes all bounds exact when some are not: waits then.
   void sync();
