@@ -19,6 +19,7 @@ Entry flexprefill();
 Entry gdn();
 Entry gna();
 Entry h2o();
+Entry headkv();
 Entry keydiff();
 Entry kivi();
 Entry knorm();
@@ -44,6 +45,7 @@ Entry tidal_decode();
 Entry tova();
 Entry tri_shape();
 Entry triangle_mix();
+Entry twilight();
 Entry xattention();
 
 }  // namespace heed::mechanisms

@@ -22,6 +22,7 @@ std::span<const Entry> registry() {
       gdn(),
       gna(),
       h2o(),
+      headkv(),
       keydiff(),
       kivi(),
       knorm(),
@@ -47,6 +48,7 @@ std::span<const Entry> registry() {
       tova(),
       tri_shape(),
       triangle_mix(),
+      twilight(),
       xattention(),
   };
   return entries;

@@ -111,7 +111,7 @@ void spread_equals_reference(const Kernels& run, Random random) {
           const double a = width > 0 ? want->at<float>(r, c) : want->at<float>(r),
                        b = width > 0 ? got->at<float>(r, c) : got->at<float>(r);
           ASSERT_EQ(std::isnan(a), std::isnan(b));
-          if (!std::isnan(a)) ASSERT_NEAR(a, b, plain(600, 600));
+          if (!std::isnan(a)) { ASSERT_NEAR(a, b, plain(600, 600)); }
         }
     EXPECT_EQ(got.strays(), 0);
   }

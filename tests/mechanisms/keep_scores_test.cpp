@@ -19,7 +19,7 @@ double norm(const Tensor& x, int64_t kv, int64_t j) {
 const char* kIdentities[] = {"a2sf(budget=1.0)", "observed-attention(budget=1.0)", "keydiff(budget=1.0)", "cur(budget=1.0)",
                              "lagkv(budget=1.0)", "noncausal(budget=1.0)", "expected-attention(budget=1.0)", "random(budget=1.0)",
                              "duo-attention(recent=100000)", "simlayerkv(threshold=1)", "chunkkv(snapkv(budget=1.0))",
-                             "caote(h2o(budget=1.0))", "dms(knorm)"};
+                             "caote(h2o(budget=1.0))", "dms(knorm)", "headkv(snapkv(budget=1.0))"};
 
 TEST_P(KeepScores, IdentityKeepsAll) {
   for (const Shape s : {shape(97, 97), shape(1, 1), shape(5, 130)}) {
@@ -341,8 +341,11 @@ TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
     const auto expected = expected_scores(c, kv, plain_q, rotation, keys[size_t(kv)], 0);
     for (int64_t j = 0; j < s.m; ++j) {
       const double got = scores.values.at<float>(kv * s.m + j);
-      if (j < 4) EXPECT_EQ(got, INFINITY);
-      else EXPECT_NEAR(got / expected[size_t(j)], 1, 2e-3) << "head " << kv << " key " << j;
+      if (j < 4) {
+        EXPECT_EQ(got, INFINITY);
+      } else {
+        EXPECT_NEAR(got / expected[size_t(j)], 1, 2e-3) << "head " << kv << " key " << j;
+      }
     }
   }
 }
@@ -458,12 +461,42 @@ TEST_P(KeepScores, DmsKeepsWhatPasses) {
   EXPECT_TRUE(cut);
 }
 
+TEST_P(KeepScores, HeadKvSharesAPoolByScore) {
+  const Case c(shape(120, 120), 7);
+  const int64_t g = c.shape.g, budget = 40, window = 8;
+  for (const bool by_query : {false, true})
+    for (const auto& [beta, temperature] : {std::pair{1.2, 1.0}, {4.0, 2.0}}) {
+      std::vector<double> scores(size_t(g), 0.0);
+      std::string given = "[";
+      for (int64_t i = 0; i < (by_query ? c.shape.h : g); ++i) {
+        const double x = 1 + double(i * i % 5);
+        scores[size_t(by_query ? i / c.group() : i)] += x;
+        given += (i ? "," : "") + std::to_string(x);
+      }
+      const double sum = std::accumulate(scores.begin(), scores.end(), 0.0);
+      double powers = 0;
+      for (double& x : scores) powers += x = std::pow(x / sum, temperature);
+      const std::string spec = "headkv(snapkv(budget=40,window=8),window=8,scores=" + given + "],beta=" + std::to_string(beta) + ",temp=" + std::to_string(temperature) + ")";
+      const auto held = kept(c, spec, backend());
+      int64_t total = 0;
+      for (int64_t kv = 0; kv < g; ++kv) {
+        const double shared = std::floor(double(budget - window) / beta);
+        const int64_t count = std::llround(scores[size_t(kv)] / powers * shared * double(g) + double(budget - window) - shared) + window;
+        EXPECT_EQ(held[size_t(kv)], top(snapkv_scores(c, kv, window, 5), count)) << spec;
+        total += count;
+      }
+      if (total <= g * 120) EXPECT_NEAR(double(total), double(g * budget), double(g) / 2 + 1);
+    }
+}
+
 TEST(KeepScorePolicies, ParametersThatCannotBeAreNamed) {
   const Case c({2, 2, 64, 64, 16, 16});
   for (const auto& [spec, name] : {std::pair{"cur(budget=3)", "sinks"}, {"lagkv(budget=2)", "sinks"}, {"expected-attention(budget=2)", "sinks"},
                                    {"a2sf(budget=4,window=5)", "window"}, {"random(budget=4,sinks=5)", "sinks"}, {"noncausal(kernel=2)", "kernel"},
                                    {"expected-attention(future=500)", "future"}, {"expected-attention(when=every(1))", "when"}, {"a2sf(alpha=0)", "alpha"},
-                                   {"chunkkv(snapkv,chunk=0)", "chunk"}, {"simlayerkv(threshold=2)", "threshold"}}) {
+                                   {"chunkkv(snapkv,chunk=0)", "chunk"}, {"simlayerkv(threshold=2)", "threshold"},
+                                   {"headkv(snapkv,scores=[1,2,3])", "scores"}, {"headkv(snapkv,scores=[0,0])", "scores"}, {"headkv(snapkv,scores=[a])", "scores"}, {"headkv(snapkv,scores=3)", "scores"},
+                                   {"headkv(knorm(budget=16))", "window"}}) {
     const auto out = apply(spec, c.input("reference"));
     ASSERT_FALSE(out.has_value()) << spec;
     EXPECT_EQ(out.error().code, Code::Invalid);

@@ -12,25 +12,33 @@ namespace heed::test {
 namespace {
 
 const char* kText =
-    "The lighthouse keeper climbed the stairs every evening at the same hour. There were one hundred and ninety-nine of them, and he counted "
-    "each one, though he had known the number for thirty years. At the top he lit the lamp, wound the clock that turned it, and sat down with "
-    "his back to the sea. Ships passed in the night; he heard their engines and never looked. In the mornings his daughter Clara brought bread "
-    "and the news from the village: who had married, who had died, whose boat had come home without fish. He listened to her as he listened to "
-    "the engines. One winter the lamp went out. Nobody could say when, because nobody had been watching, but in the morning a schooner lay on "
-    "the rocks with her mast broken, and forty sacks of flour floated in the bay like a flock of white birds. The keeper was not in the tower. "
-    "His chair stood with its back to the sea, and the clock was wound. Clara searched the cliffs until dark, then climbed the stairs herself, "
+    "The lighthouse keeper climbed the stairs every evening at the same hour. There were one hundred and ninety-nine "
+    "of them, and he counted "
+    "each one, though he had known the number for thirty years. At the top he lit the lamp, wound the clock that "
+    "turned it, and sat down with "
+    "his back to the sea. Ships passed in the night; he heard their engines and never looked. In the mornings his "
+    "daughter Clara brought bread "
+    "and the news from the village: who had married, who had died, whose boat had come home without fish. He listened "
+    "to her as he listened to "
+    "the engines. One winter the lamp went out. Nobody could say when, because nobody had been watching, but in the "
+    "morning a schooner lay on "
+    "the rocks with her mast broken, and forty sacks of flour floated in the bay like a flock of white birds. The "
+    "keeper was not in the tower. "
+    "His chair stood with its back to the sea, and the clock was wound. Clara searched the cliffs until dark, then "
+    "climbed the stairs herself, "
     "counted one hundred and ninety-nine of them, lit the lamp, and sat down with her face to the";
 
-class RealModel : public testing::Test {
+class RealModel : public testing::TestWithParam<std::string> {
  protected:
   static void SetUpTestSuite() {
     const std::string path = std::string(HEED_MODELS) + "/smollm2-135m.gguf";
     if (std::filesystem::exists(path)) model_ = value_or_throw(Model::load(path));
   }
-  static void TearDownTestSuite() { model_.reset(); }
+  static void TearDownTestSuite() { model_.reset(), dense_.clear(); }
   void SetUp() override {
     if (!model_) GTEST_SKIP() << "models/smollm2-135m.gguf is not there";
     ids_ = model_->tokenizer()->encode(kText);
+    if (dense_.empty()) dense_ = predict("dense");
   }
 
   /// Log probabilities of the last `steps` tokens' rows, fed one by one behind the rest.
@@ -59,34 +67,55 @@ class RealModel : public testing::Test {
   }
 
   static std::shared_ptr<const Model> model_;
+  static std::vector<std::vector<double>> dense_;
   std::vector<int32_t> ids_;
 };
 std::shared_ptr<const Model> RealModel::model_;
+std::vector<std::vector<double>> RealModel::dense_;
+class RealModelIdentity : public RealModel {};
 
-TEST_F(RealModel, IdentitiesPredictAsDenseDoes) {
-  const auto dense = predict("dense");
-  for (const Entry& e : registry()) {
-    if (e.identity.empty()) continue;
-    // Rounding alone: keys turned behind their rounding to bf16 (streaming-llm), sums in another order (ring).
-    EXPECT_LT(divergence(dense, predict(e.identity)), 0.02) << e.identity;
-  }
+std::string test_name(const testing::TestParamInfo<std::string>& info) {
+  std::string name = info.param;
+  for (char& c : name)
+    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
+  return name;
 }
 
-TEST_F(RealModel, AThirdOfTheTextKeepsMostOfThePrediction) {
-  const auto dense = predict("dense");
-  for (const char* spec : {"streaming-llm(budget=96)", "snapkv(budget=0.33)", "pyramidkv(budget=0.33,beta=2)", "adakv(snapkv(budget=0.33))", "h2o(budget=0.33)", "tova(budget=0.33)", "knorm(budget=0.33)",
-                           "quest(budget=0.33)", "tidal-decode(budget=0.33)", "xattention(block=16,threshold=0.9)", "moba(block=16,topk=6)", "flexprefill(block=16,min_budget=64)",
-                           "kivi(residual=64)", "kvzip(budget=0.33,chunk=128)", "act(heads=0)",
-                           "a2sf(budget=0.33)", "observed-attention(budget=0.33)", "keydiff(budget=0.33)", "cur(budget=0.33)", "lagkv(budget=0.5,lag=32)",
-                           "noncausal(budget=0.33,tile=64)", "expected-attention(budget=0.33)", "random(budget=0.5,sinks=4)", "duo-attention(sinks=4,recent=64,heads=[0,2])",
-                           "simlayerkv(recent=64,threshold=0.5)", "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))", "dms(keydiff,threshold=-0.8,window=32)",
-                           "a-shape(sinks=4,local=64)", "tri-shape(sinks=4,local=64,last=16)", "triangle-mix(sinks=4,local=64,last=16)", "power(block=16,local=2)",
-                           "recycled-attention(budget=64,stride=4)", "omnikv(budget=64)", "star(block=64,query=16)", "gna(window=64,stride=8)", "stochastic-sa(window=128)"}) {
-    const double kld = divergence(dense, predict(spec));
-    EXPECT_GT(kld, 1e-6) << spec << " changed nothing";
-    EXPECT_LT(kld, 1.5) << spec;
-  }
+std::vector<std::string> identities() {
+  std::vector<std::string> out;
+  for (const Entry& e : registry())
+    if (!e.identity.empty()) out.push_back(e.identity);
+  return out;
 }
+
+TEST_P(RealModelIdentity, PredictsAsDenseDoes) {
+  // Rounding alone: keys turned behind their rounding to bf16 (streaming-llm), sums in another order (ring).
+  EXPECT_LT(divergence(dense_, predict(GetParam())), 0.02);
+}
+INSTANTIATE_TEST_SUITE_P(All, RealModelIdentity, testing::ValuesIn(identities()), test_name);
+
+TEST_P(RealModel, AThirdOfTheTextKeepsMostOfThePrediction) {
+  const double kld = divergence(dense_, predict(GetParam()));
+  EXPECT_GT(kld, 1e-6) << "nothing changed";
+  EXPECT_LT(kld, 1.5);
+}
+INSTANTIATE_TEST_SUITE_P(
+    Specs, RealModel,
+    testing::Values("streaming-llm(budget=96)", "snapkv(budget=0.33)", "pyramidkv(budget=0.33,beta=2)",
+                    "adakv(snapkv(budget=0.33))", "h2o(budget=0.33)", "tova(budget=0.33)", "knorm(budget=0.33)",
+                    "quest(budget=0.33)", "tidal-decode(budget=0.33)", "xattention(block=16,threshold=0.9)",
+                    "moba(block=16,topk=6)", "flexprefill(block=16,min_budget=64)", "kivi(residual=64)",
+                    "kvzip(budget=0.33,chunk=128)", "act(heads=0)", "a2sf(budget=0.33)",
+                    "observed-attention(budget=0.33)", "keydiff(budget=0.33)", "cur(budget=0.33)",
+                    "lagkv(budget=0.5,lag=32)", "noncausal(budget=0.33,tile=64)", "expected-attention(budget=0.33)",
+                    "random(budget=0.5,sinks=4)", "duo-attention(sinks=4,recent=64,heads=[0,2])",
+                    "simlayerkv(recent=64,threshold=0.5)", "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))",
+                    "dms(keydiff,threshold=-0.8,window=32)", "a-shape(sinks=4,local=64)",
+                    "tri-shape(sinks=4,local=64,last=16)", "triangle-mix(sinks=4,local=64,last=16)",
+                    "power(block=16,local=2)", "headkv(snapkv(budget=0.33))", "twilight(p=0.9)",
+                    "recycled-attention(budget=64,stride=4)", "omnikv(budget=64)", "star(block=64,query=16)",
+                    "gna(window=64,stride=8)", "stochastic-sa(window=128)"),
+    test_name);
 
 }  // namespace
 }  // namespace heed::test

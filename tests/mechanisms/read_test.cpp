@@ -20,7 +20,7 @@ std::vector<std::vector<int32_t>> read(const Case& c, const std::string& spec, c
 TEST_P(Reads, IdentityReadsAll) {
   for (const Shape s : {shape(1, 200), shape(40, 40), shape(3, 129), shape(1, 1)}) {
     const Case c(s);
-    for (const char* spec : {"quest(budget=1.0)", "quest(budget=100000)", "tidal-decode(budget=1.0)", "recycled-attention(stride=1)", "recycled-attention(budget=1.0)", "omnikv(budget=1.0)"})
+    for (const char* spec : {"quest(budget=1.0)", "quest(budget=100000)", "tidal-decode(budget=1.0)", "recycled-attention(stride=1)", "recycled-attention(budget=1.0)", "omnikv(budget=1.0)", "twilight(p=1)"})
       for (const auto& list : read(c, spec, backend())) EXPECT_EQ(list, all_of(s.m)) << spec;
   }
 }
@@ -90,6 +90,26 @@ TEST_P(Reads, OmniKvReadsOneSetInAllHeads) {
   }
   most.back() = INFINITY;  // the new token, besides the 33
   for (const auto& list : tokens) EXPECT_EQ(list, top(most, 34));
+}
+
+TEST_P(Reads, TwilightReadsTheSmallestSetOfAMass) {
+  const Case c(shape(1, 150), 9, 2.5);
+  size_t before = 0;
+  for (const double p : {0.3, 0.8, 0.97}) {
+    size_t read_now = 0;
+    const auto tokens = read(c, "twilight(p=" + std::to_string(p) + ")", backend());
+    for (int64_t head = 0; head < c.shape.h; ++head) {
+      const auto weights = c.causal(head, 0);
+      double held = 0, least = 1;
+      for (int32_t j : tokens[size_t(head)]) held += weights[size_t(j)], least = std::min(least, weights[size_t(j)]);
+      EXPECT_EQ(tokens[size_t(head)], top(weights, int64_t(tokens[size_t(head)].size())));
+      EXPECT_GE(held, p - 1e-5);
+      EXPECT_LT(held - least, p + 1e-5) << "one less would have been enough";
+      read_now += tokens[size_t(head)].size();
+    }
+    EXPECT_GT(read_now, before);
+    before = read_now;
+  }
 }
 
 TEST_P(Reads, MoreBudgetReadsMore) {

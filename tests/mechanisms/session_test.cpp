@@ -67,7 +67,7 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "flexprefill(block=8,gamma=0.3,min_budget=8)", "kvzip(budget=0.2,chunk=32)", "kvzip(budget=0.2,chunk=32,share=layer)", "kivi(residual=0)", "act(threshold=0.02,skip_first=0,skip_last=0)",
                              "a2sf(budget=10)", "observed-attention(budget=10)", "keydiff(budget=10)", "cur(budget=10)", "lagkv(budget=12,lag=4)", "noncausal(budget=10,tile=8)", "expected-attention(budget=10)",
                              "random(budget=10)", "duo-attention(sinks=2,recent=6)", "simlayerkv(threshold=0,recent=6)", "chunkkv(tova(budget=10),chunk=4)", "caote(tova(budget=7))", "dms(keydiff,threshold=0,window=4)",
-                             "adakv(expected-attention(budget=12,eps=0.01))", "recycled-attention(budget=8,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "a-shape(sinks=2,local=9)", "tri-shape(sinks=2,local=9,last=3)",
+                             "adakv(expected-attention(budget=12,eps=0.01))", "recycled-attention(budget=8,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "twilight(p=0.6,dense=1)", "headkv(snapkv(budget=16,window=4),window=4,scores=[1,2,3,4,5,6,7,8])", "a-shape(sinks=2,local=9)", "tri-shape(sinks=2,local=9,last=3)",
                              "triangle-mix(sinks=2,local=9,last=3,from=2)", "power(block=4,local=1)", "star(block=10,query=4)", "gna(window=8,stride=2,dilation=2)", "stochastic-sa(window=16)",
                              "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
       const double changed = distance(dense, logits(model, spec, chunk));
@@ -148,7 +148,7 @@ TEST(Sessions, OmniKvHandsTheFiltersChoiceOn) {
   int handed = 0;
   session.tap([&](LayerView& at) {
     if (!at.decoding()) return;
-    if (at.layer < 2) EXPECT_EQ(at.read.plan.form, Plan::Form::Dense);
+    if (at.layer < 2) { EXPECT_EQ(at.read.plan.form, Plan::Form::Dense); }
     if (at.layer == 0) {
       Observe how;
       how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each;

@@ -152,7 +152,7 @@ INSTANTIATE_TEST_SUITE_P(Policies, EvictionTest, testing::Values(
     Case{"expected-attention(budget=20,when=chunk)", 30}, Case{"random(budget=16)"}, Case{"random(budget=16,when=every(3))"},
     Case{"duo-attention(sinks=2,recent=12)"}, Case{"duo-attention(sinks=2,recent=12,heads=1)", 25}, Case{"simlayerkv(threshold=0,recent=14)"},
     Case{"chunkkv(snapkv(budget=20,window=4),chunk=5)"}, Case{"caote(h2o(budget=16))"}, Case{"caote(snapkv(budget=20,window=4))"},
-    Case{"dms(keydiff,threshold=0,window=8)"}, Case{"adakv(keydiff(budget=20))"},
+    Case{"dms(keydiff,threshold=0,window=8)"}, Case{"adakv(keydiff(budget=20))"}, Case{"headkv(snapkv(budget=20,window=4),window=4,scores=[1,3,2,2,5,1])"},
     Case{"tova(budget=16)"}, Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"}, Case{"snapkv(budget=20,window=4,layers=1-)"},
     Case{"kvzip(budget=20,chunk=32,sinks=2)"}, Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
     [](const auto& info) {

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "attention/rotation.h"
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -36,66 +37,12 @@ struct ExpectedAttention final : KeepPolicy {
     return too_small(budget, sinks, "sinks");
   }
 
-  /// Rows of x, each turned by its position.
-  static Ragged turned(const LayerView& at, const Ragged& x, const Rope& rope, const Tensor& positions) {
-    Ragged out = x;
-    const int64_t rows = x.values.size[0], d = x.values.size[1];
-    out.heads = 1, out.values = at.queue.scratch.take(Dtype::F32, {rows, d});
-    at.run().split_heads(at.queue, x.values.reshape({rows, 1, d}), x.offsets, {}, 0, &rope, positions, out);
-    out.heads = x.heads;
-    return out;
-  }
-  /// positions[s / heads] for each of a segment's `rows` rows.
-  static Tensor constant(const LayerView& at, std::span<const int64_t> positions, int64_t heads, int64_t rows) {
-    Buffer host(Dtype::I32, {int64_t(positions.size()) * heads * rows});
-    for (int64_t i = 0; i < host->numel(); ++i) host->at<int32_t>(i) = int32_t(positions[size_t(i / rows / heads)]);
-    const Tensor out = at.queue.scratch.take(Dtype::I32, {host->numel()});
-    copy(host, out);
-    return out;
-  }
-
-  /// R^T of every query head, [segments, d, d]: R e_c row by row. The mean of R(0) … R(2^b − 1) is Π (1 + R(2^k)) / 2.
-  Tensor mean_rotation(const LayerView& at, const Rope& rope) const {
-    const int64_t d = at.q.values.size[1], h = at.q.heads, rows = at.q.segments() * d;
-    Buffer identity = Buffer::zeros(Dtype::F32, {rows, d});
-    for (int64_t r = 0; r < rows; ++r) identity->at<float>(r, r % d) = 1;
-    const std::vector<int64_t> each(size_t(at.q.segments()), d);
-    Ragged units = numbers(at.queue, each, h, d);
-    units.values = units.values.reshape({rows, d});
-    copy(identity, units.values);
-    units = turned(at, units, rope, constant(at, at.prompt, h, d));
-    for (int step = 1; step < future; step *= 2) {
-      const std::vector<int64_t> by(at.prompt.size(), step);
-      units = combine(at.queue, combine(at.queue, units, turned(at, units, rope, constant(at, by, h, d)), Combine::Add),
-                      Combine::Multiply, 0.5);
-    }
-    return units.values.reshape({at.q.segments(), d, d});
-  }
-
-  /// matrix^T x for every row x of a segment.
-  static Ragged applied(Queue& queue, const Ragged& x, const Tensor& matrix) {
-    RecurInputs in;
-    in.q = x, in.k = in.v = combine(queue, x, ones_like(queue, x), Combine::Multiply, 0), in.state = matrix;
-    Recur plain;
-    plain.scale = 1;
-    Ragged out = x;
-    out.values = queue.scratch.take(Dtype::F32, {x.values.size[0], x.values.size[1]});
-    queue.run->recur(queue, in, plain, out.values, {}, {});
-    return out;
-  }
-  static Ragged ones_like(Queue& queue, Ragged x) {
-    x.values = ones(queue, x.values.size[0], x.values.size[1]);
-    return x;
-  }
-
-  /// The new queries, as the positions to come would turn them on average.
+  /// The new queries, turned back to before their rotation and then as the positions to come do on average.
   Ragged in_future(const LayerView& at) const {
     const Rope* rope = at.model.rope(at.layer);
     if (!rope) return at.q;
-    Rope back = *rope;
-    back.inv_freq = at.queue.scratch.take(Dtype::F32, {rope->inv_freq.size[0]});
-    at.run().combine(at.queue, rope->inv_freq, {}, Combine::Multiply, -1, back.inv_freq);
-    return applied(at.queue, turned(at, at.q, back, at.q_pos), mean_rotation(at, *rope));
+    const Ragged plain = turned(at.queue, at.q, backwards(at.queue, *rope), at.q_pos);
+    return transformed(at.queue, plain, mean_rotation(at.queue, *rope, at.q.values.size[1], at.q.heads, at.prompt, future));
   }
 
   Ragged score(LayerView& at) const override {
@@ -103,32 +50,30 @@ struct ExpectedAttention final : KeepPolicy {
     const float scale = at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(d));
     const Spread counted{.of = Spread::Of::Mean, .first = sinks};
     const Ragged x = in_future(at), keys = stored_keys(at);
-    Ragged count = x;  // Σ 1, for each row
+    Ragged count = x;  // how many queries count, for each row
     count.values = ones(at.queue, x.values.size[0]);
     count = spread(at.queue, count, {.of = Spread::Of::Sum, .first = sinks});
-    const Ragged centred = combine(at.queue, combine(at.queue, x, spread(at.queue, x, counted), Combine::Add, -1),
-                                   combine(at.queue, count, Combine::Power, -0.5), Combine::Multiply);
+    const Ragged centred = combine(at.queue, x, spread(at.queue, x, counted), Combine::Add, -1);
+    const Ragged scaled = combine(at.queue, centred, combine(at.queue, count, Combine::Power, -0.5), Combine::Multiply);
     const Ragged mean = mean_rows(at.queue, without_first(at.queue, x, sinks)),
-                 deviations = without_first(at.queue, centred, sinks);
+                 deviations = without_first(at.queue, scaled, sinks);
 
     Ragged total;
     for (int64_t member = 0; member < group; ++member) {
       Ragged z = dots(at.queue, members(at.queue, mean, group, member), keys, scale);
       if (covariance) {
-        RecurInputs in;
-        in.q = in.k = in.v = members(at.queue, deviations, group, member);
-        const Tensor s = at.queue.scratch.take(Dtype::F32, {keys.segments(), d, d}),
-                     out = at.queue.scratch.take(Dtype::F32, {x.values.size[0], d});
-        at.run().recur(at.queue, in, {}, out, s, {});  // Σ x x^T
-        z = combine(at.queue, z, row_dots(at.queue, applied(at.queue, keys, s), keys, scale * scale / 2), Combine::Add);
+        const Tensor s = outer_sums(at.queue, members(at.queue, deviations, group, member));
+        const Ragged half = row_dots(at.queue, transformed(at.queue, keys, s), keys, scale * scale / 2);
+        z = combine(at.queue, z, half, Combine::Add);
       }
       const Ragged weights = softmax(at.queue, z, counted);
       total = member ? combine(at.queue, total, weights, Combine::Add) : weights;
     }
     total = combine(at.queue, total, Combine::Multiply, 1 / float(group));
-    if (norm)
-      total = combine(at.queue, combine(at.queue, total, Combine::Add, float(eps)),
-                      row_norms(at.queue, stored_values(at)), Combine::Multiply);
+    if (norm) {
+      total = combine(at.queue, total, Combine::Add, float(eps));
+      total = combine(at.queue, total, row_norms(at.queue, stored_values(at)), Combine::Multiply);
+    }
     return force(at.queue, total, sinks, 0);
   }
 };

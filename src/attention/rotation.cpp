@@ -1,0 +1,82 @@
+#include "attention/rotation.h"
+
+#include "attention/scores.h"
+#include "attention/select.h"
+
+namespace heed {
+namespace {
+
+/// positions[s] for each of the `rows` rows that belong to sequence s.
+Tensor constant(Queue& queue, std::span<const int64_t> positions, int64_t rows) {
+  Buffer host(Dtype::I32, {int64_t(positions.size()) * rows});
+  for (int64_t i = 0; i < host->numel(); ++i) host->at<int32_t>(i) = int32_t(positions[size_t(i / rows)]);
+  const Tensor out = queue.scratch.take(Dtype::I32, {host->numel()});
+  copy(host, out);
+  return out;
+}
+
+Ragged like(Queue& queue, Ragged x) {
+  x.values = queue.scratch.take(Dtype::F32, {x.values.size[0], x.values.size[1]});
+  return x;
+}
+
+}  // namespace
+
+Ragged turned(Queue& queue, const Ragged& x, const Rope& rope, const Tensor& positions) {
+  Ragged out = like(queue, x);
+  const int64_t rows = x.values.size[0], d = x.values.size[1];
+  out.heads = 1;
+  queue.run->split_heads(queue, x.values.reshape({rows, 1, d}), x.offsets, {}, 0, &rope, positions, out);
+  out.heads = x.heads;
+  return out;
+}
+
+Rope backwards(Queue& queue, const Rope& rope) {
+  Rope back = rope;
+  back.inv_freq = queue.scratch.take(Dtype::F32, {rope.inv_freq.size[0]});
+  queue.run->combine(queue, rope.inv_freq, {}, Combine::Multiply, -1, back.inv_freq);
+  return back;
+}
+
+Tensor mean_rotation(Queue& queue, const Rope& rope, int64_t d, int64_t heads, std::span<const int64_t> first, int64_t count) {
+  const int64_t segments = int64_t(first.size()) * heads, rows = segments * d;
+  Buffer identity = Buffer::zeros(Dtype::F32, {rows, d});
+  for (int64_t r = 0; r < rows; ++r) identity->at<float>(r, r % d) = 1;
+  const std::vector<int64_t> each(size_t(segments), d);
+  Ragged units = numbers(queue, each, heads, d);
+  units.values = units.values.reshape({rows, d});
+  copy(identity, units.values);
+  units = turned(queue, units, rope, constant(queue, first, heads * d));
+  for (int64_t step = 1; step < count; step *= 2) {
+    const std::vector<int64_t> by(first.size(), step);
+    units = combine(queue, units, turned(queue, units, rope, constant(queue, by, heads * d)), Combine::Add);
+    units = combine(queue, units, Combine::Multiply, 0.5);
+  }
+  return units.values.reshape({segments, d, d});
+}
+
+Ragged transformed(Queue& queue, const Ragged& x, const Tensor& matrix) {
+  // A recurrence that only reads its state.
+  const Ragged out = like(queue, x);
+  Ragged nothing = x;
+  nothing.values = ones(queue, x.values.size[0], x.values.size[1]);
+  queue.run->combine(queue, nothing.values, {}, Combine::Multiply, 0, nothing.values);
+  RecurInputs in;
+  in.q = x, in.k = in.v = nothing, in.state = matrix;
+  Recur plain;
+  plain.scale = 1;
+  queue.run->recur(queue, in, plain, out.values, {}, {});
+  return out;
+}
+
+Tensor outer_sums(Queue& queue, const Ragged& x) {
+  // A recurrence whose state is all that counts.
+  const int64_t d = x.values.size[1];
+  const Tensor sums = queue.scratch.take(Dtype::F32, {x.segments(), d, d});
+  RecurInputs in;
+  in.q = in.k = in.v = x;
+  queue.run->recur(queue, in, {}, like(queue, x).values, sums, {});
+  return sums;
+}
+
+}  // namespace heed

@@ -1,0 +1,22 @@
+// Rotary embedding on what a mechanism computes: turning rows further, back, and by the mean of positions to come.
+#pragma once
+#include "attention/mechanism.h"
+
+namespace heed {
+
+/// Rows of x (F32), each turned by its position (I32, as x's rows).
+Ragged turned(Queue&, const Ragged& x, const Rope& rope, const Tensor& positions);
+
+/// The rotation backwards.
+Rope backwards(Queue&, const Rope&);
+
+/// The mean of R(first[s]) … R(first[s] + count − 1) as a matrix for every segment of sequence s, transposed:
+/// [sequences · heads, d, d]. count is a power of 2: the mean of R(0) … R(2^b − 1) is Π (1 + R(2^k)) / 2.
+Tensor mean_rotation(Queue&, const Rope&, int64_t d, int64_t heads, std::span<const int64_t> first, int64_t count);
+
+/// matrix[s]^T x for every row x of segment s; matrix is F32 [segments, d, d].
+Ragged transformed(Queue&, const Ragged& x, const Tensor& matrix);
+/// Σ x x^T over each segment: [segments, d, d].
+Tensor outer_sums(Queue&, const Ragged& x);
+
+}  // namespace heed
