@@ -171,8 +171,8 @@ struct KeepPolicy : Mechanism {
   /// Entries for each KV head of a layer, behind a prompt of `length` tokens. An allocator divides a layer's total of these
   /// between heads (or, with all_layers, that of all layers): the host counts on it when it bounds what a layer holds.
   virtual int64_t entries(const Budget& kept, const ModelInfo&, int /*layer*/, int64_t length) const { return kept.entries(length); }
-  /// Whether a cut keeps what its scores say, however many that is: entries() then bounds nothing, and every cut is made.
-  virtual bool by_threshold() const { return false; }
+  /// Whether allocate() may grant any number (what passes a threshold, say): entries() then bounds nothing, and every cut is made.
+  virtual bool unbounded() const { return false; }
   /// By default entries(), evenly.
   Tensor allocate(const Allocation&) const override;
   /// While decoding, cut before the new token is appended and leave room for it, so that no query ever sees more than
@@ -194,7 +194,7 @@ struct KeepWrapper : KeepPolicy {
   const Budget& kept() const override { return inner->kept(); }
   int64_t entries(const Budget& b, const ModelInfo& m, int layer, int64_t length) const override { return inner->entries(b, m, layer, length); }
   const When& timing() const override { return inner->timing(); }
-  bool by_threshold() const override { return inner->by_threshold(); }
+  bool unbounded() const override { return inner->unbounded(); }
   bool makes_room() const override { return inner->makes_room(); }
 };
 

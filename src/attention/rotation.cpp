@@ -8,11 +8,7 @@ namespace {
 
 /// positions[s] for each of the `rows` rows that belong to sequence s.
 Tensor constant(Queue& queue, std::span<const int64_t> positions, int64_t rows) {
-  Buffer host(Dtype::I32, {int64_t(positions.size()) * rows});
-  for (int64_t i = 0; i < host->numel(); ++i) host->at<int32_t>(i) = int32_t(positions[size_t(i / rows)]);
-  const Tensor out = queue.scratch.take(Dtype::I32, {host->numel()});
-  copy(host, out);
-  return out;
+  return compute(queue, Dtype::I32, {int64_t(positions.size()) * rows}, of_sequence(queue, positions, index(), rows));
 }
 
 Ragged like(Queue& queue, Ragged x) {
@@ -40,12 +36,10 @@ Rope backwards(Queue& queue, const Rope& rope) {
 
 Tensor mean_rotation(Queue& queue, const Rope& rope, int64_t d, int64_t heads, std::span<const int64_t> first, int64_t count) {
   const int64_t segments = int64_t(first.size()) * heads, rows = segments * d;
-  Buffer identity = Buffer::zeros(Dtype::F32, {rows, d});
-  for (int64_t r = 0; r < rows; ++r) identity->at<float>(r, r % d) = 1;
   const std::vector<int64_t> each(size_t(segments), d);
   Ragged units = numbers(queue, each, heads, d);
   units.values = units.values.reshape({rows, d});
-  copy(identity, units.values);
+  compute(queue, mod(index(), d) == channel(), units.values);
   units = turned(queue, units, rope, constant(queue, first, heads * d));
   for (int64_t step = 1; step < count; step *= 2) {
     const std::vector<int64_t> by(first.size(), step);

@@ -421,10 +421,10 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
   const int64_t all = view.store->segments(), g = view.model.g;
   std::vector<int64_t> most;
   int64_t together = 0;
-  bool fits = !policy.by_threshold();
+  bool fits = !policy.unbounded();
   for (int64_t s = 0; s < all; ++s) {
     const int64_t length = view.store->length(s), room = coming.empty() ? 0 : coming[size_t(s / g)];
-    const bool counted = !policy.by_threshold() && policy.heads.holds(int(s % g), int(g));
+    const bool counted = !policy.unbounded() && policy.heads.holds(int(s % g), int(g));
     const int64_t granted = counted ? std::max<int64_t>(0, policy.entries(policy.kept(), view.model, view.layer, prompt[size_t(s / g)]) - room) : length;
     fits &= length <= granted;
     together += std::min(length, granted) + 1;  // an allocator may round up

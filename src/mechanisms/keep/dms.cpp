@@ -23,7 +23,7 @@ struct Dms final : KeepWrapper {
   }
 
   Ragged score(LayerView& at) const override { return force(at.queue, inner->score(at), 0, window); }
-  bool by_threshold() const override { return true; }
+  bool unbounded() const override { return true; }
   Tensor allocate(const Allocation& a) const override { return passing(a, float(threshold)); }
 };
 

@@ -72,6 +72,7 @@ struct HeadKV final : KeepWrapper {
     return out;
   }
 
+  bool unbounded() const override { return true; }
   Tensor allocate(const Allocation& a) const override {
     const std::vector<double> share = shares(a.model);
     const int64_t layers = int64_t(a.scores.size()), all = a.scores[0].segments(), g = a.model.g;
@@ -83,9 +84,7 @@ struct HeadKV final : KeepWrapper {
         const double own = share[size_t((a.first_layer + l) * g + s % g)] * shared * double(share.size());
         host->at<int32_t>(l, s) = int32_t(std::min<double>(1 << 30, std::nearbyint(own + b - shared) + window));
       }
-    const Tensor counts = a.queue.scratch.take(Dtype::I32, {layers, all});
-    copy(host, counts);
-    return counts;
+    return a.queue.upload(host);
   }
 };
 

@@ -42,7 +42,7 @@ struct SimLayerKV final : KeepPolicy {
                                 -float(threshold));
     return combine(at.queue, ends(at, sinks, recent - 1), busy, Combine::Max);
   }
-  bool by_threshold() const override { return true; }
+  bool unbounded() const override { return true; }
   Tensor allocate(const Allocation& a) const override { return passing(a, 1); }
 };
 

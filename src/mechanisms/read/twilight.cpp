@@ -27,7 +27,7 @@ struct Twilight final : Mechanism {
     if (p >= 1 || (at.layer < first_dense && at.model.layers > first_dense) || at.mods.window > 0) return {};
     Observe how;
     how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each;
-    const Ragged weights = with_queries(at.queue, by_query_head(at.queue, at.observe(at.q, how), at.model.group()), at.q);
+    const Ragged weights = with_queries(at, by_query_head(at.queue, at.observe(at.q, how), at.model.group()));
     Select mass;
     mass.by = Select::By::TopP, mass.p = float(p), mass.at_least = 1;
     const int64_t capacity = std::max<int64_t>(1, at.store->longest());
