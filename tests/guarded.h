@@ -146,6 +146,10 @@ inline void check(const RecurGrads& g) {
   for (const Tensor* t : {&g.q, &g.k, &g.v, &g.g, &g.beta, &g.a, &g.b, &g.state}) check(*t);
 }
 
+inline void check(const std::span<const Linear>& each) {
+  for (const Linear& l : each) check(l.w), check(l.bias), check(l.y);
+}
+
 inline const Kernels& inner() { return *cpu_kernels().front(); }
 
 template <auto Member> struct Guarded;
@@ -203,6 +207,7 @@ inline const Kernels& guarded_kernels() {
     HEED_GUARD(page_write), HEED_GUARD(page_read), HEED_GUARD(page_move), HEED_GUARD(column_read), HEED_GUARD(column_write);
     HEED_GUARD(page_supply), HEED_GUARD(page_grow), HEED_GUARD(page_own), HEED_GUARD(page_shrink), HEED_GUARD(page_hold), HEED_GUARD(page_convert);
     HEED_GUARD(page_score), HEED_GUARD(matmul), HEED_GUARD(embed), HEED_GUARD(rms_norm), HEED_GUARD(split_heads), HEED_GUARD(merge_heads);
+    HEED_GUARD(combine), HEED_GUARD(spread), HEED_GUARD(matmul_each), HEED_GUARD(matmul_glu);
     HEED_GUARD(glu), HEED_GUARD(add), HEED_GUARD(dequantise);
 #undef HEED_GUARD
     return t;
