@@ -1,5 +1,6 @@
 #include "attention/params.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdio>

@@ -1,0 +1,177 @@
+// What decoding one token costs its kernels, beside the machine's read bandwidth and the cost of a parallel region, all
+// measured in the same process:
+//
+//     bench_decode [threads] [megabytes of K and V]
+//
+// attend_store reads pages of d = 128 for groups of 1, 3, 4 and 8 query heads, in order and in random order; matmul multiplies
+// one token with matrices too large for the caches. Best of several runs, as GB/s of pages or weights.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "base/random.h"
+#include "base/threads.h"
+#include "kernels/kernels.h"
+
+namespace {
+
+using namespace heed;
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+template <class Fn>
+double best(int rounds, Fn&& run) {
+  double least = 1e9;
+  for (int r = 0; r < rounds; ++r) {
+    const double start = now();
+    run();
+    least = std::min(least, now() - start);
+  }
+  return least;
+}
+
+/// GB/s of summing memory with every thread.
+double read_rate(const Buffer& memory) {
+  const auto* words = static_cast<const uint64_t*>(memory->data);
+  const int64_t parts = 256, each = memory->bytes() / 8 / parts;
+  std::vector<uint64_t> sums(parts * 8);
+  const double seconds = best(8, [&] {
+    parallel_for(parts, [&](int64_t p) {
+      uint64_t sum[8] = {};
+      const uint64_t* from = words + p * each;
+      for (int64_t i = 0; i + 8 <= each; i += 8)
+        for (int k = 0; k < 8; ++k) sum[k] += from[i + k];
+      for (int k = 1; k < 8; ++k) sum[0] += sum[k];
+      sums[size_t(p * 8)] = sum[0];
+    });
+  });
+  return double(memory->bytes()) / seconds * 1e-9;
+}
+
+struct Stored {
+  PageLayout layout;
+  Buffer memory, table, layouts, length;
+  std::vector<Column> columns;
+  Pages pages;
+  double bytes = 0;
+
+  Stored(int64_t kv_heads, int64_t entries, int d, PageType type, bool shuffled) {
+    layout = page_layout(d, d, type, type, false, false, columns);
+    const int64_t each = (entries + kPage - 1) / kPage, count = kv_heads * each, step = layout.bytes + 64;
+    memory = Buffer(Dtype::U8, {count * step});
+    table = Buffer(Dtype::U64, {kv_heads, each});
+    layouts = Buffer::zeros(Dtype::U8, {kv_heads, each});
+    length = Buffer(Dtype::I32, {kv_heads});
+    // Halves of 0.25 to 0.5: sensible in bf16, as codes and as scales.
+    for (int64_t i = 0; i < memory->bytes() / 2; ++i)
+      memory->as<uint16_t>()[i] = uint16_t(0x3e00 | ((i * 2654435761u) >> 20 & 0x7f));
+    std::vector<int64_t> place(static_cast<size_t>(count));
+    for (int64_t p = 0; p < count; ++p) place[size_t(p)] = p;
+    Random random(1);
+    for (int64_t p = count; shuffled && p > 1; --p) std::swap(place[size_t(p - 1)], place[size_t(random.below(p))]);
+    for (int64_t p = 0; p < count; ++p)
+      table->as<uint64_t>()[p] = reinterpret_cast<uint64_t>(memory->as<char>() + place[size_t(p)] * step);
+    for (int64_t g = 0; g < kv_heads; ++g) length->as<int32_t>()[g] = int32_t(entries);
+    pages.table = table, pages.layout = layouts, pages.length = length;
+    pages.kv_heads = kv_heads, pages.length_bound = entries;
+    pages.layouts = {layout};
+    pages.columns = &columns;
+    bytes = double(kv_heads * entries) / kPage * double(type.bytes(d) * 2);
+  }
+};
+
+void attention(const Kernels& run, int64_t megabytes) {
+  using Kind = PageType::Kind;
+  const int d = 128;
+  const int64_t kv_heads = 4, entries = (megabytes << 20) / (4 * d * kv_heads) / kPage * kPage;
+  const struct {
+    const char* name;
+    PageType type;
+    bool shuffled;
+  } kinds[] = {{"bf16", {}, false},
+               {"bf16, random pages", {}, true},
+               {"q8", {.kind = Kind::Q8}, false},
+               {"q4", {.kind = Kind::Q4}, false},
+               {"q2 by channel", {.kind = Kind::Q2, .axis = PageType::Axis::Channel}, false}};
+  for (const auto& kind : kinds) {
+    const Stored store(kv_heads, entries, d, kind.type, kind.shuffled);
+    std::printf("attend_store, %ld entries x %ld heads, %-18s", long(entries), long(kv_heads), kind.name);
+    for (int64_t group : {1, 3, 4, 8}) {
+      const int64_t h = kv_heads * group;
+      Queue queue;
+      queue.run = &run;
+      Buffer q(Dtype::F32, {h, d}), out(Dtype::F32, {h, d}), lse(Dtype::F32, {h}), offsets(Dtype::I64, {h + 1});
+      for (int64_t i = 0; i < h * d; ++i) q->as<float>()[i] = float(i % 7) - 3;
+      for (int64_t i = 0; i <= h; ++i) offsets->as<int64_t>()[i] = i;
+      const Ragged rows{.values = q, .offsets = offsets, .ends = {}, .heads = h, .bound = h};
+      const double seconds = best(8, [&] { run.attend_store(queue, rows, store.pages, Read(), Mods(), out, lse); });
+      std::printf("  g%ld %6.1f", long(group), store.bytes / seconds * 1e-9);
+    }
+    std::printf("  GB/s\n");
+  }
+}
+
+void products(const Kernels& run, const Buffer& memory) {
+  for (int64_t i = 0; i < memory->bytes() / 2; ++i)
+    memory->as<uint16_t>()[i] = uint16_t(0x1c00 | ((i * 2654435761u) >> 20 & 0xff));
+  for (Dtype type : {Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q8_0, Dtype::Q4_K, Dtype::Q6_K, Dtype::F16, Dtype::BF16}) {
+    const DtypeInfo kind = info(type);
+    std::printf("matmul, one token, %-5s", kind.name);
+    for (int64_t width : {576, 1536, 4096}) {
+      if (width % kind.block) {
+        std::printf("  %4ld      -", long(width));
+        continue;
+      }
+      const int64_t row = width / kind.block * kind.bytes, rows = memory->bytes() / row;
+      Buffer x(Dtype::F32, {1, width}), y(Dtype::F32, {1, rows});
+      for (int64_t i = 0; i < width; ++i) x->as<float>()[i] = float(i % 13) - 6;
+      Queue queue;
+      queue.run = &run;
+      const double seconds = best(
+          5, [&] { run.matmul(queue, Tensor(memory->data, type, {rows, width}), x, {}, false, y); });
+      std::printf("  %4ld %6.1f", long(width), double(rows * row) / seconds * 1e-9);
+    }
+    std::printf("  GB/s\n");
+  }
+}
+
+/// Products of a small model's layer, whose weights are in the caches: what is left is regions and balance.
+void small(const Kernels& run) {
+  const int64_t width = 576, out = 1536;
+  const DtypeInfo kind = info(Dtype::Q4_1);
+  Buffer w(Dtype::U8, {2 * out * width / kind.block * kind.bytes}), x(Dtype::F32, {1, width}), y(Dtype::F32, {1, out});
+  std::memset(w->data, 0x1c, size_t(w->bytes()));
+  for (int64_t i = 0; i < width; ++i) x->as<float>()[i] = float(i % 13) - 6;
+  const Tensor gate(w->data, Dtype::Q4_1, {out, width}), up(w->as<char>() + w->bytes() / 2, Dtype::Q4_1, {out, width});
+  Queue queue;
+  queue.run = &run;
+  const double region = best(20, [] {
+    for (int i = 0; i < 1000; ++i) parallel([](int) {});
+  });
+  const double product = best(20, [&] {
+    for (int i = 0; i < 100; ++i) run.matmul(queue, gate.slice(0, 0, width), x, {}, false, y.view().slice(1, 0, width));
+  });
+  const double both = best(20, [&] {
+    for (int i = 0; i < 100; ++i) run.matmul_glu(queue, gate, up, x, Activation::Silu, y);
+  });
+  std::printf("an empty region %.2f us; Q4_1 576 x 576 %.2f us; gate and up, 1536 x 576 each, %.2f us\n", region * 1e3,
+              product * 1e4, both * 1e4);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  set_threads(argc > 1 ? std::atoi(argv[1]) : 0);
+  const int64_t megabytes = argc > 2 ? std::atoi(argv[2]) : 256;
+  const Kernels& run = *cpu_kernels().front();
+  Buffer memory(Dtype::U8, {megabytes << 20});
+  std::memset(memory->data, 1, size_t(memory->bytes()));
+  std::printf("%s, %d threads, reading %ld MB: %.1f GB/s\n", run.name.c_str(), threads(), long(megabytes), read_rate(memory));
+  small(run);
+  attention(run, megabytes);
+  products(run, memory);
+}
