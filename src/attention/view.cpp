@@ -36,7 +36,11 @@ Ragged LayerView::observe(const Ragged& rows, const Observe& how, const Plan* pl
   Ragged columns = per_entry(how.heads == Observe::Heads::Each ? model.group() : 1);
   Plan all;
   all.causal = this->plan.causal;
-  run().observe(queue, rows, keys(), plan ? plan : &all, mods, how, columns);
+  Observe with = how;
+  // What attention itself has summed, when it read the same keys.
+  const bool same = plan ? plan == &this->plan : this->plan.form == Plan::Form::Dense;
+  if (!decoding() && same && this->plan.parts == 1 && !mods.gain) with.lse = lse;
+  run().observe(queue, rows, keys(), plan ? plan : &all, mods, with, columns);
   return columns;
 }
 

@@ -10,6 +10,8 @@
 // Tensors of one number a row are contiguous. Offsets and ends of outputs are inputs: the caller has laid them out.
 //
 // Number types. q, k, v: F32, BF16 or F16 (each its own). Everything else F32 unless said. Sums are in f32.
+// Queries of F32 or F16 over keys of BF16 may be rounded to BF16 by attend and observe, which then changes a logit by up to
+// 2^-7 · scale · |q||k| / √d.
 // Bound of every kernel: |result − reference| ≤ 2^-7 · scale of the operands for BF16 inputs, 2^-10 for F16 and
 // 2^-18 · √(terms) for F32 (tests/kernels states it for each kernel).
 //
@@ -89,6 +91,7 @@ struct Observe {
   float decay = 1;
   bool logits = false;  // of the logits (cap and biases included) instead of probabilities; rows that do not see a key add
                         // nothing to sums, and keys that no row (Last: the last row) sees get −∞ from Max and Last
+  Tensor lse;           // row, optional: attend's lse over the same keys (with no gain), which saves a pass
 };
 
 /// Statistics of each query row; tensors left empty are not computed.

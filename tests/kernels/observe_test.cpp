@@ -44,11 +44,11 @@ struct KeySource {
   std::string text() const { return store ? "; pages of " + store->text() : "; a panel"; }
 };
 
-void observe_equals_reference(const Kernels& run, Random random) {
+void equals_reference(const Kernels& run, Random random, const Ask& ask) {
   using Rows = Observe::Rows;
   using Heads = Observe::Heads;
   for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
-    const AttentionCase c(random, {});
+    const AttentionCase c(random, ask);
     const KeySource source(random, c, run.v_transposed);
     Observe how;
     how.rows = pick(random, {Rows::Sum, Rows::Mean, Rows::Seen, Rows::Max, Rows::Last, Rows::Decayed});
@@ -69,9 +69,25 @@ void observe_equals_reference(const Kernels& run, Random random) {
                  c.text() + source.text());
     Queue queue;
     oracle().observe(queue, c.q, source.keys, plan, source.mods, how, want);
+    Poisoned lse(Dtype::F32, {c.q.view.values.size[0]});
+    if (chance(random, 0.5)) {
+      RowStats rows;
+      rows.lse = lse;
+      oracle().observe_rows(queue, c.q, source.keys, plan, source.mods, rows);
+      how.lse = lse;
+    }
     run.observe(queue, c.q, source.keys, plan, source.mods, how, to);
-    expect_close("columns", want.values, got, statistic(source.unit, c.logit + 4, largest(want.values)));
+    const double rounded = rounded_query(c.q.view.values.type, c.k.view.values.type, c.logit + 4, double(c.d));
+    expect_close("columns", want.values, got, statistic(source.unit + 2 * rounded, c.logit + 4, largest(want.values)));
   }
+}
+
+void observe_equals_reference(const Kernels& run, Random random) { equals_reference(run, random, {}); }
+
+void observe_many_equals_reference(const Kernels& run, Random random) {
+  Ask ask;
+  ask.many = true;
+  equals_reference(run, random, ask);
 }
 
 void observe_rows_equals_reference(const Kernels& run, Random random) {
@@ -142,6 +158,7 @@ void observed_columns_sum_to_rows(const Kernels& run, Random random) {
 std::vector<Check> observe_checks() {
   using enum Check::Against;
   return {{Reference, "observe", observe_equals_reference},
+          {Reference, "observe_many", observe_many_equals_reference},
           {Reference, "observe_rows", observe_rows_equals_reference},
           {Property, "observed_columns_sum_to_rows", observed_columns_sum_to_rows}};
 }

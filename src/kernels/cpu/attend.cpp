@@ -183,7 +183,7 @@ void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, con
   require(bool(v.values), "attend", "there are no values");
   check_outputs("attend", q, plan, v.values.size[1], out, lse);
   const Scratch scratch(queue.scratch);
-  if (takes_bf16(q, k, v, plan, mods)) return attend_bf16(queue, q, k, v, plan, mods, {out, lse, plan.parts > 1});
+  if (takes_bf16(q, k, v, plan, mods)) return attend_bf16(queue, q, k, &v, plan, mods, {out, lse, plan.parts > 1});
   KeySource source;
   source.k = &k;
   source.v = &v;

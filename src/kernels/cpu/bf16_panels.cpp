@@ -21,8 +21,8 @@ void copy_row(const bf16* from, int d, int width, bf16* to) {
 
 }  // namespace
 
-Bf16Panels::Bf16Panels(Queue& queue, const Ragged& k, const Ragged& v, bool made)
-    : k_(k), v_(v), d_(int(k.values.size[1])), d_v_(int(v.values.size[1])), steps_((d_ + 31) / 32), channel_tiles_((d_v_ + 15) / 16) {
+Bf16Panels::Bf16Panels(Queue& queue, const Ragged& k, const Ragged* v, bool made)
+    : k_(k), v_(v), d_(int(k.values.size[1])), d_v_(v ? int(v->values.size[1]) : 0), steps_((d_ + 31) / 32), channel_tiles_((d_v_ + 15) / 16) {
   const int64_t row_bytes = k.values.stride[0] * int64_t(sizeof(bf16));
   in_place_ = d_ % 32 == 0 && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(k.values.data) % 64 == 0;
   int64_t k_units = 0, v_units = 0;
@@ -31,14 +31,14 @@ Bf16Panels::Bf16Panels(Queue& queue, const Ragged& k, const Ragged& v, bool made
     k_units += in_place_ ? 1 : units_of(k.length(s));
   }
   std::vector<int64_t> starts;
-  for (int64_t s = 0; s < v.segments(); ++s) {
+  for (int64_t s = 0; v && s < v->segments(); ++s) {
     v_first_.push_back({v_units});
     starts.push_back(v_units);
-    v_units += units_of(v.length(s));
+    v_units += units_of(v->length(s));
   }
-  if (!made || v_units == 0) return;
+  if (!made) return;
   k_units_ = queue.scratch.take(Dtype::BF16, {std::max<int64_t>(1, k_units) * key_numbers()}).as<bf16>();
-  v_units_ = queue.scratch.take(Dtype::BF16, {v_units * value_numbers()}).as<bf16>();
+  v_units_ = queue.scratch.take(Dtype::BF16, {std::max<int64_t>(1, v_units * value_numbers())}).as<bf16>();
   // Both are indexed alike unless there are separate maps for k and v; so each is a list of its own.
   std::vector<int64_t> k_starts;
   int64_t copies = 0;
@@ -52,7 +52,7 @@ Bf16Panels::Bf16Panels(Queue& queue, const Ragged& k, const Ragged& v, bool made
   parallel_for((v_units + kUnitsAtOnce - 1) / kUnitsAtOnce, [&](int64_t piece) {
     const bf16* rows[kUnit];
     for (int64_t unit = piece * kUnitsAtOnce; unit < std::min(v_units, (piece + 1) * kUnitsAtOnce); ++unit) {
-      const int64_t s = segment_of(starts, unit), first = (unit - starts[size_t(s)]) * kUnit, length = v.length(s);
+      const int64_t s = segment_of(starts, unit), first = (unit - starts[size_t(s)]) * kUnit, length = v->length(s);
       for (int64_t j = 0; j < kUnit; ++j) rows[j] = first + j < length ? v_row(s, first + j) : nullptr;
       transpose_values(rows, d_v_, channel_tiles_, v_units_ + unit * value_numbers());
     }
@@ -86,11 +86,11 @@ void Bf16Panels::gather(int64_t k_segment, int64_t v_segment, const int32_t* cho
   const int width = steps_ * 32;
   const bf16* rows[kUnit];
   for (int j = 0; j < kUnit; ++j, to_k += width) {
-    rows[j] = j < count ? v_row(v_segment, chosen[j]) : nullptr;
+    rows[j] = v_ && j < count ? v_row(v_segment, chosen[j]) : nullptr;
     if (j < count) copy_row(k_row(k_segment, chosen[j]), d_, width, to_k);
     else std::memset(static_cast<void*>(to_k), 0, size_t(width) * sizeof(bf16));
   }
-  transpose_values(rows, d_v_, channel_tiles_, to_v);
+  if (v_) transpose_values(rows, d_v_, channel_tiles_, to_v);
 }
 
 #endif

@@ -13,8 +13,8 @@ namespace heed::HEED_ISA {
 /// 16 channels; keys are read where they lie unless their rows miss 64-byte lines, and then copied once.
 class Bf16Panels {
  public:
-  /// With `made` false nothing is prepared: only gather() may be used.
-  Bf16Panels(Queue& queue, const Ragged& k, const Ragged& v, bool made);
+  /// v null: no values. With `made` false nothing is prepared: only gather() may be used.
+  Bf16Panels(Queue& queue, const Ragged& k, const Ragged* v, bool made);
 
   int steps() const { return steps_; }                  // of 32 channels of q and k
   int channel_tiles() const { return channel_tiles_; }  // of 16 channels of v
@@ -30,10 +30,11 @@ class Bf16Panels {
  private:
   struct Place { int64_t units; };  // of the segments before
   const bf16* k_row(int64_t segment, int64_t key) const { return k_.values.as<bf16>() + (k_.begin(segment) + key) * k_.values.stride[0]; }
-  const bf16* v_row(int64_t segment, int64_t key) const { return v_.values.as<bf16>() + (v_.begin(segment) + key) * v_.values.stride[0]; }
+  const bf16* v_row(int64_t segment, int64_t key) const { return v_->values.as<bf16>() + (v_->begin(segment) + key) * v_->values.stride[0]; }
   void copy_keys(int64_t segment, int64_t first, bf16* to) const;
 
-  const Ragged &k_, &v_;
+  const Ragged& k_;
+  const Ragged* v_;
   int d_, d_v_, steps_, channel_tiles_;
   bool in_place_;
   std::vector<Place> k_first_, v_first_;

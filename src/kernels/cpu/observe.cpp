@@ -3,7 +3,10 @@
 #include <limits>
 
 #include "base/threads.h"
+#include "kernels/check.h"
+#include "kernels/cpu/attend_bf16.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/observe_bf16.h"
 #include "kernels/cpu/row_sums.h"
 
 namespace heed::HEED_ISA {
@@ -41,13 +44,14 @@ struct Columns {
 
 class Observation {
  public:
-  Observation(Queue& queue, const Observed& from, const Observe& how, const Ragged& columns)
-      : queue_(queue), from_(from), how_(how), columns_(columns),
+  /// fast: null, or what takes the place of from's tiles.
+  Observation(Queue& queue, const Observed& from, const ObservedBf16* fast, const Observe& how, const Ragged& columns)
+      : queue_(queue), from_(from), fast_(fast), tasks_(fast ? fast->tasks() : from.tasks()), how_(how), columns_(columns),
         peaks_(how.rows == Observe::Rows::Max || how.rows == Observe::Rows::Last), nothing_(how.logits && peaks_ ? -kInfinity : 0) {
     // The tasks of a KV head, in the order of their rows.
     const int64_t segments = columns.segments();
     by_segment_.resize(size_t(segments));
-    for (int64_t t = 0; t < int64_t(from.tasks().size()); ++t) by_segment_[size_t(from.tasks()[size_t(t)].k_segment)].tasks.push_back({t});
+    for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) by_segment_[size_t(tasks_[size_t(t)].k_segment)].tasks.push_back({t});
     heads_.resize(size_t(segments));
     for (int64_t s = 0; s < segments; ++s) {
       const int64_t kv_head = s % from.source().heads();
@@ -62,11 +66,10 @@ class Observation {
     std::vector<Piece> pieces;
     for (int64_t s = 0; s < columns_.segments(); ++s)
       for (int64_t r = 0; r * kObservedRange < size_of(s); ++r) pieces.push_back({s, r});
-    const int64_t tile_bytes = Tile::bytes(from_.shape()), floats = most_heads_ * kObservedRange;
+    const int64_t tile_bytes = fast_ ? fast_->bytes(kObservedRange) : Tile::bytes(from_.shape()), floats = most_heads_ * kObservedRange;
     parallel_with(queue_, tile_bytes + 2 * floats * 4, int64_t(pieces.size()), [&](char* memory, int64_t i) {
-      Tile tile(from_.shape(), memory);
       auto* sum = reinterpret_cast<float*>(memory + tile_bytes);
-      range(tile, {sum, sum + floats}, pieces[size_t(i)].segment, pieces[size_t(i)].range);
+      range(memory, {sum, sum + floats}, pieces[size_t(i)].segment, pieces[size_t(i)].range);
     });
     if (how_.heads == Observe::Heads::LayerMean) layer_mean();
   }
@@ -91,12 +94,20 @@ class Observation {
     return 0;
   }
 
-  void range(Tile& tile, Columns made, int64_t segment, int64_t r) const {
+  void range(char* memory, Columns made, int64_t segment, int64_t r) const {
     const int64_t heads = int64_t(heads_[size_t(segment)].heads.size()), low = r * kObservedRange;
     const int64_t high = std::min(low + kObservedRange, size_of(segment));
     std::fill_n(made.sum, heads * kObservedRange, nothing_);
     std::fill_n(made.seen, heads * kObservedRange, 0.0f);
-    for (const Index& index : by_segment_[size_t(segment)].tasks) add(tile, made, index.i, low, high);
+    for (const Index& index : by_segment_[size_t(segment)].tasks) {
+      const TileTask& task = tasks_[size_t(index.i)];
+      if (fast_) {
+        fast_->add(memory, task, low, high, made.sum + slot(segment, task.head) * kObservedRange);
+        continue;
+      }
+      Tile tile(from_.shape(), memory);
+      add(tile, made, index.i, low, high);
+    }
     for (int64_t i = 0; i < heads; ++i) {
       const int64_t n = from_.q().length(segment / from_.source().heads() * from_.q().heads + heads_[size_t(segment)].heads[size_t(i)].i);
       float* sum = made.sum + i * kObservedRange;
@@ -200,6 +211,8 @@ class Observation {
 
   Queue& queue_;
   const Observed& from_;
+  const ObservedBf16* fast_;
+  const std::vector<TileTask>& tasks_;
   const Observe& how_;
   const Ragged& columns_;
   const bool peaks_;
@@ -224,9 +237,29 @@ void observe(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, 
   const int64_t width = columns.values.rank > 1 ? columns.values.size[1] : 1;
   require(how.heads != Observe::Heads::Each || (!mods.k_map && width == q.heads / from.source().heads()), where,
           "each head apart needs columns [keys, group] and no k_map");
+  check_tensor(where, "lse", how.lse, {q.values.size[0]}, true);
   columns.heads = from.source().heads();
-  from.sum_rows();
-  Observation(queue, from, how, columns).run();
+  if (!ObservedBf16::takes(q, keys, from.plan(), from.mods(), how)) {
+    from.sum_rows(how.lse);
+    return Observation(queue, from, nullptr, how, columns).run();
+  }
+  Plan plan_of_one = from.plan();
+  plan_of_one.part = {};
+  plan_of_one.parts = 1;
+  Tensor lse = how.lse;
+  if (!lse) {
+    lse = queue.scratch.take(Dtype::F32, {q.values.size[0]});
+    Mods ungated = from.mods();
+    ungated.gain = {};
+    if (!takes_bf16(q, *keys.panel, *keys.panel, plan_of_one, ungated)) {
+      from.sum_rows({});
+      from.write_lse(lse);
+    } else {
+      attend_bf16(queue, q, *keys.panel, nullptr, plan_of_one, ungated, {{}, lse, false});
+    }
+  }
+  const ObservedBf16 fast(queue, q, *keys.panel, plan_of_one, from.mods(), how, lse);
+  Observation(queue, from, &fast, how, columns).run();
 }
 
 }  // namespace heed::HEED_ISA

@@ -72,7 +72,7 @@ void observe_rows(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
   check_tensor(where, "lse", stats.lse, {rows}, true);
   check_tensor(where, "spans", stats.spans, {spans, 2}, true, Dtype::I32);
   check_tensor(where, "span", stats.span, {rows, spans}, true);
-  from.sum_rows();
+  from.sum_rows({});
   const bool sigmoid = mods.weight == WeightFunction::Sigmoid;
   const bool second = stats.entropy || stats.distance || stats.argmax || stats.peak || stats.span;
   const int64_t tile_bytes = Tile::bytes(from.shape()), floats = Sums::floats(spans);

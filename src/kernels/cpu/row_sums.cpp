@@ -41,7 +41,9 @@ TileState Observed::sums(int64_t task, int64_t range, int width) const {
   return TileState::at(sums_ + (places_[size_t(task)].first + range) * TileState::floats(0, kTile), 0, width);
 }
 
-void Observed::sum_rows() {
+void Observed::sum_rows(Tensor lse) {
+  lse_ = lse;
+  if (lse_) return;
   struct Piece { int64_t task, range; };
   std::vector<Piece> pieces;
   for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) {
@@ -68,7 +70,15 @@ void Observed::log_sums(int64_t task, const Lanes& lanes, float* to) const {
   for (int lane = 0; lane < lanes.width; ++lane) to[lane] = lse(task, lanes, lane) * kLog2e;
 }
 
+void Observed::write_lse(const Tensor& to) const {
+  for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) {
+    const Lanes at = lanes(tasks_[size_t(t)], source_.view(tasks_[size_t(t)], mods_));
+    for (int lane = 0; lane < at.count; ++lane) to.as<float>()[at.row[lane] * to.stride[0]] = lse(t, at, lane);
+  }
+}
+
 float Observed::lse(int64_t task, const Lanes& lanes, int lane) const {
+  if (lse_) return lse_.as<float>()[lanes.row[lane] * lse_.stride[0]];
   constexpr float infinity = std::numeric_limits<float>::infinity();
   const int64_t ranges = places_[size_t(task)].ranges;
   const bool softmax = mods_.weight == WeightFunction::Softmax;

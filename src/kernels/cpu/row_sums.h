@@ -21,8 +21,10 @@ class Observed {
   const std::vector<TileTask>& tasks() const { return tasks_; }
   Lanes lanes(const TileTask& task, const KeyView& keys) const { return lanes_of(task, q_, keys.size(), mods_, plan_.causal); }
 
-  /// Fills the sums of all tasks. Call once.
-  void sum_rows();
+  /// Fills the sums of all tasks, or takes them from `lse` (row) when that is there. Call once.
+  void sum_rows(Tensor lse);
+  /// log Σ of every row of the tasks, natural.
+  void write_lse(const Tensor& to) const;
   /// log2 of the sum of each lane (sink included); −∞ of nothing. Softmax only.
   void log_sums(int64_t task, const Lanes& lanes, float* to) const;
   /// log Σ of one lane, natural, whatever the weights.
@@ -59,6 +61,7 @@ class Observed {
   struct Place { int64_t first, ranges; };
   std::vector<Place> places_;  // of each task's sums
   float* sums_ = nullptr;
+  Tensor lse_;
 };
 
 }  // namespace heed::HEED_ISA
