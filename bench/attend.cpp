@@ -58,7 +58,8 @@ Buffer normals(Dtype type, int64_t rows, int64_t width, uint64_t seed) {
 struct Heads {
   Buffer values, offsets;
   Ragged view;
-  Heads(Dtype type, int64_t heads, int64_t rows, int64_t width, uint64_t seed) : values(normals(type, heads * rows, width, seed)), offsets(Dtype::I64, {heads + 1}) {
+  Heads(Dtype type, int64_t heads, int64_t rows, int64_t width, uint64_t seed)
+      : values(normals(type, heads * rows, width, seed)), offsets(Dtype::I64, {heads + 1}) {
     for (int64_t s = 0; s <= heads; ++s) offsets->at<int64_t>(s) = s * rows;
     view = {.values = values, .offsets = offsets, .ends = {}, .heads = heads, .bound = heads * rows};
   }
@@ -78,7 +79,9 @@ void tile_loop(const char* data, int64_t rounds) {
     asm volatile(
         "tileloadd (%0,%1,1), %%tmm4\n\ttileloadd 1024(%0,%1,1), %%tmm6\n\ttileloadd 2048(%0,%1,1), %%tmm7\n\t"
         "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\ttileloadd 3072(%0,%1,1), %%tmm5\n\t"
-        "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(at), "r"(int64_t(64)) : "memory");
+        "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(at),
+        "r"(int64_t(64))
+        : "memory");
   }
   asm volatile("tilerelease" ::: "memory");
 }
@@ -116,9 +119,11 @@ Peaks peaks(bool amx) {
                 best_of(0.3, [&] { parallel([&](int) { tile_loop(static_cast<const char*>(data->data), rounds); }); });
   }
   if (__builtin_cpu_supports("avx512bf16"))
-    out.dots = 12.0 * 64 * double(rounds) * threads() * 1e-9 / best_of(0.2, [&] { parallel([&](int) { dot_loop(rounds); }); });
+    out.dots = 12.0 * 64 * double(rounds) * threads() * 1e-9 /
+               best_of(0.2, [&] { parallel([&](int) { dot_loop(rounds); }); });
   if (__builtin_cpu_supports("avx512f"))
-    out.f32 = 12.0 * 32 * double(rounds) * threads() * 1e-9 / best_of(0.2, [&] { parallel([&](int) { fma_loop(rounds); }); });
+    out.f32 = 12.0 * 32 * double(rounds) * threads() * 1e-9 /
+              best_of(0.2, [&] { parallel([&](int) { fma_loop(rounds); }); });
   return out;
 }
 
@@ -156,7 +161,8 @@ struct Blocks {
         ptr.push_back(int64_t(form == Plan::Form::Interval ? at.size() / 2 : at.size()));
       }
     rowptr = Buffer::of<int64_t>({int64_t(ptr.size())}, ptr);
-    index = form == Plan::Form::Interval ? Buffer::of<int32_t>({int64_t(at.size() / 2), 2}, at) : Buffer::of<int32_t>({int64_t(at.size())}, at);
+    index = form == Plan::Form::Interval ? Buffer::of<int32_t>({int64_t(at.size() / 2), 2}, at)
+                                         : Buffer::of<int32_t>({int64_t(at.size())}, at);
     plan.form = form;
     plan.scope = scope;
     plan.q_tile = q_tile;
@@ -172,7 +178,15 @@ struct Problem {
   Heads q, k, v;
   Buffer out, lse;
   Problem(int64_t h, int64_t g, int64_t n, int64_t d, Dtype q_type = Dtype::F32, Dtype kv = Dtype::BF16)
-      : h(h), g(g), n(n), d(d), q(q_type, h, n, d, 1), k(kv, g, n, d, 2), v(kv, g, n, d, 3), out(Dtype::F32, {h * n, d}), lse(Dtype::F32, {h * n}) {}
+      : h(h),
+        g(g),
+        n(n),
+        d(d),
+        q(q_type, h, n, d, 1),
+        k(kv, g, n, d, 2),
+        v(kv, g, n, d, 3),
+        out(Dtype::F32, {h * n, d}),
+        lse(Dtype::F32, {h * n}) {}
   double seconds(const Kernels& run, const Plan& plan, const Mods& mods = {}, double least = 0.2) {
     Queue queue;
     queue.run = &run;
@@ -194,7 +208,8 @@ void dense(const Kernels& run, const Peaks& peak, int64_t most) {
       Plan causal, full;
       full.causal = false;
       const double c = causal_work(p) / p.seconds(run, causal) * 1e-9, f = 2 * causal_work(p) / p.seconds(run, full) * 1e-9;
-      std::printf("  d %3d n %6d  full %7.0f (%.3f)  causal %7.0f (%.3f)\n", int(d), int(n), f, f / peak.bf16(), c, c / peak.bf16());
+      std::printf("  d %3d n %6d  full %7.0f (%.3f)  causal %7.0f (%.3f)\n", int(d), int(n), f, f / peak.bf16(), c,
+                  c / peak.bf16());
     }
   for (int64_t d : {80, 96, 192}) {
     Problem p(8, 2, 2048, d);
@@ -229,8 +244,10 @@ void plans(const Kernels& run, int64_t most) {
       show("blocks 1 x 512", 1, 512, Plan::Form::Blocks, Plan::Scope::QueryHead);
       Mods window;
       window.window = 1024;
-      const double seen = double(p.h) * (double(n) * 1024 - 1024.0 * 1023 / 2), ratio = whole / p.seconds(run, {}, window, 0.1);
-      std::printf("  d %3d n %5d window 1024                   %.3f: %5.2fx %.2f\n", int(d), int(n), seen / pairs, ratio, ratio * seen / pairs);
+      const double seen = double(p.h) * (double(n) * 1024 - 1024.0 * 1023 / 2),
+                   ratio = whole / p.seconds(run, {}, window, 0.1);
+      std::printf("  d %3d n %5d window 1024                   %.3f: %5.2fx %.2f\n", int(d), int(n), seen / pairs,
+                  ratio, ratio * seen / pairs);
     }
   }
 }
@@ -247,23 +264,38 @@ void observing(const Kernels& run) {
     for (int64_t rows : {int64_t(32), p.n}) {
       Ragged last = p.q.view;
       Buffer first(Dtype::I64, {p.h + 1}), end(Dtype::I64, {p.h});
-      for (int64_t s = 0; s < p.h; ++s) first->at<int64_t>(s) = s * p.n + p.n - rows, end->at<int64_t>(s) = (s + 1) * p.n;
+      for (int64_t s = 0; s < p.h; ++s)
+        first->at<int64_t>(s) = s * p.n + p.n - rows, end->at<int64_t>(s) = (s + 1) * p.n;
       first->at<int64_t>(p.h) = p.h * p.n;
       last.offsets = first;
       last.ends = end;
-      const double took = best_of(0.2, [&] {
-        const Scratch scratch(queue.scratch);
-        run.observe(queue, last, {.panel = &p.k.view, .pages = nullptr, .read = nullptr}, nullptr, Mods(), Observe{.rows = Observe::Rows::Sum}, columns.view);
-      });
-      std::printf("  d %3d n %d rows %5d: %.2f %%\n", int(d), int(p.n), int(rows), 100 * took / whole);
+      double took[2];
+      for (bool known : {false, true})
+        took[known] = best_of(0.2, [&] {
+          const Scratch scratch(queue.scratch);
+          Observe how{.rows = Observe::Rows::Sum};
+          if (known) how.lse = p.lse;  // as seconds() left it
+          run.observe(queue, last, {.panel = &p.k.view, .pages = nullptr, .read = nullptr}, nullptr, Mods(), how,
+                      columns.view);
+        });
+      std::printf("  d %3d n %d rows %5d: %.2f %%, with lse %.2f %%\n", int(d), int(p.n), int(rows),
+                  100 * took[0] / whole, 100 * took[1] / whole);
     }
   }
 }
 
 void products(const Kernels& run, const Peaks& peak) {
   std::printf("matmul, %d threads, GFLOP/s (of the bf16 peak)\n", threads());
-  struct Size { int64_t tokens, in, out; };
-  for (const Size& s : {Size{256, 2048, 2048}, {512, 576, 1536}, {512, 1536, 576}, {512, 640, 2048}, {512, 4096, 4096}, {2048, 4096, 4096}, {8192, 2048, 2048}})
+  struct Size {
+    int64_t tokens, in, out;
+  };
+  for (const Size& s : {Size{256, 2048, 2048},
+                        {512, 576, 1536},
+                        {512, 1536, 576},
+                        {512, 640, 2048},
+                        {512, 4096, 4096},
+                        {2048, 4096, 4096},
+                        {8192, 2048, 2048}})
     for (Dtype type : {Dtype::BF16, Dtype::Q4_K, Dtype::Q8_0}) {
       Buffer w(type, {s.out, s.in});
       if (s.in % 256 && type == Dtype::Q4_K) continue;
@@ -277,10 +309,11 @@ void products(const Kernels& run, const Peaks& peak) {
       Queue queue;
       queue.run = &run;
       const double rate = 2.0 * double(s.tokens) * double(s.in) * double(s.out) * 1e-9 / best_of(0.1, [&] {
-        const Scratch scratch(queue.scratch);
-        run.matmul(queue, w, x, {}, false, y);
-      });
-      std::printf("  T %5d in %5d out %5d %-5s %7.0f (%.3f)\n", int(s.tokens), int(s.in), int(s.out), info(type).name, rate, rate / peak.bf16());
+                            const Scratch scratch(queue.scratch);
+                            run.matmul(queue, w, x, {}, false, y);
+                          });
+      std::printf("  T %5d in %5d out %5d %-5s %7.0f (%.3f)\n", int(s.tokens), int(s.in), int(s.out), info(type).name,
+                  rate, rate / peak.bf16());
     }
 }
 
@@ -293,7 +326,8 @@ int main(int argc, char** argv) {
   const int64_t most = argc > 3 ? std::atoll(argv[3]) : 16384;
   const Kernels& run = *cpu_kernels().front();
   const Peaks peak = peaks(run.name == "amx");
-  std::printf("%s, %d threads: tiles %.0f, bf16 dots %.0f, f32 %.0f GFLOP/s\n", run.name.c_str(), threads(), peak.tiles, peak.dots, peak.f32);
+  std::printf("%s, %d threads: tiles %.0f, bf16 dots %.0f, f32 %.0f GFLOP/s\n", run.name.c_str(), threads(), peak.tiles,
+              peak.dots, peak.f32);
   if (what == "dense" || what == "all") dense(run, peak, most);
   if (what == "plans" || what == "all") plans(run, most);
   if (what == "observe" || what == "all") observing(run);

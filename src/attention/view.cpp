@@ -28,7 +28,8 @@ Ragged LayerView::per_entry(int64_t width) const {
   out.offsets = store->offsets(queue);
   out.heads = store->shape().kv_heads;
   out.bound = store->entries();
-  out.values = width == 1 ? queue.scratch.take(Dtype::F32, {out.bound}) : queue.scratch.take(Dtype::F32, {out.bound, width});
+  out.values = width == 1 ? queue.scratch.take(Dtype::F32, {out.bound})
+                          : queue.scratch.take(Dtype::F32, {out.bound, width});
   return out;
 }
 

@@ -21,7 +21,8 @@ void equals_reference(const Kernels& run, Random random, const Ask& ask) {
     run.attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, got_out, got_lse);
     const double gain = c.mods.gain ? 1.2 : 1, weights = c.mods.weight == WeightFunction::Sigmoid ? c.terms : 1;
     const double rounded = rounded_query(c.q.view.values.type, c.k.view.values.type, c.logit, double(c.d));
-    expect_close("out", out, got_out, attend_out(unit_of(c), c.logit, gain * weights * std::max(1.0, largest(c.v.values)), rounded));
+    expect_close("out", out, got_out,
+                 attend_out(unit_of(c), c.logit, gain * weights * std::max(1.0, largest(c.v.values)), rounded));
     expect_close("lse", lse, got_lse, attend_lse(unit_of(c), c.logit, rounded));
     run.attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, alone, {});
     expect_close("out without lse", got_out, alone, 0);

@@ -30,7 +30,9 @@ inline double rounded_query(Dtype q, Dtype k, double logit, double d) {
 inline double attend_out(double unit, double logit, double value, double rounded = 0) {
   return (unit + 2 * (logit_error(logit) + rounded)) * value;
 }
-inline double attend_lse(double unit, double logit, double rounded = 0) { return unit + logit_error(logit) + 0x1p-22 * logit + rounded; }
+inline double attend_lse(double unit, double logit, double rounded = 0) {
+  return unit + logit_error(logit) + 0x1p-22 * logit + rounded;
+}
 
 /// attend_backward: P and dS are each rounded to the operands' type once before they are multiplied.
 inline double gradient(double unit, double logit, double largest) {

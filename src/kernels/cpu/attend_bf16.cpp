@@ -22,13 +22,13 @@ namespace heed::HEED_ISA {
 namespace {
 
 struct Worker : Room {
-  float* out;    // [subtiles][channel tiles][2][256]
-  uint32_t* p;   // weights of a block
+  float* out;   // [subtiles][channel tiles][2][256]
+  uint32_t* p;  // weights of a block
   // Of a plan with a row for each query:
-  Queries* few;        // queries gathered from those of the task
-  bf16* query_rows;    // [most][steps · 32]
-  float* rows;         // [most][channel tiles · 16]: their sums
-  int64_t* entry;      // [most]: the next entries of their rows of the plan
+  Queries* few;      // queries gathered from those of the task
+  bf16* query_rows;  // [most][steps · 32]
+  float* rows;       // [most][channel tiles · 16]: their sums
+  int64_t* entry;    // [most]: the next entries of their rows of the plan
 
   static int64_t bytes(const Bf16Panels& panels, int most, bool keys_gathered, bool queries_gathered) {
     Worker none;
@@ -65,14 +65,17 @@ struct Piece {
 /// Whether rows of the plan are so short that queries of many of them are gathered.
 bool gathers_queries(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods) {
   const bool shared = !mods.k_map && !mods.v_map && plan.scope != Plan::Scope::QueryHead;
-  return plan.form == Plan::Form::Blocks && !plan.mask && plan.parts == 1 && plan.k_tile >= 2 * kUnit && plan.k_tile % kUnit == 0 &&
-         plan.q_tile * (shared ? std::max<int64_t>(1, q.heads / k.heads) : 1) < 16;
+  return plan.form == Plan::Form::Blocks && !plan.mask && plan.parts == 1 && plan.k_tile >= 2 * kUnit &&
+         plan.k_tile % kUnit == 0 && plan.q_tile * (shared ? std::max<int64_t>(1, q.heads / k.heads) : 1) < 16;
 }
 
 class AttendBf16 : Bf16Tiles {
  public:
   AttendBf16(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods, Outputs to)
-      : Bf16Tiles(queue, q, k, v, plan, mods), to_(to), by_row_(gathers_queries(plan, q, k, mods)), plan_rows_(plan, q, k.heads),
+      : Bf16Tiles(queue, q, k, v, plan, mods),
+        to_(to),
+        by_row_(gathers_queries(plan, q, k, mods)),
+        plan_rows_(plan, q, k.heads),
         d_v_(v ? int(v->values.size[1]) : 0) {}
 
   void run() {
@@ -86,8 +89,9 @@ class AttendBf16 : Bf16Tiles {
     whole.causal = plan_.causal;
     tasks_ = tile_tasks(by_row_ ? whole : plan_, q_, source_.heads(), source_.v_heads(), mods_, !by_row_, most_);
     if (by_row_)
-      require(plan_.rows() >= plan_rows_.starts.back(), "attend", "the plan has " + std::to_string(plan_.rows()) + " rows, the queries have " +
-              std::to_string(plan_rows_.starts.back()) + " tiles");
+      require(plan_.rows() >= plan_rows_.starts.back(), "attend",
+              "the plan has " + std::to_string(plan_.rows()) + " rows, the queries have " +
+                  std::to_string(plan_rows_.starts.back()) + " tiles");
     std::vector<Piece> pieces;
     for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) {
       const TileTask& task = tasks_[size_t(t)];
@@ -95,9 +99,9 @@ class AttendBf16 : Bf16Tiles {
       const int64_t seen = plan_.causal ? std::clamp<int64_t>(keys - n + task.first + task.rows, 0, keys) : keys;
       int64_t cost = 0;
       if (by_row_)
-        for (int64_t i = task.first; i < task.first + task.rows; ++i) cost += std::min(planned_keys(plan_, plan_row(task, i), keys), seen);
-      else
-        cost = std::min(planned_keys(plan_, task.plan_row, keys), seen) * task.rows * task.heads;
+        for (int64_t i = task.first; i < task.first + task.rows; ++i)
+          cost += std::min(planned_keys(plan_, plan_row(task, i), keys), seen);
+      else cost = std::min(planned_keys(plan_, task.plan_row, keys), seen) * task.rows * task.heads;
       for (int part = 0; part < plan_.parts; ++part) pieces.push_back({t, part, cost});
     }
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
@@ -133,7 +137,9 @@ class AttendBf16 : Bf16Tiles {
   }
 
   int64_t width() const { return int64_t(panels_.channel_tiles()) * 16; }
-  int64_t plan_row(const TileTask& task, int64_t query) const { return plan_rows_.row(task.sequence, task.head, q_.heads, query, plan_.q_tile); }
+  int64_t plan_row(const TileTask& task, int64_t query) const {
+    return plan_rows_.row(task.sequence, task.head, q_.heads, query, plan_.q_tile);
+  }
 
   void fill(const Worker& w, const TileTask& task, int part, const KeyView& keys) const {
     const Queries& of = *w.queries;
@@ -170,7 +176,8 @@ class AttendBf16 : Bf16Tiles {
     };
     for (int lane = 0; lane < of.count; ++lane) {
       advance(lane, true);
-      for (int t = 0; t < panels_.steps(); ++t) read_query(of.row[lane], t * 32, w.query_rows + (lane * panels_.steps() + t) * 32);
+      for (int t = 0; t < panels_.steps(); ++t)
+        read_query(of.row[lane], t * 32, w.query_rows + (lane * panels_.steps() + t) * 32);
     }
     for (;;) {
       const int32_t block = *std::min_element(next, next + of.count);
@@ -198,17 +205,22 @@ class AttendBf16 : Bf16Tiles {
     }
     begin(few);
     const auto lane_at = [&](int lane) { return lanes[std::min(lane, count - 1)]; };
-    for (int lane = 0; lane < kSubtile; ++lane) few.high[lane] = of.high[lane_at(lane)];  // mostly it stays, and sums just add
+    for (int lane = 0; lane < kSubtile; ++lane)
+      few.high[lane] = of.high[lane_at(lane)];  // mostly it stays, and sums just add
     Worker own = w;
     own.queries = &few;
     Plan whole;
     whole.causal = plan_.causal;
-    Walk walk(whole, 0, -1, first, std::min<int64_t>({first + plan_.k_tile, keys.size(), int64_t(std::max(few.limit_high[0], few.limit_high[1])) + 1}));
+    Walk walk(whole, 0, -1, first,
+              std::min<int64_t>(
+                  {first + plan_.k_tile, keys.size(), int64_t(std::max(few.limit_high[0], few.limit_high[1])) + 1}));
     Run rest{};
     bool packed = false;
     while (next_block(*w.block, walk, rest)) {
       if (!packed)
-        pack(own, [&](int lane, int c, bf16* to) { std::memcpy(static_cast<void*>(to), w.query_rows + lane_at(lane) * panels_.steps() * 32 + c, 64); });
+        pack(own, [&](int lane, int c, bf16* to) {
+          std::memcpy(static_cast<void*>(to), w.query_rows + lane_at(lane) * panels_.steps() * 32 + c, 64);
+        });
       packed = true;
       open(own, *w.block, task);
       absorb(own, 0, nullptr);
@@ -241,7 +253,8 @@ class AttendBf16 : Bf16Tiles {
       const M some = less(zero(), abs(scale));  // an unset lane's sums may be anything
       for (int t = 0; t < panels_.channel_tiles(); ++t) {
         const float* from = out + (t * 2 + g) * kTileFloats;
-        for (int c = 0; c < 16; ++c) store(columns[c], begun ? where(some, load(from + c * 16) * scale, zero()) : zero());
+        for (int c = 0; c < 16; ++c)
+          store(columns[c], begun ? where(some, load(from + c * 16) * scale, zero()) : zero());
         transpose_words(reinterpret_cast<const uint32_t*>(columns), 16, reinterpret_cast<uint32_t*>(rows), 16);
         for (int lane = g * 16; lane < std::min(lanes, g * 16 + 16); ++lane) body(lane, t * 16, load(rows[lane % 16]));
       }
@@ -257,7 +270,8 @@ class AttendBf16 : Bf16Tiles {
   /// Where tiles are short, blocks that lie apart are met for the first time at almost every step: without this a tile waits
   /// for memory row by row.
   void fetch(Ahead& ahead, int rows) const {
-    const int64_t v_step = int64_t(panels_.channel_tiles()) * 16 * int64_t(sizeof(bf16)), last = int64_t(ahead.block->count) * kUnit;
+    const int64_t v_step = int64_t(panels_.channel_tiles()) * 16 * int64_t(sizeof(bf16)),
+                  last = int64_t(ahead.block->count) * kUnit;
     for (; rows > 0 && ahead.rows < last; --rows, ++ahead.rows) {
       const Unit& unit = ahead.block->unit[ahead.rows / kUnit];
       const char* k = reinterpret_cast<const char*>(unit.k.rows) + ahead.rows % kUnit * unit.k.stride;
@@ -293,14 +307,15 @@ class AttendBf16 : Bf16Tiles {
         Seen sees[2];
         for (int i = 0; i < units; ++i) sees[i] = seen(block, block.unit[u + i], of, g0 + g);
         const int at = (g0 + g) * 16;
-        soften(w.s + g * kTileFloats, units, sees, load(of.factor + at), w.p + (u * 2 + g) * kTileWords, of.high + at, of.sum + at, [&](F by) {
-          sum_values(u);  // weights of the block that were made with the old maximum
-          if (!of.begun[st]) return;
-          for (int c = 0; c < tiles * 16; ++c) {
-            float* x = out + c / 16 * 2 * kTileFloats + g * kTileFloats + c % 16 * 16;
-            store(x, load(x) * by);
-          }
-        });
+        soften(w.s + g * kTileFloats, units, sees, load(of.factor + at), w.p + (u * 2 + g) * kTileWords, of.high + at,
+               of.sum + at, [&](F by) {
+                 sum_values(u);  // weights of the block that were made with the old maximum
+                 if (!of.begun[st]) return;
+                 for (int c = 0; c < tiles * 16; ++c) {
+                   float* x = out + c / 16 * 2 * kTileFloats + g * kTileFloats + c % 16 * 16;
+                   store(x, load(x) * by);
+                 }
+               });
       }
     }
     sum_values(end);
@@ -329,9 +344,10 @@ class AttendBf16 : Bf16Tiles {
     for (int first = 0; first < of.count; first += kSubtile) {
       const int lanes = std::min(kSubtile, of.count - first), st = first / kSubtile;
       for (int lane = 0; lane < lanes; ++lane) scale[lane] = close(of, first + lane, part);
-      each_row(w.out + int64_t(st) * panels_.channel_tiles() * 2 * kTileFloats, scale, of.begun[st], lanes, [&](int lane, int channel, F x) {
-        store_part(to_.row(part, of.row[first + lane]) + channel, x, std::min(16, d_v_ - channel));
-      });
+      each_row(w.out + int64_t(st) * panels_.channel_tiles() * 2 * kTileFloats, scale, of.begun[st], lanes,
+               [&](int lane, int channel, F x) {
+                 store_part(to_.row(part, of.row[first + lane]) + channel, x, std::min(16, d_v_ - channel));
+               });
     }
   }
 
@@ -359,14 +375,16 @@ bool takes_bf16(const Ragged& q, const Ragged& k, const Ragged& v, const Plan& p
   if (mods.weight != WeightFunction::Softmax || mods.softcap > 0 || mods.key_bias || mods.row_factor) return false;
   const int64_t n = longest(q), group = std::max<int64_t>(1, q.heads / k.heads);
   if (gathers_queries(plan, q, k, mods)) return n >= 32;
-  const bool dense = plan.form == Plan::Form::Dense, shared = !mods.k_map && !mods.v_map && (dense || plan.scope != Plan::Scope::QueryHead);
+  const bool dense = plan.form == Plan::Form::Dense,
+             shared = !mods.k_map && !mods.v_map && (dense || plan.scope != Plan::Scope::QueryHead);
   const int64_t rows = dense ? n : std::min<int64_t>(n, plan.q_tile), lanes = rows * (shared ? group : 1);
   // Half a subtile at least; values to transpose for more than a few queries; and few queries over many keys are split
   // over keys instead.
   return lanes >= 16 && (gathers(plan) || n * group >= 32) && (n > kTile || longest(k) < 2048);
 }
 
-void attend_bf16(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods, Outputs to) {
+void attend_bf16(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods,
+                 Outputs to) {
   AttendBf16(queue, q, k, v, plan, mods, to).run();
 }
 

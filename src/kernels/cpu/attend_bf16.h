@@ -21,6 +21,7 @@ struct Outputs {
 bool takes_bf16(const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods);
 
 /// Queries of F32 and F16 are rounded to bf16, as the keys they meet are. v null: only lse is made.
-void attend_bf16(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods, Outputs to);
+void attend_bf16(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods,
+                 Outputs to);
 
 }  // namespace heed::HEED_ISA

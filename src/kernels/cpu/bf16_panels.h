@@ -28,9 +28,15 @@ class Bf16Panels {
   void gather(int64_t k_segment, int64_t v_segment, const int32_t* chosen, int count, bf16* to_k, bf16* to_v) const;
 
  private:
-  struct Place { int64_t units; };  // of the segments before
-  const bf16* k_row(int64_t segment, int64_t key) const { return k_.values.as<bf16>() + (k_.begin(segment) + key) * k_.values.stride[0]; }
-  const bf16* v_row(int64_t segment, int64_t key) const { return v_->values.as<bf16>() + (v_->begin(segment) + key) * v_->values.stride[0]; }
+  struct Place {
+    int64_t units;
+  };  // of the segments before
+  const bf16* k_row(int64_t segment, int64_t key) const {
+    return k_.values.as<bf16>() + (k_.begin(segment) + key) * k_.values.stride[0];
+  }
+  const bf16* v_row(int64_t segment, int64_t key) const {
+    return v_->values.as<bf16>() + (v_->begin(segment) + key) * v_->values.stride[0];
+  }
   void copy_keys(int64_t segment, int64_t first, bf16* to) const;
 
   const Ragged& k_;

@@ -44,12 +44,16 @@ inline void unit_scores(UnitKeys k, const uint32_t* q, int steps, float* s) {
         "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
         "tileloadd (%1,%3,1), %%tmm5\n\t"
         "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
-        "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(k0), "r"(k1), "r"(q), "r"(k.stride), "r"(line) : "memory");
+        "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(k0),
+        "r"(k1), "r"(q), "r"(k.stride), "r"(line)
+        : "memory");
   asm volatile(
       "tilestored %%tmm0, (%0,%1,1)\n\t"
       "tilestored %%tmm1, 1024(%0,%1,1)\n\t"
       "tilestored %%tmm2, 2048(%0,%1,1)\n\t"
-      "tilestored %%tmm3, 3072(%0,%1,1)" ::"r"(s), "r"(line) : "memory");
+      "tilestored %%tmm3, 3072(%0,%1,1)" ::"r"(s),
+      "r"(line)
+      : "memory");
 }
 
 /// o (+)= V^T P^T of `units` units, two tiles of channels at a time; `first`: o is not read.
@@ -74,14 +78,18 @@ HEED_INLINE void tile_values(const bf16* const* v, int64_t v_at, const uint32_t*
           "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
           "tileloadd 1024(%0,%2,1), %%tmm5\n\t"
           "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
-          "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(at), "r"(p), "r"(line) : "memory");
+          "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(at),
+          "r"(p), "r"(line)
+          : "memory");
     else
       asm volatile(
           "tileloadd (%0,%2,1), %%tmm4\n\t"
           "tileloadd (%1,%2,1), %%tmm6\n\t"
           "tileloadd 1024(%1,%2,1), %%tmm7\n\t"
           "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
-          "tdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::"r"(at), "r"(p), "r"(line) : "memory");
+          "tdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::"r"(at),
+          "r"(p), "r"(line)
+          : "memory");
   }
   asm volatile("tilestored %%tmm0, (%0,%1,1)\n\ttilestored %%tmm1, 1024(%0,%1,1)" ::"r"(o), "r"(line) : "memory");
   if constexpr (Tiles == 2)
@@ -90,7 +98,8 @@ HEED_INLINE void tile_values(const bf16* const* v, int64_t v_at, const uint32_t*
 
 inline void unit_values(const bf16* const* v, const uint32_t* p, int units, int channel_tiles, bool first, float* o) {
   int c = 0;
-  for (; c + 2 <= channel_tiles; c += 2) tile_values<2>(v, int64_t(c) * 16 * kUnit, p, units, first, o + c * 2 * kTileFloats);
+  for (; c + 2 <= channel_tiles; c += 2)
+    tile_values<2>(v, int64_t(c) * 16 * kUnit, p, units, first, o + c * 2 * kTileFloats);
   if (c < channel_tiles) tile_values<1>(v, int64_t(c) * 16 * kUnit, p, units, first, o + c * 2 * kTileFloats);
 }
 
@@ -168,7 +177,8 @@ HEED_INLINE void transpose_words(const uint32_t* in, int64_t in_stride, uint32_t
   for (int a = 0; a < 16; a += kSquare)
     for (int b = 0; b < 16; b += kSquare) {
       Lane square[kSquare];
-      for (int i = 0; i < kSquare; ++i) square[i] = load_lane(reinterpret_cast<const float*>(in + (a + i) * in_stride + b));
+      for (int i = 0; i < kSquare; ++i)
+        square[i] = load_lane(reinterpret_cast<const float*>(in + (a + i) * in_stride + b));
       transpose(square);
       for (int i = 0; i < kSquare; ++i) store_lane(reinterpret_cast<float*>(out + (b + i) * out_stride + a), square[i]);
     }

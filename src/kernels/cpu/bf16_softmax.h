@@ -56,7 +56,8 @@ inline F largest(const float* s, int units, const Seen* seen, F factor) {
 /// Adds one or two units to a group's softmax: p receives their weights; high and sum are the lanes' state in log2.
 /// rescale(by) is called when what was summed before is worth `by` of itself from now on.
 template <class Rescale>
-HEED_INLINE void soften(const float* s, int units, const Seen* seen, F factor, uint32_t* p, float* high, float* sum, Rescale&& rescale) {
+HEED_INLINE void soften(const float* s, int units, const Seen* seen, F factor, uint32_t* p, float* high, float* sum,
+                        Rescale&& rescale) {
   const bool masked = !seen[0].all || (units > 1 && !seen[1].all);
   Seen each[2] = {seen[0], seen[units - 1]};
   if (masked)

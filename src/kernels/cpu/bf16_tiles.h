@@ -24,10 +24,10 @@ struct Masked {
 struct Unit {
   UnitKeys k;
   const bf16* v;
-  uint32_t mask;         // keys that every query of the plan's row reads
-  int32_t first, last;   // keys
-  const int32_t* keys;   // each, when they were gathered; null: consecutive from `first`
-  int fill;              // keys gathered
+  uint32_t mask;        // keys that every query of the plan's row reads
+  int32_t first, last;  // keys
+  const int32_t* keys;  // each, when they were gathered; null: consecutive from `first`
+  int fill;             // keys gathered
   int masked_begin, masked_end;
   int32_t position_low, position_high, until_low;
   bool consecutive;  // positions too
@@ -45,9 +45,9 @@ struct Block {
 /// The queries of a task, and their softmax.
 struct Queries {
   int count, groups;
-  alignas(64) int32_t limit[kMost];     // the last key that causality shows
+  alignas(64) int32_t limit[kMost];  // the last key that causality shows
   alignas(64) int32_t position[kMost];
-  alignas(64) float factor[kMost];      // scale · temperature · log2 e
+  alignas(64) float factor[kMost];  // scale · temperature · log2 e
   alignas(64) float high[kMost], sum[kMost];
   int64_t row[kMost];
   int32_t head[kMost];
@@ -80,7 +80,13 @@ class Bf16Tiles {
  public:
   /// v null: no values.
   Bf16Tiles(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods)
-      : queue_(queue), q_(q), plan_(plan), mods_(mods), gathered_(gathers(plan)), panels_(queue, k, v, !gathers(plan)), d_(int(q.values.size[1])) {
+      : queue_(queue),
+        q_(q),
+        plan_(plan),
+        mods_(mods),
+        gathered_(gathers(plan)),
+        panels_(queue, k, v, !gathers(plan)),
+        d_(int(q.values.size[1])) {
     source_.k = &k;
     source_.v = v;
   }
@@ -93,7 +99,8 @@ class Bf16Tiles {
     const float scale = mods_.scale != 0 ? mods_.scale : float(1 / std::sqrt(double(d_)));
     for (int lane = 0; lane < of.groups * 16; ++lane) {
       const int64_t at = std::min(lane, of.count - 1);  // lanes past the count repeat the last one
-      const int64_t head = task.head + at / task.rows, i = task.first + at % task.rows, segment = task.sequence * q_.heads + head;
+      const int64_t head = task.head + at / task.rows, i = task.first + at % task.rows,
+                    segment = task.sequence * q_.heads + head;
       const int64_t row = q_.begin(segment) + i, last = keys - q_.length(segment) + i;
       of.row[lane] = row;
       of.head[lane] = int32_t(head);
@@ -140,7 +147,8 @@ class Bf16Tiles {
     for (int g = 0; g < w.queries->groups; ++g)
       for (int t = 0; t < steps; ++t) {
         for (int lane = 0; lane < 16; ++lane) read(g * 16 + lane, t * 32, rows[lane]);
-        transpose_words(reinterpret_cast<const uint32_t*>(rows), 16, w.q + ((g / 2 * steps + t) * 2 + g % 2) * kTileWords, 16);
+        transpose_words(reinterpret_cast<const uint32_t*>(rows), 16,
+                        w.q + ((g / 2 * steps + t) * 2 + g % 2) * kTileWords, 16);
       }
   }
   void pack(const Room& w) const {
@@ -239,7 +247,9 @@ class Bf16Tiles {
     }
     const __m512i one = _mm512_set1_epi32(1), all = _mm512_set1_epi32(-1);
     const __m512i limit = _mm512_load_si512(of.limit + g * 16), position = _mm512_load_si512(of.position + g * 16);
-    const auto clamped = [](__m512i n) { return _mm512_min_epi32(_mm512_max_epi32(n, _mm512_setzero_si512()), _mm512_set1_epi32(kUnit)); };
+    const auto clamped = [](__m512i n) {
+      return _mm512_min_epi32(_mm512_max_epi32(n, _mm512_setzero_si512()), _mm512_set1_epi32(kUnit));
+    };
     const bool each_causal = causal && unit.keys, each_windowed = windowed && !unit.consecutive;
     if (causal && !each_causal) {
       const __m512i n = clamped(_mm512_sub_epi32(limit, _mm512_set1_epi32(unit.first - 1)));
@@ -255,14 +265,17 @@ class Bf16Tiles {
       const int32_t key = key_of(unit, j), at = block.k_pos ? block.k_pos[key] : key;
       __mmask16 sees = 0xffff;
       if (each_causal) sees &= _mm512_cmple_epi32_mask(_mm512_set1_epi32(key), limit);
-      if (each_windowed) sees &= _mm512_cmplt_epi32_mask(_mm512_sub_epi32(position, _mm512_set1_epi32(at)), _mm512_set1_epi32(window));
+      if (each_windowed)
+        sees &= _mm512_cmplt_epi32_mask(_mm512_sub_epi32(position, _mm512_set1_epi32(at)), _mm512_set1_epi32(window));
       if (until) sees &= _mm512_cmple_epi32_mask(position, _mm512_set1_epi32(block.until[key]));
       out.words = _mm512_mask_andnot_epi32(out.words, __mmask16(~sees), _mm512_set1_epi32(int32_t(1u << j)), out.words);
     }
     return out;
   }
 
-  struct Range { int begin, end; };
+  struct Range {
+    int begin, end;
+  };
   /// The units of a block that some query of a subtile sees.
   Range visible_units(const Block& block, const Queries& of, int st) const {
     const int32_t limit = std::max(of.limit_high[2 * st], of.limit_high[2 * st + 1]);
@@ -275,8 +288,10 @@ class Bf16Tiles {
   }
   /// The keys, low inclusive and high exclusive, that some query sees.
   KeyRange key_range(const Queries& of, const KeyView& keys) const {
-    KeyRange range{0, std::min<int64_t>(keys.size(), int64_t(*std::max_element(of.limit_high, of.limit_high + of.groups)) + 1)};
-    if (mods_.window > 0) range.low = keys.window_begin(float(*std::min_element(of.position_low, of.position_low + of.groups)), mods_.window);
+    KeyRange range{
+        0, std::min<int64_t>(keys.size(), int64_t(*std::max_element(of.limit_high, of.limit_high + of.groups)) + 1)};
+    if (mods_.window > 0)
+      range.low = keys.window_begin(float(*std::min_element(of.position_low, of.position_low + of.groups)), mods_.window);
     return range;
   }
 

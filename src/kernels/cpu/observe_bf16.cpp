@@ -9,7 +9,10 @@ namespace heed::HEED_ISA {
 class ObservedBf16::Tiles : Bf16Tiles {
  public:
   Tiles(Queue& queue, const Ragged& q, const Ragged& k, const Plan& plan, const Mods& mods, const Observe& how, Tensor lse)
-      : Bf16Tiles(queue, q, k, nullptr, plan, mods), how_(how), lse_(lse), tasks_(tile_tasks(plan, q, k.heads, k.heads, mods, false, kMost)) {}
+      : Bf16Tiles(queue, q, k, nullptr, plan, mods),
+        how_(how),
+        lse_(lse),
+        tasks_(tile_tasks(plan, q, k.heads, k.heads, mods, false, kMost)) {}
 
   const std::vector<TileTask>& tasks() const { return tasks_; }
 
@@ -70,7 +73,9 @@ class ObservedBf16::Tiles : Bf16Tiles {
     for (int lane = 0; lane < of.groups * 16; ++lane) {
       const float lse = lse_.as<float>()[of.row[lane] * lse_.stride[0]] * kLog2e;
       of.high[lane] = lse == -std::numeric_limits<float>::infinity() ? -lse : lse;  // a row that sees nothing: weights of 0
-      of.sum[lane] = lane >= of.count ? 0 : how_.rows == Observe::Rows::Decayed ? std::pow(how_.decay, float(n - 1 - of.query[lane])) : 1;
+      of.sum[lane] = lane >= of.count                      ? 0
+                     : how_.rows == Observe::Rows::Decayed ? std::pow(how_.decay, float(n - 1 - of.query[lane]))
+                                                           : 1;
     }
   }
 
@@ -124,12 +129,14 @@ bool ObservedBf16::takes(const Ragged& q, const Keys& keys, const Plan& plan, co
   using Rows = Observe::Rows;
   if (!keys.panel || keys.panel->values.type != Dtype::BF16 || how.logits) return false;
   if (mods.weight != WeightFunction::Softmax || mods.softcap > 0 || mods.key_bias || mods.row_factor) return false;
-  if (how.rows != Rows::Sum && how.rows != Rows::Mean && how.rows != Rows::Decayed && how.rows != Rows::Max) return false;
+  if (how.rows != Rows::Sum && how.rows != Rows::Mean && how.rows != Rows::Decayed && how.rows != Rows::Max)
+    return false;
   const int64_t n = longest(q);
   return n >= 16 && (plan.form == Plan::Form::Dense || plan.q_tile >= 16);
 }
 
-ObservedBf16::ObservedBf16(Queue& queue, const Ragged& q, const Ragged& k, const Plan& plan, const Mods& mods, const Observe& how, Tensor lse)
+ObservedBf16::ObservedBf16(Queue& queue, const Ragged& q, const Ragged& k, const Plan& plan, const Mods& mods,
+                           const Observe& how, Tensor lse)
     : tiles_(std::make_unique<Tiles>(queue, q, k, plan, mods, how, lse)) {}
 const std::vector<TileTask>& ObservedBf16::tasks() const { return tiles_->tasks(); }
 int64_t ObservedBf16::bytes(int64_t keys) const { return tiles_->bytes(keys); }
@@ -142,7 +149,10 @@ void ObservedBf16::add(char* memory, const TileTask& task, int64_t low, int64_t 
 class ObservedBf16::Tiles {};
 bool ObservedBf16::takes(const Ragged&, const Keys&, const Plan&, const Mods&, const Observe&) { return false; }
 ObservedBf16::ObservedBf16(Queue&, const Ragged&, const Ragged&, const Plan&, const Mods&, const Observe&, Tensor) {}
-const std::vector<TileTask>& ObservedBf16::tasks() const { static const std::vector<TileTask> none; return none; }
+const std::vector<TileTask>& ObservedBf16::tasks() const {
+  static const std::vector<TileTask> none;
+  return none;
+}
 int64_t ObservedBf16::bytes(int64_t) const { return 0; }
 void ObservedBf16::add(char*, const TileTask&, int64_t, int64_t, float*) const {}
 

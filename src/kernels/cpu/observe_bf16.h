@@ -12,7 +12,8 @@ class ObservedBf16 {
   /// Whether this call is worth it. The plan has one part.
   static bool takes(const Ragged& q, const Keys& keys, const Plan& plan, const Mods& mods, const Observe& how);
   /// lse: row, of the keys that count.
-  ObservedBf16(Queue& queue, const Ragged& q, const Ragged& k, const Plan& plan, const Mods& mods, const Observe& how, Tensor lse);
+  ObservedBf16(Queue& queue, const Ragged& q, const Ragged& k, const Plan& plan, const Mods& mods, const Observe& how,
+               Tensor lse);
   ~ObservedBf16();
 
   const std::vector<TileTask>& tasks() const;
