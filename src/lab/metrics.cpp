@@ -30,6 +30,18 @@ std::vector<int32_t> code_points(std::string_view text) {
   return out;
 }
 
+/// Code points in lower case. İ is the one character whose lower case is two: i and a dot above.
+std::vector<int32_t> lowered(std::string_view text) {
+  std::vector<int32_t> out;
+  for (int32_t c : code_points(text)) {
+    if (c == 0x130)
+      out.insert(out.end(), {'i', 0x307});
+    else
+      out.push_back(utf8proc_tolower(c));
+  }
+  return out;
+}
+
 bool is_space(int32_t c) {
   const auto kind = utf8proc_category(c);
   return (c >= 9 && c <= 13) || (c >= 28 && c <= 31) || c == 0x85 || kind == UTF8PROC_CATEGORY_ZS || kind == UTF8PROC_CATEGORY_ZL || kind == UTF8PROC_CATEGORY_ZP;
@@ -47,8 +59,8 @@ using Word = std::vector<int32_t>;
 
 std::vector<Word> normal_words(std::string_view text) {
   std::vector<int32_t> kept;
-  for (int32_t c : code_points(text))
-    if (const int32_t low = utf8proc_tolower(c); !is_punctuation(low)) kept.push_back(low);
+  for (int32_t c : lowered(text))
+    if (!is_punctuation(c)) kept.push_back(c);
   static const Word articles[] = {{'a'}, {'a', 'n'}, {'t', 'h', 'e'}};
   std::vector<Word> out(1);
   for (size_t i = 0; i < kept.size();) {
@@ -106,9 +118,9 @@ double share_of(std::string_view number, std::string_view answer) {
 
 std::vector<std::string> plain_words(std::string_view text) {
   std::vector<std::string> out(1);
-  for (char c : ascii_lower(text)) {
+  for (int32_t c : lowered(text)) {
     if ((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'))
-      out.back() += c;
+      out.back() += char(c);
     else if (!out.back().empty())
       out.emplace_back();
   }

@@ -12,11 +12,12 @@ namespace {
 double density(Session& session) {
   const ModelInfo& m = session.model().info();
   const double length = double(session.tokens().size());
+  const double decoding = length - double(std::max<int64_t>(0, session.step() - 1)) / 2;  // keys there were, on average
   double pairs = 0, read = 0;
   const auto computed = session.density(), reads = session.read_tokens();
   for (int l = 0; l < m.layers; ++l)
     for (int head = 0; head < m.h; ++head) {
-      const double seen = m.window(l) > 0 ? std::min(length, double(m.window(l))) : length;
+      const double seen = m.window(l) > 0 ? std::min(decoding, double(m.window(l))) : decoding;
       pairs += computed[size_t(l)][size_t(head)];
       read += std::min(1.0, reads[size_t(l)][size_t(head)] / seen);
     }

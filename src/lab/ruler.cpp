@@ -127,7 +127,7 @@ class Maker {
       s.question_tokens = words_.encode(s.question);
       return s;
     };
-    need_words(task_.kind == Kind::Chain ? 0 : 100);
+    need_words(task_.kind == Kind::Needle || task_.kind == Kind::CommonWords ? 100 : 0);
     RulerSample best = made(least);
     require(best.tokens() <= budget, task_.name.c_str(),
             std::to_string(length_) + " tokens are too few: the shortest prompt and its answer take " + std::to_string(best.tokens() + task_.limit),
@@ -379,10 +379,17 @@ class Maker {
     require(!chosen.empty(), task_.name.c_str(), "no dictionary entry refers to another as {term}", "choose other tasks");
     draws.entries.insert(chosen.begin(), chosen.end());
     const size_t asked = chosen.front(), target = chosen.back();
+    // The definition's first four words are what is expected: no other document has them.
+    std::string start;
+    for (char c : entries[target].definition) {
+      if (c == ' ' && std::count(start.begin(), start.end(), ' ') == 3) break;
+      start += c;
+    }
     std::vector<size_t> others;
     for (size_t i = 0; i < entries.size(); ++i)
-      if (!draws.entries.contains(i)) others.push_back(i);
+      if (!draws.entries.contains(i) && entries[i].definition.find(start) == std::string::npos) others.push_back(i);
     shuffle(others, draws.random);
+    require(!others.empty(), task_.name.c_str(), "all dictionary entries begin alike", "choose other tasks");
     for (size_t i = 0; chosen.size() < size_t(units); ++i) chosen.push_back(others[i % others.size()]);  // again from the first when there are too few
     shuffle(chosen, draws.random);
     RulerSample s;
@@ -396,12 +403,7 @@ class Maker {
     const std::string& subject = entries[asked].term;
     s.question += task_.hops > 1 ? "What is the definition of the term that the document on " + subject + " says to see? Answer: The document on " + subject + " says to see"
                                  : "What is the definition of " + subject + "? Answer: " + subject + ":";
-    // Its first four words, which no other document has.
-    std::string& start = s.expected.emplace_back();
-    for (char c : entries[target].definition) {
-      if (c == ' ' && std::count(start.begin(), start.end(), ' ') == 3) break;
-      start += c;
-    }
+    s.expected = {start};
     s.solution = (task_.hops > 1 ? entries[target].term + ": " : "") + entries[target].definition;
     s.chance = 1.0 / double(chosen.size());
     return s;

@@ -95,6 +95,180 @@ TEST_F(OnModel, EvalComparesWithDense) {
   EXPECT_EQ(json["niah"]["runs"], 5);
 }
 
+/// A model with room for long prompts, and a book with a dictionary at its end.
+class OnBook : public OnModel {
+ protected:
+  OnBook() {
+    TinyModel longer;
+    longer.context = 8192;
+    longer.write(model_);
+    Random random(5);
+    std::string book;
+    for (int paragraph = 0; paragraph < 60; ++paragraph) {
+      for (int word = 0; word < 40; ++word) {
+        for (int i = 0; i < 5; ++i) book += char('a' + random.below(4));
+        book += word % 10 == 9 ? ". " : " ";
+      }
+      book += "\n\n";
+    }
+    for (int i = 0; i < 30; ++i)
+      book += "   :term" + std::to_string(i) + ": n.\n\n   The number " + std::to_string(i * 7 + 1) + " in a row of many. See {term" + std::to_string((i + 1) % 30) + "}.\n\n";
+    write("book.txt", book);
+  }
+  std::vector<std::string> eval(std::vector<std::string> more) const {
+    std::vector<std::string> all = {"eval", "-m", model_, "-f", path("book.txt"), "--json"};
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  }
+};
+
+TEST_F(OnBook, EvalAsksRulersTasks) {
+  const Outcome outcome = heed(eval({"--tasks", "niah_single_1,qa_2,vt", "-c", "3000", "--count", "2", "--query", "both", "--attention",
+                                     "streaming-llm(sinks=2,window=60)", "--samples", path("s.jsonl")}));
+  ASSERT_EQ(outcome.status, 0) << outcome.err;
+  const auto rows = outcome.json()["tasks"];
+  ASSERT_EQ(rows.size(), 6u);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto& row = rows[i];
+    EXPECT_EQ(row["query"], i % 2 ? "aware" : "blind");
+    EXPECT_EQ(row["samples"], 2);
+    EXPECT_EQ(row["length"], 3000);
+    EXPECT_LE(row["low"].get<double>(), row["score"].get<double>());
+    EXPECT_GE(row["high"].get<double>(), row["score"].get<double>());
+    EXPECT_EQ(row["at_chance"], true) << "a random model knows nothing";
+    EXPECT_LT(row["density"].get<double>(), 0.1);
+    EXPECT_TRUE(row["not_exercised"].is_string()) << "too short a prompt";
+  }
+  // What was kept tells the same story.
+  std::ifstream file(path("s.jsonl"));
+  int lines = 0;
+  for (std::string line; std::getline(file, line); ++lines) {
+    const auto sample = nlohmann::json::parse(line);
+    for (const char* field : {"model", "attention", "text", "task", "query", "length", "seed", "index", "prompt", "answer", "expected", "score", "chance", "metric"})
+      EXPECT_TRUE(sample.contains(field)) << field;
+    double found = 0;
+    for (const std::string e : sample["expected"]) found += sample["answer"].get<std::string>().find(e) != std::string::npos;
+    EXPECT_DOUBLE_EQ(sample["score"].get<double>(), found / double(sample["expected"].size()));
+  }
+  EXPECT_EQ(lines, 12);
+}
+
+TEST_F(OnBook, EvalTakesFinishedSamplesFromItsFile) {
+  const std::string samples = path("s.jsonl");
+  const auto ask = [&](const char* count, const char* seed) {
+    return heed(eval({"--tasks", "niah_single_2", "-c", "1500", "--count", count, "--samples", samples, "--seed", seed}));
+  };
+  ASSERT_EQ(ask("2", "1").status, 0);
+  // A score that no run would give shows that the sample was not run again.
+  std::string kept = read(samples);
+  for (size_t at = 0; (at = kept.find("\"score\":0.0", at)) != std::string::npos;) kept.replace(at, 11, "\"score\":0.5");
+  write("s.jsonl", kept);
+  EXPECT_EQ(ask("2", "1").json()["tasks"][0]["score"], 0.5);
+  EXPECT_EQ(read(samples), kept);
+  EXPECT_EQ(ask("4", "1").json()["tasks"][0]["score"], 0.25);
+  EXPECT_EQ(ask("2", "2").json()["tasks"][0]["score"], 0.0) << "another seed, other samples";
+  const std::string all = read(samples);
+  EXPECT_EQ(std::count(all.begin(), all.end(), '\n'), 6);
+  write("s.jsonl", all + "nonsense\n");
+  expect_complaint(ask("2", "1"), 2, "s.jsonl:7");
+}
+
+TEST_F(OnBook, AnInterruptedEvaluationKeepsItsSamples) {
+  const std::string samples = path("s.jsonl"), out = path("out.json");
+  const pid_t child = fork();
+  if (child == 0) {
+    if (!std::freopen("/dev/null", "w", stderr) || !std::freopen(out.c_str(), "w", stdout)) _exit(99);
+    execl(HEED_PROGRAM, HEED_PROGRAM, "eval", "-m", model_.c_str(), "-f", path("book.txt").c_str(), "--tasks", "niah_single_1,niah_single_2", "-c", "1500", "--count", "100000",
+          "--samples", samples.c_str(), "--json", nullptr);
+    _exit(98);
+  }
+  while (!std::filesystem::exists(samples) && waitpid(child, nullptr, WNOHANG) == 0) usleep(1000);
+  kill(child, SIGINT);
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 130);
+  const auto json = nlohmann::json::parse(read(out));
+  EXPECT_EQ(json["interrupted"], true);
+  ASSERT_EQ(json["tasks"].size(), 1u);
+  const std::string all = read(samples);
+  EXPECT_EQ(json["tasks"][0]["samples"], std::count(all.begin(), all.end(), '\n'));
+  EXPECT_EQ(all.back(), '\n');
+}
+
+TEST_F(OnBook, EvalShowsHeadsPositionsAndAgreement) {
+  const std::string page = path("page.html");
+  const Outcome outcome = heed(eval({"--tasks", "position,kld,heads,agreement,grid", "-c", "800", "--score", "40", "--chunks", "2", "--generate", "12", "--count", "1", "--depths", "2",
+                                     "--lengths", "1400,1500", "--attention", "streaming-llm(sinks=2,window=30)", "--report", page}));
+  ASSERT_EQ(outcome.status, 0) << outcome.err;
+  const auto json = outcome.json();
+  ASSERT_EQ(json["heads"]["layers"], nlohmann::json({0, 1}));
+  for (const auto& layer : json["heads"]["mass"]) {
+    ASSERT_EQ(layer.size(), 4u);
+    for (double mass : layer) {
+      EXPECT_GT(mass, 0);
+      EXPECT_LT(mass, 1);
+    }
+  }
+  for (const auto& layer : json["heads"]["output_error"])
+    for (double error : layer) EXPECT_GT(error, 0);
+  ASSERT_EQ(json["position"].size(), 8u);
+  EXPECT_EQ(json["position"][0]["tokens"], 2 * 99);
+  double kld = 0;
+  for (const auto& part : json["kld"]["by_position"]) kld += part["kld"].get<double>() / 8;
+  EXPECT_NEAR(kld, json["kld"]["kld_mean"].get<double>(), 1e-4 * kld);
+  EXPECT_GE(json["kld"]["kld_high"].get<double>(), json["kld"]["kld_mean"].get<double>());
+  EXPECT_EQ(json["agreement"]["tokens"], 12);
+  EXPECT_LE(json["agreement"]["first_difference"].get<double>(), 12);
+  ASSERT_EQ(json["tasks"].size(), 4u);
+  EXPECT_EQ(json["tasks"][3]["depth"], 1.0);
+  const std::string html = read(page);
+  EXPECT_NE(html.find("<svg"), std::string::npos);
+  EXPECT_NE(html.find("1500 tokens, depth 100 %"), std::string::npos);
+  EXPECT_EQ(html.find("http"), std::string::npos);
+  EXPECT_EQ(html.find("<script"), std::string::npos);
+
+  // Dense is at no distance from itself.
+  const auto dense = heed(eval({"--tasks", "heads,agreement", "-c", "300", "--score", "20", "--generate", "8", "--count", "1"})).json();
+  for (const auto& layer : dense["heads"]["mass"])
+    for (double mass : layer) EXPECT_EQ(mass, 1);
+  for (const auto& layer : dense["heads"]["output_error"])
+    for (double error : layer) EXPECT_EQ(error, 0);
+  EXPECT_EQ(dense["agreement"]["first_difference"], 8.0);
+}
+
+TEST_F(OnBook, EvalTakesLongBenchFiles) {
+  const std::string file = write("l.jsonl", "{\"input\": \"Who?\", \"context\": \"<b>The cat.</b>\", \"answers\": [\"the cat\"]}\n");
+  const auto bench = [&](std::vector<std::string> more) {
+    std::vector<std::string> all = {"eval", "-m", model_, "--longbench", file, "-c", "400", "--json"};
+    all.insert(all.end(), more.begin(), more.end());
+    return heed(all);
+  };
+  const Outcome outcome = bench({"--metric", "qa_f1", "-n", "6"});
+  ASSERT_EQ(outcome.status, 0) << outcome.err;
+  EXPECT_EQ(outcome.json()["tasks"][0]["metric"], "qa_f1");
+  EXPECT_FALSE(outcome.json().contains("ppl"));
+  expect_complaint(bench({}), 2, "--metric");
+  expect_complaint(bench({"--metric", "bleu"}), 2, "bleu");
+  expect_complaint(bench({"--metric", "qa_f1", "--template", "nothing"}), 2, "--template");
+  write("l.jsonl", "{\"input\": \"Who?\"}\n");
+  expect_complaint(bench({"--metric", "qa_f1"}), 2, "l.jsonl:1");
+  write("l.jsonl", "");
+  expect_complaint(bench({"--metric", "qa_f1"}), 2, "no examples");
+}
+
+TEST_F(OnBook, EvalSaysWhatItCannotAsk) {
+  expect_complaint(heed(eval({"--tasks", "cwe", "-c", "600"})), 2, "cwe");
+  expect_complaint(heed({"eval", "-m", model_, "--tasks", "qa_1", "-f", text_, "-c", "2000"}), 2, "dictionary");
+  expect_complaint(heed({"eval", "-m", model_, "--tasks", "ppl"}), 2, "--file");
+  // A group leaves out what cannot be asked, and says so.
+  const auto json = heed(eval({"--tasks", "ruler", "-c", "1500", "--count", "1"})).json();
+  ASSERT_TRUE(json.contains("skipped") && json.contains("tasks"));
+  EXPECT_TRUE(json["skipped"].contains("niah_multikey_3"));
+  EXPECT_EQ(json["tasks"].size() + json["skipped"].size(), 13u);
+  EXPECT_EQ(json["ruler"][0]["tasks"], json["tasks"].size());
+}
+
 TEST_F(OnModel, CompareGivesOneObjectAMechanism) {
   const std::string page = path("page.html");
   const Outcome outcome = heed({"compare", "-m", model_, "-f", text_, "-c", "200", "--score", "24", "--attention",
