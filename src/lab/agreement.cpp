@@ -7,7 +7,8 @@
 namespace heed {
 
 Agreement agreement(std::span<const int32_t> dense, std::span<const int32_t> other) {
-  require(dense.size() == other.size(), "agreement", "continuations of " + std::to_string(dense.size()) + " and " + std::to_string(other.size()) + " tokens");
+  require(dense.size() == other.size(), "agreement",
+          "continuations of " + std::to_string(dense.size()) + " and " + std::to_string(other.size()) + " tokens");
   const auto differ = std::mismatch(dense.begin(), dense.end(), other.begin());
   Agreement out;
   out.tokens = int64_t(dense.size()), out.first_difference = differ.first - dense.begin();
@@ -19,7 +20,8 @@ Agreement agreement(std::span<const int32_t> dense, std::span<const int32_t> oth
   return out;
 }
 
-Agreement generation_agreement(std::shared_ptr<const Model> model, const SessionOptions& options, std::span<const int32_t> prompt, int64_t tokens) {
+Agreement generation_agreement(std::shared_ptr<const Model> model, const SessionOptions& options,
+                               std::span<const int32_t> prompt, int64_t tokens) {
   const auto continued = [&](const std::string& attention) {
     SessionOptions how = options;
     how.attention = attention;

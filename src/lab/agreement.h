@@ -21,6 +21,7 @@ Agreement agreement(std::span<const int32_t> dense, std::span<const int32_t> oth
 
 /// Continues the prompt by `tokens` likeliest tokens, end tokens included, under each of dense and the mechanism of
 /// `options`. Throws Error(Interrupted) when stopped.
-Agreement generation_agreement(std::shared_ptr<const Model> model, const SessionOptions& options, std::span<const int32_t> prompt, int64_t tokens);
+Agreement generation_agreement(std::shared_ptr<const Model> model, const SessionOptions& options,
+                               std::span<const int32_t> prompt, int64_t tokens);
 
 }  // namespace heed

@@ -38,7 +38,7 @@ struct Row {
   Times prefill_times, decode_times;  // of the last repetition
   std::map<std::string, NiahScore> tasks;
 
-  std::vector<int> probed_layers;                       // that the next two tell of
+  std::vector<int> probed_layers;                                // that the next two tell of
   std::vector<std::vector<double>> mass_by_head, error_by_head;  // [probed layers][h], as Probe has them
 
   // For the report.

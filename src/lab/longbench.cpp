@@ -28,17 +28,21 @@ Result<std::vector<LongBenchItem>> read_longbench(std::string_view jsonl, const 
     at = end + 1, ++number;
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
     const auto wrong = [&](const std::string& what) {
-      return fail(Code::Invalid, where + ":" + std::to_string(number), what, "a line is {\"input\": \"…\", \"context\": \"…\", \"answers\": [\"…\"]}");
+      return fail(Code::Invalid, where + ":" + std::to_string(number), what,
+                  "a line is {\"input\": \"…\", \"context\": \"…\", \"answers\": [\"…\"]}");
     };
     const Json json = Json::parse(line, nullptr, false);
     if (!json.is_object()) return wrong("it is no JSON object");
     LongBenchItem item;
     for (const auto& [name, to] : {std::pair{"input", &item.input}, std::pair{"context", &item.context}}) {
-      if (!json.contains(name) || !json[name].is_string()) return wrong(std::string("the field '") + name + "' is no text");
+      if (!json.contains(name) || !json[name].is_string())
+        return wrong(std::string("the field '") + name + "' is no text");
       *to = json[name].get<std::string>();
     }
-    if (!json.contains("answers") || !texts(json["answers"], item.answers) || item.answers.empty()) return wrong("the field 'answers' is no list of texts");
-    if (json.contains("all_classes") && !json["all_classes"].is_null() && !texts(json["all_classes"], item.classes)) return wrong("the field 'all_classes' is no list of texts");
+    if (!json.contains("answers") || !texts(json["answers"], item.answers) || item.answers.empty())
+      return wrong("the field 'answers' is no list of texts");
+    if (json.contains("all_classes") && !json["all_classes"].is_null() && !texts(json["all_classes"], item.classes))
+      return wrong("the field 'all_classes' is no list of texts");
     out.push_back(std::move(item));
   }
   if (out.empty()) return fail(Code::Invalid, where, "it has no examples", "give a file with a line of JSON for each");
@@ -52,10 +56,12 @@ std::string longbench_template(const Metric& metric) {
   return "{context}\n\n{input}\nAnswer:";
 }
 
-Question longbench_question(const LongBenchItem& item, const Metric& metric, const Tokenizer& words, const std::string& form, int64_t length, int limit) {
+Question longbench_question(const LongBenchItem& item, const Metric& metric, const Tokenizer& words,
+                            const std::string& form, int64_t length, int limit) {
   constexpr std::string_view context = "{context}", input = "{input}";
   const auto filled = [&](std::string text) {
-    for (size_t at = 0; (at = text.find(input, at)) != std::string::npos; at += item.input.size()) text.replace(at, input.size(), item.input);
+    for (size_t at = 0; (at = text.find(input, at)) != std::string::npos; at += item.input.size())
+      text.replace(at, input.size(), item.input);
     return text;
   };
   const size_t at = form.find(context);
@@ -63,10 +69,14 @@ Question longbench_question(const LongBenchItem& item, const Metric& metric, con
   const std::string before = filled(form.substr(0, at)), behind = filled(form.substr(at + context.size()));
   Question q;
   q.question = words.encode(behind);
-  require(!q.question.empty(), "--template", "nothing stands behind {context}, so nothing is asked", "as in \"{context}\\n\\n{input}\\nAnswer:\"");
+  require(!q.question.empty(), "--template", "nothing stands behind {context}, so nothing is asked",
+          "as in \"{context}\\n\\n{input}\\nAnswer:\"");
   q.context = words.encode(before + item.context, {.special = false, .bos = words.add_bos()});
   const int64_t room = length - limit - int64_t(q.question.size());
-  require(room >= 2, "-c", std::to_string(length) + " tokens have no room for the context beside the question and an answer of " + std::to_string(limit), "give a larger -c");
+  require(room >= 2, "-c",
+          std::to_string(length) + " tokens have no room for the context beside the question and an answer of " +
+              std::to_string(limit),
+          "give a larger -c");
   q.prompt = before + item.context + behind;
   if (int64_t(q.context.size()) > room) {
     const int64_t head = room / 2, tail = room - head;

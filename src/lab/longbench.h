@@ -23,6 +23,7 @@ std::string longbench_template(const Metric& metric);
 /// `form` as longbench_template(). What stands behind {context} is the question; it may not be empty. A prompt that with
 /// its answer would take more than `length` tokens loses the middle of its context, as LongBench does.
 /// Throws Error(Invalid) for a template without {context}, with nothing behind it, or too long in itself.
-Question longbench_question(const LongBenchItem& item, const Metric& metric, const Tokenizer& words, const std::string& form, int64_t length, int limit);
+Question longbench_question(const LongBenchItem& item, const Metric& metric, const Tokenizer& words,
+                            const std::string& form, int64_t length, int limit);
 
 }  // namespace heed

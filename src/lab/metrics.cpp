@@ -34,23 +34,23 @@ std::vector<int32_t> code_points(std::string_view text) {
 std::vector<int32_t> lowered(std::string_view text) {
   std::vector<int32_t> out;
   for (int32_t c : code_points(text)) {
-    if (c == 0x130)
-      out.insert(out.end(), {'i', 0x307});
-    else
-      out.push_back(utf8proc_tolower(c));
+    if (c == 0x130) out.insert(out.end(), {'i', 0x307});
+    else out.push_back(utf8proc_tolower(c));
   }
   return out;
 }
 
 bool is_space(int32_t c) {
   const auto kind = utf8proc_category(c);
-  return (c >= 9 && c <= 13) || (c >= 28 && c <= 31) || c == 0x85 || kind == UTF8PROC_CATEGORY_ZS || kind == UTF8PROC_CATEGORY_ZL || kind == UTF8PROC_CATEGORY_ZP;
+  return (c >= 9 && c <= 13) || (c >= 28 && c <= 31) || c == 0x85 || kind == UTF8PROC_CATEGORY_ZS ||
+         kind == UTF8PROC_CATEGORY_ZL || kind == UTF8PROC_CATEGORY_ZP;
 }
 
 /// A letter, number or underscore, as a regular expression's \w.
 bool is_word(int32_t c) {
   const auto kind = utf8proc_category(c);
-  return c == '_' || (kind >= UTF8PROC_CATEGORY_LU && kind <= UTF8PROC_CATEGORY_LO) || (kind >= UTF8PROC_CATEGORY_ND && kind <= UTF8PROC_CATEGORY_NO);
+  return c == '_' || (kind >= UTF8PROC_CATEGORY_LU && kind <= UTF8PROC_CATEGORY_LO) ||
+         (kind >= UTF8PROC_CATEGORY_ND && kind <= UTF8PROC_CATEGORY_NO);
 }
 
 bool is_punctuation(int32_t c) { return c < 128 && std::ispunct(int(c)); }
@@ -72,10 +72,8 @@ std::vector<Word> normal_words(std::string_view text) {
     } else if (end > i) {
       out.back().insert(out.back().end(), run.begin(), run.end());
     } else {
-      if (is_space(kept[i]))
-        out.emplace_back();
-      else
-        out.back().push_back(kept[i]);
+      if (is_space(kept[i])) out.emplace_back();
+      else out.back().push_back(kept[i]);
       ++end;
     }
     i = end;
@@ -119,10 +117,8 @@ double share_of(std::string_view number, std::string_view answer) {
 std::vector<std::string> plain_words(std::string_view text) {
   std::vector<std::string> out(1);
   for (int32_t c : lowered(text)) {
-    if ((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'))
-      out.back() += char(c);
-    else if (!out.back().empty())
-      out.emplace_back();
+    if ((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9')) out.back() += char(c);
+    else if (!out.back().empty()) out.emplace_back();
   }
   if (out.back().empty()) out.pop_back();
   return out;
@@ -140,7 +136,8 @@ double string_match_all(std::string_view answer, std::span<const std::string> ex
 
 double string_match_part(std::string_view answer, std::span<const std::string> expected) {
   const std::string said = ascii_lower(answer);
-  return std::any_of(expected.begin(), expected.end(), [&](const std::string& e) { return said.find(ascii_lower(e)) != std::string::npos; });
+  return std::any_of(expected.begin(), expected.end(),
+                     [&](const std::string& e) { return said.find(ascii_lower(e)) != std::string::npos; });
 }
 
 double qa_f1(std::string_view answer, std::string_view expected) {
@@ -163,7 +160,8 @@ double classification(std::string_view answer, std::string_view expected, std::s
     if (answer.find(c) != std::string_view::npos) named.push_back(c);
   // LongBench takes names out of the list it walks through, so the one behind each is not looked at.
   for (size_t i = 0; i < named.size(); ++i)
-    if (named[i] != expected && expected.find(named[i]) != std::string_view::npos) named.erase(std::find(named.begin(), named.end(), named[i]));
+    if (named[i] != expected && expected.find(named[i]) != std::string_view::npos)
+      named.erase(std::find(named.begin(), named.end(), named[i]));
   return std::find(named.begin(), named.end(), expected) == named.end() ? 0 : 1.0 / double(named.size());
 }
 
@@ -187,7 +185,9 @@ double code_similarity(std::string_view answer, std::string_view expected) {
     const size_t end = std::min(answer.find('\n', at), answer.size());
     const std::string_view next = answer.substr(at, end - at);
     at = end + 1;
-    if (next.find('`') != std::string_view::npos || next.find('#') != std::string_view::npos || next.find("//") != std::string_view::npos) continue;
+    if (next.find('`') != std::string_view::npos || next.find('#') != std::string_view::npos ||
+        next.find("//") != std::string_view::npos)
+      continue;
     line = next;
     break;
   }

@@ -19,7 +19,8 @@ struct PositionBucket {
 
 /// The text is cut into chunks of `context` tokens as for perplexity(), and every token but a chunk's first is scored in
 /// one of `buckets` equal parts. chunks < 0: all there are. Ends early, with what is done, when interrupted.
-std::vector<PositionBucket> loss_by_position(std::shared_ptr<const Model> model, const SessionOptions& options, std::span<const int32_t> tokens,
-                                             int64_t context, int64_t chunks, int buckets, const std::function<void(double share)>& done = {});
+std::vector<PositionBucket> loss_by_position(std::shared_ptr<const Model> model, const SessionOptions& options,
+                                             std::span<const int32_t> tokens, int64_t context, int64_t chunks,
+                                             int buckets, const std::function<void(double share)>& done = {});
 
 }  // namespace heed

@@ -29,8 +29,9 @@ double density(Session& session) {
 
 double TaskRow::score() const { return mean(scores); }
 
-TaskRow run_task(std::shared_ptr<const Model> model, const SessionOptions& options, TaskRow row, int64_t count, SampleFile& file,
-                 const SampleFile::Json& run, const std::function<Question(int64_t)>& make, const std::function<void(double)>& done) {
+TaskRow run_task(std::shared_ptr<const Model> model, const SessionOptions& options, TaskRow row, int64_t count,
+                 SampleFile& file, const SampleFile::Json& run, const std::function<Question(int64_t)>& make,
+                 const std::function<void(double)>& done) {
   row.chance = row.density = row.tokens = 0;
   double chance = 0, dense = 0, tokens = 0;
   for (int64_t index = 0; index < count && !row.interrupted; ++index) {
@@ -54,8 +55,9 @@ TaskRow run_task(std::shared_ptr<const Model> model, const SessionOptions& optio
       try {
         const Tensor logits = ask(session, q.context, q.question, row.query);
         const Answer said = answer(session, logits, q.limit, q.one_line);
-        result = {{"metric", row.metric}, {"expected", q.expected}, {"answer", said.text},
-                  {"score", q.score(said.text)}, {"chance", q.chance}, {"tokens", q.context.size() + q.question.size()},
+        result = {{"metric", row.metric},        {"expected", q.expected},
+                  {"answer", said.text},         {"score", q.score(said.text)},
+                  {"chance", q.chance},          {"tokens", q.context.size() + q.question.size()},
                   {"density", density(session)}, {"prompt", q.prompt}};
       } catch (const Error& e) {
         if (e.failure().code != Code::Interrupted) throw;
@@ -65,7 +67,8 @@ TaskRow run_task(std::shared_ptr<const Model> model, const SessionOptions& optio
       file.add(key, result);
     }
     row.scores.push_back(result["score"].get<double>());
-    chance += result["chance"].get<double>(), dense += result["density"].get<double>(), tokens += result["tokens"].get<double>();
+    chance += result["chance"].get<double>(), dense += result["density"].get<double>(),
+        tokens += result["tokens"].get<double>();
     if (done) done(double(index + 1) / double(count));
   }
   const double n = std::max(1.0, double(row.scores.size()));

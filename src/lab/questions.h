@@ -26,8 +26,8 @@ struct TaskRow {
   std::string task, metric;
   Query query = Query::Blind;
   int64_t length = 0;
-  double depth = -1;           // of the needle grid
-  std::vector<double> scores;  // of the samples that were finished
+  double depth = -1;                           // of the needle grid
+  std::vector<double> scores;                  // of the samples that were finished
   double chance = 0, density = 1, tokens = 0;  // means
   bool interrupted = false;
 
@@ -40,7 +40,8 @@ struct TaskRow {
 /// Puts question 0 … count − 1 to the model. `row` says task, query and length; `key` identifies the run in the file,
 /// to which those and the number are added. Finished samples are taken from the file. When interrupted, the row has
 /// what was finished. `done(share)` is called as work goes on.
-TaskRow run_task(std::shared_ptr<const Model> model, const SessionOptions& options, TaskRow row, int64_t count, SampleFile& file,
-                 const SampleFile::Json& key, const std::function<Question(int64_t index)>& make, const std::function<void(double share)>& done = {});
+TaskRow run_task(std::shared_ptr<const Model> model, const SessionOptions& options, TaskRow row, int64_t count,
+                 SampleFile& file, const SampleFile::Json& key, const std::function<Question(int64_t index)>& make,
+                 const std::function<void(double share)>& done = {});
 
 }  // namespace heed

@@ -15,7 +15,8 @@ using Kind = RulerTask::Kind;
 using Haystack = RulerTask::Haystack;
 using Item = RulerTask::Item;
 
-constexpr const char* kNoise = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
+constexpr const char* kNoise =
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
 constexpr int kDepths = 40;  // needles lie at different ones of 40 evenly spread depths
 constexpr int kHops = 4, kCommon = 10;
 constexpr int64_t kShort = 4096;  // below, the word lists of cwe have fewer repetitions
@@ -50,7 +51,11 @@ class Items {
   Items(const RulerText& text, Random& random) : text_(text), random_(random) {}
 
   std::string operator()(Item item) {
-    return unused([&] { return item == Item::Number ? std::to_string(1000000 + random_.below(9000000)) : item == Item::Uuid ? uuid() : pair(); });
+    return unused([&] {
+      return item == Item::Number ? std::to_string(1000000 + random_.below(9000000))
+             : item == Item::Uuid ? uuid()
+                                  : pair();
+    });
   }
 
   std::string letters(int count, char first) {
@@ -66,7 +71,8 @@ class Items {
   std::string unused(Make make) {
     for (int tries = 0; tries < 10000; ++tries)
       if (std::string made = make(); used_.insert(made).second) return made;
-    throw Error(Code::Invalid, "ruler", "the text has too few different words for a prompt of this length", "give a longer text");
+    throw Error(Code::Invalid, "ruler", "the text has too few different words for a prompt of this length",
+                "give a longer text");
   }
 
   const std::string& word() { return text_.vocabulary[size_t(random_.below(int64_t(text_.vocabulary.size())))]; }
@@ -95,7 +101,8 @@ class Items {
 /// One sample in the making: `write` fills its texts with so many units of haystack.
 class Maker {
  public:
-  Maker(const RulerTask& task, const Tokenizer& words, int64_t length, uint64_t seed, int64_t index, const RulerText& text, const RulerOptions& options)
+  Maker(const RulerTask& task, const Tokenizer& words, int64_t length, uint64_t seed, int64_t index,
+        const RulerText& text, const RulerOptions& options)
       : task_(task), words_(words), text_(text), length_(length), depth_(options.depth), shown_(options.example || task.example) {
     // Streams of neighbouring seeds are the same numbers one step apart: each part is mixed before the next is added.
     const uint64_t number = uint64_t(&task - ruler_tasks().data());
@@ -130,7 +137,8 @@ class Maker {
     need_words(task_.kind == Kind::Needle || task_.kind == Kind::CommonWords ? 100 : 0);
     RulerSample best = made(least);
     require(best.tokens() <= budget, task_.name.c_str(),
-            std::to_string(length_) + " tokens are too few: the shortest prompt and its answer take " + std::to_string(best.tokens() + task_.limit),
+            std::to_string(length_) + " tokens are too few: the shortest prompt and its answer take " +
+                std::to_string(best.tokens() + task_.limit),
             "ask for a greater length");
     int low = least, high = -1;
     int64_t low_tokens = best.tokens(), high_tokens = 0;
@@ -138,14 +146,14 @@ class Maker {
     while (high < 0 || high - low > 1) {
       RulerSample s = made(next);
       const int64_t tokens = s.tokens();
-      if (tokens <= budget)
-        low = next, low_tokens = tokens, best = std::move(s);
-      else
-        high = next, high_tokens = tokens;
+      if (tokens <= budget) low = next, low_tokens = tokens, best = std::move(s);
+      else high = next, high_tokens = tokens;
       if (high < 0) {
-        next = low + std::max(1, int(double(budget - low_tokens) * 1.02 * low / double(std::max<int64_t>(1, low_tokens)))) + low / 16;
+        next = low + std::max(1, int(double(budget - low_tokens) * 1.02 * low / double(std::max<int64_t>(1, low_tokens)))) +
+               low / 16;
       } else {
-        next = low + int(double(budget - low_tokens) * (high - low) / double(std::max<int64_t>(1, high_tokens - low_tokens)));
+        next = low +
+               int(double(budget - low_tokens) * (high - low) / double(std::max<int64_t>(1, high_tokens - low_tokens)));
         next = std::clamp(next, low + 1, std::max(low + 1, high - 1));
       }
     }
@@ -154,7 +162,9 @@ class Maker {
 
   void need_words(size_t count) const {
     require(text_.vocabulary.size() >= count, task_.name.c_str(),
-            "the text has " + std::to_string(text_.vocabulary.size()) + " different common words; " + std::to_string(count) + " are needed", "give a longer text");
+            "the text has " + std::to_string(text_.vocabulary.size()) + " different common words; " +
+                std::to_string(count) + " are needed",
+            "give a longer text");
   }
 
   /// What the parts of one prompt share: nothing named in the example is named again.
@@ -213,13 +223,16 @@ class Maker {
     Random& random = draws.random;
     Items& items = draws.items;
     const std::string kind = task_.value == Item::Uuid ? "uuids" : "numbers";
-    const auto sentence = [&](const std::string& key, const std::string& value) { return "One of the special magic " + kind + " for " + key + " is: " + value + "."; };
+    const auto sentence = [&](const std::string& key, const std::string& value) {
+      return "One of the special magic " + kind + " for " + key + " is: " + value + ".";
+    };
     std::vector<std::string> keys, sentences;
     std::vector<std::vector<std::string>> values;
     for (int k = 0; k < std::max(task_.keys, task_.queries); ++k) {
       keys.push_back(items(task_.key));
       values.emplace_back();
-      for (int v = 0; v < task_.values; ++v) values.back().push_back(items(task_.value)), sentences.push_back(sentence(keys.back(), values.back().back()));
+      for (int v = 0; v < task_.values; ++v)
+        values.back().push_back(items(task_.value)), sentences.push_back(sentence(keys.back(), values.back().back()));
     }
     shuffle(sentences, random);
 
@@ -255,10 +268,12 @@ class Maker {
     if (asked.size() > 1) query = join({asked.begin(), asked.end() - 1}, ", ") + ", and " + query;
     const bool one = s.expected.size() == 1;
     const std::string what = one ? kind.substr(0, kind.size() - 1) : kind;
-    s.context = (one ? "A special magic " + what + " is" : "Some special magic " + what + " are") + " hidden within the following text. Make sure to memorize it. I will quiz you about the " + what +
+    s.context = (one ? "A special magic " + what + " is" : "Some special magic " + what + " are") +
+                " hidden within the following text. Make sure to memorize it. I will quiz you about the " + what +
                 " afterwards.\n" + context;
     const std::string of = "special magic " + what + " for " + query + " mentioned in the provided text";
-    s.question = one ? "\nWhat is the " + of + "? The " + of + " is" : "\nWhat are all the " + of + "? The " + of + " are";
+    s.question = one ? "\nWhat is the " + of + "? The " + of + " is"
+                     : "\nWhat are all the " + of + "? The " + of + " are";
     // Others in the text are values of keys not asked for.
     const double others = task_.haystack == Haystack::Needles ? units : double(sentences.size() - s.expected.size());
     s.chance = others > 0 ? double(s.expected.size()) / (others + double(s.expected.size())) : 0;
@@ -267,7 +282,8 @@ class Maker {
 
   /// The first `units` words of the prose, from the start again when it ends, with the sentences put between its own.
   std::string into_essay(int units, const std::vector<std::string>& sentences, Random& random, bool example) const {
-    require(text_.words.size() >= 20, task_.name.c_str(), "the text has no prose: paragraphs of whole sentences", "give a book or the like");
+    require(text_.words.size() >= 20, task_.name.c_str(), "the text has no prose: paragraphs of whole sentences",
+            "give a book or the like");
     std::vector<std::string> prose(1);
     for (int i = 0; i < units; ++i) {
       const size_t at = size_t(i) % text_.words.size();
@@ -276,7 +292,8 @@ class Maker {
       if (text_.sentence_end[at] && i + 1 < units) prose.emplace_back();
     }
     std::vector<int64_t> places;
-    for (int64_t d : draw(int64_t(sentences.size()), kDepths, random)) places.push_back(int64_t(std::round(100.0 * double(d) / (kDepths - 1))) * int64_t(prose.size()) / 100);
+    for (int64_t d : draw(int64_t(sentences.size()), kDepths, random))
+      places.push_back(int64_t(std::round(100.0 * double(d) / (kDepths - 1))) * int64_t(prose.size()) / 100);
     if (depth_ >= 0 && !example) places[0] = std::llround(depth_ * double(prose.size()));
     std::sort(places.begin(), places.end());
     std::vector<std::string> all;
@@ -303,10 +320,11 @@ class Maker {
       }
       all.push_back(kNoise);
     }
-    s.context = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n" + join(all, "\n");
+    s.context = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n" +
+                join(all, "\n");
     s.question = "\nQuestion: Find all variables that are assigned the value " + value +
-                 " in the text above. Answer: According to the chain(s) of variable assignment in the text above, " + std::to_string(kHops + 1) +
-                 " variables are assigned the value " + value + ", they are:";
+                 " in the text above. Answer: According to the chain(s) of variable assignment in the text above, " +
+                 std::to_string(kHops + 1) + " variables are assigned the value " + value + ", they are:";
     return s;
   }
 
@@ -329,9 +347,13 @@ class Maker {
       words.insert(words.end(), size_t(i < kCommon ? common : uncommon), word);
     }
     shuffle(words, draws.random);
-    s.context = "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n";
+    s.context =
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+        "appear most often.\n";
     for (size_t i = 0; i < words.size(); ++i) s.context += (i ? " " : "") + std::to_string(i + 1) + ". " + words[i];
-    s.question = "\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 words that appear most often in the list are:";
+    s.question =
+        "\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 words that appear most "
+        "often in the list are:";
     s.chance = double(kCommon) / units;
     return s;
   }
@@ -352,9 +374,14 @@ class Maker {
       there += times > 0 && r > 1;
     }
     shuffle(all, draws.random);
-    s.context = "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. " + join(all, " ");
-    s.question = "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared words in the above coded text? "
-                 "Answer: According to the coded text above, the three most frequently appeared words are:";
+    s.context =
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+        "appeared coded words. " +
+        join(all, " ");
+    s.question =
+        "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+        "appeared words in the above coded text? "
+        "Answer: According to the coded text above, the three most frequently appeared words are:";
     s.chance = 3.0 / double(there);
     return s;
   }
@@ -362,10 +389,13 @@ class Maker {
   /// Dictionary entries as documents. One hop: the definition of a term. Two: of the term that another document refers to.
   RulerSample documents(Draws& draws, int units) const {
     const auto& entries = text_.entries;
-    require(entries.size() >= 20, task_.name.c_str(), "the text has " + std::to_string(entries.size()) + " dictionary entries (':term: A definition.'); 20 are needed",
-            "give a dictionary, or choose other tasks");
+    require(
+        entries.size() >= 20, task_.name.c_str(),
+        "the text has " + std::to_string(entries.size()) + " dictionary entries (':term: A definition.'); 20 are needed",
+        "give a dictionary, or choose other tasks");
     const auto at = [&](const std::string& term) {
-      return size_t(std::find_if(entries.begin(), entries.end(), [&](const DictionaryEntry& e) { return e.term == term; }) - entries.begin());
+      return size_t(std::find_if(entries.begin(), entries.end(), [&](const DictionaryEntry& e) { return e.term == term; }) -
+                    entries.begin());
     };
     // The first entry from a random one on that can be asked about.
     const size_t first = size_t(draws.random.below(int64_t(entries.size())));
@@ -376,7 +406,8 @@ class Maker {
       chosen.push_back(asked);
       if (task_.hops > 1) chosen.push_back(at(entries[asked].refers));
     }
-    require(!chosen.empty(), task_.name.c_str(), "no dictionary entry refers to another as {term}", "choose other tasks");
+    require(!chosen.empty(), task_.name.c_str(), "no dictionary entry refers to another as {term}",
+            "choose other tasks");
     draws.entries.insert(chosen.begin(), chosen.end());
     const size_t asked = chosen.front(), target = chosen.back();
     // The definition's first four words are what is expected: no other document has them.
@@ -390,18 +421,23 @@ class Maker {
       if (!draws.entries.contains(i) && entries[i].definition.find(start) == std::string::npos) others.push_back(i);
     shuffle(others, draws.random);
     require(!others.empty(), task_.name.c_str(), "all dictionary entries begin alike", "choose other tasks");
-    for (size_t i = 0; chosen.size() < size_t(units); ++i) chosen.push_back(others[i % others.size()]);  // again from the first when there are too few
+    for (size_t i = 0; chosen.size() < size_t(units); ++i)
+      chosen.push_back(others[i % others.size()]);  // again from the first when there are too few
     shuffle(chosen, draws.random);
     RulerSample s;
-    const std::string order = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n";
+    const std::string order =
+        "Answer the question based on the given documents. Only give me the answer and do not output any other "
+        "words.\n\n";
     s.context = order + "The following are given documents.";
     for (size_t i = 0; i < chosen.size(); ++i) {
       const DictionaryEntry& e = entries[chosen[i]];
-      s.context += "\n\nDocument " + std::to_string(i + 1) + ":\n" + e.term + ": " + e.definition + (e.refers.empty() ? "" : " See " + e.refers + ".");
+      s.context += "\n\nDocument " + std::to_string(i + 1) + ":\n" + e.term + ": " + e.definition +
+                   (e.refers.empty() ? "" : " See " + e.refers + ".");
     }
     s.question = "\n\n" + order + "Question: ";
     const std::string& subject = entries[asked].term;
-    s.question += task_.hops > 1 ? "What is the definition of the term that the document on " + subject + " says to see? Answer: The document on " + subject + " says to see"
+    s.question += task_.hops > 1 ? "What is the definition of the term that the document on " + subject +
+                                       " says to see? Answer: The document on " + subject + " says to see"
                                  : "What is the definition of " + subject + "? Answer: " + subject + ":";
     s.expected = {start};
     s.solution = (task_.hops > 1 ? entries[target].term + ": " : "") + entries[target].definition;
@@ -445,10 +481,12 @@ const RulerTask* ruler_task(const std::string& name) {
   return nullptr;
 }
 
-RulerSample ruler_sample(const RulerTask& task, const Tokenizer& words, int64_t length, uint64_t seed, int64_t index, const RulerText& text, const RulerOptions& options) {
+RulerSample ruler_sample(const RulerTask& task, const Tokenizer& words, int64_t length, uint64_t seed, int64_t index,
+                         const RulerText& text, const RulerOptions& options) {
   const RulerTask* known = ruler_task(task.name);
   require(known != nullptr, "ruler", "'" + task.name + "' is none of the 13 tasks");
-  require(options.depth < 0 || (known->kind == Kind::Needle && known->keys * known->values * known->queries == 1), known->name.c_str(), "has no single needle whose depth could be chosen");
+  require(options.depth < 0 || (known->kind == Kind::Needle && known->keys * known->values * known->queries == 1),
+          known->name.c_str(), "has no single needle whose depth could be chosen");
   return Maker(*known, words, length, seed, index, text, options).make();
 }
 

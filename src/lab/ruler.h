@@ -32,8 +32,8 @@ struct RulerSample {
   std::string question;  // the question, and the answer's beginning
   std::vector<std::string> expected;
   std::string solution;  // of qa: a whole answer
-  double chance = 0;      // score of an answer that names things of the asked kind in the context at random
-  int units = 0;          // of the haystack: words, lines, needles, words, draws, documents
+  double chance = 0;     // score of an answer that names things of the asked kind in the context at random
+  int units = 0;         // of the haystack: words, lines, needles, words, draws, documents
   std::vector<int32_t> context_tokens, question_tokens;  // the context with BOS where the model expects it
 
   int64_t tokens() const { return int64_t(context_tokens.size() + question_tokens.size()); }

@@ -43,7 +43,8 @@ std::vector<std::string_view> paragraphs(std::string_view text) {
     const bool blank = std::all_of(line.begin(), line.end(), space);
     if (!blank && begin == std::string_view::npos) begin = i;
     if (!blank) end = stop;
-    if (blank && begin != std::string_view::npos) out.push_back(text.substr(begin, end - begin)), begin = std::string_view::npos;
+    if (blank && begin != std::string_view::npos)
+      out.push_back(text.substr(begin, end - begin)), begin = std::string_view::npos;
     i = stop + 1;
   }
   if (begin != std::string_view::npos) out.push_back(text.substr(begin, end - begin));
@@ -63,9 +64,10 @@ std::string lower(std::string text) {
 
 /// Takes off what stands before a definition: pronunciations /…/, remarks [ … ] and ( … ), numbers "1." and parts of speech.
 void strip_grammar(std::vector<std::string>& words) {
-  static const std::set<std::string> grammar = {"n",  "n.",   "n.,", "v.",   "v.,", "vt.",  "vt.,", "vi.",      "vi.,",
-                                                "vt./vi.", "adj.", "adj.,", "adv.", "adv.,", "obs.", "syn.", "interj.",  "prov.",
-                                                "pref.", "suff.", "quant.", "excl.", "imp.", "pl.", "1.", "1"};
+  static const std::set<std::string> grammar = {"n",     "n.",   "n.,",     "v.",    "v.,",   "vt.",   "vt.,",
+                                                "vi.",   "vi.,", "vt./vi.", "adj.",  "adj.,", "adv.",  "adv.,",
+                                                "obs.",  "syn.", "interj.", "prov.", "pref.", "suff.", "quant.",
+                                                "excl.", "imp.", "pl.",     "1.",    "1"};
   size_t i = 0;
   while (i < words.size()) {
     const std::string& w = words[i];
@@ -98,18 +100,27 @@ std::string head_term(std::string_view paragraph) {
   const size_t stop = std::min({end, other, paragraph.size()});
   if (stop > paragraph.size() - 1 || stop <= i + 1 || stop - i > 32) return {};
   const std::string term(paragraph.substr(i + 1, stop - i - 1));
-  const auto good = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == ' ' || c == '-' || c == '\''; };
-  return std::all_of(term.begin(), term.end(), good) && std::count_if(term.begin(), term.end(), letter) >= 4 ? term : std::string();
+  const auto good = [](char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) || c == ' ' || c == '-' || c == '\'';
+  };
+  return std::all_of(term.begin(), term.end(), good) && std::count_if(term.begin(), term.end(), letter) >= 4
+             ? term
+             : std::string();
 }
 
 void close_entry(const std::string& term, const std::string& body, std::vector<DictionaryEntry>& out) {
   std::vector<std::string> words = split_words(body);
   strip_grammar(words);
   size_t end = 0;
-  while (end < words.size() && !(ends_sentence(words[end]) && (end + 1 == words.size() || !std::islower(static_cast<unsigned char>(words[end + 1][0]))))) ++end;
-  if (end == words.size() || end + 1 < 5 || end + 1 > 40 || !(letter(words[0][0]) && std::isupper(static_cast<unsigned char>(words[0][0])))) return;
+  while (end < words.size() && !(ends_sentence(words[end]) &&
+                                 (end + 1 == words.size() || !std::islower(static_cast<unsigned char>(words[end + 1][0])))))
+    ++end;
+  if (end == words.size() || end + 1 < 5 || end + 1 > 40 ||
+      !(letter(words[0][0]) && std::isupper(static_cast<unsigned char>(words[0][0]))))
+    return;
   DictionaryEntry entry{term, without_braces(join(words, 0, end + 1)), {}};
-  if (lower(entry.definition).find(lower(term)) != std::string::npos || entry.definition.find('"') != std::string::npos) return;
+  if (lower(entry.definition).find(lower(term)) != std::string::npos || entry.definition.find('"') != std::string::npos)
+    return;
   for (size_t i = 0; i < body.size(); ++i) {  // all references; settle_references leaves one
     if (body[i] != '{') continue;
     const size_t stop = body.find('}', i);
@@ -157,7 +168,8 @@ RulerText RulerText::from(std::string_view text) {
     for (const std::string& w : words) {
       out.words.push_back(w);
       out.sentence_end.push_back(ends_sentence(w));
-      if (w.size() >= 4 && w.size() <= 9 && std::all_of(w.begin(), w.end(), [](char c) { return c >= 'a' && c <= 'z'; })) ++seen[w];
+      if (w.size() >= 4 && w.size() <= 9 && std::all_of(w.begin(), w.end(), [](char c) { return c >= 'a' && c <= 'z'; }))
+        ++seen[w];
     }
     out.sentence_end.back() = true;
   }

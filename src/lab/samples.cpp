@@ -13,18 +13,23 @@
 namespace heed {
 namespace {
 
-constexpr const char* kKey[] = {"model", "attention", "kv", "chunk", "text", "task", "query", "length", "depth", "seed", "example", "index"};
+constexpr const char* kKey[] = {"model", "attention", "kv",    "chunk", "text",    "task",
+                                "query", "length",    "depth", "seed",  "example", "index"};
 
 std::string identity(const SampleFile::Json& from) {
   std::string out;
-  for (const char* field : kKey) out += from.contains(field) ? from[field].dump(-1, ' ', false, SampleFile::Json::error_handler_t::replace) + "\n" : "\n";
+  for (const char* field : kKey)
+    out += from.contains(field) ? from[field].dump(-1, ' ', false, SampleFile::Json::error_handler_t::replace) + "\n" : "\n";
   return out;
 }
 
 bool is_sample(const SampleFile::Json& line) {
   const auto text = [&](const char* field) { return line.contains(field) && line[field].is_string(); };
-  const auto number = [&](const char* field) { return line.contains(field) && line[field].is_number() && std::isfinite(line[field].get<double>()); };
-  if (!line.is_object() || !text("model") || !text("task") || !text("answer") || !number("index") || !number("score")) return false;
+  const auto number = [&](const char* field) {
+    return line.contains(field) && line[field].is_number() && std::isfinite(line[field].get<double>());
+  };
+  if (!line.is_object() || !text("model") || !text("task") || !text("answer") || !number("index") || !number("score"))
+    return false;
   const double score = line["score"];
   return score >= 0 && score <= 1 && number("chance") && number("tokens") && number("density");
 }
@@ -40,12 +45,16 @@ SampleFile::SampleFile(const std::string& path) : path_(path) {
   for (int64_t number = 1; at < bytes.size(); ++number) {
     const size_t end = bytes.find('\n', at);
     const bool cut = end == std::string::npos;
-    const Json line = Json::parse(bytes.begin() + std::ptrdiff_t(at), cut ? bytes.end() : bytes.begin() + std::ptrdiff_t(end), nullptr, false);
+    const Json line = Json::parse(bytes.begin() + std::ptrdiff_t(at),
+                                  cut ? bytes.end() : bytes.begin() + std::ptrdiff_t(end), nullptr, false);
     if (cut) {  // never finished: it is made again
       if (line.is_discarded() && bytes[at] == '{' && truncate(path_.c_str(), off_t(at)) == 0) break;
-      throw Error(Code::Invalid, path_ + ":" + std::to_string(number), "the line has no end", "remove the file or name another");
+      throw Error(Code::Invalid, path_ + ":" + std::to_string(number), "the line has no end",
+                  "remove the file or name another");
     }
-    if (!is_sample(line)) throw Error(Code::Invalid, path_ + ":" + std::to_string(number), "it is no sample of `heed eval`", "remove the file or name another");
+    if (!is_sample(line))
+      throw Error(Code::Invalid, path_ + ":" + std::to_string(number), "it is no sample of `heed eval`",
+                  "remove the file or name another");
     done_[identity(line)] = line;
     at = end + 1;
   }
@@ -62,8 +71,11 @@ void SampleFile::add(const Json& key, const Json& result) {
   line.update(result);
   const std::string text = line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path_.c_str(), "ab"), &std::fclose);
-  const bool written = file && std::fwrite(text.data(), 1, text.size(), file.get()) == text.size() && std::fclose(file.release()) == 0;
-  if (!written) throw Error(Code::Io, path_, std::string("cannot be written: ") + std::strerror(errno), "is there space, and may you write here?");
+  const bool written = file && std::fwrite(text.data(), 1, text.size(), file.get()) == text.size() &&
+                       std::fclose(file.release()) == 0;
+  if (!written)
+    throw Error(Code::Io, path_, std::string("cannot be written: ") + std::strerror(errno),
+                "is there space, and may you write here?");
   done_[identity(key)] = std::move(line);
 }
 

@@ -112,7 +112,8 @@ class OnBook : public OnModel {
       book += "\n\n";
     }
     for (int i = 0; i < 30; ++i)
-      book += "   :term" + std::to_string(i) + ": n.\n\n   The number " + std::to_string(i * 7 + 1) + " in a row of many. See {term" + std::to_string((i + 1) % 30) + "}.\n\n";
+      book += "   :term" + std::to_string(i) + ": n.\n\n   The number " + std::to_string(i * 7 + 1) +
+              " in a row of many. See {term" + std::to_string((i + 1) % 30) + "}.\n\n";
     write("book.txt", book);
   }
   std::vector<std::string> eval(std::vector<std::string> more) const {
@@ -123,8 +124,8 @@ class OnBook : public OnModel {
 };
 
 TEST_F(OnBook, EvalAsksRulersTasks) {
-  const Outcome outcome = heed(eval({"--tasks", "niah_single_1,qa_2,vt", "-c", "3000", "--count", "2", "--query", "both", "--attention",
-                                     "streaming-llm(sinks=2,window=60)", "--samples", path("s.jsonl")}));
+  const Outcome outcome = heed(eval({"--tasks", "niah_single_1,qa_2,vt", "-c", "3000", "--count", "2", "--query", "both",
+                                     "--attention", "streaming-llm(sinks=2,window=60)", "--samples", path("s.jsonl")}));
   ASSERT_EQ(outcome.status, 0) << outcome.err;
   const auto rows = outcome.json()["tasks"];
   ASSERT_EQ(rows.size(), 6u);
@@ -144,10 +145,12 @@ TEST_F(OnBook, EvalAsksRulersTasks) {
   int lines = 0;
   for (std::string line; std::getline(file, line); ++lines) {
     const auto sample = nlohmann::json::parse(line);
-    for (const char* field : {"model", "attention", "text", "task", "query", "length", "seed", "index", "prompt", "answer", "expected", "score", "chance", "metric"})
+    for (const char* field : {"model", "attention", "text", "task", "query", "length", "seed", "index", "prompt",
+                              "answer", "expected", "score", "chance", "metric"})
       EXPECT_TRUE(sample.contains(field)) << field;
     double found = 0;
-    for (const std::string e : sample["expected"]) found += sample["answer"].get<std::string>().find(e) != std::string::npos;
+    for (const std::string e : sample["expected"])
+      found += sample["answer"].get<std::string>().find(e) != std::string::npos;
     EXPECT_DOUBLE_EQ(sample["score"].get<double>(), found / double(sample["expected"].size()));
   }
   EXPECT_EQ(lines, 12);
@@ -161,7 +164,8 @@ TEST_F(OnBook, EvalTakesFinishedSamplesFromItsFile) {
   ASSERT_EQ(ask("2", "1").status, 0);
   // A score that no run would give shows that the sample was not run again.
   std::string kept = read(samples);
-  for (size_t at = 0; (at = kept.find("\"score\":0.0", at)) != std::string::npos;) kept.replace(at, 11, "\"score\":0.5");
+  for (size_t at = 0; (at = kept.find("\"score\":0.0", at)) != std::string::npos;)
+    kept.replace(at, 11, "\"score\":0.5");
   write("s.jsonl", kept);
   EXPECT_EQ(ask("2", "1").json()["tasks"][0]["score"], 0.5);
   EXPECT_EQ(read(samples), kept);
@@ -178,8 +182,8 @@ TEST_F(OnBook, AnInterruptedEvaluationKeepsItsSamples) {
   const pid_t child = fork();
   if (child == 0) {
     if (!std::freopen("/dev/null", "w", stderr) || !std::freopen(out.c_str(), "w", stdout)) _exit(99);
-    execl(HEED_PROGRAM, HEED_PROGRAM, "eval", "-m", model_.c_str(), "-f", path("book.txt").c_str(), "--tasks", "niah_single_1,niah_single_2", "-c", "1500", "--count", "100000",
-          "--samples", samples.c_str(), "--json", nullptr);
+    execl(HEED_PROGRAM, HEED_PROGRAM, "eval", "-m", model_.c_str(), "-f", path("book.txt").c_str(), "--tasks",
+          "niah_single_1,niah_single_2", "-c", "1500", "--count", "100000", "--samples", samples.c_str(), "--json", nullptr);
     _exit(98);
   }
   while (!std::filesystem::exists(samples) && waitpid(child, nullptr, WNOHANG) == 0) usleep(1000);
@@ -198,8 +202,16 @@ TEST_F(OnBook, AnInterruptedEvaluationKeepsItsSamples) {
 
 TEST_F(OnBook, EvalShowsHeadsPositionsAndAgreement) {
   const std::string page = path("page.html");
-  const Outcome outcome = heed(eval({"--tasks", "position,kld,heads,agreement,grid", "-c", "800", "--score", "40", "--chunks", "2", "--generate", "12", "--count", "1", "--depths", "2",
-                                     "--lengths", "1400,1500", "--attention", "streaming-llm(sinks=2,window=30)", "--report", page}));
+  const Outcome outcome = heed(eval({"--tasks",     "position,kld,heads,agreement,grid",
+                                     "-c",          "800",
+                                     "--score",     "40",
+                                     "--chunks",    "2",
+                                     "--generate",  "12",
+                                     "--count",     "1",
+                                     "--depths",    "2",
+                                     "--lengths",   "1400,1500",
+                                     "--attention", "streaming-llm(sinks=2,window=30)",
+                                     "--report",    page}));
   ASSERT_EQ(outcome.status, 0) << outcome.err;
   const auto json = outcome.json();
   ASSERT_EQ(json["heads"]["layers"], nlohmann::json({0, 1}));
@@ -229,7 +241,8 @@ TEST_F(OnBook, EvalShowsHeadsPositionsAndAgreement) {
   EXPECT_EQ(html.find("<script"), std::string::npos);
 
   // Dense is at no distance from itself.
-  const auto dense = heed(eval({"--tasks", "heads,agreement", "-c", "300", "--score", "20", "--generate", "8", "--count", "1"})).json();
+  const auto dense =
+      heed(eval({"--tasks", "heads,agreement", "-c", "300", "--score", "20", "--generate", "8", "--count", "1"})).json();
   for (const auto& layer : dense["heads"]["mass"])
     for (double mass : layer) EXPECT_EQ(mass, 1);
   for (const auto& layer : dense["heads"]["output_error"])
@@ -238,7 +251,8 @@ TEST_F(OnBook, EvalShowsHeadsPositionsAndAgreement) {
 }
 
 TEST_F(OnBook, EvalTakesLongBenchFiles) {
-  const std::string file = write("l.jsonl", "{\"input\": \"Who?\", \"context\": \"<b>The cat.</b>\", \"answers\": [\"the cat\"]}\n");
+  const std::string file = write(
+      "l.jsonl", "{\"input\": \"Who?\", \"context\": \"<b>The cat.</b>\", \"answers\": [\"the cat\"]}\n");
   const auto bench = [&](std::vector<std::string> more) {
     std::vector<std::string> all = {"eval", "-m", model_, "--longbench", file, "-c", "400", "--json"};
     all.insert(all.end(), more.begin(), more.end());

@@ -19,7 +19,8 @@ TEST(Metrics, AreThoseOfOtherImplementations) {
     const std::string answer = c["answer"], expected = c["expected"];
     for (const Metric& metric : longbench_metrics()) {
       const double right = c[metric.name];
-      EXPECT_NEAR(metric.score(answer, expected, classes), right, 1e-9) << metric.name << ": '" << answer << "' for '" << expected << "'";
+      EXPECT_NEAR(metric.score(answer, expected, classes), right, 1e-9)
+          << metric.name << ": '" << answer << "' for '" << expected << "'";
       between[metric.name] += right > 0 && right < 1;
     }
   }

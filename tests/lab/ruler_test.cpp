@@ -35,8 +35,9 @@ const RulerText& book() {
       out += "\n\n";
     }
     for (int i = 0; i < 200; ++i)
-      out += "   :thing" + std::to_string(i) + ": /pron/ n.\n\n   1. [old] A " + made_word(i * 11 + 7) + " " + made_word(i * 3 + 5) + " " + made_word(i * 17 + 1) +
-             " that is {known} well. See {thing" + std::to_string((i * 7 + 3) % 200) + "}.\n\n   More about it.\n\n";
+      out += "   :thing" + std::to_string(i) + ": /pron/ n.\n\n   1. [old] A " + made_word(i * 11 + 7) + " " +
+             made_word(i * 3 + 5) + " " + made_word(i * 17 + 1) + " that is {known} well. See {thing" +
+             std::to_string((i * 7 + 3) % 200) + "}.\n\n   More about it.\n\n";
     return RulerText::from(out);
   }();
   return text;
@@ -74,9 +75,11 @@ TEST(RulerText, FindsProseAndEntries) {
   const RulerText text = RulerText::from(
       "Chapter 1. A Title That Is Long Enough To Count As Eight\n\n   automagically\n\n"
       "   This is prose of {more} than eight words. Is it not? (It is.)\n\n"
-      "   :awk: /awk/\n\n   1. n. [Unix techspeak] An interpreted language for massaging text data. It has {foo bar} and\n   {Grep-Like} tools.\n\n"
+      "   :awk: /awk/\n\n   1. n. [Unix techspeak] An interpreted language for massaging text data. It has {foo bar} "
+      "and\n   {Grep-Like} tools.\n\n"
       "   :grep-like: adj.\n\n   Like the tool of that name, whatever it may do.\n\n"
-      "   :empty: n.\n\n   :too short: n. Two words.\n\n   :selfish: n. A selfish thing is what this is called here.\n\n   :awk: n. A second one that does not count at all.\n");
+      "   :empty: n.\n\n   :too short: n. Two words.\n\n   :selfish: n. A selfish thing is what this is called "
+      "here.\n\n   :awk: n. A second one that does not count at all.\n");
   ASSERT_GT(text.words.size(), 12u);
   EXPECT_EQ(text.words[0] + " " + text.words[1], "This is");
   std::vector<std::string> ends;
@@ -124,13 +127,15 @@ TEST(Ruler, SampleDependsOnNothingElse) {
     EXPECT_EQ(a.question, b.question);
     EXPECT_NE(a.expected, sample(name, 7000, 5).expected) << name;
     EXPECT_NE(a.expected, sample(name, 7000, 4, {}, 4).expected) << name;
-    EXPECT_NE(a.expected, sample(name, 7000, 3, {}, 4).expected) << name << ": streams of neighbouring seeds must not overlap";
+    EXPECT_NE(a.expected, sample(name, 7000, 3, {}, 4).expected)
+        << name << ": streams of neighbouring seeds must not overlap";
   }
 }
 
 TEST(Ruler, NeedlesAreThereOnceAndOnlyThoseAskedForAreExpected) {
   const std::regex needle(R"(One of the special magic (numbers|uuids) for (\S+) is: (\S+)\.)");
-  const std::regex number("[1-9][0-9]{6}"), uuid("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"), pair("[a-z]+-[a-z]+");
+  const std::regex number("[1-9][0-9]{6}"), uuid("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"),
+      pair("[a-z]+-[a-z]+");
   for (const RulerTask& task : ruler_tasks()) {
     if (task.kind != RulerTask::Kind::Needle) continue;
     for (int64_t index = 0; index < 3; ++index) {
@@ -189,9 +194,7 @@ TEST(Ruler, ChainsResolve) {
     std::map<std::string, std::string> value;
     for (const auto& m : matches(s.context, std::regex(R"(VAR ([A-Z]+) = (VAR )?(\w+)\n)"))) {
       EXPECT_FALSE(value.contains(m[1])) << "assigned twice";
-      if (m[2].matched) {
-        ASSERT_TRUE(value.contains(m[3])) << "used before it is assigned";
-      }
+      if (m[2].matched) { ASSERT_TRUE(value.contains(m[3])) << "used before it is assigned"; }
       value[m[1]] = m[2].matched ? value[m[3]] : m[3].str();
     }
     const std::string asked = std::regex_replace(s.question, std::regex(R"(^[^0-9]*([0-9]{5})[^]*$)"), "$1");
@@ -224,7 +227,8 @@ TEST(Ruler, CommonWordsAreTheTenMostCommon) {
     EXPECT_EQ(int(all.size()), s.units);
     const std::set<std::string> right = as_set(s.expected);
     EXPECT_EQ(right.size(), 10u);
-    for (const auto& [word, times] : all) EXPECT_EQ(times, right.contains(word) ? (length < 4096 ? 6 : 30) : (length < 4096 ? 1 : 3)) << word;
+    for (const auto& [word, times] : all)
+      EXPECT_EQ(times, right.contains(word) ? (length < 4096 ? 6 : 30) : (length < 4096 ? 1 : 3)) << word;
     for (const std::string& word : s.expected) EXPECT_TRUE(all.contains(word));
     // The example is answered rightly, with other words.
     const size_t asked = s.context.find("\nQuestion:", example), said = s.context.find("are: ", asked) + 4;
@@ -253,7 +257,8 @@ TEST(Ruler, FrequentWordsFollowTheZetaDistribution) {
     ASSERT_GT(ranked.size(), 5u);
     EXPECT_EQ(ranked[0].second, "...");
     for (size_t r = 0; r < ranked.size(); ++r)
-      EXPECT_EQ(ranked[r].first, int(double(s.units) / double((r + 1) * (r + 1)) / (std::acos(-1.0) * std::acos(-1.0) / 6))) << r;
+      EXPECT_EQ(ranked[r].first, int(double(s.units) / double((r + 1) * (r + 1)) / (std::acos(-1.0) * std::acos(-1.0) / 6)))
+          << r;
     EXPECT_EQ(std::vector<std::string>({ranked[1].second, ranked[2].second, ranked[3].second}), s.expected);
     EXPECT_GT(ranked[3].first, ranked[4].first) << "a fourth word is as frequent";
     EXPECT_LE(int64_t(ranked.size()), (length - 50) / 50);
@@ -290,19 +295,24 @@ TEST(Ruler, QuestionsAreAnsweredByTheDocuments) {
 
 TEST(Ruler, ExamplesAreAnsweredAndOfOtherThings) {
   for (const RulerTask& task : ruler_tasks()) {
-    const RulerSample bare = sample(task.name.c_str(), 7000, 0), shown = sample(task.name.c_str(), 7000, 0, {.example = true});
-    const std::string ask = task.kind == RulerTask::Kind::Question ? "Question: What is the definition of" : shown.question.substr(shown.question.size() - 10);
+    const RulerSample bare = sample(task.name.c_str(), 7000, 0),
+                      shown = sample(task.name.c_str(), 7000, 0, {.example = true});
+    const std::string ask = task.kind == RulerTask::Kind::Question ? "Question: What is the definition of"
+                                                                   : shown.question.substr(shown.question.size() - 10);
     const size_t at = shown.context.find(ask);
     EXPECT_NE(at, std::string::npos) << task.name;
     EXPECT_EQ(bare.context.find(ask) != std::string::npos, task.example) << task.name;
     // What is expected is no part of the example.
-    for (const std::string& e : shown.expected) EXPECT_EQ(shown.context.substr(0, at).find(" " + e + " "), std::string::npos) << task.name << e;
+    for (const std::string& e : shown.expected)
+      EXPECT_EQ(shown.context.substr(0, at).find(" " + e + " "), std::string::npos) << task.name << e;
   }
 }
 
 TEST(Ruler, SaysWhatIsMissing) {
   EXPECT_THROW(sample("niah_multikey_3", 300, 0), Error);
-  const auto from = [&](const char* task, const RulerText& text) { ruler_sample(*ruler_task(task), bytes(), 6000, 0, 0, text, {}); };
+  const auto from = [&](const char* task, const RulerText& text) {
+    ruler_sample(*ruler_task(task), bytes(), 6000, 0, 0, text, {});
+  };
   RulerText few = book();
   few.entries.resize(3);
   EXPECT_THROW(from("qa_1", few), Error);

@@ -23,15 +23,21 @@ using Json = SampleFile::Json;
 
 class Samples : public testing::Test {
  protected:
-  Samples() : path_((std::filesystem::temp_directory_path() / ("samples-" + std::to_string(getpid()))).string()) { std::filesystem::remove(path_); }
+  Samples() : path_((std::filesystem::temp_directory_path() / ("samples-" + std::to_string(getpid()))).string()) {
+    std::filesystem::remove(path_);
+  }
   ~Samples() override { std::filesystem::remove(path_); }
   void write(const std::string& bytes) const { std::ofstream(path_, std::ios::binary) << bytes; }
   std::string read() const {
     std::ifstream in(path_, std::ios::binary);
     return {std::istreambuf_iterator<char>(in), {}};
   }
-  static Json key(int index) { return {{"model", "m"}, {"attention", "dense"}, {"task", "vt"}, {"length", 64}, {"seed", 1}, {"index", index}}; }
-  static Json result(double score) { return {{"answer", "x\n"}, {"score", score}, {"chance", 0}, {"tokens", 9}, {"density", 1}}; }
+  static Json key(int index) {
+    return {{"model", "m"}, {"attention", "dense"}, {"task", "vt"}, {"length", 64}, {"seed", 1}, {"index", index}};
+  }
+  static Json result(double score) {
+    return {{"answer", "x\n"}, {"score", score}, {"chance", 0}, {"tokens", 9}, {"density", 1}};
+  }
   std::string path_;
 };
 
@@ -80,8 +86,19 @@ TEST_F(Samples, WhatIsNoSampleIsRefusedByLine) {
   const std::string good = read();
   Json huge = key(1);
   huge.update(result(2));
-  const std::vector<std::string> bad = {"\n", "null\n", "[]\n", "{}\n", "\"text\"\n", "{\"model\": 1}\n", "\xff\xfe\n", std::string(3, '\0') + "\n", "not ended",
-                                        huge.dump() + "\n", std::string(100000, '[') + "\n", "{\"model\":\"m\",\"task\":\"t\",\"answer\":\"a\",\"index\":0,\"score\":\"1\"}\n"};
+  const std::vector<std::string> bad = {
+      "\n",
+      "null\n",
+      "[]\n",
+      "{}\n",
+      "\"text\"\n",
+      "{\"model\": 1}\n",
+      "\xff\xfe\n",
+      std::string(3, '\0') + "\n",
+      "not ended",
+      huge.dump() + "\n",
+      std::string(100000, '[') + "\n",
+      "{\"model\":\"m\",\"task\":\"t\",\"answer\":\"a\",\"index\":0,\"score\":\"1\"}\n"};
   for (const std::string& line : bad) {
     write(good + line + (line.back() == '\n' ? good : ""));
     try {
@@ -127,7 +144,8 @@ TEST(Interval, ResampledMeansSpreadAsTheTheorySays) {
 
 TEST(Agreement, CountsUpToAndBehindTheFirstDifference) {
   using Tokens = std::vector<int32_t>;
-  const Agreement same = agreement(Tokens{1, 2, 3}, Tokens{1, 2, 3}), some = agreement(Tokens{1, 2, 3, 4, 5}, Tokens{1, 9, 3, 8, 5});
+  const Agreement same = agreement(Tokens{1, 2, 3}, Tokens{1, 2, 3}),
+                  some = agreement(Tokens{1, 2, 3, 4, 5}, Tokens{1, 9, 3, 8, 5});
   EXPECT_EQ(same.first_difference, 3);
   EXPECT_EQ(same.before, 1);
   EXPECT_EQ(same.after, 1);
@@ -217,7 +235,8 @@ TEST_F(Samples, TasksGoOnAndAskNothingTwice) {
   const auto make = [&](int64_t index) {
     ++made;
     Question q;
-    q.context = words.encode("the ship " + std::to_string(index)), q.question = words.encode(" is"), q.limit = 4, q.chance = 0.25;
+    q.context = words.encode("the ship " + std::to_string(index)), q.question = words.encode(" is"), q.limit = 4,
+    q.chance = 0.25;
     q.score = [index](const std::string&) { return double(index % 2); };
     return q;
   };
@@ -243,13 +262,19 @@ TEST_F(Samples, TasksGoOnAndAskNothingTwice) {
 }
 
 TEST(LongBench, ReadsItsFields) {
-  const auto items = value_or_throw(read_longbench("\n{\"input\": \"q\", \"context\": \"c\", \"answers\": [\"a\", \"b\"], \"all_classes\": null, \"x\": 1}\r\n\n{\"input\":\"\",\"context\":\"\",\"answers\":[\"z\"],\"all_classes\":[\"z\"]}", "f"));
+  const auto items = value_or_throw(
+      read_longbench("\n{\"input\": \"q\", \"context\": \"c\", \"answers\": [\"a\", \"b\"], \"all_classes\": null, "
+                     "\"x\": 1}\r\n\n{\"input\":\"\",\"context\":\"\",\"answers\":[\"z\"],\"all_classes\":[\"z\"]}",
+                     "f"));
   ASSERT_EQ(items.size(), 2u);
   EXPECT_EQ(items[0].answers, (std::vector<std::string>{"a", "b"}));
   EXPECT_EQ(items[1].classes, (std::vector<std::string>{"z"}));
-  for (const char* bad : {"", "\n \n", "{", "[]", "null", "{\"input\": 1, \"context\": \"\", \"answers\": [\"a\"]}", "{\"input\": \"\", \"context\": \"\", \"answers\": []}",
-                          "{\"input\": \"\", \"context\": \"\", \"answers\": [1]}", "{\"input\": \"\", \"answers\": [\"a\"]}", "{\"input\": \"\", \"context\": \"\", \"answers\": \"a\"}",
-                          "{\"input\": \"\", \"context\": \"\", \"answers\": [\"a\"], \"all_classes\": \"a\"}", "\xff"}) {
+  for (const char* bad :
+       {"", "\n \n", "{", "[]", "null", "{\"input\": 1, \"context\": \"\", \"answers\": [\"a\"]}",
+        "{\"input\": \"\", \"context\": \"\", \"answers\": []}",
+        "{\"input\": \"\", \"context\": \"\", \"answers\": [1]}", "{\"input\": \"\", \"answers\": [\"a\"]}",
+        "{\"input\": \"\", \"context\": \"\", \"answers\": \"a\"}",
+        "{\"input\": \"\", \"context\": \"\", \"answers\": [\"a\"], \"all_classes\": \"a\"}", "\xff"}) {
     const auto result = read_longbench(bad, "file.jsonl");
     ASSERT_FALSE(result) << bad;
     EXPECT_EQ(result.error().exit_status(), 2);
@@ -262,7 +287,8 @@ TEST(LongBench, CutsTheMiddleOfAContextThatIsTooLong) {
   LongBenchItem item{"{context}?", std::string(300, 'a') + std::string(300, 'b'), {"yes", "no"}, {}};
   const Metric& metric = *longbench_metric("qa_f1");
   const std::string form = "Read: {context}\nQ: {input}\nA:";
-  const Question whole = longbench_question(item, metric, words, form, 1000, 20), cut = longbench_question(item, metric, words, form, 200, 20);
+  const Question whole = longbench_question(item, metric, words, form, 1000, 20),
+                 cut = longbench_question(item, metric, words, form, 200, 20);
   EXPECT_EQ(whole.prompt, "Read: " + item.context + "\nQ: {context}?\nA:");
   EXPECT_EQ(words.decode(whole.context) + words.decode(whole.question), whole.prompt);
   EXPECT_EQ(int64_t(cut.context.size() + cut.question.size()), 180);
@@ -274,7 +300,8 @@ TEST(LongBench, CutsTheMiddleOfAContextThatIsTooLong) {
   EXPECT_THROW(longbench_question(item, metric, words, "no place", 1000, 20), Error);
   EXPECT_THROW(longbench_question(item, metric, words, "{input}{context}", 1000, 20), Error);
   EXPECT_THROW(longbench_question(item, metric, words, form, 30, 20), Error);
-  for (const Metric& m : longbench_metrics()) EXPECT_NO_THROW(longbench_question(item, m, words, longbench_template(m), 1000, 20)) << m.name;
+  for (const Metric& m : longbench_metrics())
+    EXPECT_NO_THROW(longbench_question(item, m, words, longbench_template(m), 1000, 20)) << m.name;
 }
 
 }  // namespace

@@ -89,4 +89,5 @@ for answer, expected in cases():
                 "code_similarity": code(answer, expected) if expected else 0.0})
 path = Path(sys.argv[1]) / "golden.json"
 path.parent.mkdir(parents=True, exist_ok=True)
-path.write_text(json.dumps({"classes": CLASSES, "cases": out}, ensure_ascii=False, indent=0) + "\n")
+lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in out)
+path.write_text('{"classes": ' + json.dumps(CLASSES) + ',\n"cases": [\n' + lines + "\n]}\n")
