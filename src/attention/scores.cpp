@@ -41,7 +41,7 @@ Ragged stored_positions(const LayerView& at) {
   Ragged places = out;  // where each segment's numbers lie; keys and values themselves are not wanted
   places.values = {};
   at.run().page_read(at.queue, at.store->pages(), nullptr, places, {}, positions);
-  copy(positions, out.values);
+  compute(at.queue, out, load(positions, index()), out.values);
   return out;
 }
 

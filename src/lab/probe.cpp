@@ -135,6 +135,7 @@ void Probe::look_decode(LayerView& at) {
         row[size_t(positions[i])] = values[(columns.begin(segment) + int64_t(i)) * group + head % group];
     }
   }
+  if (layer >= 0 && step >= 0) look_output(at, layer, step);
   const bool measured = layer >= 0 && step >= 0 && !record_, drawn = maps_ && at.layer == at.model.layers / 2;
   if (!measured && !drawn) return;
   const Reads reads(at);
@@ -150,7 +151,6 @@ void Probe::look_decode(LayerView& at) {
       head_mass_[size_t(layer * at.model.h + head)] += std::min(1.0, sum);
     }
   }
-  if (layer >= 0 && step >= 0) look_output(at, layer, step);
   // Reads of the middle layer, one map row for an equal share of the decoded tokens.
   if (!drawn) return;
   const int64_t decoded = std::max<int64_t>(1, length_ - prompt_ - 1);

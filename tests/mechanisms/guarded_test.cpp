@@ -18,6 +18,12 @@ const std::vector<std::string> kSpecs = {
     "moba(block=100,topk=1)", "flexprefill(block=8,gamma=0.3,min_budget=8)", "flexprefill(block=8,gamma=0.6,min_budget=8,tau=1)",
     "kvzip(budget=0.2,chunk=32)", "kvzip(budget=0.2,chunk=32,share=layer)", "kivi(residual=0)", "kivi(bits=4,residual=8,heads=1)",
     "act(threshold=0.02,skip_first=0,skip_last=0)", "act(threshold=0.02,skip_first=0,skip_last=0,heads=1-2)", "ring(ranks=3)",
+    "a2sf(budget=10,alpha=0.8,window=3)", "observed-attention(budget=12)", "keydiff(budget=12)", "cur(budget=12)", "lagkv(budget=24,lag=8)",
+    "noncausal(budget=14,tile=16)", "expected-attention(budget=12)", "random(budget=12)", "duo-attention(sinks=2,recent=10,heads=1)",
+    "simlayerkv(threshold=0,recent=14)", "chunkkv(snapkv(budget=16,window=4),chunk=5)", "caote(h2o(budget=10))",
+    "dms(keydiff,threshold=0,window=8)", "headkv(snapkv(budget=20,window=4),window=4,scores=[1,3,2,2,5,1,1,1])", "twilight(p=0.7,dense=0)",
+    "recycled-attention(budget=9,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "a-shape(sinks=2,local=9)", "tri-shape(sinks=2,local=9,last=3)",
+    "triangle-mix(sinks=2,local=9,last=3,from=2)", "power(block=16,local=2)", "star(block=10,query=4)", "gna(window=8,stride=2,dilation=2)", "stochastic-sa(window=16)",
 };
 
 std::shared_ptr<const Model> tiny() {
