@@ -1,0 +1,42 @@
+// What the files of this folder share on the host side. A function declared here has the type of the table entry of its
+// name; its contract is written in kernels/kernels.h. Every tensor inside the arguments is device memory.
+#pragma once
+#include <type_traits>
+
+#include "kernels/kernels.h"
+
+namespace heed::cuda {
+
+template <class Entry>
+using Function = std::remove_pointer_t<Entry>;
+
+Function<decltype(Kernels::attend)> attend;
+Function<decltype(Kernels::attend_backward)> attend_backward;
+Function<decltype(Kernels::attend_store)> attend_store;
+Function<decltype(Kernels::merge)> merge;
+Function<decltype(Kernels::observe)> observe;
+Function<decltype(Kernels::observe_rows)> observe_rows;
+Function<decltype(Kernels::pool)> pool;
+Function<decltype(Kernels::smooth)> smooth;
+Function<decltype(Kernels::proxy)> proxy;
+Function<decltype(Kernels::reduce)> reduce;
+Function<decltype(Kernels::select)> select;
+Function<decltype(Kernels::recur)> recur;
+Function<decltype(Kernels::recur_backward)> recur_backward;
+Function<decltype(Kernels::scan)> scan;
+Function<decltype(Kernels::page_write)> page_write;
+Function<decltype(Kernels::page_read)> page_read;
+Function<decltype(Kernels::page_move)> page_move;
+Function<decltype(Kernels::column_read)> column_read;
+Function<decltype(Kernels::column_write)> column_write;
+Function<decltype(Kernels::page_score)> page_score;
+Function<decltype(Kernels::matmul)> matmul;
+Function<decltype(Kernels::embed)> embed;
+Function<decltype(Kernels::rms_norm)> rms_norm;
+Function<decltype(Kernels::split_heads)> split_heads;
+Function<decltype(Kernels::merge_heads)> merge_heads;
+Function<decltype(Kernels::glu)> glu;
+Function<decltype(Kernels::add)> add;
+Function<decltype(Kernels::dequantise)> dequantise;
+
+}  // namespace heed::cuda

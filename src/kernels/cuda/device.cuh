@@ -1,0 +1,145 @@
+// Small things that device code of every kernel needs: views of numbers, segments, reductions, launching.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "kernels/check.h"
+#include "kernels/cuda/cuda.h"
+
+namespace heed::cuda {
+
+constexpr float kInfinity = __builtin_huge_valf();
+
+/// Throws what the driver said about `where`.
+void check(cudaError_t status, const char* where);
+cudaStream_t stream(Queue& queue);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Blocks along x for `items` a segment: each loops with the grid's stride, so that the bound, which may be far above
+/// the true length, costs no blocks beyond those that fill the device. Results do not depend on it.
+inline unsigned blocks_for(int64_t items, int64_t segments) {
+  return unsigned(std::clamp<int64_t>(items, 1, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, segments))));
+}
+
+/// Starts a kernel in the queue's order; a grid without blocks starts nothing.
+template <class... Formal, class... Actual>
+void launch(Queue& queue, const char* where, void (*kernel)(Formal...), dim3 grid, int threads, size_t shared,
+            const Actual&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), where);
+  kernel<<<grid, threads, shared, stream(queue)>>>(args...);
+  check(cudaGetLastError(), where);
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T> __device__ T from_float(float x);
+template <> __device__ inline float from_float<float>(float x) { return x; }
+template <> __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+/// Rows of plain numbers.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+  int width = 1;
+  Dtype type = Dtype::F32;
+
+  __device__ float get(int64_t row, int c = 0) const {
+    const int64_t at = row * stride + c;
+    switch (type) {
+      case Dtype::BF16: return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
+      case Dtype::F16: return to_float(static_cast<const __half*>(data)[at]);
+      default: return static_cast<const float*>(data)[at];
+    }
+  }
+  __device__ void set(int64_t row, int c, float x) const {
+    const int64_t at = row * stride + c;
+    switch (type) {
+      case Dtype::BF16: static_cast<__nv_bfloat16*>(data)[at] = from_float<__nv_bfloat16>(x); break;
+      case Dtype::F16: static_cast<__half*>(data)[at] = from_float<__half>(x); break;
+      default: static_cast<float*>(data)[at] = x;
+    }
+  }
+  template <class T> __host__ __device__ T* row(int64_t r) const { return static_cast<T*>(data) + r * stride; }
+  __host__ __device__ explicit operator bool() const { return data != nullptr; }
+};
+
+/// A view of [rows] or [rows, width].
+inline Matrix matrix(const Tensor& t) {
+  if (!t) return {};
+  return {t.data, t.stride[0], t.rank > 1 ? int(t.size[1]) : 1, t.type};
+}
+
+struct Segments {
+  const int64_t* offsets = nullptr;
+  const int64_t* ends = nullptr;
+  int count = 0, heads = 1;
+  __device__ int64_t begin(int s) const { return offsets[s]; }
+  __device__ int64_t end(int s) const { return ends ? ends[s] : offsets[s + 1]; }
+  __device__ int length(int s) const { return int(end(s) - begin(s)); }
+};
+inline Segments segments(const Ragged& r) {
+  return {r.offsets.as<int64_t>(), r.ends.as<int64_t>(), int(r.segments()), int(r.heads)};
+}
+
+template <class T>
+__device__ inline T warp_sum(T x, int lanes = 32) {
+  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+__device__ inline float warp_max(float x, int lanes = 32) {
+  for (int step = lanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+/// The sum over a block of at most 1024 threads, in a fixed order, for every thread.
+__device__ inline float block_sum(float x) {
+  __shared__ float sums[32];
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  float out = 0;
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) out += sums[w];
+  return out;
+}
+
+/// The sequence that token t belongs to: first[s] ≤ t < first[s + 1]; −1 when none.
+__device__ inline int sequence_of(const int64_t* first, int sequences, int64_t t) {
+  if (sequences == 0 || t < first[0] || t >= first[sequences]) return -1;
+  int low = 0, high = sequences;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first[middle] <= t ? low : high) = middle;
+  }
+  return low;
+}
+
+/// Turns a pair of channels by `angle` (Su et al. 2021).
+__device__ inline void turn(float& a, float& b, float angle) {
+  float s, c;
+  sincosf(angle, &s, &c);
+  const float turned = a * c - b * s;
+  b = a * s + b * c;
+  a = turned;
+}
+
+/// Rope as kernels take it; without inv_freq nothing turns.
+struct RopeView {
+  const float* inv_freq = nullptr;
+  int dims = 0;
+  bool neox = true;
+  __device__ int first(int pair) const { return neox ? pair : 2 * pair; }
+  __device__ int second(int pair) const { return neox ? pair + dims / 2 : 2 * pair + 1; }
+};
+inline RopeView rope_view(const Rope* rope) {
+  return rope ? RopeView{rope->inv_freq.as<float>(), rope->dims, rope->neox} : RopeView{};
+}
+
+}  // namespace heed::cuda
