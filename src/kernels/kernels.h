@@ -367,7 +367,12 @@ const Kernels& reference_kernels();
 /// The CPU tables that this build holds and this machine can run, best first; never empty on a supported machine.
 std::vector<const Kernels*> cpu_kernels();
 
-/// The table of that name ("reference" and those of add_kernels included), or an Error(NotFound) that lists what there is.
+/// The table of the NVIDIA GPU that this process uses, or null: cuda_state() says why, or which GPU it is, in one sentence.
+const Kernels* cuda_kernels();
+std::string cuda_state();
+
+/// The table of that name ("reference", "cuda" and those of add_kernels included), or an Error(NotFound) that lists what
+/// there is.
 const Kernels& kernels_named(const std::string& name);
 
 /// Makes a table known to kernels_named for the rest of the process; it must stay. Not while others look names up.

@@ -20,6 +20,12 @@ const Kernels& kernels_named(const std::string& name) {
       if (table->name == name) return *table;
       if (table->name != "reference") known += ", " + table->name;
     }
+  if (const Kernels* table = cuda_kernels()) {
+    if (name == table->name) return *table;
+    known += ", " + table->name;
+  } else if (name == "cuda") {
+    throw Error(Code::Device, "kernels", cuda_state(), "use --backend cpu");
+  }
   throw Error(Code::NotFound, "kernels", "no backend named '" + name + "' on this machine", "there are: " + known);
 }
 

@@ -1,6 +1,7 @@
 // What only large or repeated calls show: gradients that are the same bits on any number of threads, and over long segments.
 #include "base/threads.h"
 #include "kernels/attention_case.h"
+#include "kernels/on_device.h"
 
 namespace heed::test {
 namespace {
@@ -11,7 +12,7 @@ class AttendBackward : public testing::TestWithParam<const Kernels*> {
   Queue queue;
   void TearDown() override { set_threads(0); }
 };
-INSTANTIATE_TEST_SUITE_P(Tables, AttendBackward, testing::ValuesIn(cpu_kernels()), [](const auto& table) {
+INSTANTIATE_TEST_SUITE_P(Tables, AttendBackward, testing::ValuesIn(tables()), [](const auto& table) {
   std::string name = table.param->name;
   std::replace(name.begin(), name.end(), '-', '_');
   return name;

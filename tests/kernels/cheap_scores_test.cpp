@@ -1,5 +1,6 @@
 // smooth, reduce and select over segments long enough to be cut into pieces, scores of every kind of trouble, and refusals.
 #include "kernels/harness.h"
+#include "kernels/on_device.h"
 
 namespace heed::test {
 namespace {
@@ -10,7 +11,7 @@ class CheapScores : public testing::TestWithParam<const Kernels*> {
   const Kernels& oracle = reference_kernels();
   Queue queue;
 };
-INSTANTIATE_TEST_SUITE_P(Tables, CheapScores, testing::ValuesIn(cpu_kernels()), [](const auto& table) {
+INSTANTIATE_TEST_SUITE_P(Tables, CheapScores, testing::ValuesIn(tables()), [](const auto& table) {
   std::string name = table.param->name;
   std::replace(name.begin(), name.end(), '-', '_');
   return name;

@@ -2,9 +2,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <string>
 
 #include "kernels/checks.h"
+#include "kernels/on_device.h"
 
 namespace {
 
@@ -38,8 +40,11 @@ int main(int argc, char** argv) {
        {attention_checks(), store_checks(), observe_checks(), planning_checks(), recurrence_checks(), model_checks()})
     for (const Check& check : checks) {
       if (check.against == Check::Against::Property) add(oracle, check);
-      for (const Kernels* table : heed::cpu_kernels())
+      for (const Kernels* table : tables())
         if (table != &oracle) add(*table, check);
     }
+  std::string names;
+  for (const Kernels* table : tables()) names += (names.empty() ? "" : ", ") + table->name;
+  std::printf("tables: %s; %s\n", names.c_str(), heed::cuda_state().c_str());
   return RUN_ALL_TESTS();
 }

@@ -2,6 +2,7 @@
 // to finite differences.
 #include "base/threads.h"
 #include "kernels/harness.h"
+#include "kernels/on_device.h"
 
 namespace heed::test {
 namespace {
@@ -12,7 +13,7 @@ class Recurrent : public testing::TestWithParam<const Kernels*> {
   const Kernels& oracle = reference_kernels();
   Queue queue;
 };
-INSTANTIATE_TEST_SUITE_P(Tables, Recurrent, testing::ValuesIn(cpu_kernels()), [](const auto& table) {
+INSTANTIATE_TEST_SUITE_P(Tables, Recurrent, testing::ValuesIn(tables()), [](const auto& table) {
   std::string name = table.param->name;
   std::replace(name.begin(), name.end(), '-', '_');
   return name;

@@ -1,0 +1,18 @@
+#include "kernels/cuda/matmul.cuh"
+
+namespace heed::cuda {
+
+void matmul(Queue& queue, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y) {
+  constexpr const char* where = "matmul";
+  weight_view(where, w);
+  const int64_t outputs = w.size[0], inputs = w.size[1], tokens = x.size[0];
+  check_tensor(where, "x", x, {tokens, inputs});
+  check_tensor(where, "bias", bias, {outputs}, true);
+  check_tensor(where, "y", y, {tokens, outputs});
+  if (tokens == 0 || outputs == 0) return;
+  if (tokens <= 16) return matmul_few(queue, w, x, bias, accumulate, y);
+  if (w.type == Dtype::F32) return matmul_plain(queue, w, x, bias, accumulate, y);
+  matmul_many(queue, w, x, bias, accumulate, y);
+}
+
+}  // namespace heed::cuda

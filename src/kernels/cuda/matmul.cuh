@@ -1,0 +1,27 @@
+// The forms of matmul.
+#pragma once
+#include "kernels/cuda/weights.cuh"
+
+namespace heed::cuda {
+
+/// y (+)= x · w^T + bias for a few tokens: each weight is read once for up to 8 of them (matmul_few.cu).
+void matmul_few(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y);
+/// The same in f32 for F32 weights and many tokens (matmul_plain.cu).
+void matmul_plain(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y);
+/// Many tokens: panels of w in bf16, multiplied by cuBLASLt where that is installed (matmul_many.cu).
+void matmul_many(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y);
+
+/// y [T, out] += x [T, in] · w [out, in]^T, all rows `width` bf16 (a multiple of 8, 16-byte aligned); y f32.
+struct Panel {
+  const __nv_bfloat16 *x, *w;
+  int64_t x_stride, w_stride;
+  float* y;
+  int64_t y_stride;
+  int tokens, outputs, width;
+};
+/// Through cuBLASLt; false when that is not installed or has no way to do it (cublas.cu).
+bool multiply_with_cublas(Queue& queue, const Panel& panel);
+/// Our own (matmul_tile.cu).
+void multiply_tiles(Queue& queue, const Panel& panel);
+
+}  // namespace heed::cuda

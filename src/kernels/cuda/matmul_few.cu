@@ -1,0 +1,173 @@
+// Products for a few tokens. Bound by reading the weights: a warp takes a row of w, its lanes runs of it. Quantised
+// weights meet activations of 8 bits with a scale for each 32, four products an instruction.
+#include "kernels/cuda/matmul.cuh"
+
+namespace heed::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+
+struct Few {
+  WeightView w;
+  Matrix x;
+  const int8_t* codes;   // [tokens, inputs]
+  const float* scales;   // [tokens, inputs / 32]
+  const float* sums;     // [tokens, inputs / 16]: Σ x
+  const float* bias;
+  bool accumulate;
+  Matrix y;
+  int first, tokens, outputs;  // tokens first … first + tokens
+};
+
+/// One warp a run of 32 activations.
+__global__ void quantise_kernel(Matrix x, int64_t runs, int per_row, int8_t* codes, float* scales, float* sums) {
+  const int64_t run = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (run >= runs) return;
+  const int lane = threadIdx.x % 32;
+  const float value = x.row<float>(run / per_row)[run % per_row * 32 + lane];
+  const float scale = warp_max(fabsf(value)) / 127;
+  codes[run * 32 + lane] = int8_t(scale > 0 ? rintf(value / scale) : 0.0f);
+  const float sum = warp_sum(value, 16);
+  if (lane == 0) scales[run] = scale;
+  if (lane % 16 == 0) sums[run * 2 + lane / 16] = sum;
+}
+
+__device__ inline void finish(const Few& a, int out, int t, float sum) {
+  float* y = a.y.row<float>(a.first + t) + out;
+  *y = sum + (a.bias ? a.bias[out] : 0.0f) + (a.accumulate ? *y : 0.0f);
+}
+
+template <Dtype kType, int kTokens>
+__global__ void __launch_bounds__(kWarps * 32) few_blocks_kernel(const __grid_constant__ Few a) {
+  const int out = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (out >= a.outputs) return;
+  const uint8_t* row = a.w.blocks + out * a.w.row_bytes;
+  const int runs = a.w.width / 32;
+  float sum[kTokens] = {};
+#pragma unroll 2
+  for (int r = lane; r < runs; r += 32) {
+    const Run run = run_of<kType>(row, r);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (kTokens > 1 && t >= a.tokens) break;
+      const int64_t at = int64_t(a.first + t) * runs + r;
+      const int4 *codes = reinterpret_cast<const int4*>(a.codes) + 2 * at;
+      const int4 low = codes[0], high = codes[1];
+      int dot0 = __dp4a(run.codes[0], low.x, 0), dot1 = __dp4a(run.codes[4], high.x, 0);
+      dot0 = __dp4a(run.codes[1], low.y, dot0);
+      dot1 = __dp4a(run.codes[5], high.y, dot1);
+      dot0 = __dp4a(run.codes[2], low.z, dot0);
+      dot1 = __dp4a(run.codes[6], high.z, dot1);
+      dot0 = __dp4a(run.codes[3], low.w, dot0);
+      dot1 = __dp4a(run.codes[7], high.w, dot1);
+      const float2 x_sum = reinterpret_cast<const float2*>(a.sums)[at];
+      sum[t] += a.scales[at] * (run.scale[0] * float(dot0) + run.scale[1] * float(dot1)) + run.shift[0] * x_sum.x + run.shift[1] * x_sum.y;
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const float total = warp_sum(sum[t]);
+    if (lane == 0 && t < a.tokens) finish(a, out, t, total);
+  }
+}
+
+__device__ inline void unpack8(const uint4& bits, const __half*, float (&to)[8]) {
+  const __half2* pairs = reinterpret_cast<const __half2*>(&bits);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = __half22float2(pairs[i]);
+    to[2 * i] = x.x;
+    to[2 * i + 1] = x.y;
+  }
+}
+__device__ inline void unpack8(const uint4& bits, const __nv_bfloat16*, float (&to)[8]) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = __uint_as_float(words[i] << 16);
+    to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
+/// Plain weights. `wide`: rows of w and x are 16-byte aligned, so lanes take eight numbers at once.
+template <class T, int kTokens>
+__global__ void __launch_bounds__(kWarps * 32) few_plain_kernel(const __grid_constant__ Few a, bool wide) {
+  const int out = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (out >= a.outputs) return;
+  const T* row = a.w.plain.row<T>(out);
+  float sum[kTokens] = {};
+  int from = 0;
+  if constexpr (sizeof(T) == 2) {
+    if (wide) {
+      from = a.w.width / 8 * 8;
+#pragma unroll 2
+      for (int c = 8 * lane; c < from; c += 256) {
+        float w[8];
+        unpack8(*reinterpret_cast<const uint4*>(row + c), static_cast<const T*>(nullptr), w);
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          if (kTokens > 1 && t >= a.tokens) break;
+          const float4* x = reinterpret_cast<const float4*>(a.x.row<float>(a.first + t) + c);
+          const float4 low = x[0], high = x[1];
+          sum[t] += w[0] * low.x + w[1] * low.y + w[2] * low.z + w[3] * low.w + w[4] * high.x + w[5] * high.y + w[6] * high.z + w[7] * high.w;
+        }
+      }
+    }
+  }
+  for (int c = from + lane; c < a.w.width; c += 32) {
+    const float w = to_float(row[c]);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t)
+      if (t < a.tokens) sum[t] += w * a.x.row<float>(a.first + t)[c];
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const float total = warp_sum(sum[t]);
+    if (lane == 0 && t < a.tokens) finish(a, out, t, total);
+  }
+}
+
+template <class T>
+void few_plain(Queue& queue, Few& a, dim3 grid) {
+  const bool wide = reinterpret_cast<uint64_t>(a.w.plain.data) % 16 == 0 && a.w.plain.stride * int64_t(sizeof(T)) % 16 == 0 &&
+                    reinterpret_cast<uint64_t>(a.x.data) % 16 == 0 && a.x.stride % 4 == 0;
+  if (a.tokens == 1) launch(queue, "matmul", few_plain_kernel<T, 1>, grid, kWarps * 32, 0, a, wide);
+  else launch(queue, "matmul", few_plain_kernel<T, 8>, grid, kWarps * 32, 0, a, wide);
+}
+
+}  // namespace
+
+void matmul_few(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y) {
+  Scratch scratch(queue.scratch);
+  const int64_t inputs = w.size[1], tokens = x.size[0];
+  Few a{};
+  a.w = weight_view("matmul", w);
+  a.x = matrix(x);
+  a.bias = bias.as<float>();
+  a.accumulate = accumulate;
+  a.y = matrix(y);
+  a.outputs = int(w.size[0]);
+  if (is_block(w.type)) {
+    const int64_t runs = tokens * inputs / 32;
+    int8_t* codes = queue.scratch.take(Dtype::I8, {tokens * inputs}).as<int8_t>();
+    float *scales = queue.scratch.take(Dtype::F32, {runs}).as<float>(), *sums = queue.scratch.take(Dtype::F32, {2 * runs}).as<float>();
+    launch(queue, "matmul", quantise_kernel, dim3(unsigned(ceil_div(runs, 4))), 128, 0, a.x, runs, int(inputs / 32), codes, scales, sums);
+    a.codes = codes;
+    a.scales = scales;
+    a.sums = sums;
+  }
+  const dim3 grid(unsigned(ceil_div(a.outputs, kWarps)));
+  for (; a.first < tokens; a.first += 8) {
+    a.tokens = int(std::min<int64_t>(8, tokens - a.first));
+    if (w.type == Dtype::F32) few_plain<float>(queue, a, grid);
+    else if (w.type == Dtype::BF16) few_plain<__nv_bfloat16>(queue, a, grid);
+    else if (w.type == Dtype::F16) few_plain<__half>(queue, a, grid);
+    else
+      with_block_type(w.type, [&]<Dtype kType>() {
+        if (a.tokens == 1) launch(queue, "matmul", few_blocks_kernel<kType, 1>, grid, kWarps * 32, 0, a);
+        else launch(queue, "matmul", few_blocks_kernel<kType, 8>, grid, kWarps * 32, 0, a);
+      });
+  }
+}
+
+}  // namespace heed::cuda

@@ -1,0 +1,162 @@
+// The memory of the GPU: allocation, streams, and copies that do not wait.
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <unordered_map>
+
+#include "kernels/cuda/device.cuh"
+
+namespace heed::cuda {
+
+void check(cudaError_t status, const char* where) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // forget it, so that a later call does not report it again
+  if (status == cudaErrorMemoryAllocation) throw Error(Code::Memory, where, "the GPU has too little memory left");
+  throw Error(Code::Device, where, std::string("the GPU reports: ") + cudaGetErrorString(status));
+}
+
+cudaStream_t stream(Queue& queue) {
+  ++queue.launches;
+  return static_cast<cudaStream_t>(queue.stream);
+}
+
+namespace {
+
+/// Pinned memory through which host bytes leave: a copy from it needs no waiting host. Four slots take turns; a slot is
+/// written again once what it held has left, so an upload waits only when 4 MB of earlier ones are still on their way.
+class Staging {
+ public:
+  Staging() = default;
+  ~Staging() {
+    for (cudaEvent_t event : left_)
+      if (event) cudaEventDestroy(event);
+    if (memory_) cudaFreeHost(memory_);
+  }
+  Staging(const Staging&) = delete;
+  Staging& operator=(const Staging&) = delete;
+
+  void copy(cudaStream_t stream, const char* host, char* to, size_t bytes) {
+    if (!memory_) {
+      check(cudaMallocHost(&memory_, kSlots * kSlot), "cuda staging");
+      for (cudaEvent_t& event : left_) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cuda staging");
+    }
+    while (bytes > 0) {
+      if (used_ == kSlot) {
+        check(cudaEventRecord(left_[slot_], stream), "cuda upload");
+        slot_ = (slot_ + 1) % kSlots;
+        check(cudaEventSynchronize(left_[slot_]), "cuda upload");
+        used_ = 0;
+      }
+      const size_t piece = std::min(bytes, kSlot - used_);
+      char* at = memory_ + slot_ * kSlot + used_;
+      std::memcpy(at, host, piece);
+      check(cudaMemcpyAsync(to, at, piece, cudaMemcpyHostToDevice, stream), "cuda upload");
+      used_ += piece;
+      host += piece;
+      to += piece;
+      bytes -= piece;
+    }
+  }
+
+ private:
+  static constexpr size_t kSlots = 4, kSlot = 1 << 20;
+  char* memory_ = nullptr;
+  cudaEvent_t left_[kSlots] = {};
+  size_t slot_ = 0, used_ = 0;
+};
+
+struct Stages {
+  std::mutex mutex;
+  std::unordered_map<void*, Staging> of;
+};
+/// Never destroyed: at exit the driver may be gone before statics are.
+Stages& stages() {
+  static Stages* made = new Stages;
+  return *made;
+}
+
+std::string megabytes(size_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f MB", double(bytes) / 1e6);
+  return text;
+}
+
+void* allocate(int64_t bytes) {
+  void* out = nullptr;
+  const cudaError_t status = cudaMalloc(&out, size_t(std::max<int64_t>(bytes, 1)));
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    throw Error(Code::Memory, "cuda memory",
+                megabytes(size_t(bytes)) + " asked for, " + megabytes(free) + " of " + megabytes(total) + " free",
+                "use a shorter context, a smaller model, a keep policy, or --backend cpu");
+  }
+  check(status, "cuda memory");
+  return out;
+}
+
+void* open_stream() {
+  cudaStream_t out;
+  check(cudaStreamCreateWithFlags(&out, cudaStreamNonBlocking), "cuda stream");
+  return out;
+}
+
+void close_stream(void* stream) noexcept {
+  if (!stream) return;
+  cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
+  {
+    const std::lock_guard lock(stages().mutex);
+    stages().of.erase(stream);
+  }
+  cudaStreamDestroy(static_cast<cudaStream_t>(stream));
+}
+
+void upload(void* stream, const void* host, void* to, int64_t bytes) {
+  if (bytes <= 0) return;
+  Staging* stage;
+  {
+    const std::lock_guard lock(stages().mutex);
+    stage = &stages().of[stream];
+  }
+  stage->copy(static_cast<cudaStream_t>(stream), static_cast<const char*>(host), static_cast<char*>(to), size_t(bytes));
+}
+
+void download(void* stream, const void* from, void* host, int64_t bytes) {
+  if (bytes > 0)
+    check(cudaMemcpyAsync(host, from, size_t(bytes), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)), "cuda download");
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cuda download");
+}
+
+void move(void* stream, const void* from, void* to, int64_t bytes) {
+  if (bytes > 0)
+    check(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)), "cuda move");
+}
+
+void fill(void* stream, void* to, int byte, int64_t bytes) {
+  if (bytes > 0) check(cudaMemsetAsync(to, byte, size_t(bytes), static_cast<cudaStream_t>(stream)), "cuda fill");
+}
+
+void finish(void* stream) { check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cuda"); }
+
+}  // namespace
+
+const Memory& memory() {
+  static const Memory made = [] {
+    Memory m;
+    m.device = Device::Cuda;
+    m.allocate = allocate;
+    m.release = [](void* p) noexcept { cudaFree(p); };
+    m.open_stream = open_stream;
+    m.close_stream = close_stream;
+    m.upload = upload;
+    m.download = download;
+    m.move = move;
+    m.fill = fill;
+    m.finish = finish;
+    return m;
+  }();
+  return made;
+}
+
+}  // namespace heed::cuda

@@ -1,0 +1,194 @@
+// Pages on the device, number by number.
+#pragma once
+#include "kernels/cuda/device.cuh"
+
+namespace heed::cuda {
+
+constexpr int kMostLayouts = 4, kMostColumns = 12;
+
+/// The keys or the values of a page, row-major.
+struct SideView {
+  int64_t at;          // in the page
+  int64_t scales_at;   // from `at`; zeros follow the scales
+  int width, group, bits, groups;
+  PageType::Kind kind;
+  bool by_channel;  // groups of entries
+
+  __host__ __device__ bool quantised() const { return kind >= PageType::Kind::Q8; }
+  /// Whether an entry moves as it is, codes and scales.
+  __host__ __device__ bool raw() const { return !quantised() || !by_channel; }
+  __host__ __device__ int row_groups() const { return quantised() ? (width + group - 1) / group : 0; }
+  __host__ __device__ int64_t row_bytes() const { return int64_t(width) * bits / 8; }
+  __device__ bool same_type(const SideView& o) const { return kind == o.kind && (!quantised() || (by_channel == o.by_channel && group == o.group)); }
+  __device__ int group_of(int entry, int c) const {
+    return by_channel ? entry / group * width + c : entry * row_groups() + c / group;
+  }
+  __device__ __half* scales(char* page) const { return reinterpret_cast<__half*>(page + at + scales_at); }
+  __device__ __half* zeros(char* page) const { return scales(page) + groups; }
+  __device__ float plain(const char* row, int c) const {
+    switch (kind) {
+      case PageType::Kind::F32: return reinterpret_cast<const float*>(row)[c];
+      case PageType::Kind::F16: return to_float(reinterpret_cast<const __half*>(row)[c]);
+      default: return to_float(reinterpret_cast<const __nv_bfloat16*>(row)[c]);
+    }
+  }
+  __device__ int code(const char* row, int c) const {
+    return uint8_t(row[c * bits / 8]) >> (c * bits % 8) & ((1 << bits) - 1);
+  }
+  __device__ float get(char* page, int entry, int c) const {
+    const char* row = page + at + entry * row_bytes();
+    if (!quantised()) return plain(row, c);
+    const int g = group_of(entry, c);
+    return __fadd_rn(__half2float(zeros(page)[g]), __fmul_rn(float(code(row, c)), __half2float(scales(page)[g])));
+  }
+};
+
+struct LayoutView {
+  SideView k, v;
+  int64_t position_at, bias_at, column_at[kMostColumns];
+};
+
+struct ColumnView {
+  Column::Keeps keeps;
+  int width, block;
+  float fill;
+};
+
+struct PagesView {
+  const uint64_t* table;
+  const uint8_t* layout;
+  const int32_t* length;
+  int64_t table_stride, layout_stride;
+  int kv_heads, segments, columns, d, d_v;
+  LayoutView layouts[kMostLayouts];
+  ColumnView column[kMostColumns];
+
+  __device__ char* page(int segment, int p) const { return reinterpret_cast<char*>(table[segment * table_stride + p]); }
+  __device__ const LayoutView& layout_of(int segment, int p) const { return layouts[layout[segment * layout_stride + p]]; }
+  __device__ float* column_at(const LayoutView& l, char* page, int c, int i) const {
+    const int width = column[c].keeps == Column::Keeps::User ? column[c].width : d;
+    return reinterpret_cast<float*>(page + l.column_at[c]) + int64_t(i) * width;
+  }
+};
+
+/// Error(Unsupported) for what these kernels cannot hold: more than 12 columns, transposed values, groups of quantised
+/// numbers that share a byte.
+PagesView pages_view(const char* where, const Pages& pages);
+
+__device__ inline int32_t& position_at(const LayoutView& l, char* page, int entry) {
+  return reinterpret_cast<int32_t*>(page + l.position_at)[entry];
+}
+__device__ inline float& bias_at(const LayoutView& l, char* page, int entry) {
+  return reinterpret_cast<float*>(page + l.bias_at)[entry];
+}
+
+struct Quantiser {
+  float zero, scale;
+  int most;
+  /// As pages.h says: scale and zero are rounded to f16 before the codes are made.
+  __device__ Quantiser(float low, float high, int bits, __half* zero_to, __half* scale_to) : most((1 << bits) - 1) {
+    *zero_to = __float2half_rn(low);
+    *scale_to = __float2half_rn(__fdiv_rn(high - low, float(most)));
+    zero = __half2float(*zero_to);
+    scale = __half2float(*scale_to);
+  }
+  __device__ int code(float x) const {
+    return scale > 0 ? int(fminf(fmaxf(rintf(__fdiv_rn(x - zero, scale)), 0.0f), float(most))) : 0;
+  }
+};
+
+/// Entries begin … begin + count take get(entry − begin, channel), but those for which skip(entry − begin); by every thread
+/// of a block. With groups of entries begin starts one, and none is skipped.
+template <class Get, class Skip>
+__device__ inline void put(const SideView& side, char* page, int begin, int count, Get get, Skip skip) {
+  if (!side.quantised()) {
+    for (int e = threadIdx.x; e < count * side.width; e += blockDim.x) {
+      const int entry = e / side.width, c = e % side.width;
+      if (skip(entry)) continue;
+      const float x = get(entry, c);
+      char* row = page + side.at + (begin + entry) * side.row_bytes();
+      switch (side.kind) {
+        case PageType::Kind::F32: reinterpret_cast<float*>(row)[c] = x; break;
+        case PageType::Kind::F16: reinterpret_cast<__half*>(row)[c] = from_float<__half>(x); break;
+        default: reinterpret_cast<__nv_bfloat16*>(row)[c] = from_float<__nv_bfloat16>(x);
+      }
+    }
+    return;
+  }
+  const int per = 8 / side.bits;  // codes of a byte
+  if (!side.by_channel) {
+    const int groups = side.row_groups();
+    for (int item = threadIdx.x; item < count * groups; item += blockDim.x) {
+      const int entry = item / groups, first = item % groups * side.group, end = min(first + side.group, side.width);
+      if (skip(entry)) continue;
+      float low = kInfinity, high = -kInfinity;
+      for (int c = first; c < end; ++c) {
+        const float x = get(entry, c);
+        low = fminf(low, x);
+        high = fmaxf(high, x);
+      }
+      const int g = side.group_of(begin + entry, first);
+      const Quantiser by(low, high, side.bits, side.zeros(page) + g, side.scales(page) + g);
+      uint8_t* row = reinterpret_cast<uint8_t*>(page + side.at + (begin + entry) * side.row_bytes());
+      for (int c = first; c < end; c += per) {
+        int byte = 0;
+        for (int i = 0; i < per; ++i) byte |= by.code(get(entry, c + i)) << (i * side.bits);
+        row[c / per] = uint8_t(byte);
+      }
+    }
+    return;
+  }
+  const int bytes = side.width / per, groups = (count + side.group - 1) / side.group;
+  for (int item = threadIdx.x; item < groups * bytes; item += blockDim.x) {
+    const int first = item / bytes * side.group, end = min(first + side.group, count), c0 = item % bytes * per;
+    for (int i = 0; i < per; ++i) {
+      float low = kInfinity, high = -kInfinity;
+      for (int e = first; e < end; ++e) {
+        const float x = get(e, c0 + i);
+        low = fminf(low, x);
+        high = fmaxf(high, x);
+      }
+      const int g = side.group_of(begin + first, c0 + i);
+      const Quantiser by(low, high, side.bits, side.zeros(page) + g, side.scales(page) + g);
+      for (int e = first; e < end; ++e) {
+        uint8_t& byte = *reinterpret_cast<uint8_t*>(page + side.at + (begin + e) * side.row_bytes() + c0 / per);
+        const int code = by.code(get(e, c0 + i)) << (i * side.bits);
+        byte = uint8_t(i == 0 ? code : byte | code);
+      }
+    }
+  }
+}
+
+/// Makes the block columns of entries begin … end anew, of the page's first `held` entries; by every thread of a block,
+/// after a barrier behind the writes.
+__device__ inline void refresh(const PagesView& pages, const LayoutView& l, char* page, int begin, int end, int held) {
+  for (int i = 0; i < pages.columns; ++i) {
+    const ColumnView& column = pages.column[i];
+    if (column.keeps == Column::Keeps::User) continue;
+    const int first_block = begin / column.block, blocks = (end + column.block - 1) / column.block - first_block;
+    for (int item = threadIdx.x; item < blocks * pages.d; item += blockDim.x) {
+      const int block = first_block + item / pages.d, c = item % pages.d;
+      const int first = block * column.block, last = min(first + column.block, held);
+      if (first >= last) continue;
+      float low = kInfinity, high = -kInfinity, sum = 0;
+      for (int e = first; e < last; ++e) {
+        const float x = l.k.get(page, e, c);
+        low = fminf(low, x);
+        high = fmaxf(high, x);
+        sum += x;
+      }
+      pages.column_at(l, page, i, block)[c] = column.keeps == Column::Keeps::KeyMin   ? low
+                                              : column.keeps == Column::Keeps::KeyMax ? high
+                                                                                      : sum / float(last - first);
+    }
+  }
+}
+
+/// What a store holds, as panels in scratch: keys turned for reading, positions, biases (absent when no layout has them).
+struct Unpacked {
+  Ragged k, v;
+  Tensor positions, bias;
+};
+Unpacked unpack(Queue& queue, const char* where, const Pages& pages, const Read* read, bool values);
+
+}  // namespace heed::cuda
