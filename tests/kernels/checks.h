@@ -18,6 +18,7 @@ std::vector<Check> attention_checks();
 std::vector<Check> store_checks();
 std::vector<Check> observe_checks();
 std::vector<Check> planning_checks();
+std::vector<Check> count_checks();
 std::vector<Check> recurrence_checks();
 std::vector<Check> model_checks();
 

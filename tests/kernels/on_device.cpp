@@ -298,6 +298,33 @@ Kernels coat() {
     gpu().dequantise(on.queue, on(w), on(y));
     on.leave();
   };
+  t.compute = [](Queue&, const Numbers& what, const Ragged* over, Tensor out) {
+    Visit on;
+    Numbers there = what;
+    for (int i = 0; i < what.count; ++i) {
+      Numbers::Step& step = there.steps[size_t(i)];
+      if (step.data) step.data = on.carry(const_cast<void*>(step.data), step.size * info(step.type).bytes);
+    }
+    const Ragged rows = over ? on(*over) : Ragged();
+    gpu().compute(on.queue, there, over ? &rows : nullptr, on(out));
+    on.leave();
+  };
+  t.offsets = [](Queue&, Tensor lengths, Tensor out) {
+    Visit on;
+    gpu().offsets(on.queue, on(lengths), on(out));
+    on.leave();
+  };
+  t.tile_blocks = [](Queue&, Tensor index, Tensor count, int64_t capacity, Tensor first, int split, Plan out) {
+    Visit on;
+    gpu().tile_blocks(on.queue, on(index), on(count), capacity, on(first), split, on(out));
+    on.leave();
+  };
+  t.count_pairs = [](Queue&, const Plan& plan, const Ragged& q, const Keys& keys, const Mods& mods, Tensor pairs) {
+    Visit on;
+    const KeysOn from(on, keys, &plan);
+    gpu().count_pairs(on.queue, from.plan, on(q), from.keys, on(mods), on(pairs));
+    on.leave();
+  };
   return t;
 }
 

@@ -2,6 +2,12 @@
 
 namespace heed::cuda {
 
+PlanView plan_view(const Plan& plan, int scope_heads) {
+  return {plan.form, plan.scope, plan.q_tile, plan.k_tile, (plan.k_tile + 63) / 64, plan.parts, scope_heads, plan.causal,
+          plan.rowptr.as<int64_t>(), plan.count.as<int32_t>(), plan.index.as<int32_t>(), plan.mask.as<int32_t>(), plan.bits.as<uint64_t>(),
+          plan.parts > 1 ? plan.part.as<int32_t>() : nullptr};
+}
+
 AttentionView attention_view(const char* where, const Ragged& q, const Ragged& k, const Ragged& v, const Plan* plan_in,
                              const Mods& mods) {
   static const Plan dense;
@@ -20,10 +26,7 @@ AttentionView attention_view(const char* where, const Ragged& q, const Ragged& k
   a.d = int(q.values.size[1]);
   a.d_v = v.values ? int(v.values.size[1]) : 0;
   a.sequences = int(q.sequences());
-  a.plan = {plan.form, plan.scope, plan.q_tile, plan.k_tile, (plan.k_tile + 63) / 64, plan.parts,
-            int(scope_heads(plan.scope, q.heads, k.heads)), plan.causal, plan.rowptr.as<int64_t>(), plan.count.as<int32_t>(),
-            plan.index.as<int32_t>(), plan.mask.as<int32_t>(), plan.bits.as<uint64_t>(),
-            plan.parts > 1 ? plan.part.as<int32_t>() : nullptr};
+  a.plan = plan_view(plan, int(scope_heads(plan.scope, q.heads, k.heads)));
   a.mods.scale = mods.scale != 0 ? mods.scale : 1 / std::sqrt(float(a.d));
   a.mods.softcap = mods.softcap;
   a.mods.window = mods.window;

@@ -19,6 +19,9 @@ struct PlanView {
   __device__ int64_t end(int64_t row) const { return count ? rowptr[row] + count[row] : rowptr[row + 1]; }
 };
 
+/// `scope_heads`: of the plan's scope.
+PlanView plan_view(const Plan& plan, int scope_heads);
+
 struct ModsView {
   float scale, softcap;
   int64_t window;

@@ -38,5 +38,15 @@ Function<decltype(Kernels::merge_heads)> merge_heads;
 Function<decltype(Kernels::glu)> glu;
 Function<decltype(Kernels::add)> add;
 Function<decltype(Kernels::dequantise)> dequantise;
+Function<decltype(Kernels::compute)> compute;
+Function<decltype(Kernels::offsets)> offsets;
+Function<decltype(Kernels::tile_blocks)> tile_blocks;
+Function<decltype(Kernels::count_pairs)> count_pairs;
+Function<decltype(Kernels::page_supply)> page_supply;
+Function<decltype(Kernels::page_grow)> page_grow;
+Function<decltype(Kernels::page_own)> page_own;
+Function<decltype(Kernels::page_shrink)> page_shrink;
+Function<decltype(Kernels::page_hold)> page_hold;
+Function<decltype(Kernels::page_convert)> page_convert;
 
 }  // namespace heed::cuda

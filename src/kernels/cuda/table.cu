@@ -85,6 +85,16 @@ const Kernels* cuda_kernels() {
     t.glu = cuda::glu;
     t.add = cuda::add;
     t.dequantise = cuda::dequantise;
+    t.compute = cuda::compute;
+    t.offsets = cuda::offsets;
+    t.tile_blocks = cuda::tile_blocks;
+    t.count_pairs = cuda::count_pairs;
+    t.page_supply = cuda::page_supply;
+    t.page_grow = cuda::page_grow;
+    t.page_own = cuda::page_own;
+    t.page_shrink = cuda::page_shrink;
+    t.page_hold = cuda::page_hold;
+    t.page_convert = cuda::page_convert;
     return t;
   }();
   return &table;

@@ -1,0 +1,247 @@
+// The lists of pages themselves: growing, sharing, letting go, converting. Pages are taken from a stack and given back to
+// it by separate launches, so that a place of the stack is never read and written at once.
+#include "kernels/cuda/page.cuh"
+
+namespace heed::cuda {
+namespace {
+
+struct SupplyView {
+  uint64_t* free;
+  int32_t* top;
+  int64_t bytes;
+};
+
+struct Supplies {
+  SupplyView of[kMostLayouts];
+};
+
+struct Lists {
+  PagesView pages;
+  Supplies supplies;
+  uint64_t* table;
+  uint8_t* layout;
+  int32_t* length;
+  __device__ uint64_t& page(int s, int p) const { return table[s * pages.table_stride + p]; }
+  __device__ uint8_t& layout_at(int s, int p) const { return layout[s * pages.layout_stride + p]; }
+};
+
+__device__ inline int pages_for(int entries) { return (entries + kPage - 1) / kPage; }
+__device__ inline unsigned long long* holders(uint64_t page) { return reinterpret_cast<unsigned long long*>(page - kPageHeader); }
+
+__device__ uint64_t take(const SupplyView& supply) {
+  const int top = atomicSub(supply.top, 1);
+  if (top <= 0) __trap();  // the store promised more than it has: going on would write to pages of others
+  const uint64_t page = supply.free[top - 1];
+  *holders(page) = 1;
+  return page;
+}
+
+__device__ void let_go(const SupplyView& supply, uint64_t page) {
+  if (atomicAdd(holders(page), ~0ull) == 1) supply.free[atomicAdd(supply.top, 1)] = page;
+}
+
+/// By a warp: a page that others hold too is exchanged for a copy; the page let go of, or 0.
+__device__ uint64_t own(const Lists& a, int s, int p) {
+  const uint64_t page = a.page(s, p);
+  const int lane = threadIdx.x % 32;
+  if (__shfl_sync(0xffffffffu, *holders(page), 0) == 1) return 0;
+  const SupplyView& supply = a.supplies.of[a.layout_at(s, p)];
+  uint64_t copy = 0;
+  if (lane == 0) copy = take(supply);
+  copy = __shfl_sync(0xffffffffu, copy, 0);
+  for (int64_t at = lane * 16; at < supply.bytes; at += 32 * 16)
+    *reinterpret_cast<uint4*>(copy + at) = *reinterpret_cast<const uint4*>(page + at);
+  if (lane == 0) a.page(s, p) = copy;
+  __syncwarp();
+  return page;
+}
+
+__global__ void supply_kernel(SupplyView supply, char* block, int64_t count) {
+  const int top = *supply.top;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+    const uint64_t page = reinterpret_cast<uint64_t>(block) + i * (kPageHeader + supply.bytes) + kPageHeader;
+    *holders(page) = 0;
+    supply.free[top + i] = page;
+  }
+  if (threadIdx.x == 0) *supply.top = top + int(count);
+}
+
+/// One warp a segment. left[s]: the page that it let go of, or 0.
+__global__ void grow_kernel(const __grid_constant__ Lists a, Segments rows, int32_t* first, uint64_t* left) {
+  const int s = blockIdx.x, lane = threadIdx.x, length = a.length[s], count = rows.length(s), end = length + count;
+  __syncwarp();
+  uint64_t old = 0;
+  if (count > 0) {
+    if (length % kPage != 0) old = own(a, s, length / kPage);
+    for (int p = pages_for(length) + lane; p < pages_for(end); p += 32) {
+      a.page(s, p) = take(a.supplies.of[0]);
+      a.layout_at(s, p) = 0;
+    }
+  }
+  if (lane != 0) return;
+  left[s] = old;
+  first[s] = length;
+  if (count > 0) a.length[s] = end;
+}
+
+/// Lets go of the pages that growing segments left: they were part-filled, so their layout has not changed.
+__global__ void leave_grown_kernel(const __grid_constant__ Lists a, const int32_t* first, const uint64_t* left) {
+  const int s = blockIdx.x * blockDim.x + threadIdx.x;
+  if (s < a.pages.segments && left[s]) let_go(a.supplies.of[a.layout_at(s, first[s] / kPage)], left[s]);
+}
+
+/// One warp a page. Grid: pages (strided), segments. left [segments, capacity].
+__global__ void own_kernel(const __grid_constant__ Lists a, const int32_t* until, uint64_t* left, int64_t capacity) {
+  const int s = blockIdx.y, end = pages_for(min(until[s], a.length[s]));
+  for (int p = blockIdx.x; p < capacity; p += gridDim.x) {
+    const uint64_t old = p < end ? own(a, s, p) : 0;
+    if (threadIdx.x == 0) left[s * capacity + p] = old;
+  }
+}
+
+/// Thread by page: those named in `left` are let go of; `layouts` says what they were.
+__global__ void leave_kernel(const __grid_constant__ Lists a, const uint64_t* left, const uint8_t* layouts, int64_t capacity) {
+  const int s = blockIdx.y;
+  for (int64_t p = blockIdx.x * blockDim.x + threadIdx.x; p < capacity; p += gridDim.x * blockDim.x) {
+    const uint64_t old = left[s * capacity + p];
+    if (old) let_go(a.supplies.of[layouts ? layouts[s * capacity + p] : a.layout_at(s, int(p))], old);
+  }
+}
+
+__global__ void shrink_kernel(const __grid_constant__ Lists a, const int32_t* to) {
+  const int s = blockIdx.x, length = a.length[s], left = max(0, min(to[s], length));
+  for (int p = pages_for(left) + threadIdx.x; p < pages_for(length); p += blockDim.x) let_go(a.supplies.of[a.layout_at(s, p)], a.page(s, p));
+  __syncthreads();
+  if (threadIdx.x == 0) a.length[s] = left;
+}
+
+__global__ void hold_kernel(const __grid_constant__ Lists a) {
+  const int s = blockIdx.y;
+  for (int p = blockIdx.x * blockDim.x + threadIdx.x; p < pages_for(a.length[s]); p += gridDim.x * blockDim.x) atomicAdd(holders(a.page(s, p)), 1ull);
+}
+
+__device__ void convert_side(const SideView& from, char* old_page, const SideView& to, char* page, int count) {
+  const bool raw = to.raw() && from.same_type(to);
+  put(to, page, 0, count, [&](int e, int c) { return from.get(old_page, e, c); }, [&](int) { return raw; });
+  if (!raw) return;
+  for (int64_t b = threadIdx.x; b < count * to.row_bytes(); b += blockDim.x) page[to.at + b] = old_page[from.at + b];
+  for (int g = threadIdx.x; g < count * to.row_groups(); g += blockDim.x) {
+    to.scales(page)[g] = from.scales(old_page)[g];
+    to.zeros(page)[g] = from.zeros(old_page)[g];
+  }
+}
+
+/// One block a page. Grid: pages (strided), segments. left, layouts: what converted pages were.
+__global__ void convert_kernel(const __grid_constant__ Lists a, const int32_t* first, const int32_t* last, int layout, bool again, uint64_t* left,
+                               uint8_t* layouts, int64_t capacity) {
+  __shared__ uint64_t taken;
+  const int s = blockIdx.y, length = a.length[s], end = min(last[s], pages_for(length));
+  for (int p = blockIdx.x; p < capacity; p += gridDim.x) {
+    const bool changes = p >= first[s] && p < end && (again || a.layout_at(s, p) != layout);
+    const uint64_t old = changes ? a.page(s, p) : 0;
+    const int was = changes ? a.layout_at(s, p) : 0;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      left[s * capacity + p] = old;
+      layouts[s * capacity + p] = uint8_t(was);
+      if (changes) {
+        taken = take(a.supplies.of[layout]);
+        a.page(s, p) = taken;
+        a.layout_at(s, p) = uint8_t(layout);
+      }
+    }
+    __syncthreads();
+    if (!changes) continue;
+    char *page = reinterpret_cast<char*>(taken), *old_page = reinterpret_cast<char*>(old);
+    const LayoutView &from = a.pages.layouts[was], &to = a.pages.layouts[layout];
+    const int count = min(kPage, length - p * kPage);
+    convert_side(from.k, old_page, to.k, page, count);
+    convert_side(from.v, old_page, to.v, page, count);
+    for (int e = threadIdx.x; e < count; e += blockDim.x) {
+      position_at(to, page, e) = position_at(from, old_page, e);
+      if (to.bias_at >= 0) bias_at(to, page, e) = from.bias_at >= 0 ? bias_at(from, old_page, e) : 0.0f;
+      for (int c = 0; c < a.pages.columns; ++c)
+        if (a.pages.column[c].keeps == Column::Keeps::User)
+          for (int j = 0; j < a.pages.column[c].width; ++j)
+            a.pages.column_at(to, page, c, e)[j] = a.pages.column_at(from, old_page, c, e)[j];
+    }
+    __syncthreads();
+    refresh(a.pages, to, page, 0, count, count);
+  }
+}
+
+SupplyView supply_view(const PageSupply& supply) { return {supply.free.as<uint64_t>(), supply.top.as<int32_t>(), supply.page_bytes}; }
+
+Lists lists(const char* where, const Pages& pages) {
+  Lists out{};
+  out.pages = pages_view(where, pages);
+  require(pages.supply.empty() || pages.supply.size() == pages.layouts.size(), where, "a store has a supply for each layout");
+  for (size_t i = 0; i < pages.supply.size(); ++i) out.supplies.of[i] = supply_view(pages.supply[i]);
+  out.table = pages.table.as<uint64_t>();
+  out.layout = pages.layout.as<uint8_t>();
+  out.length = pages.length.as<int32_t>();
+  return out;
+}
+
+dim3 page_grid(const Pages& pages, int64_t at_once) {
+  return dim3(blocks_for(ceil_div(pages.table.size[1], at_once), pages.segments()), unsigned(pages.segments()));
+}
+
+}  // namespace
+
+void page_supply(Queue& queue, const PageSupply& supply, Tensor block) {
+  const int64_t count = block.numel() / (kPageHeader + supply.page_bytes);
+  launch(queue, "page_supply", supply_kernel, dim3(1), 256, 0, supply_view(supply), block.as<char>(), count);
+}
+
+void page_grow(Queue& queue, const Pages& pages, const Ragged& rows, Tensor first) {
+  constexpr const char* where = "page_grow";
+  check_tensor(where, "first", first, {pages.segments()}, false, Dtype::I32);
+  require(rows.segments() == pages.segments(), where, "rows have the store's segments");
+  if (pages.segments() == 0) return;
+  Scratch scratch(queue.scratch);
+  uint64_t* left = queue.scratch.take(Dtype::U64, {pages.segments()}).as<uint64_t>();
+  const Lists a = lists(where, pages);
+  launch(queue, where, grow_kernel, dim3(unsigned(pages.segments())), 32, 0, a, segments(rows), first.as<int32_t>(), left);
+  launch(queue, where, leave_grown_kernel, dim3(unsigned(ceil_div(pages.segments(), 64))), 64, 0, a, first.as<int32_t>(), left);
+}
+
+void page_own(Queue& queue, const Pages& pages, Tensor until) {
+  constexpr const char* where = "page_own";
+  check_tensor(where, "until", until, {pages.segments()}, false, Dtype::I32);
+  const int64_t capacity = pages.table.size[1];
+  if (pages.segments() * capacity == 0) return;
+  Scratch scratch(queue.scratch);
+  uint64_t* left = queue.scratch.take(Dtype::U64, {pages.segments() * capacity}).as<uint64_t>();
+  const Lists a = lists(where, pages);
+  launch(queue, where, own_kernel, page_grid(pages, 1), 32, 0, a, until.as<int32_t>(), left, capacity);
+  launch(queue, where, leave_kernel, page_grid(pages, 64), 64, 0, a, left, nullptr, capacity);
+}
+
+void page_shrink(Queue& queue, const Pages& pages, Tensor to) {
+  constexpr const char* where = "page_shrink";
+  check_tensor(where, "to", to, {pages.segments()}, false, Dtype::I32);
+  launch(queue, where, shrink_kernel, dim3(unsigned(pages.segments())), 64, 0, lists(where, pages), to.as<int32_t>());
+}
+
+void page_hold(Queue& queue, const Pages& pages) {
+  launch(queue, "page_hold", hold_kernel, page_grid(pages, 64), 64, 0, lists("page_hold", pages));
+}
+
+void page_convert(Queue& queue, const Pages& pages, Tensor first, Tensor last, int layout, bool again) {
+  constexpr const char* where = "page_convert";
+  check_tensor(where, "first", first, {pages.segments()}, false, Dtype::I32);
+  check_tensor(where, "last", last, {pages.segments()}, false, Dtype::I32);
+  require(layout >= 0 && size_t(layout) < pages.layouts.size(), where, "there is no layout " + std::to_string(layout));
+  const int64_t capacity = pages.table.size[1];
+  if (pages.segments() * capacity == 0) return;
+  Scratch scratch(queue.scratch);
+  uint64_t* left = queue.scratch.take(Dtype::U64, {pages.segments() * capacity}).as<uint64_t>();
+  uint8_t* layouts = queue.scratch.take(Dtype::U8, {pages.segments() * capacity}).as<uint8_t>();
+  const Lists a = lists(where, pages);
+  launch(queue, where, convert_kernel, page_grid(pages, 1), 128, 0, a, first.as<int32_t>(), last.as<int32_t>(), layout, again, left, layouts, capacity);
+  launch(queue, where, leave_kernel, page_grid(pages, 64), 64, 0, a, left, layouts, capacity);
+}
+
+}  // namespace heed::cuda

@@ -1,0 +1,197 @@
+// Arithmetic on counts: programs of numbers, offsets, tiles of block lists, and how many pairs a plan computes.
+#include "kernels/attention_case.h"
+#include "kernels/checks.h"
+#include "kernels/store_case.h"
+
+namespace heed::test {
+namespace {
+
+using Op = Numbers::Op;
+
+const Kernels& oracle() { return reference_kernels(); }
+
+/// A random program whose results are finite and, but for a last smooth function, exact on every machine.
+struct Program {
+  Numbers what;
+  std::vector<Buffer> data;
+  int depth = 0;
+
+  explicit Program(Random& random) {
+    auto push = [&] {
+      const Op op = pick(random, {Op::Constant, Op::Index, Op::Segment, Op::Place, Op::Length, Op::Channel});
+      step(op).number = double(random.below(40)) - 10;
+      ++depth;
+    };
+    push();
+    while (what.count < 30) {
+      if (depth < 3 || (depth < Numbers::depth - 2 && chance(random, 0.3))) {
+        push();
+        continue;
+      }
+      switch (random.below(6)) {
+        case 0: load(random, Op::Load); break;
+        case 1:
+          step(pick(random, {Op::Floor, Op::Round}));
+          break;
+        case 2:
+          step(Op::Pick), depth -= 2;
+          break;
+        case 3: find(random); break;
+        default:
+          step(pick(random, {Op::Add, Op::Sub, Op::FloorDiv, Op::Mod, Op::Min, Op::Max, Op::Less, Op::LessEqual, Op::Equal}));
+          --depth;
+          clamp(-1e6, 1e6);
+      }
+    }
+    while (depth > 1) step(Op::Add), --depth;
+    switch (random.below(6)) {
+      case 0: clamp(-5, 5), step(Op::Exp); break;
+      case 1: clamp(0, 1e9), step(Op::Sqrt); break;
+      case 2: clamp(0, 1e9), step(Op::Log1p); break;
+      case 3: clamp(1, 1e9), step(Op::Log); break;
+      case 4: step(Op::Tanh); break;
+      default: clamp(0, 200);
+    }
+  }
+
+ private:
+  Numbers::Step& step(Op op) {
+    Numbers::Step& s = what.steps[size_t(what.count++)];
+    s = {};
+    s.op = op;
+    return s;
+  }
+  void constant(double x) { step(Op::Constant).number = x, ++depth; }
+  void clamp(double low, double high) {
+    constant(low), step(Op::Max), --depth;
+    constant(high), step(Op::Min), --depth;
+  }
+  void load(Random& random, Op op) {
+    const Dtype type = pick(random, {Dtype::F32, Dtype::F64, Dtype::BF16, Dtype::F16, Dtype::I32, Dtype::I64, Dtype::U8});
+    const int64_t size = op == Op::Load && chance(random, 0.1) ? 0 : 1 + random.below(30);
+    data.emplace_back(type, std::initializer_list<int64_t>{std::max<int64_t>(1, size)});
+    double x = 0;
+    each(data.back(), [&](auto index) { set(data.back(), index, x += double(random.below(3))); });
+    Numbers::Step& s = step(op);
+    s.type = type, s.size = size, s.data = data.back()->data;
+  }
+  /// The row's place among data[begin] … data[end − 1].
+  void find(Random& random) {
+    constant(double(random.below(3)));
+    constant(double(3 + random.below(5)));
+    step(Op::Place), ++depth;
+    load(random, pick(random, {Op::Find, Op::Has}));
+    what.steps[size_t(what.count - 1)].size = std::max<int64_t>(8, what.steps[size_t(what.count - 1)].size);
+    data.back() = Buffer(what.steps[size_t(what.count - 1)].type, {what.steps[size_t(what.count - 1)].size});
+    double x = 0;
+    each(data.back(), [&](auto index) { set(data.back(), index, x += double(random.below(4))); });
+    what.steps[size_t(what.count - 1)].data = data.back()->data;
+    depth -= 2;
+  }
+};
+
+void compute_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(150); ++i) {
+    const Program program(random);
+    std::vector<int64_t> lengths;
+    for (int64_t s = 1 + random.below(5); s > 0; --s) lengths.push_back(random.below(chance(random, 0.2) ? 300 : 9));
+    const int64_t width = pick<int64_t>(random, {0, 1, 3, 140});
+    const Dtype type = pick(random, {Dtype::F64, Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::I32, Dtype::I64, Dtype::U8});
+    const RaggedData want = ragged(random, type == Dtype::U8 ? Dtype::I32 : type, lengths, 1, width, Layout::any(random));
+    const Poisoned got = want.values.twin();
+    const bool over = chance(random, 0.7);
+    if (!over && want.view.values.size[0] == 0) continue;
+    Queue queue;
+    oracle().compute(queue, program.what, over ? &want.view : nullptr, want.values);
+    run.compute(queue, program.what, over ? &want.view : nullptr, got);
+    SCOPED_TRACE("case " + std::to_string(i) + " of " + info(type).name);
+    const double unit = type == Dtype::F64 ? 1e-12 : type == Dtype::F32 ? 1e-6 : type == Dtype::BF16 ? 1e-2 : type == Dtype::F16 ? 2e-3 : 0;
+    // A smooth result may fall on either side of a whole number.
+    const bool whole = type == Dtype::I32 || type == Dtype::I64 || type == Dtype::U8;
+    expect_close("numbers", want.values, got, whole ? 1 : unit * std::max(1.0, largest(want.values)));
+  }
+}
+
+void offsets_equal_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(30); ++i) {
+    const int64_t count = pick<int64_t>(random, {0, 1, 7, 32, 33, 64, 1000, 5000});
+    const Poisoned lengths = filled(pick(random, {Dtype::I32, Dtype::I64}), {count}, [&] { return double(random.below(100000)); });
+    const Poisoned want(Dtype::I64, {count + 1}), got = want.twin();
+    Queue queue;
+    oracle().offsets(queue, lengths, want);
+    run.offsets(queue, lengths, got);
+    expect_close("offsets", want, got, 0);
+  }
+}
+
+void tile_blocks_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(60); ++i) {
+    const int64_t tiles = random.below(6), capacity = 1 + random.below(12);
+    const int split = int(pick<int64_t>(random, {1, 2, 4})), q_tile = int(pick<int64_t>(random, {1, 5, 33, 64}));
+    std::vector<int64_t> first{0}, rowptr{0};
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t rows = random.below(q_tile + 1);
+      first.push_back(first.back() + rows);
+      rowptr.push_back(rowptr.back() + split * rows * capacity);
+    }
+    const int64_t rows = first.back(), room = rowptr.back();
+    const Poisoned index(Dtype::I32, {rows * capacity}), count(Dtype::I32, {rows});
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t n = 0;
+      for (int32_t b = 0; b < 15 && n < capacity; ++b)
+        if (chance(random, 0.5)) index->at<int32_t>(r * capacity + n++) = b;
+      count->at<int32_t>(r) = n;
+    }
+    const Buffer starts = Buffer::of<int64_t>({tiles + 1}, first), pointers = Buffer::of<int64_t>({tiles + 1}, rowptr);
+    struct Result {
+      Poisoned index, mask, count, bits;
+      Plan plan;
+    };
+    auto result = [&] {
+      Result out{Poisoned(Dtype::I32, {room}), Poisoned(Dtype::I32, {room}), Poisoned(Dtype::I32, {tiles}), Poisoned(Dtype::I64, {room / split, q_tile, 1}), {}};
+      out.plan.form = Plan::Form::Blocks;
+      out.plan.q_tile = q_tile;
+      out.plan.k_tile = 16;
+      out.plan.rowptr = pointers;
+      out.plan.index = out.index, out.plan.mask = out.mask, out.plan.count = out.count;
+      out.plan.bits = out.bits;
+      out.plan.bits.type = Dtype::U64;
+      return out;
+    };
+    const Result want = result(), got = result();
+    Queue queue;
+    oracle().tile_blocks(queue, index, count, capacity, starts, split, want.plan);
+    run.tile_blocks(queue, index, count, capacity, starts, split, got.plan);
+    expect_close("count", want.count, got.count, 0);
+    expect_close("index", want.index, got.index, 0);
+    expect_close("mask", want.mask, got.mask, 0);
+    // Bits of −1 are poison's own pattern: compare them as they are.
+    EXPECT_TRUE(std::equal(want.bits.bytes().begin(), want.bits.bytes().end(), got.bits.bytes().begin())) << "bits differ";
+  }
+}
+
+void count_pairs_equals_reference(const Kernels& run, Random random) {
+  Ask ask;
+  ask.maps = false;
+  for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
+    const AttentionCase c(random, ask);
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + c.text());
+    Queue queue;
+    const Poisoned want = filled(Dtype::F64, {c.h}, [] { return 0.5; }), got = filled(Dtype::F64, {c.h}, [] { return 0.5; });
+    oracle().count_pairs(queue, c.plan.plan, c.q, {&c.k.view, nullptr, nullptr}, c.mods, want);
+    run.count_pairs(queue, c.plan.plan, c.q, {&c.k.view, nullptr, nullptr}, c.mods, got);
+    expect_close("pairs", want, got, 0);
+  }
+}
+
+}  // namespace
+
+std::vector<Check> count_checks() {
+  using enum Check::Against;
+  return {{Reference, "compute", compute_equals_reference},
+          {Reference, "offsets", offsets_equal_reference},
+          {Reference, "tile_blocks", tile_blocks_equals_reference},
+          {Reference, "count_pairs", count_pairs_equals_reference}};
+}
+
+}  // namespace heed::test
