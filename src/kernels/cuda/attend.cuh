@@ -1,6 +1,7 @@
 // The forms of attend, and what they write to.
 #pragma once
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/page.cuh"
 
 namespace heed::cuda {
 
@@ -10,8 +11,13 @@ struct AttendOut {
   float* lse;  // may be null
   int64_t lse_part, lse_row;
 };
+/// Checks out and lse (Error(Invalid)).
+AttendOut attend_out(const char* where, const Plan& plan, int64_t rows, int64_t d_v, const Tensor& out, const Tensor& lse);
 
 /// Every type, plan and mod, in f32 (attend_plain.cu).
 void attend_plain(Queue& queue, const AttentionView& a, const AttendOut& to);
+/// The same over pages; a's keys and values name segments of at most `most_keys` entries and are not read.
+void attend_pages(Queue& queue, const AttentionView& a, const PagesView& pages, const RopeView& rope, bool cache_positions, int64_t most_keys,
+                  const AttendOut& to);
 
 }  // namespace heed::cuda

@@ -45,7 +45,7 @@ __device__ inline void add_products(TileMemory& memory, const Matrix& from, Row 
     const int first = channel + slice * kSlice;
     if (first >= from.width) break;
     __syncthreads();
-    load_slice(memory.b, 32, from, first, row);
+    load_slice(memory.b, 32, from.width, first, numbers_of(from, row));
     __syncthreads();
     for (int j = 0; j < 32; ++j) {
       const float x = kTransposed ? memory.scores[j][r] : memory.scores[r][j];
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kTileThreads) d_q_kernel(const __grid_constant
       return [&stages, first](int j) { return stages.key(j) < 0 ? int64_t(-1) : first + stages.key(j); };
     };
     auto q_row = [&](int i) { return q_rows[i]; };
-    tile_dots(memory, a.q, q_row, a.k, key_row(at.k_first));
+    tile_dots(memory, a.d, numbers_of(a.q, q_row), numbers_of(a.k, key_row(at.k_first)));
     float p[4], slope[4];
     for (int j = 0; j < 4; ++j) {
       const int key = stages.key(lane + 8 * j);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kTileThreads) d_q_kernel(const __grid_constant
       if (key >= 0 && sees(a, at, key) && mask_shows(a.plan, stages.entry(lane + 8 * j), at.i % a.plan.q_tile, key))
         p[j] = probability(a, logit_of(a, at, key, memory.scores[r][lane + 8 * j], &slope[j]), lse);
     }
-    tile_dots(memory, gradient.d_out, q_row, a.v, key_row(at.v_first));
+    tile_dots(memory, a.d_v, numbers_of(gradient.d_out, q_row), numbers_of(a.v, key_row(at.v_first)));
     for (int j = 0; j < 4; ++j) {
       float& x = memory.scores[r][lane + 8 * j];
       x = slope[j] == 0 ? 0 : d_logit(a, p[j], gain * x, out_dot) * slope[j];
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kTileThreads) d_key_kernel(const __grid_consta
         auto key_row = [&](int64_t begin) {
           return [=](int j) { return first + j < length ? begin + first + j : int64_t(-1); };
         };
-        tile_dots(memory, a.q, q_row, a.k, key_row(at.k_first));
+        tile_dots(memory, a.d, numbers_of(a.q, q_row), numbers_of(a.k, key_row(at.k_first)));
         float p[4], slope[4];
         for (int j = 0; j < 4; ++j) {
           p[j] = slope[j] = 0;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kTileThreads) d_key_kernel(const __grid_consta
           for (int j = 0; j < 4; ++j) memory.scores[r][lane + 8 * j] = gain * p[j];
           add_products<true>(memory, gradient.d_out, q_row, channel, sums);
         } else {
-          tile_dots(memory, gradient.d_out, q_row, a.v, key_row(at.v_first));
+          tile_dots(memory, a.d_v, numbers_of(gradient.d_out, q_row), numbers_of(a.v, key_row(at.v_first)));
           float d[4];
           for (int j = 0; j < 4; ++j) {
             d[j] = seen[j] ? d_logit(a, p[j], gain * memory.scores[r][lane + 8 * j], gradient.out_dot[at.row]) : 0;

@@ -1,4 +1,4 @@
-// attend for every type, plan and mod, in f32: what the faster forms do not take.
+// attend for every type, plan and mod, in f32, over panels or pages: what the faster forms do not take.
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/tile.cuh"
 
@@ -7,30 +7,77 @@ namespace {
 
 constexpr int kChannels = 256;  // of v, for one block
 
-/// Grid: row tiles, then (z) parts and slices of v's channels. Thread t works for row t / 8.
-__global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid_constant__ AttentionView a,
-                                                                    const __grid_constant__ RowTiles tiles,
+struct PanelNumbers {
+  Matrix k_rows, v_rows;
+  __device__ float k(const QueryRow& at, int key, int c) const { return k_rows.get(at.k_first + key, c); }
+  __device__ float v(const QueryRow& at, int key, int c) const { return v_rows.get(at.v_first + key, c); }
+};
+
+/// Pages read in place; plain keys are turned as they are read.
+struct PageNumbers {
+  PagesView pages;
+  RopeView rope;
+  bool cache_positions;
+  __device__ float k(const QueryRow& at, int key, int c) const {
+    const LayoutView& l = pages.layout_of(at.k_segment, key / kPage);
+    char* page = pages.page(at.k_segment, key / kPage);
+    const int entry = key % kPage;
+    float x = l.k.get(page, entry, c);
+    if (!rope.inv_freq || c >= rope.dims) return x;
+    const int half = rope.dims / 2, pair = rope.neox ? c % half : c / 2;
+    const bool first = rope.first(pair) == c;
+    float other = l.k.get(page, entry, first ? rope.second(pair) : rope.first(pair));
+    const float angle = float(cache_positions ? key : position_at(l, page, entry)) * rope.inv_freq[pair];
+    if (first) {
+      turn(x, other, angle);
+      return x;
+    }
+    turn(other, x, angle);
+    return x;
+  }
+  __device__ float v(const QueryRow& at, int key, int c) const {
+    return pages.layout_of(at.k_segment, key / kPage).v.get(pages.page(at.k_segment, key / kPage), key % kPage, c);
+  }
+};
+
+/// Keys in equal shares, one for each block along z, so that a few rows over many keys fill the device.
+struct Split {
+  int shares;
+  int64_t keys;  // of a share, Dense
+};
+
+/// Grid: row tiles, then (z) shares of the keys, parts, and slices of v's channels. Thread t works for row t / 8.
+template <class Numbers>
+__global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Numbers numbers,
+                                                                    const __grid_constant__ RowTiles tiles, Split split,
                                                                     const __grid_constant__ AttendOut to) {
   __shared__ TileMemory memory;
   __shared__ int64_t q_rows[kRows];
   const int r = threadIdx.x / 8, lane = threadIdx.x % 8;
-  const int slices = (a.d_v + kChannels - 1) / kChannels, part = blockIdx.z / slices, channel = blockIdx.z % slices * kChannels;
+  const int slices = (a.d_v + kChannels - 1) / kChannels, channel = blockIdx.z % slices * kChannels;
+  const int part = blockIdx.z / slices % a.plan.parts, share = blockIdx.z / (slices * a.plan.parts);
   const QueryRow at = tile_row(a, tiles, kRows, r);
   const bool there = at.i < at.n;
   if (!__syncthreads_or(there)) return;
   if (lane == 0) q_rows[r] = at.live ? at.row : -1;
   int from, limit;
   key_range(a, at, from, limit);
-  const int head = blockIdx.y % (a.h / tiles.pack) * tiles.pack;
-  const int first_i = a.plan.form == Plan::Form::Dense ? 0 : blockIdx.x / tiles.chunks * a.plan.q_tile;
-  const int sequence = blockIdx.y / (a.h / tiles.pack);
-  const bool planned = first_i < a.qs.length(sequence * a.h) && a.plan.form != Plan::Form::Dense;
-  KeyStages<kKeys> stages(a.plan, planned ? plan_row(a, sequence, head, first_i) : 0, from, limit, a.plan.parts > 1 ? part : -1);
+  const bool planned = a.plan.form != Plan::Form::Dense;
+  if (!planned && split.shares > 1) {
+    from = max(from, int(share * split.keys));
+    limit = int(min(int64_t(limit), (share + 1) * split.keys));
+  }
+  const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
+  const int64_t row_of_plan = planned ? plan_row(a, sequence, head, blockIdx.x / tiles.chunks * a.plan.q_tile) : 0;
+  KeyStages<kKeys> stages(a.plan, row_of_plan, from, limit, a.plan.parts > 1 ? part : -1);
+  stages.keep_share(share, split.shares);
 
   float top = -kInfinity, sum = 0, out[kChannels / kSlice][8] = {};
   while (stages.next()) {
-    tile_dots(memory, a.q, [&](int i) { return q_rows[i]; }, a.k,
-              [&](int j) { return stages.key(j) < 0 ? int64_t(-1) : at.k_first + stages.key(j); });
+    tile_dots(memory, a.d, numbers_of(a.q, [&](int i) { return q_rows[i]; }), [&](int j, int c) {
+      const int key = stages.key(j);
+      return key < 0 ? 0.0f : numbers.k(at, key, c);
+    });
     float weight[4], highest = -kInfinity;
     for (int j = 0; j < 4; ++j) {
       const int key = stages.key(lane + 8 * j);
@@ -55,7 +102,10 @@ __global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid
       const int first = channel + slice * kSlice;
       if (first >= a.d_v) break;
       __syncthreads();
-      load_slice(memory.b, kKeys, a.v, first, [&](int j) { return stages.key(j) < 0 ? int64_t(-1) : at.v_first + stages.key(j); });
+      load_slice(memory.b, kKeys, a.d_v, first, [&](int j, int c) {
+        const int key = stages.key(j);
+        return key < 0 ? 0.0f : numbers.v(at, key, c);
+      });
       __syncthreads();
       for (int c = 0; c < 8; ++c) out[slice][c] *= keep;
       for (int j = 0; j < kKeys; ++j) {
@@ -66,7 +116,7 @@ __global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid
   }
   if (!there) return;
   float shrink = 1;
-  if (at.live && a.mods.sink_logits && part == 0) {
+  if (at.live && a.mods.sink_logits && part == 0 && share == 0) {
     const float sink = a.mods.sink_logits[at.head], highest = fmaxf(top, sink);
     shrink = top == -kInfinity ? 0 : expf(top - highest);
     sum = sum * shrink + expf(sink - highest);
@@ -74,8 +124,8 @@ __global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid
   }
   const float gain = a.mods.gain ? a.mods.gain[at.row] : 1;
   const float factor = !at.live || sum == 0 ? 0 : a.mods.sigmoid ? gain : gain * shrink / sum;
-  const int64_t row = at.row;
-  float* result = to.out + part * to.part_stride + row * to.row_stride;
+  const int64_t row = at.row, place = int64_t(share) * a.plan.parts + part;
+  float* result = to.out + place * to.part_stride + row * to.row_stride;
 #pragma unroll
   for (int slice = 0; slice < kChannels / kSlice; ++slice)
     for (int c = 0; c < 8; ++c) {
@@ -83,16 +133,61 @@ __global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid
       if (at_channel < a.d_v) result[at_channel] = factor == 0 ? 0 : out[slice][c] * factor;
     }
   if (to.lse && lane == 0 && channel == 0)
-    to.lse[part * to.lse_part + row * to.lse_row] = at.live && sum > 0 ? top + logf(sum) : -kInfinity;
+    to.lse[place * to.lse_part + row * to.lse_row] = at.live && sum > 0 ? top + logf(sum) : -kInfinity;
+}
+
+/// Shares of one row → the row, in order of shares. Grid: rows (strided), segments of q, parts.
+__global__ void join_kernel(const __grid_constant__ AttentionView a, int shares, const __grid_constant__ AttendOut from,
+                            const __grid_constant__ AttendOut to) {
+  const int part = blockIdx.z, n = a.qs.length(blockIdx.y);
+  for (int i = blockIdx.x; i < n; i += gridDim.x) {
+    const int64_t row = a.qs.begin(blockIdx.y) + i;
+    auto log_sum = [&](int s) { return from.lse[(int64_t(s) * a.plan.parts + part) * from.lse_part + row]; };
+    float top = -kInfinity, sum = 0;
+    for (int s = 0; s < shares; ++s) top = fmaxf(top, log_sum(s));
+    if (top > -kInfinity)
+      for (int s = 0; s < shares; ++s) sum += expf(log_sum(s) - top);
+    for (int c = threadIdx.x; c < a.d_v; c += blockDim.x) {
+      float x = 0;
+      for (int s = 0; top > -kInfinity && s < shares; ++s)
+        x += expf(log_sum(s) - top) / sum * from.out[(int64_t(s) * a.plan.parts + part) * from.part_stride + row * from.row_stride + c];
+      to.out[part * to.part_stride + row * to.row_stride + c] = x;
+    }
+    if (to.lse && threadIdx.x == 0) to.lse[part * to.lse_part + row * to.lse_row] = sum > 0 ? top + logf(sum) : -kInfinity;
+  }
+}
+
+template <class Numbers>
+void run(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t most_keys, const AttendOut& to) {
+  const RowTiles tiles = row_tiles(a, kRows);
+  // By shapes alone, so that a result does not depend on the device. Sigmoid weights have no denominator to join by.
+  Split split{1, most_keys};
+  if (a.n_bound <= 16 && most_keys > 512 && !a.mods.sigmoid) {
+    split.keys = std::max<int64_t>(256, ceil_div(ceil_div(most_keys, 64), kKeys) * kKeys);
+    split.shares = int(ceil_div(most_keys, split.keys));
+    if (a.plan.form != Plan::Form::Dense) split.shares = std::min(split.shares, 16);
+  }
+  dim3 grid = tiles.grid;
+  grid.z = unsigned(split.shares * a.plan.parts * ceil_div(a.d_v, kChannels));
+  if (split.shares == 1) return launch(queue, where, attend_plain_kernel<Numbers>, grid, kTileThreads, 0, a, numbers, tiles, split, to);
+  Scratch scratch(queue.scratch);
+  const int64_t rows = a.q_rows, places = int64_t(split.shares) * a.plan.parts;
+  const AttendOut partial{queue.scratch.take(Dtype::F32, {places, rows, a.d_v}).as<float>(), rows * a.d_v, a.d_v,
+                          queue.scratch.take(Dtype::F32, {places, rows}).as<float>(), rows, 1};
+  launch(queue, where, attend_plain_kernel<Numbers>, grid, kTileThreads, 0, a, numbers, tiles, split, partial);
+  const unsigned count = unsigned(a.sequences * a.h);
+  launch(queue, where, join_kernel, dim3(blocks_for(a.n_bound, count), count, unsigned(a.plan.parts)), 128, 0, a, split.shares, partial, to);
 }
 
 }  // namespace
 
 void attend_plain(Queue& queue, const AttentionView& a, const AttendOut& to) {
-  const RowTiles tiles = row_tiles(a, kRows);
-  dim3 grid = tiles.grid;
-  grid.z = unsigned(a.plan.parts * ceil_div(a.d_v, kChannels));
-  launch(queue, "attend", attend_plain_kernel, grid, kTileThreads, 0, a, tiles, to);
+  run(queue, "attend", a, PanelNumbers{a.k, a.v}, a.m_bound, to);
+}
+
+void attend_pages(Queue& queue, const AttentionView& a, const PagesView& pages, const RopeView& rope, bool cache_positions, int64_t most_keys,
+                  const AttendOut& to) {
+  run(queue, "attend_store", a, PageNumbers{pages, rope, cache_positions}, most_keys, to);
 }
 
 }  // namespace heed::cuda

@@ -1,17 +1,32 @@
-#include "kernels/cuda/page.cuh"
+// attend over pages: which form takes a call.
+#include "kernels/cuda/attend.cuh"
+
+#if __has_include("kernels/cuda/attend_sm90.h")
+#include "kernels/cuda/attend_sm90.h"
+#define HEED_SM90 1
+#endif
 
 namespace heed::cuda {
 
 void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out, Tensor lse) {
   constexpr const char* where = "attend_store";
   require(read.plan.form != Plan::Form::Interval, where, "a read is dense, of blocks or of tokens");
+  require(!pages.plain_keys || read.rope, where, "the store keeps plain keys, and the read has no rope to turn them");
+  const PagesView view = pages_view(where, pages);
   Scratch scratch(queue.scratch);
-  const Unpacked panel = unpack(queue, where, pages, &read, true);
+  // Positions and biases as a panel has them; keys and values are read where they lie.
+  const Unpacked panel = unpack(queue, where, pages, &read, false, false);
   Mods own = mods;
   own.key_bias = panel.bias;
   own.k_pos = panel.positions;
   own.until = own.key_factor = own.row_factor = {};
-  attend(queue, q, panel.k, panel.v, read.plan, own, out, lse);
+  const AttentionView a = attention_view(where, q, panel.k, panel.v, &read.plan, own);
+  const AttendOut to = attend_out(where, read.plan, a.q_rows, a.d_v, out, lse);
+#ifdef HEED_SM90
+  if (attend_store_sm90(queue, q, pages, read, mods, out, lse)) return;
+#endif
+  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr), read.positions == Read::Positions::Cache,
+               std::max<int64_t>(1, pages.length_bound), to);
 }
 
 }  // namespace heed::cuda

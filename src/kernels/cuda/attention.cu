@@ -42,6 +42,7 @@ AttentionView attention_view(const char* where, const Ragged& q, const Ragged& k
   a.mods.row_factor = matrix(mods.row_factor);
   a.mods.key_factor = matrix(mods.key_factor);
   a.mods.sigmoid = mods.weight == WeightFunction::Sigmoid;
+  a.q_rows = q.values.size[0];
   a.n_bound = a.sequences ? q.values.size[0] / a.h : 0;  // a sequence's heads have equally many rows
   a.m_bound = k.values.size[0];
   return a;

@@ -38,7 +38,7 @@ struct AttentionView {
   int h, g, g_v, d, d_v, sequences;
   PlanView plan;
   ModsView mods;
-  int64_t n_bound, m_bound;  // no sequence has more queries, no segment more keys
+  int64_t q_rows, n_bound, m_bound;  // rows of q.values; no sequence has more queries, no segment more keys
 };
 
 /// Checks the arguments (Error(Invalid)). plan may be null: dense, causal.
@@ -154,6 +154,13 @@ class KeyStages {
       end_ = plan.end(row);
       whole_ = plan.form == Plan::Form::Tokens ? 1 : plan.k_tile;
     }
+  }
+  /// Leaves share `i` of `shares` of the entries. Dense has none: there the caller divides the range of keys.
+  __device__ void keep_share(int i, int shares) {
+    if (plan_.form == Plan::Form::Dense) return;
+    const int64_t first = entry_, count = end_ - entry_;
+    entry_ = first + count * i / shares;
+    end_ = first + count * (i + 1) / shares;
   }
   /// Goes to the next stage; false when there is none. Afterwards key(j), entry(j) describe it.
   __device__ bool next() {

@@ -9,8 +9,8 @@ __global__ void __launch_bounds__(kTileThreads) matmul_plain_kernel(Matrix w, in
   __shared__ TileMemory memory;
   const int out = blockIdx.x * kKeys;
   const int64_t first = int64_t(blockIdx.y) * kRows;
-  tile_dots(memory, x, [&](int r) { return first + r < tokens ? first + r : int64_t(-1); }, w,
-            [&](int j) { return out + j < outputs ? int64_t(out + j) : int64_t(-1); });
+  tile_dots(memory, x.width, numbers_of(x, [&](int r) { return first + r < tokens ? first + r : int64_t(-1); }),
+            numbers_of(w, [&](int j) { return out + j < outputs ? int64_t(out + j) : int64_t(-1); }));
   for (int e = threadIdx.x; e < kRows * kKeys; e += kTileThreads) {
     const int r = e / kKeys, j = e % kKeys;
     if (first + r >= tokens || out + j >= outputs) continue;

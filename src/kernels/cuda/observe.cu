@@ -11,7 +11,7 @@ Observed::Observed(Queue& queue, const char* where, const Keys& keys, const Mods
     k = *keys.panel;
     return;
   }
-  const Unpacked panel = unpack(queue, where, *keys.pages, keys.read, false);
+  const Unpacked panel = unpack(queue, where, *keys.pages, keys.read, true, false);
   k = panel.k;
   mods.key_bias = panel.bias;
   mods.k_pos = panel.positions;
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kTileThreads) observe_kernel(const __grid_cons
         }
         if (!__syncthreads_or(any)) continue;
         if (lane == 0) q_rows[r] = row.live ? row.row : -1;
-        tile_dots(memory, a.q, [&](int i) { return q_rows[i]; }, a.k,
-                  [&](int j) { return first + j < m ? row.k_first + first + j : int64_t(-1); });
+        tile_dots(memory, a.d, numbers_of(a.q, [&](int i) { return q_rows[i]; }),
+                  numbers_of(a.k, [&](int j) { return first + j < m ? row.k_first + first + j : int64_t(-1); }));
         float by = 1;
         if (to.rows == Rows::Decayed && row.live) by = powf(to.decay, float(n - 1 - row.i));
         for (int j = 0; j < 4; ++j) {

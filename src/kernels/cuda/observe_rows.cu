@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kTileThreads) observe_rows_kernel(const __grid
   auto each_stage = [&](auto body) {
     KeyStages<kKeys> stages(a.plan, row_of_plan, from, limit, -1);
     while (stages.next()) {
-      tile_dots(memory, a.q, [&](int i) { return q_rows[i]; }, a.k,
-                [&](int j) { return stages.key(j) < 0 ? int64_t(-1) : at.k_first + stages.key(j); });
+      tile_dots(memory, a.d, numbers_of(a.q, [&](int i) { return q_rows[i]; }),
+                numbers_of(a.k, [&](int j) { return stages.key(j) < 0 ? int64_t(-1) : at.k_first + stages.key(j); }));
       float logit[4];
       int key[4];
       for (int j = 0; j < 4; ++j) {

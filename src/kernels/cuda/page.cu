@@ -71,18 +71,27 @@ PagesView pages_view(const char* where, const Pages& pages) {
   return out;
 }
 
-Unpacked unpack(Queue& queue, const char* where, const Pages& pages, const Read* read, bool values) {
+Unpacked unpack(Queue& queue, const char* where, const Pages& pages, const Read* read, bool keys, bool values) {
   require(!pages.plain_keys || (read && read->rope), where, "the store keeps plain keys, and the read has no rope to turn them");
   const PagesView view = pages_view(where, pages);
   const int64_t segments = pages.segments(), bound = std::max<int64_t>(1, pages.length_bound), rows = segments * bound;
   const Tensor offsets = queue.scratch.take(Dtype::I64, {segments + 1}), ends = queue.scratch.take(Dtype::I64, {segments});
   launch(queue, where, segment_bounds_kernel, dim3(unsigned(ceil_div(segments + 1, 256))), 256, 0, view.length, int(segments), bound,
          offsets.as<int64_t>(), ends.as<int64_t>());
+  auto side = [&](bool of_keys, bool wanted, int64_t width) {
+    const Dtype type = panel_type(pages, of_keys);
+    // Offsets stand in for numbers that nobody reads: a null tensor would mean that there is no such side.
+    const Tensor numbers = wanted ? queue.scratch.take(type, {rows, width}) : Tensor(offsets.data, type, {rows, width}, Device::Cuda);
+    return Ragged{numbers, offsets, ends, pages.kv_heads, rows};
+  };
   Unpacked out;
-  out.k = {queue.scratch.take(panel_type(pages, true), {rows, view.d}), offsets, ends, pages.kv_heads, rows};
-  if (values) out.v = {queue.scratch.take(panel_type(pages, false), {rows, view.d_v}), offsets, ends, pages.kv_heads, rows};
+  out.k = side(true, keys, view.d);
+  out.v = side(false, values, view.d_v);
   out.positions = queue.scratch.take(Dtype::I32, {rows});
-  page_read(queue, pages, read, out.k, out.v, out.positions);
+  Ragged to_k = out.k, to_v = out.v;
+  if (!keys) to_k.values = {};
+  if (!values) to_v.values = {};
+  page_read(queue, pages, read, to_k, to_v, out.positions);
   if (std::any_of(pages.layouts.begin(), pages.layouts.end(), [](const PageLayout& l) { return l.bias_at >= 0; })) {
     out.bias = queue.scratch.take(Dtype::F32, {rows});
     launch(queue, where, bias_kernel, dim3(blocks_for(ceil_div(bound, 256), segments), unsigned(segments)), 256, 0, view, bound,

@@ -185,10 +185,11 @@ __device__ inline void refresh(const PagesView& pages, const LayoutView& l, char
 }
 
 /// What a store holds, as panels in scratch: keys turned for reading, positions, biases (absent when no layout has them).
+/// Without keys or values those have shapes and segments but no numbers.
 struct Unpacked {
   Ragged k, v;
   Tensor positions, bias;
 };
-Unpacked unpack(Queue& queue, const char* where, const Pages& pages, const Read* read, bool values);
+Unpacked unpack(Queue& queue, const char* where, const Pages& pages, const Read* read, bool keys, bool values);
 
 }  // namespace heed::cuda

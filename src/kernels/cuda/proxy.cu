@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kTileThreads) proxy_kernel(const __grid_consta
         }
         continue;
       }
-      tile_dots(memory, a.q, [&](int r) { return i0 + r < rows ? a.qs.begin(s) + i0 + r : int64_t(-1); }, a.k,
-                [&](int j) { return j0 + j < cols ? a.ks.begin(kv) + j0 + j : int64_t(-1); });
+      tile_dots(memory, a.q.width, numbers_of(a.q, [&](int r) { return i0 + r < rows ? a.qs.begin(s) + i0 + r : int64_t(-1); }),
+                numbers_of(a.k, [&](int j) { return j0 + j < cols ? a.ks.begin(kv) + j0 + j : int64_t(-1); }));
       for (int e = threadIdx.x; e < kRows * kKeys; e += kTileThreads) {
         const int i = i0 + e / kKeys, j = j0 + e % kKeys;
         if (i >= rows || j >= cols) continue;

@@ -12,25 +12,33 @@ struct TileMemory {
   float scores[kRows][kKeys + 1];
 };
 
-/// One slice of rows: to[r][c] = row(r)'s number at + c, 0 where row(r) < 0 or the width ends.
-template <class Row>
-__device__ inline void load_slice(float (*to)[kSlice + 1], int rows, const Matrix& from, int at, Row row) {
+/// One slice of rows: to[r][c] = get(r, at + c), 0 past the width.
+template <class Get>
+__device__ inline void load_slice(float (*to)[kSlice + 1], int rows, int width, int at, Get get) {
   for (int e = threadIdx.x; e < rows * kSlice; e += kTileThreads) {
     const int r = e / kSlice, c = e % kSlice;
-    const int64_t from_row = row(r);
-    to[r][c] = from_row >= 0 && at + c < from.width ? from.get(from_row, at + c) : 0.0f;
+    to[r][c] = at + c < width ? get(r, at + c) : 0.0f;
   }
 }
 
-/// memory.scores = rows · keys. a_row and b_row name the rows of a and b, −1 for none.
-template <class RowA, class RowB>
-__device__ inline void tile_dots(TileMemory& memory, const Matrix& a, RowA a_row, const Matrix& b, RowB b_row) {
+/// Numbers of the rows that row(r) names, 0 where it names −1.
+template <class Row>
+__device__ inline auto numbers_of(const Matrix& from, Row row) {
+  return [&from, row](int r, int c) {
+    const int64_t from_row = row(r);
+    return from_row >= 0 ? from.get(from_row, c) : 0.0f;
+  };
+}
+
+/// memory.scores[i][j] = Σ_c a(i, c) b(j, c).
+template <class A, class B>
+__device__ inline void tile_dots(TileMemory& memory, int width, A a, B b) {
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
   float sum[2][2] = {};
-  for (int at = 0; at < a.width; at += kSlice) {
+  for (int at = 0; at < width; at += kSlice) {
     __syncthreads();
-    load_slice(memory.a, kRows, a, at, a_row);
-    load_slice(memory.b, kKeys, b, at, b_row);
+    load_slice(memory.a, kRows, width, at, a);
+    load_slice(memory.b, kKeys, width, at, b);
     __syncthreads();
 #pragma unroll 8
     for (int c = 0; c < kSlice; ++c) {
