@@ -36,7 +36,9 @@ struct Program {
         case 2:
           step(Op::Pick), depth -= 2;
           break;
-        case 3: find(random); break;
+        case 3:
+          if (depth + 3 <= Numbers::depth) find(random);
+          break;
         default:
           step(pick(random, {Op::Add, Op::Sub, Op::FloorDiv, Op::Mod, Op::Min, Op::Max, Op::Less, Op::LessEqual, Op::Equal}));
           --depth;

@@ -12,7 +12,7 @@ std::vector<const Kernels*> own_tables() {
   return out;
 }
 
-constexpr int64_t kSegments = 4, kCapacity = 8, kSupply = 60;
+constexpr int64_t kSegments = 4, kCapacity = 8, kSupply = 200;
 constexpr int kD = 64;
 
 /// One side's stores: a parent, and a child that shares its pages.

@@ -45,7 +45,7 @@ __device__ inline void add_products(TileMemory& memory, const Matrix& from, Row 
     const int first = channel + slice * kSlice;
     if (first >= from.width) break;
     __syncthreads();
-    load_slice(memory.b, 32, from.width, first, numbers_of(from, row));
+    load_slice(memory.b, from.width, first, numbers_of(from, row));
     __syncthreads();
     for (int j = 0; j < 32; ++j) {
       const float x = kTransposed ? memory.scores[j][r] : memory.scores[r][j];

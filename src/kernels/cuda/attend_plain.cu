@@ -9,8 +9,12 @@ constexpr int kChannels = 256;  // of v, for one block
 
 struct PanelNumbers {
   Matrix k_rows, v_rows;
-  __device__ float k(const QueryRow& at, int key, int c) const { return k_rows.get(at.k_first + key, c); }
-  __device__ float v(const QueryRow& at, int key, int c) const { return v_rows.get(at.v_first + key, c); }
+  __device__ void k(const QueryRow& at, int key, int c, float (&x)[8]) const {
+    load8(k_rows.data, k_rows.type, (at.k_first + key) * k_rows.stride + c, k_rows.width - c, x);
+  }
+  __device__ void v(const QueryRow& at, int key, int c, float (&x)[8]) const {
+    load8(v_rows.data, v_rows.type, (at.v_first + key) * v_rows.stride + c, v_rows.width - c, x);
+  }
 };
 
 /// Pages read in place; plain keys are turned as they are read.
@@ -18,32 +22,33 @@ struct PageNumbers {
   PagesView pages;
   RopeView rope;
   bool cache_positions;
-  __device__ float k(const QueryRow& at, int key, int c) const {
+  __device__ void k(const QueryRow& at, int key, int c, float (&x)[8]) const {
     const LayoutView& l = pages.layout_of(at.k_segment, key / kPage);
     char* page = pages.page(at.k_segment, key / kPage);
     const int entry = key % kPage;
-    float x = l.k.get(page, entry, c);
-    if (!rope.inv_freq || c >= rope.dims) return x;
-    const int half = rope.dims / 2, pair = rope.neox ? c % half : c / 2;
-    const bool first = rope.first(pair) == c;
-    float other = l.k.get(page, entry, first ? rope.second(pair) : rope.first(pair));
-    const float angle = float(cache_positions ? key : position_at(l, page, entry)) * rope.inv_freq[pair];
-    if (first) {
-      turn(x, other, angle);
-      return x;
+    l.k.get8(page, entry, c, x);
+    if (!rope.inv_freq || c >= rope.dims) return;
+    const int half = rope.dims / 2;
+    const float position = float(cache_positions ? key : position_at(l, page, entry));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (c + i >= rope.dims) break;
+      const int pair = rope.neox ? (c + i) % half : (c + i) / 2;
+      const bool first = rope.first(pair) == c + i;
+      float other = l.k.get(page, entry, first ? rope.second(pair) : rope.first(pair));
+      if (first) turn(x[i], other, position * rope.inv_freq[pair]);
+      else turn(other, x[i], position * rope.inv_freq[pair]);
     }
-    turn(other, x, angle);
-    return x;
   }
-  __device__ float v(const QueryRow& at, int key, int c) const {
-    return pages.layout_of(at.k_segment, key / kPage).v.get(pages.page(at.k_segment, key / kPage), key % kPage, c);
+  __device__ void v(const QueryRow& at, int key, int c, float (&x)[8]) const {
+    pages.layout_of(at.k_segment, key / kPage).v.get8(pages.page(at.k_segment, key / kPage), key % kPage, c, x);
   }
 };
 
 /// Keys in equal shares, one for each block along z, so that a few rows over many keys fill the device.
 struct Split {
   int shares;
-  int64_t keys;  // of a share, Dense
+  int64_t keys;  // of a share, Dense; the last takes what is left
 };
 
 /// Grid: row tiles, then (z) shares of the keys, parts, and slices of v's channels. Thread t works for row t / 8.
@@ -65,7 +70,7 @@ __global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid
   const bool planned = a.plan.form != Plan::Form::Dense;
   if (!planned && split.shares > 1) {
     from = max(from, int(share * split.keys));
-    limit = int(min(int64_t(limit), (share + 1) * split.keys));
+    if (share < split.shares - 1) limit = int(min(int64_t(limit), (share + 1) * split.keys));
   }
   const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
   const int64_t row_of_plan = planned ? plan_row(a, sequence, head, blockIdx.x / tiles.chunks * a.plan.q_tile) : 0;
@@ -74,9 +79,9 @@ __global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid
 
   float top = -kInfinity, sum = 0, out[kChannels / kSlice][8] = {};
   while (stages.next()) {
-    tile_dots(memory, a.d, numbers_of(a.q, [&](int i) { return q_rows[i]; }), [&](int j, int c) {
+    tile_dots(memory, a.d, numbers_of(a.q, [&](int i) { return q_rows[i]; }), [&](int j, int c, float(&x)[8]) {
       const int key = stages.key(j);
-      return key < 0 ? 0.0f : numbers.k(at, key, c);
+      if (key >= 0) numbers.k(at, key, c, x);
     });
     float weight[4], highest = -kInfinity;
     for (int j = 0; j < 4; ++j) {
@@ -102,9 +107,9 @@ __global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid
       const int first = channel + slice * kSlice;
       if (first >= a.d_v) break;
       __syncthreads();
-      load_slice(memory.b, kKeys, a.d_v, first, [&](int j, int c) {
+      load_slice(memory.b, a.d_v, first, [&](int j, int c, float(&x)[8]) {
         const int key = stages.key(j);
-        return key < 0 ? 0.0f : numbers.v(at, key, c);
+        if (key >= 0) numbers.v(at, key, c, x);
       });
       __syncthreads();
       for (int c = 0; c < 8; ++c) out[slice][c] *= keep;
@@ -158,13 +163,13 @@ __global__ void join_kernel(const __grid_constant__ AttentionView a, int shares,
 }
 
 template <class Numbers>
-void run(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t most_keys, const AttendOut& to) {
+void run(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t expected_keys, const AttendOut& to) {
   const RowTiles tiles = row_tiles(a, kRows);
   // By shapes alone, so that a result does not depend on the device. Sigmoid weights have no denominator to join by.
-  Split split{1, most_keys};
-  if (a.n_bound <= 16 && most_keys > 512 && !a.mods.sigmoid) {
-    split.keys = std::max<int64_t>(256, ceil_div(ceil_div(most_keys, 64), kKeys) * kKeys);
-    split.shares = int(ceil_div(most_keys, split.keys));
+  Split split{1, expected_keys};
+  if (a.n_bound <= 16 && expected_keys > 512 && !a.mods.sigmoid) {
+    split.keys = std::max<int64_t>(256, ceil_div(ceil_div(expected_keys, 64), kKeys) * kKeys);
+    split.shares = int(ceil_div(expected_keys, split.keys));
     if (a.plan.form != Plan::Form::Dense) split.shares = std::min(split.shares, 16);
   }
   dim3 grid = tiles.grid;
@@ -182,7 +187,7 @@ void run(Queue& queue, const char* where, const AttentionView& a, const Numbers&
 }  // namespace
 
 void attend_plain(Queue& queue, const AttentionView& a, const AttendOut& to) {
-  run(queue, "attend", a, PanelNumbers{a.k, a.v}, a.m_bound, to);
+  run(queue, "attend", a, PanelNumbers{a.k, a.v}, ceil_div(a.m_bound, a.g), to);
 }
 
 void attend_pages(Queue& queue, const AttentionView& a, const PagesView& pages, const RopeView& rope, bool cache_positions, int64_t most_keys,

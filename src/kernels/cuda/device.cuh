@@ -77,6 +77,40 @@ inline Matrix matrix(const Tensor& t) {
   return {t.data, t.stride[0], t.rank > 1 ? int(t.size[1]) : 1, t.type};
 }
 
+/// Eight numbers of a row from element `at` on; zeros past `count`. One 16-byte load (F32: two) where the address allows.
+__device__ inline void load8(const void* data, Dtype type, int64_t at, int count, float (&x)[8]) {
+  const char* p = static_cast<const char*>(data) + at * (type == Dtype::F32 ? 4 : 2);
+  if (count >= 8 && reinterpret_cast<uint64_t>(p) % 16 == 0) {
+    if (type == Dtype::F32) {
+      const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+      x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+      return;
+    }
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (type == Dtype::BF16) {
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      } else {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    x[i] = 0;
+    if (i >= count) continue;
+    if (type == Dtype::F32) x[i] = reinterpret_cast<const float*>(p)[i];
+    else if (type == Dtype::BF16) x[i] = to_float(reinterpret_cast<const __nv_bfloat16*>(p)[i]);
+    else x[i] = to_float(reinterpret_cast<const __half*>(p)[i]);
+  }
+}
+
 struct Segments {
   const int64_t* offsets = nullptr;
   const int64_t* ends = nullptr;

@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kWarps * 32) few_blocks_kernel(const __grid_co
   const uint8_t* row = a.w.blocks + out * a.w.row_bytes;
   const int runs = a.w.width / 32;
   float sum[kTokens] = {};
-#pragma unroll 2
+  // Several runs in flight: one token leaves registers for them.
+#pragma unroll(kTokens == 1 ? 4 : 2)
   for (int r = lane; r < runs; r += 32) {
     const Run run = run_of<kType>(row, r);
 #pragma unroll

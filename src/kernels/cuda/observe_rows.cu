@@ -14,6 +14,9 @@ struct RowResults {
   const int32_t* spans;
   int span_count;
   bool lse_alone;
+  int shares;          // lse_alone: of the keys, one for each block along z, each with an lse of its own
+  int64_t share_keys;  // of a share, Dense; the last takes what is left
+  int64_t rows;
 };
 
 constexpr int kSpans = 16;  // held in registers at a time
@@ -33,10 +36,15 @@ __global__ void __launch_bounds__(kTileThreads) observe_rows_kernel(const __grid
   const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
   const bool planned = a.plan.form != Plan::Form::Dense;
   const int64_t row_of_plan = planned ? plan_row(a, sequence, head, blockIdx.x / tiles.chunks * a.plan.q_tile) : 0;
+  if (!planned && to.shares > 1) {
+    from = max(from, int(blockIdx.z * to.share_keys));
+    if (int(blockIdx.z) < to.shares - 1) limit = int(min(int64_t(limit), (blockIdx.z + 1) * to.share_keys));
+  }
 
   float top = -kInfinity, sum = 0;
   auto each_stage = [&](auto body) {
     KeyStages<kKeys> stages(a.plan, row_of_plan, from, limit, -1);
+    stages.keep_share(blockIdx.z, to.shares);
     while (stages.next()) {
       tile_dots(memory, a.d, numbers_of(a.q, [&](int i) { return q_rows[i]; }),
                 numbers_of(a.k, [&](int j) { return stages.key(j) < 0 ? int64_t(-1) : at.k_first + stages.key(j); }));
@@ -62,13 +70,13 @@ __global__ void __launch_bounds__(kTileThreads) observe_rows_kernel(const __grid
     sum = sum * (top == -kInfinity ? 0 : expf(top - highest)) + warp_sum(more, 8);
     top = highest;
   });
-  if (at.live && a.mods.sink_logits) {
+  if (at.live && a.mods.sink_logits && blockIdx.z == 0) {
     const float sink = a.mods.sink_logits[at.head], highest = fmaxf(top, sink);
     sum = sum * (top == -kInfinity ? 0 : expf(top - highest)) + expf(sink - highest);
     top = highest;
   }
   const float lse = sum > 0 ? top + logf(sum) : -kInfinity;
-  if (there && lane == 0 && to.lse) to.lse[at.row] = lse;
+  if (there && lane == 0 && to.lse) to.lse[blockIdx.z * to.rows + at.row] = lse;
   if (to.lse_alone) return;
 
   for (int first_span = 0; first_span == 0 || first_span < to.span_count; first_span += kSpans) {
@@ -115,6 +123,19 @@ __global__ void __launch_bounds__(kTileThreads) observe_rows_kernel(const __grid
   }
 }
 
+/// Grid: rows (strided), segments of q.
+__global__ void join_lse_kernel(Segments qs, const float* from, int64_t rows, int shares, float* to) {
+  const int n = qs.length(blockIdx.y);
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
+    const int64_t row = qs.begin(blockIdx.y) + i;
+    float top = -kInfinity, sum = 0;
+    for (int s = 0; s < shares; ++s) top = fmaxf(top, from[s * rows + row]);
+    if (top > -kInfinity)
+      for (int s = 0; s < shares; ++s) sum += expf(from[s * rows + row] - top);
+    to[row] = sum > 0 ? top + logf(sum) : -kInfinity;
+  }
+}
+
 }  // namespace
 
 void row_lse(Queue& queue, const AttentionView& a, float* lse) {
@@ -122,7 +143,19 @@ void row_lse(Queue& queue, const AttentionView& a, float* lse) {
   RowResults to{};
   to.lse = lse;
   to.lse_alone = true;
-  launch(queue, "observe", observe_rows_kernel, tiles.grid, kTileThreads, 0, a, tiles, to);
+  to.rows = a.q_rows;
+  // A few last rows over many keys: in shares, by shapes alone.
+  const int64_t expected = ceil_div(a.m_bound, a.g);  // keys of a segment, where heads hold equally many
+  to.shares = a.n_bound <= 256 && expected > 1024 ? int(std::min<int64_t>(32, ceil_div(expected, 512))) : 1;
+  to.share_keys = ceil_div(ceil_div(expected, to.shares), kKeys) * kKeys;
+  dim3 grid = tiles.grid;
+  grid.z = unsigned(to.shares);
+  Scratch scratch(queue.scratch);
+  if (to.shares > 1) to.lse = queue.scratch.take(Dtype::F32, {to.shares, a.q_rows}).as<float>();
+  launch(queue, "observe", observe_rows_kernel, grid, kTileThreads, 0, a, tiles, to);
+  if (to.shares == 1) return;
+  const unsigned count = unsigned(a.sequences * a.h);
+  launch(queue, "observe", join_lse_kernel, dim3(blocks_for(ceil_div(a.n_bound, 128), count), count), 128, 0, a.qs, to.lse, a.q_rows, to.shares, lse);
 }
 
 void observe_rows(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const RowStats& stats) {
@@ -140,7 +173,7 @@ void observe_rows(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
   check_tensor(where, "spans", stats.spans, {spans, 2}, true, Dtype::I32);
   check_tensor(where, "span", stats.span, {rows, spans}, true);
   RowResults to{stats.entropy.as<float>(), stats.distance.as<float>(), stats.argmax.as<int32_t>(), stats.peak.as<float>(),
-                stats.lse.as<float>(), matrix(stats.span), stats.spans.as<int32_t>(), int(spans), false};
+                stats.lse.as<float>(), matrix(stats.span), stats.spans.as<int32_t>(), int(spans), false, 1, 0, 0};
   to.lse_alone = !to.entropy && !to.distance && !to.argmax && !to.peak && !to.span;
   const RowTiles tiles = row_tiles(a, kRows);
   launch(queue, where, observe_rows_kernel, tiles.grid, kTileThreads, 0, a, tiles, to);

@@ -41,6 +41,37 @@ struct SideView {
     const int g = group_of(entry, c);
     return __fadd_rn(__half2float(zeros(page)[g]), __fmul_rn(float(code(row, c)), __half2float(scales(page)[g])));
   }
+  /// Channels c … c + 7 (c a multiple of eight), zeros past the width.
+  __device__ void get8(char* page, int entry, int c, float (&x)[8]) const {
+    const char* row = page + at + entry * row_bytes();
+    if (!quantised()) {
+      const Dtype type = kind == PageType::Kind::F32 ? Dtype::F32 : kind == PageType::Kind::F16 ? Dtype::F16 : Dtype::BF16;
+      return load8(row, type, c, width - c, x);
+    }
+    if (c + 8 > width || width % 8 != 0 || (!by_channel && group % 8 != 0)) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = c + i < width ? get(page, entry, c + i) : 0.0f;
+      return;
+    }
+    uint32_t words[2] = {};  // rows start at multiples of `bits` bytes
+    const char* codes = row + c * bits / 8;
+    if (bits == 8) {
+      const uint2 both = *reinterpret_cast<const uint2*>(codes);
+      words[0] = both.x;
+      words[1] = both.y;
+    } else if (bits == 4) {
+      words[0] = *reinterpret_cast<const uint32_t*>(codes);
+    } else {
+      words[0] = *reinterpret_cast<const uint16_t*>(codes);
+    }
+    const int g = group_of(entry, c), most = (1 << bits) - 1;
+    const __half *scale = scales(page) + g, *zero = zeros(page) + g;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int of = by_channel ? i : 0, code = words[i * bits / 32] >> (i * bits % 32) & most;
+      x[i] = __half2float(zero[of]) + float(code) * __half2float(scale[of]);
+    }
+  }
 };
 
 struct LayoutView {

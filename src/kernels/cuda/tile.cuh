@@ -12,33 +12,34 @@ struct TileMemory {
   float scores[kRows][kKeys + 1];
 };
 
-/// One slice of rows: to[r][c] = get(r, at + c), 0 past the width.
+/// One slice of 32 rows: eight numbers a thread. get(r, at + c, x) sets x to row r's, zeros past its width.
 template <class Get>
-__device__ inline void load_slice(float (*to)[kSlice + 1], int rows, int width, int at, Get get) {
-  for (int e = threadIdx.x; e < rows * kSlice; e += kTileThreads) {
-    const int r = e / kSlice, c = e % kSlice;
-    to[r][c] = at + c < width ? get(r, at + c) : 0.0f;
-  }
+__device__ inline void load_slice(float (*to)[kSlice + 1], int width, int at, Get get) {
+  const int r = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
+  float x[8] = {};
+  if (at + c < width) get(r, at + c, x);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[r][c + i] = x[i];
 }
 
 /// Numbers of the rows that row(r) names, 0 where it names −1.
 template <class Row>
 __device__ inline auto numbers_of(const Matrix& from, Row row) {
-  return [&from, row](int r, int c) {
+  return [&from, row](int r, int c, float (&x)[8]) {
     const int64_t from_row = row(r);
-    return from_row >= 0 ? from.get(from_row, c) : 0.0f;
+    if (from_row >= 0) load8(from.data, from.type, from_row * from.stride + c, from.width - c, x);
   };
 }
 
-/// memory.scores[i][j] = Σ_c a(i, c) b(j, c).
+/// memory.scores[i][j] = Σ_c a_i[c] b_j[c]; a and b as load_slice's get.
 template <class A, class B>
 __device__ inline void tile_dots(TileMemory& memory, int width, A a, B b) {
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
   float sum[2][2] = {};
   for (int at = 0; at < width; at += kSlice) {
     __syncthreads();
-    load_slice(memory.a, kRows, width, at, a);
-    load_slice(memory.b, kKeys, width, at, b);
+    load_slice(memory.a, width, at, a);
+    load_slice(memory.b, width, at, b);
     __syncthreads();
 #pragma unroll 8
     for (int c = 0; c < kSlice; ++c) {
