@@ -76,7 +76,9 @@ void line(const std::string& what, double us, double bytes, double operations) {
 }
 
 void products() {
-  struct Shape { int64_t out, in; } shape{14336, 4096};
+  struct Shape {
+    int64_t out, in;
+  } shape{14336, 4096};
   for (Dtype type : {Dtype::Q4_0, Dtype::Q4_K, Dtype::Q6_K, Dtype::Q8_0, Dtype::BF16})
     for (int64_t tokens : {1, 8, 16, 64, 2048}) {
       std::vector<Tensor> w;
@@ -87,36 +89,49 @@ void products() {
            double(w[0].bytes() + x.bytes() + y.bytes()), 2.0 * double(shape.out * shape.in * tokens));
       kept.clear();
     }
-  const Tensor w = filled(Dtype::BF16, {8192, 8192}, 0.02), x = filled(Dtype::F32, {8192, 8192}), y = filled(Dtype::F32, {8192, 8192});
-  line("matmul bf16 8192 x 8192 x 8192", microseconds([&](int) { run().matmul(queue(), w, x, {}, false, y); }), 0, 2.0 * 8192.0 * 8192 * 8192);
+  const Tensor w = filled(Dtype::BF16, {8192, 8192}, 0.02), x = filled(Dtype::F32, {8192, 8192}),
+               y = filled(Dtype::F32, {8192, 8192});
+  line("matmul bf16 8192 x 8192 x 8192", microseconds([&](int) { run().matmul(queue(), w, x, {}, false, y); }), 0,
+       2.0 * 8192.0 * 8192 * 8192);
   kept.clear();
 }
 
 void attention() {
   const int64_t h = 32, g = 8, d = 128;
   for (int64_t n : {1024, 4096}) {
-    const Ragged q = rows(filled(Dtype::BF16, {h * n, d}), h, h), k = rows(filled(Dtype::BF16, {g * n, d}), g, g), v = rows(filled(Dtype::BF16, {g * n, d}), g, g);
+    const Ragged q = rows(filled(Dtype::BF16, {h * n, d}), h, h), k = rows(filled(Dtype::BF16, {g * n, d}), g, g),
+                 v = rows(filled(Dtype::BF16, {g * n, d}), g, g);
     const Tensor out = filled(Dtype::F32, {h * n, d}), lse = filled(Dtype::F32, {h * n});
     const double forward = 4.0 * double(h * n * n * d) / 2;
-    line("attend bf16 causal, 32/8 heads of 128, n " + std::to_string(n), microseconds([&](int) { run().attend(queue(), q, k, v, {}, {}, out, lse); }), 0, forward);
-    const Tensor d_out = filled(Dtype::F32, {h * n, d}), d_q = filled(Dtype::F32, {h * n, d}), d_k = filled(Dtype::F32, {g * n, d}), d_v = filled(Dtype::F32, {g * n, d});
+    line("attend bf16 causal, 32/8 heads of 128, n " + std::to_string(n),
+         microseconds([&](int) { run().attend(queue(), q, k, v, {}, {}, out, lse); }), 0, forward);
+    const Tensor d_out = filled(Dtype::F32, {h * n, d}), d_q = filled(Dtype::F32, {h * n, d}),
+                 d_k = filled(Dtype::F32, {g * n, d}), d_v = filled(Dtype::F32, {g * n, d});
     if (n == 1024)
-      line("attend_backward, the same", microseconds([&](int) { run().attend_backward(queue(), q, k, v, {}, {}, out, lse, d_out, d_q, d_k, d_v, {}, {}); }), 0, 2.5 * forward);
+      line("attend_backward, the same", microseconds([&](int) {
+             run().attend_backward(queue(), q, k, v, {}, {}, out, lse, d_out, d_q, d_k, d_v, {}, {});
+           }),
+           0, 2.5 * forward);
     kept.clear();
   }
   const int64_t m = 16384;
-  const Ragged q = rows(filled(Dtype::BF16, {h * 32, d}), h, h), k = rows(filled(Dtype::BF16, {g * m, d}), g, g), columns = rows(filled(Dtype::F32, {g * m}), g, g);
-  line("observe, last 32 rows of 16384 keys", microseconds([&](int) { run().observe(queue(), q, {&k, nullptr, nullptr}, nullptr, {}, {}, columns); }),
+  const Ragged q = rows(filled(Dtype::BF16, {h * 32, d}), h, h), k = rows(filled(Dtype::BF16, {g * m, d}), g, g),
+               columns = rows(filled(Dtype::F32, {g * m}), g, g);
+  line("observe, last 32 rows of 16384 keys",
+       microseconds([&](int) { run().observe(queue(), q, {&k, nullptr, nullptr}, nullptr, {}, {}, columns); }),
        double(k.values.bytes()), 2.0 * 2 * double(h * 32 * m * d));
   const Tensor index = filled(Dtype::I32, {g * 1024}), count = filled(Dtype::I32, {g});
   Select how;
   how.k = 1024;
-  line("select 1024 of 16384, 8 segments", microseconds([&](int) { run().select(queue(), columns, how, 1024, index, count); }), double(columns.values.bytes()), 0);
+  line("select 1024 of 16384, 8 segments",
+       microseconds([&](int) { run().select(queue(), columns, how, 1024, index, count); }),
+       double(columns.values.bytes()), 0);
   kept.clear();
 }
 
 void pages() {
-  for (auto [kind, name] : {std::pair{PageType::Kind::BF16, "bf16"}, {PageType::Kind::Q8, "q8"}, {PageType::Kind::Q4, "q4"}}) {
+  for (auto [kind, name] :
+       {std::pair{PageType::Kind::BF16, "bf16"}, {PageType::Kind::Q8, "q8"}, {PageType::Kind::Q4, "q4"}}) {
     const int64_t h = 32, g = 8, d = 128, sequences = 8, m = 16384, segments = g * sequences, each = m / kPage;
     PageType type;
     type.kind = kind;
@@ -124,7 +139,8 @@ void pages() {
     p.layouts = {page_layout(int(d), int(d), type, type, false, false, {})};
     const Tensor block = filled(Dtype::U8, {segments * each * p.layouts[0].bytes});
     std::vector<uint64_t> table;
-    for (int64_t i = 0; i < segments * each; ++i) table.push_back(reinterpret_cast<uint64_t>(block.data) + uint64_t(i * p.layouts[0].bytes));
+    for (int64_t i = 0; i < segments * each; ++i)
+      table.push_back(reinterpret_cast<uint64_t>(block.data) + uint64_t(i * p.layouts[0].bytes));
     p.table = numbers(table).reshape({segments, each});
     p.layout = numbers(std::vector<uint8_t>(size_t(segments * each), 0)).reshape({segments, each});
     p.length = numbers(std::vector<int32_t>(size_t(segments), int32_t(m)));
@@ -132,14 +148,17 @@ void pages() {
     p.length_bound = m;
     {
       const Ragged k = rows(filled(Dtype::BF16, {segments * m, d}), segments, g);
-      const Tensor positions = filled(Dtype::I32, {segments * m}), first = numbers(std::vector<int32_t>(size_t(segments), 0));
-      line(std::string("page_write ") + name + ", 64 segments of 16384", microseconds([&](int) { run().page_write(queue(), p, k, k, positions, first); }),
+      const Tensor positions = filled(Dtype::I32, {segments * m}),
+                   first = numbers(std::vector<int32_t>(size_t(segments), 0));
+      line(std::string("page_write ") + name + ", 64 segments of 16384",
+           microseconds([&](int) { run().page_write(queue(), p, k, k, positions, first); }),
            double(2 * k.values.bytes()) + double(block.bytes()), 0);
     }
     const Ragged q = rows(filled(Dtype::BF16, {h * sequences, d}), h * sequences, h);
     const Tensor out = filled(Dtype::F32, {h * sequences, d}), lse = filled(Dtype::F32, {h * sequences});
-    line(std::string("attend_store ") + name + ", 8 sequences of 16384", microseconds([&](int) { run().attend_store(queue(), q, p, {}, {}, out, lse); }),
-         double(block.bytes()), 4.0 * double(h * sequences * m * d));
+    line(std::string("attend_store ") + name + ", 8 sequences of 16384",
+         microseconds([&](int) { run().attend_store(queue(), q, p, {}, {}, out, lse); }), double(block.bytes()),
+         4.0 * double(h * sequences * m * d));
     kept.clear();
   }
 }
@@ -153,9 +172,11 @@ void recurrences() {
   in.beta = filled(Dtype::F32, {heads * n}, 0.3);
   const Tensor out = filled(Dtype::F32, {heads * n, d}), state = filled(Dtype::F32, {heads, d, d});
   Recur how;
-  line("recur, 32 heads of 128 x 128, 4096 rows", microseconds([&](int) { run().recur(queue(), in, how, out, state, {}); }), 0, 4.0 * double(heads * n * d * d));
+  line("recur, 32 heads of 128 x 128, 4096 rows",
+       microseconds([&](int) { run().recur(queue(), in, how, out, state, {}); }), 0, 4.0 * double(heads * n * d * d));
   how.correction = Recur::Correction::Delta;
-  line("recur with the delta rule, the same", microseconds([&](int) { run().recur(queue(), in, how, out, state, {}); }), 0, 6.0 * double(heads * n * d * d));
+  line("recur with the delta rule, the same", microseconds([&](int) { run().recur(queue(), in, how, out, state, {}); }),
+       0, 6.0 * double(heads * n * d * d));
   kept.clear();
 }
 
@@ -166,7 +187,9 @@ int main() {
   if (!cuda_kernels()) return 1;
   {
     const Tensor a = filled(Dtype::U8, {1 << 30}), b = filled(Dtype::U8, {1 << 30});
-    line("copy of 1 GiB on the device", microseconds([&](int) { run().memory->move(queue().stream, a.data, b.data, a.bytes()); }), 2.0 * double(a.bytes()), 0);
+    line("copy of 1 GiB on the device",
+         microseconds([&](int) { run().memory->move(queue().stream, a.data, b.data, a.bytes()); }),
+         2.0 * double(a.bytes()), 0);
     kept.clear();
   }
   products();

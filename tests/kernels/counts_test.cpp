@@ -30,12 +30,8 @@ struct Program {
       }
       switch (random.below(6)) {
         case 0: load(random, Op::Load); break;
-        case 1:
-          step(pick(random, {Op::Floor, Op::Round}));
-          break;
-        case 2:
-          step(Op::Pick), depth -= 2;
-          break;
+        case 1: step(pick(random, {Op::Floor, Op::Round})); break;
+        case 2: step(Op::Pick), depth -= 2; break;
         case 3:
           if (depth + 3 <= Numbers::depth) find(random);
           break;
@@ -107,7 +103,11 @@ void compute_equals_reference(const Kernels& run, Random random) {
     oracle().compute(queue, program.what, over ? &want.view : nullptr, want.values);
     run.compute(queue, program.what, over ? &want.view : nullptr, got);
     SCOPED_TRACE("case " + std::to_string(i) + " of " + info(type).name);
-    const double unit = type == Dtype::F64 ? 1e-12 : type == Dtype::F32 ? 1e-6 : type == Dtype::BF16 ? 1e-2 : type == Dtype::F16 ? 2e-3 : 0;
+    const double unit = type == Dtype::F64    ? 1e-12
+                        : type == Dtype::F32  ? 1e-6
+                        : type == Dtype::BF16 ? 1e-2
+                        : type == Dtype::F16  ? 2e-3
+                                              : 0;
     // A smooth result may fall on either side of a whole number.
     const bool whole = type == Dtype::I32 || type == Dtype::I64 || type == Dtype::U8;
     expect_close("numbers", want.values, got, whole ? 1 : unit * std::max(1.0, largest(want.values)));
@@ -117,7 +117,8 @@ void compute_equals_reference(const Kernels& run, Random random) {
 void offsets_equal_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(30); ++i) {
     const int64_t count = pick<int64_t>(random, {0, 1, 7, 32, 33, 64, 1000, 5000});
-    const Poisoned lengths = filled(pick(random, {Dtype::I32, Dtype::I64}), {count}, [&] { return double(random.below(100000)); });
+    const Poisoned lengths = filled(pick(random, {Dtype::I32, Dtype::I64}), {count},
+                                    [&] { return double(random.below(100000)); });
     const Poisoned want(Dtype::I64, {count + 1}), got = want.twin();
     Queue queue;
     oracle().offsets(queue, lengths, want);
@@ -150,7 +151,11 @@ void tile_blocks_equals_reference(const Kernels& run, Random random) {
       Plan plan;
     };
     auto result = [&] {
-      Result out{Poisoned(Dtype::I32, {room}), Poisoned(Dtype::I32, {room}), Poisoned(Dtype::I32, {tiles}), Poisoned(Dtype::I64, {room / split, q_tile, 1}), {}};
+      Result out{Poisoned(Dtype::I32, {room}),
+                 Poisoned(Dtype::I32, {room}),
+                 Poisoned(Dtype::I32, {tiles}),
+                 Poisoned(Dtype::I64, {room / split, q_tile, 1}),
+                 {}};
       out.plan.form = Plan::Form::Blocks;
       out.plan.q_tile = q_tile;
       out.plan.k_tile = 16;
@@ -168,7 +173,8 @@ void tile_blocks_equals_reference(const Kernels& run, Random random) {
     expect_close("index", want.index, got.index, 0);
     expect_close("mask", want.mask, got.mask, 0);
     // Bits of −1 are poison's own pattern: compare them as they are.
-    EXPECT_TRUE(std::equal(want.bits.bytes().begin(), want.bits.bytes().end(), got.bits.bytes().begin())) << "bits differ";
+    EXPECT_TRUE(std::equal(want.bits.bytes().begin(), want.bits.bytes().end(), got.bits.bytes().begin()))
+        << "bits differ";
   }
 }
 
@@ -179,7 +185,8 @@ void count_pairs_equals_reference(const Kernels& run, Random random) {
     const AttentionCase c(random, ask);
     SCOPED_TRACE("case " + std::to_string(i) + ": " + c.text());
     Queue queue;
-    const Poisoned want = filled(Dtype::F64, {c.h}, [] { return 0.5; }), got = filled(Dtype::F64, {c.h}, [] { return 0.5; });
+    const Poisoned want = filled(Dtype::F64, {c.h}, [] { return 0.5; }),
+                   got = filled(Dtype::F64, {c.h}, [] { return 0.5; });
     oracle().count_pairs(queue, c.plan.plan, c.q, {&c.k.view, nullptr, nullptr}, c.mods, want);
     run.count_pairs(queue, c.plan.plan, c.q, {&c.k.view, nullptr, nullptr}, c.mods, got);
     expect_close("pairs", want, got, 0);

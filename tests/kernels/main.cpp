@@ -36,8 +36,8 @@ int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
   using namespace heed::test;
   const Kernels& oracle = heed::reference_kernels();
-  for (const auto& checks :
-       {attention_checks(), store_checks(), observe_checks(), planning_checks(), count_checks(), recurrence_checks(), model_checks()})
+  for (const auto& checks : {attention_checks(), store_checks(), observe_checks(), planning_checks(), count_checks(),
+                             recurrence_checks(), model_checks()})
     for (const Check& check : checks) {
       if (check.against == Check::Against::Property) add(oracle, check);
       for (const Kernels* table : tables())

@@ -54,7 +54,8 @@ class Visit {
     return p;
   }
   Mods operator()(Mods m) {
-    for (Tensor* t : {&m.q_pos, &m.k_pos, &m.key_bias, &m.row_factor, &m.key_factor, &m.temperature, &m.gain, &m.sink_logits, &m.until, &m.k_map, &m.v_map})
+    for (Tensor* t : {&m.q_pos, &m.k_pos, &m.key_bias, &m.row_factor, &m.key_factor, &m.temperature, &m.gain,
+                      &m.sink_logits, &m.until, &m.k_map, &m.v_map})
       *t = (*this)(*t);
     return m;
   }
@@ -78,8 +79,8 @@ class Visit {
     for (int64_t s = 0; s < p.table.size[0]; ++s)
       for (int64_t i = 0; i < p.table.size[1]; ++i) {
         const uint64_t host = p.table.at<uint64_t>(s, i);
-        table->at<uint64_t>(s, i) =
-            host ? reinterpret_cast<uint64_t>(carry(reinterpret_cast<char*>(host), p.layout_of(s, i).bytes)) : 0;
+        table->at<uint64_t>(
+            s, i) = host ? reinterpret_cast<uint64_t>(carry(reinterpret_cast<char*>(host), p.layout_of(s, i).bytes)) : 0;
       }
     tables_.push_back(std::move(table));
     out.table = (*this)(tables_.back().view());
@@ -101,7 +102,8 @@ class Visit {
       for (int64_t i = 0; i < int64_t(all.size()); ++i)
         if (i < first || i >= first + copy.bytes) strays += all[size_t(i)] != 0xff;
       EXPECT_EQ(strays, 0) << "bytes outside a tensor of " << copy.bytes << " bytes were written on the device";
-      if (std::memcmp(host, all.data() + first, size_t(copy.bytes)) != 0) std::memcpy(host, all.data() + first, size_t(copy.bytes));
+      if (std::memcmp(host, all.data() + first, size_t(copy.bytes)) != 0)
+        std::memcpy(host, all.data() + first, size_t(copy.bytes));
     }
     EXPECT_EQ(queue.host_waits, 0) << "a kernel waited";
   }
@@ -134,19 +136,22 @@ Kernels coat() {
   Kernels t{};
   t.name = "cuda";
   t.v_transposed = gpu().v_transposed;
-  t.attend = [](Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out, Tensor lse) {
+  t.attend = [](Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
+                Tensor out, Tensor lse) {
     Visit on;
     gpu().attend(on.queue, on(q), on(k), on(v), on(plan), on(mods), on(out), on(lse));
     on.leave();
   };
-  t.attend_backward = [](Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out, Tensor lse,
-                         Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain) {
+  t.attend_backward = [](Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
+                         Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias,
+                         Tensor d_gain) {
     Visit on;
-    gpu().attend_backward(on.queue, on(q), on(k), on(v), on(plan), on(mods), on(out), on(lse), on(d_out), on(d_q), on(d_k), on(d_v), on(d_key_bias),
-                          on(d_gain));
+    gpu().attend_backward(on.queue, on(q), on(k), on(v), on(plan), on(mods), on(out), on(lse), on(d_out), on(d_q),
+                          on(d_k), on(d_v), on(d_key_bias), on(d_gain));
     on.leave();
   };
-  t.attend_store = [](Queue&, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out, Tensor lse) {
+  t.attend_store = [](Queue&, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out,
+                      Tensor lse) {
     Visit on;
     gpu().attend_store(on.queue, on(q), on(pages), on(read), on(mods), on(out), on(lse));
     on.leave();
@@ -170,7 +175,8 @@ Kernels coat() {
       keys = {from.panel ? &panel : nullptr, from.pages ? &pages : nullptr, from.read ? &read : nullptr};
     }
   };
-  t.observe = [](Queue&, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how, Ragged columns) {
+  t.observe = [](Queue&, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how,
+                 Ragged columns) {
     Visit on;
     const KeysOn from(on, keys, plan);
     gpu().observe(on.queue, on(q), from.keys, plan ? &from.plan : nullptr, on(mods), how, on(columns));
@@ -179,7 +185,8 @@ Kernels coat() {
   t.observe_rows = [](Queue&, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const RowStats& stats) {
     Visit on;
     const KeysOn from(on, keys, plan);
-    const RowStats to{on(stats.entropy), on(stats.distance), on(stats.argmax), on(stats.peak), on(stats.lse), on(stats.span), on(stats.spans)};
+    const RowStats to{on(stats.entropy), on(stats.distance), on(stats.argmax), on(stats.peak),
+                      on(stats.lse),     on(stats.span),     on(stats.spans)};
     gpu().observe_rows(on.queue, on(q), from.keys, plan ? &from.plan : nullptr, on(mods), to);
     on.leave();
   };

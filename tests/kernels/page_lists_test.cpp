@@ -23,7 +23,8 @@ struct Side {
   Pages pages[2];
 
   explicit Side(const Kernels& table) : run(table), queue(&table, *table.memory) {
-    static const std::vector<Column> columns{{"score", Column::Keeps::User, 2, 1, 0.5f}, {"low", Column::Keeps::KeyMin, 1, 16}};
+    static const std::vector<Column> columns{{"score", Column::Keeps::User, 2, 1, 0.5f},
+                                             {"low", Column::Keeps::KeyMin, 1, 16}};
     Pages& p = pages[0];
     const PageType plain{PageType::Kind::BF16}, small{PageType::Kind::Q8, PageType::Axis::Token, 32};
     p.layouts = {page_layout(kD, kD, plain, plain, table.v_transposed, true, columns),
@@ -54,7 +55,8 @@ struct Side {
     queue.upload(Tensor(const_cast<T*>(values.data()), DtypeOf<T>::value, {int64_t(values.size())}), memory.back());
     return memory.back();
   }
-  void append(int store, const std::vector<int64_t>& offsets, const std::vector<float>& k, const std::vector<int32_t>& positions) {
+  void append(int store, const std::vector<int64_t>& offsets, const std::vector<float>& k,
+              const std::vector<int32_t>& positions) {
     const int64_t rows = offsets.back();
     Ragged keys{numbers(k), numbers(offsets), {}, 2, rows};
     keys.values = keys.values.reshape({std::max<int64_t>(1, rows), kD});
@@ -64,7 +66,9 @@ struct Side {
     run.page_write(queue, pages[store], keys, keys, numbers(positions), first);
   }
   void fork() {
-    for (auto [from, to] : {std::pair{&pages[0].table, &pages[1].table}, {&pages[0].layout, &pages[1].layout}, {&pages[0].length, &pages[1].length}})
+    for (auto [from, to] : {std::pair{&pages[0].table, &pages[1].table},
+                            {&pages[0].layout, &pages[1].layout},
+                            {&pages[0].length, &pages[1].length}})
       queue.move(*from, *to);
     run.page_hold(queue, pages[1]);
   }
@@ -89,7 +93,8 @@ struct Side {
     const int64_t rows = offsets.back();
     std::vector<float> out;
     if (rows == 0) return out;
-    const Ragged k{zeros(Dtype::F32, {rows, kD}), numbers(offsets), {}, 2, rows}, v{zeros(Dtype::F32, {rows, kD}), k.offsets, {}, 2, rows},
+    const Ragged k{zeros(Dtype::F32, {rows, kD}), numbers(offsets), {}, 2, rows},
+        v{zeros(Dtype::F32, {rows, kD}), k.offsets, {}, 2, rows},
         score{zeros(Dtype::F32, {rows, 2}), k.offsets, {}, 2, rows};
     const Tensor positions = zeros(Dtype::I32, {rows});
     run.page_read(queue, pages[store], nullptr, k, v, positions);
@@ -105,7 +110,8 @@ struct Side {
 };
 
 class PageLists : public testing::TestWithParam<const Kernels*> {};
-INSTANTIATE_TEST_SUITE_P(Tables, PageLists, testing::ValuesIn(own_tables()), [](const auto& table) { return table.param->name; });
+INSTANTIATE_TEST_SUITE_P(Tables, PageLists, testing::ValuesIn(own_tables()),
+                         [](const auto& table) { return table.param->name; });
 
 TEST_P(PageLists, StepsEqualTheOracles) {
   Random random(41);
@@ -124,7 +130,8 @@ TEST_P(PageLists, StepsEqualTheOracles) {
     };
     auto append = [&](int store, int64_t most) {
       std::vector<int64_t> offsets{0};
-      for (int64_t s = 0; s < kSegments; ++s) offsets.push_back(offsets.back() + (chance(random, 0.2) ? 0 : random.below(most)));
+      for (int64_t s = 0; s < kSegments; ++s)
+        offsets.push_back(offsets.back() + (chance(random, 0.2) ? 0 : random.below(most)));
       std::vector<float> k(size_t(std::max<int64_t>(1, offsets.back()) * kD));
       for (float& x : k) x = float(random.normal());
       std::vector<int32_t> positions(size_t(std::max<int64_t>(1, offsets.back())));
@@ -150,7 +157,9 @@ TEST_P(PageLists, StepsEqualTheOracles) {
     const bool again = chance(random, 0.5);
     const int layout = int(random.below(2));
     for (int to : {1, layout})
-      both([&](Side& side) { side.run.page_convert(side.queue, side.pages[0], side.numbers(first), side.numbers(last), to, again); });
+      both([&](Side& side) {
+        side.run.page_convert(side.queue, side.pages[0], side.numbers(first), side.numbers(last), to, again);
+      });
     compare("converted", 0.1);  // a code that falls the other way, twice
     const std::vector<int32_t> left = limits(250);
     both([&](Side& side) { side.run.page_shrink(side.queue, side.pages[0], side.numbers(left)); });

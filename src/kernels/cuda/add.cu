@@ -17,7 +17,8 @@ void add(Queue& queue, Tensor x, Tensor y) {
   check_tensor("add", "y", y, {x.size[0], x.size[1]});
   check_tensor("add", "x", x, {x.size[0], x.size[1]});
   const int64_t count = x.numel();
-  if (count > 0) launch(queue, "add", add_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(x), matrix(y), count);
+  if (count > 0)
+    launch(queue, "add", add_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(x), matrix(y), count);
 }
 
 }  // namespace heed::cuda

@@ -17,12 +17,12 @@ AttendOut attend_out(const char* where, const Plan& plan, int64_t rows, int64_t 
     check_tensor(where, "out", out, {rows, d_v});
     check_tensor(where, "lse", lse, {rows}, true);
   }
-  return {out.as<float>(), split ? out.stride[0] : 0, out.stride[size_t(split)], lse.as<float>(), lse && split ? lse.stride[0] : 0,
-          lse ? lse.stride[size_t(split)] : 0};
+  return {out.as<float>(), split ? out.stride[0] : 0,        out.stride[size_t(split)],
+          lse.as<float>(), lse && split ? lse.stride[0] : 0, lse ? lse.stride[size_t(split)] : 0};
 }
 
-void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out,
-            Tensor lse) {
+void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
+            Tensor out, Tensor lse) {
   constexpr const char* where = "attend";
   require(bool(v.values), where, "there are no values");
   const AttentionView a = attention_view(where, q, k, v, &plan, mods);

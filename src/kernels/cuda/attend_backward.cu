@@ -38,7 +38,8 @@ __device__ inline float d_logit(const AttentionView& a, float p, float d_p, floa
 
 /// Adds scores^T (or scores) · rows of `from` to a block's 32 × 256 sums: thread t holds output row t / 8.
 template <bool kTransposed, class Row>
-__device__ inline void add_products(TileMemory& memory, const Matrix& from, Row row, int channel, float (&sums)[kChannels / kSlice][8]) {
+__device__ inline void add_products(TileMemory& memory, const Matrix& from, Row row, int channel,
+                                    float (&sums)[kChannels / kSlice][8]) {
   const int r = threadIdx.x / 8, lane = threadIdx.x % 8;
 #pragma unroll
   for (int slice = 0; slice < kChannels / kSlice; ++slice) {
@@ -64,8 +65,9 @@ __device__ inline void store_sums(const Matrix& to, int64_t row, int channel, co
 }
 
 /// Grid as attend's; z: slices of q's channels.
-__global__ void __launch_bounds__(kTileThreads) d_q_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ RowTiles tiles,
-                                                           const __grid_constant__ Gradient gradient) {
+__global__ void __launch_bounds__(kTileThreads)
+    d_q_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ RowTiles tiles,
+               const __grid_constant__ Gradient gradient) {
   __shared__ TileMemory memory;
   __shared__ int64_t q_rows[kRows];
   const int r = threadIdx.x / 8, lane = threadIdx.x % 8, channel = blockIdx.z * kChannels;
@@ -108,7 +110,8 @@ __global__ void __launch_bounds__(kTileThreads) d_q_kernel(const __grid_constant
 /// Grid: key tiles (strided), segments of k (or v), slices of channels. Rows of every query head that reads the segment
 /// pass by in order.
 template <bool kValues>
-__global__ void __launch_bounds__(kTileThreads) d_key_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Gradient gradient) {
+__global__ void __launch_bounds__(kTileThreads)
+    d_key_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Gradient gradient) {
   __shared__ TileMemory memory;
   __shared__ int64_t q_rows[kRows];
   const int r = threadIdx.x / 8, lane = threadIdx.x % 8, channel = blockIdx.z * kChannels, segment = blockIdx.y;
@@ -139,7 +142,9 @@ __global__ void __launch_bounds__(kTileThreads) d_key_kernel(const __grid_consta
         float p[4], slope[4];
         for (int j = 0; j < 4; ++j) {
           p[j] = slope[j] = 0;
-          if (seen[j]) p[j] = probability(a, logit_of(a, at, first + lane + 8 * j, memory.scores[r][lane + 8 * j], &slope[j]), gradient.lse[at.row]);
+          if (seen[j])
+            p[j] = probability(a, logit_of(a, at, first + lane + 8 * j, memory.scores[r][lane + 8 * j], &slope[j]),
+                               gradient.lse[at.row]);
         }
         const float gain = at.live && a.mods.gain ? a.mods.gain[at.row] : 1;
         if constexpr (kValues) {
@@ -175,8 +180,9 @@ __global__ void __launch_bounds__(kTileThreads) d_key_kernel(const __grid_consta
 
 }  // namespace
 
-void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
-                     Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain) {
+void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan,
+                     const Mods& mods, Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v,
+                     Tensor d_key_bias, Tensor d_gain) {
   constexpr const char* where = "attend_backward";
   const AttentionView a = attention_view(where, q, k, v, &plan, mods);
   const int64_t rows = q.values.size[0], keys = k.values.size[0];
@@ -191,8 +197,8 @@ void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragge
   Scratch scratch(queue.scratch);
   float* dots = queue.scratch.take(Dtype::F32, {std::max<int64_t>(rows, 1)}).as<float>();
   const unsigned q_segments = unsigned(q.segments());
-  launch(queue, where, out_dot_kernel, dim3(blocks_for(ceil_div(a.n_bound, 8), q_segments), q_segments), 256, 0, a, matrix(out), matrix(d_out),
-         dots, d_gain.as<float>());
+  launch(queue, where, out_dot_kernel, dim3(blocks_for(ceil_div(a.n_bound, 8), q_segments), q_segments), 256, 0, a,
+         matrix(out), matrix(d_out), dots, d_gain.as<float>());
   Gradient gradient{matrix(d_out), matrix(out), lse.as<float>(), dots, matrix(d_q), nullptr};
   const RowTiles tiles = row_tiles(a, kRows);
   dim3 grid = tiles.grid;

@@ -53,9 +53,9 @@ struct Split {
 
 /// Grid: row tiles, then (z) shares of the keys, parts, and slices of v's channels. Thread t works for row t / 8.
 template <class Numbers>
-__global__ void __launch_bounds__(kTileThreads) attend_plain_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Numbers numbers,
-                                                                    const __grid_constant__ RowTiles tiles, Split split,
-                                                                    const __grid_constant__ AttendOut to) {
+__global__ void __launch_bounds__(kTileThreads)
+    attend_plain_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Numbers numbers,
+                        const __grid_constant__ RowTiles tiles, Split split, const __grid_constant__ AttendOut to) {
   __shared__ TileMemory memory;
   __shared__ int64_t q_rows[kRows];
   const int r = threadIdx.x / 8, lane = threadIdx.x % 8;
@@ -155,15 +155,18 @@ __global__ void join_kernel(const __grid_constant__ AttentionView a, int shares,
     for (int c = threadIdx.x; c < a.d_v; c += blockDim.x) {
       float x = 0;
       for (int s = 0; top > -kInfinity && s < shares; ++s)
-        x += expf(log_sum(s) - top) / sum * from.out[(int64_t(s) * a.plan.parts + part) * from.part_stride + row * from.row_stride + c];
+        x += expf(log_sum(s) - top) / sum *
+             from.out[(int64_t(s) * a.plan.parts + part) * from.part_stride + row * from.row_stride + c];
       to.out[part * to.part_stride + row * to.row_stride + c] = x;
     }
-    if (to.lse && threadIdx.x == 0) to.lse[part * to.lse_part + row * to.lse_row] = sum > 0 ? top + logf(sum) : -kInfinity;
+    if (to.lse && threadIdx.x == 0)
+      to.lse[part * to.lse_part + row * to.lse_row] = sum > 0 ? top + logf(sum) : -kInfinity;
   }
 }
 
 template <class Numbers>
-void run(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t expected_keys, const AttendOut& to) {
+void run(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t expected_keys,
+         const AttendOut& to) {
   const RowTiles tiles = row_tiles(a, kRows);
   // By shapes alone, so that a result does not depend on the device. Sigmoid weights have no denominator to join by.
   Split split{1, expected_keys};
@@ -174,14 +177,16 @@ void run(Queue& queue, const char* where, const AttentionView& a, const Numbers&
   }
   dim3 grid = tiles.grid;
   grid.z = unsigned(split.shares * a.plan.parts * ceil_div(a.d_v, kChannels));
-  if (split.shares == 1) return launch(queue, where, attend_plain_kernel<Numbers>, grid, kTileThreads, 0, a, numbers, tiles, split, to);
+  if (split.shares == 1)
+    return launch(queue, where, attend_plain_kernel<Numbers>, grid, kTileThreads, 0, a, numbers, tiles, split, to);
   Scratch scratch(queue.scratch);
   const int64_t rows = a.q_rows, places = int64_t(split.shares) * a.plan.parts;
   const AttendOut partial{queue.scratch.take(Dtype::F32, {places, rows, a.d_v}).as<float>(), rows * a.d_v, a.d_v,
-                          queue.scratch.take(Dtype::F32, {places, rows}).as<float>(), rows, 1};
+                          queue.scratch.take(Dtype::F32, {places, rows}).as<float>(),        rows,         1};
   launch(queue, where, attend_plain_kernel<Numbers>, grid, kTileThreads, 0, a, numbers, tiles, split, partial);
   const unsigned count = unsigned(a.sequences * a.h);
-  launch(queue, where, join_kernel, dim3(blocks_for(a.n_bound, count), count, unsigned(a.plan.parts)), 128, 0, a, split.shares, partial, to);
+  launch(queue, where, join_kernel, dim3(blocks_for(a.n_bound, count), count, unsigned(a.plan.parts)), 128, 0, a,
+         split.shares, partial, to);
 }
 
 }  // namespace
@@ -190,8 +195,8 @@ void attend_plain(Queue& queue, const AttentionView& a, const AttendOut& to) {
   run(queue, "attend", a, PanelNumbers{a.k, a.v}, ceil_div(a.m_bound, a.g), to);
 }
 
-void attend_pages(Queue& queue, const AttentionView& a, const PagesView& pages, const RopeView& rope, bool cache_positions, int64_t most_keys,
-                  const AttendOut& to) {
+void attend_pages(Queue& queue, const AttentionView& a, const PagesView& pages, const RopeView& rope,
+                  bool cache_positions, int64_t most_keys, const AttendOut& to) {
   run(queue, "attend_store", a, PageNumbers{pages, rope, cache_positions}, most_keys, to);
 }
 

@@ -8,7 +8,8 @@
 
 namespace heed::cuda {
 
-void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out, Tensor lse) {
+void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out,
+                  Tensor lse) {
   constexpr const char* where = "attend_store";
   require(read.plan.form != Plan::Form::Interval, where, "a read is dense, of blocks or of tokens");
   require(!pages.plain_keys || read.rope, where, "the store keeps plain keys, and the read has no rope to turn them");
@@ -25,8 +26,8 @@ void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read&
 #ifdef HEED_SM90
   if (attend_store_sm90(queue, q, pages, read, mods, out, lse)) return;
 #endif
-  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr), read.positions == Read::Positions::Cache,
-               std::max<int64_t>(1, pages.length_bound), to);
+  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr),
+               read.positions == Read::Positions::Cache, std::max<int64_t>(1, pages.length_bound), to);
 }
 
 }  // namespace heed::cuda

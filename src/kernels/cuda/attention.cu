@@ -3,8 +3,19 @@
 namespace heed::cuda {
 
 PlanView plan_view(const Plan& plan, int scope_heads) {
-  return {plan.form, plan.scope, plan.q_tile, plan.k_tile, (plan.k_tile + 63) / 64, plan.parts, scope_heads, plan.causal,
-          plan.rowptr.as<int64_t>(), plan.count.as<int32_t>(), plan.index.as<int32_t>(), plan.mask.as<int32_t>(), plan.bits.as<uint64_t>(),
+  return {plan.form,
+          plan.scope,
+          plan.q_tile,
+          plan.k_tile,
+          (plan.k_tile + 63) / 64,
+          plan.parts,
+          scope_heads,
+          plan.causal,
+          plan.rowptr.as<int64_t>(),
+          plan.count.as<int32_t>(),
+          plan.index.as<int32_t>(),
+          plan.mask.as<int32_t>(),
+          plan.bits.as<uint64_t>(),
           plan.parts > 1 ? plan.part.as<int32_t>() : nullptr};
 }
 

@@ -53,8 +53,12 @@ struct QueryRow {
   bool live;     // there is such a row, and its gain is not 0
 };
 
-__device__ inline int k_head(const AttentionView& a, int head) { return a.mods.k_map ? a.mods.k_map[head] : head * a.g / a.h; }
-__device__ inline int v_head(const AttentionView& a, int head) { return a.mods.v_map ? a.mods.v_map[head] : head * a.g_v / a.h; }
+__device__ inline int k_head(const AttentionView& a, int head) {
+  return a.mods.k_map ? a.mods.k_map[head] : head * a.g / a.h;
+}
+__device__ inline int v_head(const AttentionView& a, int head) {
+  return a.mods.v_map ? a.mods.v_map[head] : head * a.g_v / a.h;
+}
 
 __device__ inline QueryRow query_row(const AttentionView& a, int sequence, int head, int i) {
   QueryRow out;
@@ -82,7 +86,8 @@ __device__ inline QueryRow query_row(const AttentionView& a, int sequence, int h
 __device__ inline bool sees(const AttentionView& a, const QueryRow& at, int key) {
   if (!at.live || key < 0 || key >= at.m) return false;
   if (a.plan.causal && key - at.i > at.m - at.n) return false;
-  if (a.mods.window > 0 && at.q_pos - (a.mods.k_pos ? a.mods.k_pos[at.k_first + key] : key) >= a.mods.window) return false;
+  if (a.mods.window > 0 && at.q_pos - (a.mods.k_pos ? a.mods.k_pos[at.k_first + key] : key) >= a.mods.window)
+    return false;
   return !a.mods.until || at.q_pos <= a.mods.until[at.k_first + key];
 }
 
@@ -105,7 +110,9 @@ __device__ inline float logit_of(const AttentionView& a, const QueryRow& at, int
 /// log σ(x)
 __device__ inline float log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
 /// The logarithm of an unnormalised weight.
-__device__ inline float log_weight(const AttentionView& a, float logit) { return a.mods.sigmoid ? log_sigmoid(logit) : logit; }
+__device__ inline float log_weight(const AttentionView& a, float logit) {
+  return a.mods.sigmoid ? log_sigmoid(logit) : logit;
+}
 
 /// The plan's first row of (sequence, head of the scope).
 __device__ inline int64_t plan_row(const AttentionView& a, int sequence, int head, int i) {
@@ -132,7 +139,8 @@ __device__ inline int named_in(const PlanView& plan, int64_t row, int tile_row, 
   if (plan.form == Plan::Form::Interval ? key >= plan.index[2 * low + 1] : plan.index[low] != wanted) return -1;
   if (plan.mask && plan.mask[low] >= 0) {
     const int in = key % plan.k_tile;
-    if (!(plan.bits[(int64_t(plan.mask[low]) * plan.q_tile + tile_row) * plan.words + in / 64] >> (in % 64) & 1)) return -1;
+    if (!(plan.bits[(int64_t(plan.mask[low]) * plan.q_tile + tile_row) * plan.words + in / 64] >> (in % 64) & 1))
+      return -1;
   }
   return plan.part ? plan.part[low] : 0;
 }

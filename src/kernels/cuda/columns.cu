@@ -23,9 +23,11 @@ void move_column(Queue& queue, const char* where, const Pages& pages, int column
               (*pages.columns)[size_t(column)].keeps == Column::Keeps::User,
           where, "column " + std::to_string(column) + " is not one that a mechanism writes");
   const int width = (*pages.columns)[size_t(column)].width;
-  require((values.values.rank > 1 ? values.values.size[1] : 1) == width, where, "the column is " + std::to_string(width) + " wide");
+  require((values.values.rank > 1 ? values.values.size[1] : 1) == width, where,
+          "the column is " + std::to_string(width) + " wide");
   const PagesView view = pages_view(where, pages);
-  launch(queue, where, column_kernel<kWrite>, dim3(blocks_for(ceil_div(pages.length_bound * width, 256), view.segments), unsigned(view.segments)), 256, 0,
+  launch(queue, where, column_kernel<kWrite>,
+         dim3(blocks_for(ceil_div(pages.length_bound * width, 256), view.segments), unsigned(view.segments)), 256, 0,
          view, column, matrix(values.values), segments(values));
 }
 

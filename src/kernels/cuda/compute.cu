@@ -112,21 +112,26 @@ struct Target {
 __global__ void compute_kernel(const __grid_constant__ Numbers what, Segments over, const __grid_constant__ Target out) {
   const int s = blockIdx.y;
   const int64_t begin = over.offsets ? over.begin(s) : 0, length = over.offsets ? over.length(s) : out.rows;
-  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < length * out.width; e += int64_t(gridDim.x) * blockDim.x) {
+  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < length * out.width;
+       e += int64_t(gridDim.x) * blockDim.x) {
     const int64_t row = begin + e / out.width;
     const int c = int(e % out.width);
-    out.set(row, c, evaluate(what, {double(row * out.width + c), double(s), double(row - begin), double(length), double(c)}));
+    out.set(row, c,
+            evaluate(what, {double(row * out.width + c), double(s), double(row - begin), double(length), double(c)}));
   }
 }
 
 /// One warp.
-__global__ void offsets_kernel(const void* lengths, bool wide, int64_t stride, int64_t count, int64_t* out, int64_t out_stride) {
+__global__ void offsets_kernel(const void* lengths, bool wide, int64_t stride, int64_t count, int64_t* out,
+                               int64_t out_stride) {
   const int lane = threadIdx.x;
   int64_t before = 0;
   for (int64_t first = 0; first < count; first += 32) {
     const int64_t i = first + lane;
     int64_t sum = 0;
-    if (i < count) sum = wide ? static_cast<const int64_t*>(lengths)[i * stride] : int64_t(static_cast<const int32_t*>(lengths)[i * stride]);
+    if (i < count)
+      sum = wide ? static_cast<const int64_t*>(lengths)[i * stride]
+                 : int64_t(static_cast<const int32_t*>(lengths)[i * stride]);
     for (int by = 1; by < 32; by *= 2) {
       const int64_t other = __shfl_up_sync(0xffffffffu, sum, by);
       if (lane >= by) sum += other;
@@ -150,18 +155,22 @@ void compute(Queue& queue, const Numbers& what, const Ragged* over, Tensor out) 
   for (int i = 0; i < what.count; ++i)
     if (what.steps[size_t(i)].data) known &= plain(what.steps[size_t(i)].type);
   require(known, where, "numbers are F32, BF16, F16, F64, I32, I64 or U8");
-  const Target to{out.data, out.type, out.stride[0], out.rank > 1 ? out.stride[1] : 1, out.size[0], out.rank > 1 ? int(out.size[1]) : 1};
+  const Target to{out.data,      out.type,
+                  out.stride[0], out.rank > 1 ? out.stride[1] : 1,
+                  out.size[0],   out.rank > 1 ? int(out.size[1]) : 1};
   const unsigned count = over ? unsigned(over->segments()) : 1;
   if (out.numel() == 0) return;
-  launch(queue, where, compute_kernel, dim3(blocks_for(ceil_div(out.numel(), 128), count), count), 128, 0, what, over ? segments(*over) : Segments{}, to);
+  launch(queue, where, compute_kernel, dim3(blocks_for(ceil_div(out.numel(), 128), count), count), 128, 0, what,
+         over ? segments(*over) : Segments{}, to);
 }
 
 void offsets(Queue& queue, Tensor lengths, Tensor out) {
   const int64_t count = lengths.size[0];
-  require(lengths.rank == 1 && (lengths.type == Dtype::I32 || lengths.type == Dtype::I64) && out.type == Dtype::I64 && out.size[0] == count + 1,
+  require(lengths.rank == 1 && (lengths.type == Dtype::I32 || lengths.type == Dtype::I64) && out.type == Dtype::I64 &&
+              out.size[0] == count + 1,
           "offsets", "I32 or I64 [n] lengths give I64 [n + 1] offsets");
-  launch(queue, "offsets", offsets_kernel, dim3(1), 32, 0, lengths.data, lengths.type == Dtype::I64, lengths.stride[0], count, out.as<int64_t>(),
-         out.stride[0]);
+  launch(queue, "offsets", offsets_kernel, dim3(1), 32, 0, lengths.data, lengths.type == Dtype::I64, lengths.stride[0],
+         count, out.as<int64_t>(), out.stride[0]);
 }
 
 }  // namespace heed::cuda

@@ -12,10 +12,13 @@ struct Counted {
   int64_t window;
 };
 
-__device__ int key_count(const Counted& a, const PagesView& pages, int segment) { return a.ks.offsets ? a.ks.length(segment) : pages.length[segment]; }
+__device__ int key_count(const Counted& a, const PagesView& pages, int segment) {
+  return a.ks.offsets ? a.ks.length(segment) : pages.length[segment];
+}
 
 __device__ int64_t position_of(const Counted& a, const PagesView& pages, int segment, int key) {
-  if (!a.ks.offsets) return position_at(pages.layout_of(segment, key / kPage), pages.page(segment, key / kPage), key % kPage);
+  if (!a.ks.offsets)
+    return position_at(pages.layout_of(segment, key / kPage), pages.page(segment, key / kPage), key % kPage);
   return a.k_pos ? a.k_pos[a.ks.begin(segment) + key] : key;
 }
 
@@ -93,7 +96,8 @@ void count_pairs(Queue& queue, const Plan& plan, const Ragged& q, const Keys& ke
   a.window = mods.window;
   const PagesView pages = keys.pages ? pages_view(where, *keys.pages) : PagesView{};
   const unsigned count = unsigned(q.segments());
-  launch(queue, where, count_pairs_kernel, dim3(blocks_for(ceil_div(std::max<int64_t>(q.bound, q.values ? q.values.size[0] : 0), 4 * q.heads), count), count),
+  launch(queue, where, count_pairs_kernel,
+         dim3(blocks_for(ceil_div(std::max<int64_t>(q.bound, q.values ? q.values.size[0] : 0), 4 * q.heads), count), count),
          128, 0, a, pages, pairs.as<double>());
 }
 

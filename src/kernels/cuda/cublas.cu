@@ -39,9 +39,12 @@ struct Library {
     };
     decltype(&cublasLtCreate) create = nullptr;
     const bool all = find(desc_create, "cublasLtMatmulDescCreate") && find(desc_set, "cublasLtMatmulDescSetAttribute") &&
-                     find(layout_create, "cublasLtMatrixLayoutCreate") && find(preference_create, "cublasLtMatmulPreferenceCreate") &&
-                     find(preference_set, "cublasLtMatmulPreferenceSetAttribute") && find(preference_destroy, "cublasLtMatmulPreferenceDestroy") &&
-                     find(heuristic, "cublasLtMatmulAlgoGetHeuristic") && find(matmul, "cublasLtMatmul") && find(create, "cublasLtCreate");
+                     find(layout_create, "cublasLtMatrixLayoutCreate") &&
+                     find(preference_create, "cublasLtMatmulPreferenceCreate") &&
+                     find(preference_set, "cublasLtMatmulPreferenceSetAttribute") &&
+                     find(preference_destroy, "cublasLtMatmulPreferenceDestroy") &&
+                     find(heuristic, "cublasLtMatmulAlgoGetHeuristic") && find(matmul, "cublasLtMatmul") &&
+                     find(create, "cublasLtCreate");
     if (!all || create(&handle) != CUBLAS_STATUS_SUCCESS) handle = nullptr;
   }
 };
@@ -108,8 +111,8 @@ bool multiply_with_cublas(Queue& queue, const Panel& p) {
   Scratch scratch(queue.scratch);
   void* workspace = queue.scratch.take(Dtype::U8, {int64_t(kWorkspace)}).data;
   const float one = 1;
-  return lib.matmul(lib.handle, way.desc, &one, p.w, way.w, p.x, way.x, &one, p.y, way.y, p.y, way.y, &way.algorithm, workspace, kWorkspace,
-                    stream(queue)) == CUBLAS_STATUS_SUCCESS;
+  return lib.matmul(lib.handle, way.desc, &one, p.w, way.w, p.x, way.x, &one, p.y, way.y, p.y, way.y, &way.algorithm,
+                    workspace, kWorkspace, stream(queue)) == CUBLAS_STATUS_SUCCESS;
 }
 
 }  // namespace heed::cuda

@@ -10,9 +10,9 @@ constexpr int kWarps = 4;
 struct Few {
   WeightView w;
   Matrix x;
-  const int8_t* codes;   // [tokens, inputs]
-  const float* scales;   // [tokens, inputs / 32]
-  const float* sums;     // [tokens, inputs / 16]: Σ x
+  const int8_t* codes;  // [tokens, inputs]
+  const float* scales;  // [tokens, inputs / 32]
+  const float* sums;    // [tokens, inputs / 16]: Σ x
   const float* bias;
   bool accumulate;
   Matrix y;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kWarps * 32) few_blocks_kernel(const __grid_co
     for (int t = 0; t < kTokens; ++t) {
       if (kTokens > 1 && t >= a.tokens) break;
       const int64_t at = int64_t(a.first + t) * runs + r;
-      const int4 *codes = reinterpret_cast<const int4*>(a.codes) + 2 * at;
+      const int4* codes = reinterpret_cast<const int4*>(a.codes) + 2 * at;
       const int4 low = codes[0], high = codes[1];
       int dot0 = __dp4a(run.codes[0], low.x, 0), dot1 = __dp4a(run.codes[4], high.x, 0);
       dot0 = __dp4a(run.codes[1], low.y, dot0);
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kWarps * 32) few_blocks_kernel(const __grid_co
       dot0 = __dp4a(run.codes[3], low.w, dot0);
       dot1 = __dp4a(run.codes[7], high.w, dot1);
       const float2 x_sum = reinterpret_cast<const float2*>(a.sums)[at];
-      sum[t] += a.scales[at] * (run.scale[0] * float(dot0) + run.scale[1] * float(dot1)) + run.shift[0] * x_sum.x + run.shift[1] * x_sum.y;
+      sum[t] += a.scales[at] * (run.scale[0] * float(dot0) + run.scale[1] * float(dot1)) + run.shift[0] * x_sum.x +
+                run.shift[1] * x_sum.y;
     }
   }
 #pragma unroll
@@ -110,7 +111,8 @@ __global__ void __launch_bounds__(kWarps * 32) few_plain_kernel(const __grid_con
           if (kTokens > 1 && t >= a.tokens) break;
           const float4* x = reinterpret_cast<const float4*>(a.x.row<float>(a.first + t) + c);
           const float4 low = x[0], high = x[1];
-          sum[t] += w[0] * low.x + w[1] * low.y + w[2] * low.z + w[3] * low.w + w[4] * high.x + w[5] * high.y + w[6] * high.z + w[7] * high.w;
+          sum[t] += w[0] * low.x + w[1] * low.y + w[2] * low.z + w[3] * low.w + w[4] * high.x + w[5] * high.y +
+                    w[6] * high.z + w[7] * high.w;
         }
       }
     }
@@ -130,8 +132,9 @@ __global__ void __launch_bounds__(kWarps * 32) few_plain_kernel(const __grid_con
 
 template <class T>
 void few_plain(Queue& queue, Few& a, dim3 grid) {
-  const bool wide = reinterpret_cast<uint64_t>(a.w.plain.data) % 16 == 0 && a.w.plain.stride * int64_t(sizeof(T)) % 16 == 0 &&
-                    reinterpret_cast<uint64_t>(a.x.data) % 16 == 0 && a.x.stride % 4 == 0;
+  const bool wide = reinterpret_cast<uint64_t>(a.w.plain.data) % 16 == 0 &&
+                    a.w.plain.stride * int64_t(sizeof(T)) % 16 == 0 && reinterpret_cast<uint64_t>(a.x.data) % 16 == 0 &&
+                    a.x.stride % 4 == 0;
   if (a.tokens == 1) launch(queue, "matmul", few_plain_kernel<T, 1>, grid, kWarps * 32, 0, a, wide);
   else launch(queue, "matmul", few_plain_kernel<T, 8>, grid, kWarps * 32, 0, a, wide);
 }
@@ -151,8 +154,10 @@ void matmul_few(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bi
   if (is_block(w.type)) {
     const int64_t runs = tokens * inputs / 32;
     int8_t* codes = queue.scratch.take(Dtype::I8, {tokens * inputs}).as<int8_t>();
-    float *scales = queue.scratch.take(Dtype::F32, {runs}).as<float>(), *sums = queue.scratch.take(Dtype::F32, {2 * runs}).as<float>();
-    launch(queue, "matmul", quantise_kernel, dim3(unsigned(ceil_div(runs, 4))), 128, 0, a.x, runs, int(inputs / 32), codes, scales, sums);
+    float *scales = queue.scratch.take(Dtype::F32, {runs}).as<float>(),
+          *sums = queue.scratch.take(Dtype::F32, {2 * runs}).as<float>();
+    launch(queue, "matmul", quantise_kernel, dim3(unsigned(ceil_div(runs, 4))), 128, 0, a.x, runs, int(inputs / 32),
+           codes, scales, sums);
     a.codes = codes;
     a.scales = scales;
     a.sums = sums;

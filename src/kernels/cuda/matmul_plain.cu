@@ -4,8 +4,8 @@
 namespace heed::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kTileThreads) matmul_plain_kernel(Matrix w, int outputs, Matrix x, int64_t tokens, const float* bias, bool accumulate,
-                                                                    Matrix y) {
+__global__ void __launch_bounds__(kTileThreads)
+    matmul_plain_kernel(Matrix w, int outputs, Matrix x, int64_t tokens, const float* bias, bool accumulate, Matrix y) {
   __shared__ TileMemory memory;
   const int out = blockIdx.x * kKeys;
   const int64_t first = int64_t(blockIdx.y) * kRows;
@@ -22,8 +22,9 @@ __global__ void __launch_bounds__(kTileThreads) matmul_plain_kernel(Matrix w, in
 }  // namespace
 
 void matmul_plain(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y) {
-  launch(queue, "matmul", matmul_plain_kernel, dim3(unsigned(ceil_div(w.size[0], kKeys)), unsigned(ceil_div(x.size[0], kRows))), kTileThreads, 0,
-         matrix(w), int(w.size[0]), matrix(x), x.size[0], bias.as<float>(), accumulate, matrix(y));
+  launch(queue, "matmul", matmul_plain_kernel,
+         dim3(unsigned(ceil_div(w.size[0], kKeys)), unsigned(ceil_div(x.size[0], kRows))), kTileThreads, 0, matrix(w),
+         int(w.size[0]), matrix(x), x.size[0], bias.as<float>(), accumulate, matrix(y));
 }
 
 }  // namespace heed::cuda

@@ -9,7 +9,8 @@ namespace {
 using namespace nvcuda;
 constexpr int kTile = 64, kDepth = 32, kPad = kDepth + 8;
 
-__device__ void load_tile(__nv_bfloat16 (*to)[kPad], const __nv_bfloat16* from, int64_t stride, int first, int rows, int at, int width) {
+__device__ void load_tile(__nv_bfloat16 (*to)[kPad], const __nv_bfloat16* from, int64_t stride, int first, int rows,
+                          int at, int width) {
   for (int e = threadIdx.x; e < kTile * kDepth / 8; e += blockDim.x) {
     const int r = e / (kDepth / 8), c = e % (kDepth / 8) * 8;
     uint4 x = make_uint4(0, 0, 0, 0);
@@ -21,7 +22,8 @@ __device__ void load_tile(__nv_bfloat16 (*to)[kPad], const __nv_bfloat16* from, 
 __global__ void __launch_bounds__(128) tiles_kernel(const __grid_constant__ Panel p) {
   __shared__ __align__(16) __nv_bfloat16 x[kTile][kPad], w[kTile][kPad];
   __shared__ __align__(16) float sums[kTile][kTile + 4];
-  const int out = blockIdx.x * kTile, first = blockIdx.y * kTile, warp = threadIdx.x / 32, top = warp / 2 * 32, left = warp % 2 * 32;
+  const int out = blockIdx.x * kTile, first = blockIdx.y * kTile, warp = threadIdx.x / 32, top = warp / 2 * 32,
+            left = warp % 2 * 32;
   wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[2][2];
   for (auto& line : sum)
     for (auto& f : line) wmma::fill_fragment(f, 0.0f);
@@ -42,7 +44,8 @@ __global__ void __launch_bounds__(128) tiles_kernel(const __grid_constant__ Pane
     }
   }
   for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < 2; ++j) wmma::store_matrix_sync(&sums[top + 16 * i][left + 16 * j], sum[i][j], kTile + 4, wmma::mem_row_major);
+    for (int j = 0; j < 2; ++j)
+      wmma::store_matrix_sync(&sums[top + 16 * i][left + 16 * j], sum[i][j], kTile + 4, wmma::mem_row_major);
   __syncthreads();
   for (int e = threadIdx.x; e < kTile * kTile; e += blockDim.x) {
     const int r = e / kTile, c = e % kTile;
@@ -53,7 +56,8 @@ __global__ void __launch_bounds__(128) tiles_kernel(const __grid_constant__ Pane
 }  // namespace
 
 void multiply_tiles(Queue& queue, const Panel& panel) {
-  launch(queue, "matmul", tiles_kernel, dim3(unsigned(ceil_div(panel.outputs, kTile)), unsigned(ceil_div(panel.tokens, kTile))), 128, 0, panel);
+  launch(queue, "matmul", tiles_kernel,
+         dim3(unsigned(ceil_div(panel.outputs, kTile)), unsigned(ceil_div(panel.tokens, kTile))), 128, 0, panel);
 }
 
 }  // namespace heed::cuda

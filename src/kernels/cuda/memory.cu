@@ -124,13 +124,15 @@ void upload(void* stream, const void* host, void* to, int64_t bytes) {
 
 void download(void* stream, const void* from, void* host, int64_t bytes) {
   if (bytes > 0)
-    check(cudaMemcpyAsync(host, from, size_t(bytes), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)), "cuda download");
+    check(cudaMemcpyAsync(host, from, size_t(bytes), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)),
+          "cuda download");
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cuda download");
 }
 
 void move(void* stream, const void* from, void* to, int64_t bytes) {
   if (bytes > 0)
-    check(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)), "cuda move");
+    check(cudaMemcpyAsync(to, from, size_t(bytes), cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)),
+          "cuda move");
 }
 
 void fill(void* stream, void* to, int byte, int64_t bytes) {

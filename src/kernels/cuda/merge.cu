@@ -39,7 +39,8 @@ void merge(Queue& queue, Tensor outs, Tensor weights, Tensor out, Tensor lse) {
   check_tensor("merge", "weights", weights, {parts, rows});
   check_tensor("merge", "out", out, {rows, d_v});
   check_tensor("merge", "lse", lse, {rows}, true);
-  const Parts a{outs.as<float>(), outs.stride[0], outs.stride[1], weights.as<float>(), weights.stride[0], weights.stride[1], int(parts)};
+  const Parts a{outs.as<float>(),  outs.stride[0],    outs.stride[1], weights.as<float>(),
+                weights.stride[0], weights.stride[1], int(parts)};
   launch(queue, "merge", merge_kernel, dim3(unsigned(rows)), d_v > 64 ? 128 : 64, 0, a, matrix(out), lse.as<float>(),
          lse ? lse.stride[0] : 0);
 }

@@ -34,7 +34,8 @@ struct Columns {
 };
 
 /// Grid: key tiles (strided), segments of k. Thread (w, j) of eight by 32 folds rows w, w + 8, … of key j.
-__global__ void __launch_bounds__(kTileThreads) observe_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Columns to) {
+__global__ void __launch_bounds__(kTileThreads)
+    observe_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Columns to) {
   __shared__ TileMemory memory;
   __shared__ int64_t q_rows[kRows];
   __shared__ float folds[8][kKeys + 1], counts[8][kKeys + 1];
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(kTileThreads) observe_kernel(const __grid_cons
         bool seen[4], any = false;
         for (int j = 0; j < 4; ++j) {
           const int key = first + lane + 8 * j;
-          seen[j] = (!last || row.i == n - 1) && sees(a, row, key) && named_in(a.plan, row_of_plan, row.i % a.plan.q_tile, key) >= 0;
+          seen[j] = (!last || row.i == n - 1) && sees(a, row, key) &&
+                    named_in(a.plan, row_of_plan, row.i % a.plan.q_tile, key) >= 0;
           any |= seen[j];
         }
         if (!__syncthreads_or(any)) continue;
@@ -96,7 +98,8 @@ __global__ void __launch_bounds__(kTileThreads) observe_kernel(const __grid_cons
         }
         if (to.rows == Rows::Mean && n > 0) fold /= float(n);
         if (to.rows == Rows::Seen && count > 0) fold /= count;
-        if (to.heads == Heads::Each && first + own_key < m) to.values.set(to.at.begin(segment) + first + own_key, group, fold);
+        if (to.heads == Heads::Each && first + own_key < m)
+          to.values.set(to.at.begin(segment) + first + own_key, group, fold);
         sum += fold;
         top = fmaxf(top, fold);
       }
@@ -105,7 +108,8 @@ __global__ void __launch_bounds__(kTileThreads) observe_kernel(const __grid_cons
     }
     if (w == 0 && first + own_key < m && to.heads != Heads::Each) {
       float result = nothing;
-      if (group > 0) result = to.heads == Heads::GroupMean ? sum / float(group) : to.heads == Heads::GroupMax ? top : sum;
+      if (group > 0)
+        result = to.heads == Heads::GroupMean ? sum / float(group) : to.heads == Heads::GroupMax ? top : sum;
       else if (to.heads == Heads::LayerMean) result = 0;
       to.values.set(to.at.begin(segment) + first + own_key, 0, result);
     }
@@ -127,7 +131,8 @@ __global__ void layer_mean_kernel(Matrix sums, Segments at, int g, int h, Matrix
 
 }  // namespace
 
-void observe(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how, Ragged columns) {
+void observe(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how,
+             Ragged columns) {
   constexpr const char* where = "observe";
   Scratch scratch(queue.scratch);
   const Observed from(queue, where, keys, mods);
@@ -149,8 +154,8 @@ void observe(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, 
   const dim3 grid(blocks_for(ceil_div(a.m_bound, kKeys), segments_of), segments_of);
   launch(queue, where, observe_kernel, grid, kTileThreads, 0, a, to);
   if (how.heads == Heads::LayerMean)
-    launch(queue, where, layer_mean_kernel, dim3(blocks_for(ceil_div(a.m_bound, 256), segments_of), segments_of), 256, 0, to.values, to.at, a.g, a.h,
-           matrix(columns.values));
+    launch(queue, where, layer_mean_kernel, dim3(blocks_for(ceil_div(a.m_bound, 256), segments_of), segments_of), 256,
+           0, to.values, to.at, a.g, a.h, matrix(columns.values));
 }
 
 }  // namespace heed::cuda

@@ -22,8 +22,9 @@ struct RowResults {
 constexpr int kSpans = 16;  // held in registers at a time
 
 /// Grid: row tiles. Two passes over the keys: the first for lse, the second for all that needs it.
-__global__ void __launch_bounds__(kTileThreads) observe_rows_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ RowTiles tiles,
-                                                                    const __grid_constant__ RowResults to) {
+__global__ void __launch_bounds__(kTileThreads)
+    observe_rows_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ RowTiles tiles,
+                        const __grid_constant__ RowResults to) {
   __shared__ TileMemory memory;
   __shared__ int64_t q_rows[kRows];
   const int r = threadIdx.x / 8, lane = threadIdx.x % 8;
@@ -52,7 +53,9 @@ __global__ void __launch_bounds__(kTileThreads) observe_rows_kernel(const __grid
       int key[4];
       for (int j = 0; j < 4; ++j) {
         key[j] = stages.key(lane + 8 * j);
-        if (key[j] >= 0 && !(sees(a, at, key[j]) && mask_shows(a.plan, stages.entry(lane + 8 * j), at.i % a.plan.q_tile, key[j]))) key[j] = -1;
+        if (key[j] >= 0 &&
+            !(sees(a, at, key[j]) && mask_shows(a.plan, stages.entry(lane + 8 * j), at.i % a.plan.q_tile, key[j])))
+          key[j] = -1;
         logit[j] = key[j] < 0 ? -kInfinity : logit_of(a, at, key[j], memory.scores[r][lane + 8 * j]);
       }
       body(key, logit);
@@ -95,7 +98,8 @@ __global__ void __launch_bounds__(kTileThreads) observe_rows_kernel(const __grid
         }
 #pragma unroll
         for (int s = 0; s < kSpans; ++s)
-          if (first_span + s < to.span_count && key[j] >= to.spans[2 * (first_span + s)] && key[j] < to.spans[2 * (first_span + s) + 1])
+          if (first_span + s < to.span_count && key[j] >= to.spans[2 * (first_span + s)] &&
+              key[j] < to.spans[2 * (first_span + s) + 1])
             span[s] += p;
       }
     });
@@ -113,7 +117,8 @@ __global__ void __launch_bounds__(kTileThreads) observe_rows_kernel(const __grid
 #pragma unroll
     for (int s = 0; s < kSpans; ++s) {
       span[s] = warp_sum(span[s], 8);
-      if (there && lane == 0 && to.span && first_span + s < to.span_count) to.span.row<float>(at.row)[first_span + s] = span[s];
+      if (there && lane == 0 && to.span && first_span + s < to.span_count)
+        to.span.row<float>(at.row)[first_span + s] = span[s];
     }
     if (!there || lane != 0 || first_span > 0) continue;
     if (to.entropy) to.entropy[at.row] = entropy;
@@ -155,7 +160,8 @@ void row_lse(Queue& queue, const AttentionView& a, float* lse) {
   launch(queue, "observe", observe_rows_kernel, grid, kTileThreads, 0, a, tiles, to);
   if (to.shares == 1) return;
   const unsigned count = unsigned(a.sequences * a.h);
-  launch(queue, "observe", join_lse_kernel, dim3(blocks_for(ceil_div(a.n_bound, 128), count), count), 128, 0, a.qs, to.lse, a.q_rows, to.shares, lse);
+  launch(queue, "observe", join_lse_kernel, dim3(blocks_for(ceil_div(a.n_bound, 128), count), count), 128, 0, a.qs,
+         to.lse, a.q_rows, to.shares, lse);
 }
 
 void observe_rows(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const RowStats& stats) {
@@ -172,8 +178,18 @@ void observe_rows(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
   check_tensor(where, "lse", stats.lse, {rows}, true);
   check_tensor(where, "spans", stats.spans, {spans, 2}, true, Dtype::I32);
   check_tensor(where, "span", stats.span, {rows, spans}, true);
-  RowResults to{stats.entropy.as<float>(), stats.distance.as<float>(), stats.argmax.as<int32_t>(), stats.peak.as<float>(),
-                stats.lse.as<float>(), matrix(stats.span), stats.spans.as<int32_t>(), int(spans), false, 1, 0, 0};
+  RowResults to{stats.entropy.as<float>(),
+                stats.distance.as<float>(),
+                stats.argmax.as<int32_t>(),
+                stats.peak.as<float>(),
+                stats.lse.as<float>(),
+                matrix(stats.span),
+                stats.spans.as<int32_t>(),
+                int(spans),
+                false,
+                1,
+                0,
+                0};
   to.lse_alone = !to.entropy && !to.distance && !to.argmax && !to.peak && !to.span;
   const RowTiles tiles = row_tiles(a, kRows);
   launch(queue, where, observe_rows_kernel, tiles.grid, kTileThreads, 0, a, tiles, to);

@@ -4,10 +4,14 @@ namespace heed::cuda {
 namespace {
 
 SideView side_view(const char* where, const PageType& type, int width, int64_t at) {
-  SideView out{at, int64_t(kPage) * width * type.bits() / 8, width, type.group, type.bits(), int(type.groups(width)), type.kind,
-               type.quantised() && type.axis == PageType::Axis::Channel};
-  if (type.quantised() && (width * type.bits() % 8 != 0 || (!out.by_channel && type.group * type.bits() % 8 != 0 && type.group < width)))
-    throw Error(Code::Unsupported, where, "groups of quantised numbers that share a byte", "use a group of a multiple of 4 numbers");
+  SideView out{at,          int64_t(kPage) * width * type.bits() / 8,
+               width,       type.group,
+               type.bits(), int(type.groups(width)),
+               type.kind,   type.quantised() && type.axis == PageType::Axis::Channel};
+  if (type.quantised() &&
+      (width * type.bits() % 8 != 0 || (!out.by_channel && type.group * type.bits() % 8 != 0 && type.group < width)))
+    throw Error(Code::Unsupported, where, "groups of quantised numbers that share a byte",
+                "use a group of a multiple of 4 numbers");
   return out;
 }
 
@@ -53,7 +57,8 @@ PagesView pages_view(const char* where, const Pages& pages) {
   out.d = pages.layouts[0].d;
   out.d_v = pages.layouts[0].d_v;
   if (out.columns > kMostColumns)
-    throw Error(Code::Unsupported, where, std::to_string(out.columns) + " columns beside entries; the GPU keeps at most 12");
+    throw Error(Code::Unsupported, where,
+                std::to_string(out.columns) + " columns beside entries; the GPU keeps at most 12");
   for (int c = 0; c < out.columns; ++c) {
     const Column& column = (*pages.columns)[size_t(c)];
     out.column[c] = {column.keeps, column.width, column.block, column.fill};
@@ -72,16 +77,18 @@ PagesView pages_view(const char* where, const Pages& pages) {
 }
 
 Unpacked unpack(Queue& queue, const char* where, const Pages& pages, const Read* read, bool keys, bool values) {
-  require(!pages.plain_keys || (read && read->rope), where, "the store keeps plain keys, and the read has no rope to turn them");
+  require(!pages.plain_keys || (read && read->rope), where,
+          "the store keeps plain keys, and the read has no rope to turn them");
   const PagesView view = pages_view(where, pages);
   const int64_t segments = pages.segments(), bound = std::max<int64_t>(1, pages.length_bound), rows = segments * bound;
   const Tensor offsets = queue.scratch.take(Dtype::I64, {segments + 1}), ends = queue.scratch.take(Dtype::I64, {segments});
-  launch(queue, where, segment_bounds_kernel, dim3(unsigned(ceil_div(segments + 1, 256))), 256, 0, view.length, int(segments), bound,
-         offsets.as<int64_t>(), ends.as<int64_t>());
+  launch(queue, where, segment_bounds_kernel, dim3(unsigned(ceil_div(segments + 1, 256))), 256, 0, view.length,
+         int(segments), bound, offsets.as<int64_t>(), ends.as<int64_t>());
   auto side = [&](bool of_keys, bool wanted, int64_t width) {
     const Dtype type = panel_type(pages, of_keys);
     // Offsets stand in for numbers that nobody reads: a null tensor would mean that there is no such side.
-    const Tensor numbers = wanted ? queue.scratch.take(type, {rows, width}) : Tensor(offsets.data, type, {rows, width}, Device::Cuda);
+    const Tensor numbers = wanted ? queue.scratch.take(type, {rows, width})
+                                  : Tensor(offsets.data, type, {rows, width}, Device::Cuda);
     return Ragged{numbers, offsets, ends, pages.kv_heads, rows};
   };
   Unpacked out;
@@ -94,8 +101,8 @@ Unpacked unpack(Queue& queue, const char* where, const Pages& pages, const Read*
   page_read(queue, pages, read, to_k, to_v, out.positions);
   if (std::any_of(pages.layouts.begin(), pages.layouts.end(), [](const PageLayout& l) { return l.bias_at >= 0; })) {
     out.bias = queue.scratch.take(Dtype::F32, {rows});
-    launch(queue, where, bias_kernel, dim3(blocks_for(ceil_div(bound, 256), segments), unsigned(segments)), 256, 0, view, bound,
-           out.bias.as<float>());
+    launch(queue, where, bias_kernel, dim3(blocks_for(ceil_div(bound, 256), segments), unsigned(segments)), 256, 0,
+           view, bound, out.bias.as<float>());
   }
   return out;
 }

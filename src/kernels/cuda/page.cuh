@@ -8,8 +8,8 @@ constexpr int kMostLayouts = 4, kMostColumns = 12;
 
 /// The keys or the values of a page, row-major.
 struct SideView {
-  int64_t at;          // in the page
-  int64_t scales_at;   // from `at`; zeros follow the scales
+  int64_t at;         // in the page
+  int64_t scales_at;  // from `at`; zeros follow the scales
   int width, group, bits, groups;
   PageType::Kind kind;
   bool by_channel;  // groups of entries
@@ -19,7 +19,9 @@ struct SideView {
   __host__ __device__ bool raw() const { return !quantised() || !by_channel; }
   __host__ __device__ int row_groups() const { return quantised() ? (width + group - 1) / group : 0; }
   __host__ __device__ int64_t row_bytes() const { return int64_t(width) * bits / 8; }
-  __device__ bool same_type(const SideView& o) const { return kind == o.kind && (!quantised() || (by_channel == o.by_channel && group == o.group)); }
+  __device__ bool same_type(const SideView& o) const {
+    return kind == o.kind && (!quantised() || (by_channel == o.by_channel && group == o.group));
+  }
   __device__ int group_of(int entry, int c) const {
     return by_channel ? entry / group * width + c : entry * row_groups() + c / group;
   }
@@ -45,7 +47,9 @@ struct SideView {
   __device__ void get8(char* page, int entry, int c, float (&x)[8]) const {
     const char* row = page + at + entry * row_bytes();
     if (!quantised()) {
-      const Dtype type = kind == PageType::Kind::F32 ? Dtype::F32 : kind == PageType::Kind::F16 ? Dtype::F16 : Dtype::BF16;
+      const Dtype type = kind == PageType::Kind::F32   ? Dtype::F32
+                         : kind == PageType::Kind::F16 ? Dtype::F16
+                                                       : Dtype::BF16;
       return load8(row, type, c, width - c, x);
     }
     if (c + 8 > width || width % 8 != 0 || (!by_channel && group % 8 != 0)) {
@@ -95,7 +99,9 @@ struct PagesView {
   ColumnView column[kMostColumns];
 
   __device__ char* page(int segment, int p) const { return reinterpret_cast<char*>(table[segment * table_stride + p]); }
-  __device__ const LayoutView& layout_of(int segment, int p) const { return layouts[layout[segment * layout_stride + p]]; }
+  __device__ const LayoutView& layout_of(int segment, int p) const {
+    return layouts[layout[segment * layout_stride + p]];
+  }
   __device__ float* column_at(const LayoutView& l, char* page, int c, int i) const {
     const int width = column[c].keeps == Column::Keeps::User ? column[c].width : d;
     return reinterpret_cast<float*>(page + l.column_at[c]) + int64_t(i) * width;

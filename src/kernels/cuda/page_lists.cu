@@ -26,7 +26,9 @@ struct Lists {
 };
 
 __device__ inline int pages_for(int entries) { return (entries + kPage - 1) / kPage; }
-__device__ inline unsigned long long* holders(uint64_t page) { return reinterpret_cast<unsigned long long*>(page - kPageHeader); }
+__device__ inline unsigned long long* holders(uint64_t page) {
+  return reinterpret_cast<unsigned long long*>(page - kPageHeader);
+}
 
 __device__ uint64_t take(const SupplyView& supply) {
   const int top = atomicSub(supply.top, 1);
@@ -111,14 +113,16 @@ __global__ void leave_kernel(const __grid_constant__ Lists a, const uint64_t* le
 
 __global__ void shrink_kernel(const __grid_constant__ Lists a, const int32_t* to) {
   const int s = blockIdx.x, length = a.length[s], left = max(0, min(to[s], length));
-  for (int p = pages_for(left) + threadIdx.x; p < pages_for(length); p += blockDim.x) let_go(a.supplies.of[a.layout_at(s, p)], a.page(s, p));
+  for (int p = pages_for(left) + threadIdx.x; p < pages_for(length); p += blockDim.x)
+    let_go(a.supplies.of[a.layout_at(s, p)], a.page(s, p));
   __syncthreads();
   if (threadIdx.x == 0) a.length[s] = left;
 }
 
 __global__ void hold_kernel(const __grid_constant__ Lists a) {
   const int s = blockIdx.y;
-  for (int p = blockIdx.x * blockDim.x + threadIdx.x; p < pages_for(a.length[s]); p += gridDim.x * blockDim.x) atomicAdd(holders(a.page(s, p)), 1ull);
+  for (int p = blockIdx.x * blockDim.x + threadIdx.x; p < pages_for(a.length[s]); p += gridDim.x * blockDim.x)
+    atomicAdd(holders(a.page(s, p)), 1ull);
 }
 
 __device__ void convert_side(const SideView& from, char* old_page, const SideView& to, char* page, int count) {
@@ -133,8 +137,8 @@ __device__ void convert_side(const SideView& from, char* old_page, const SideVie
 }
 
 /// One block a page. Grid: pages (strided), segments. left, layouts: what converted pages were.
-__global__ void convert_kernel(const __grid_constant__ Lists a, const int32_t* first, const int32_t* last, int layout, bool again, uint64_t* left,
-                               uint8_t* layouts, int64_t capacity) {
+__global__ void convert_kernel(const __grid_constant__ Lists a, const int32_t* first, const int32_t* last, int layout,
+                               bool again, uint64_t* left, uint8_t* layouts, int64_t capacity) {
   __shared__ uint64_t taken;
   const int s = blockIdx.y, length = a.length[s], end = min(last[s], pages_for(length));
   for (int p = blockIdx.x; p < capacity; p += gridDim.x) {
@@ -171,12 +175,15 @@ __global__ void convert_kernel(const __grid_constant__ Lists a, const int32_t* f
   }
 }
 
-SupplyView supply_view(const PageSupply& supply) { return {supply.free.as<uint64_t>(), supply.top.as<int32_t>(), supply.page_bytes}; }
+SupplyView supply_view(const PageSupply& supply) {
+  return {supply.free.as<uint64_t>(), supply.top.as<int32_t>(), supply.page_bytes};
+}
 
 Lists lists(const char* where, const Pages& pages) {
   Lists out{};
   out.pages = pages_view(where, pages);
-  require(pages.supply.empty() || pages.supply.size() == pages.layouts.size(), where, "a store has a supply for each layout");
+  require(pages.supply.empty() || pages.supply.size() == pages.layouts.size(), where,
+          "a store has a supply for each layout");
   for (size_t i = 0; i < pages.supply.size(); ++i) out.supplies.of[i] = supply_view(pages.supply[i]);
   out.table = pages.table.as<uint64_t>();
   out.layout = pages.layout.as<uint8_t>();
@@ -204,7 +211,8 @@ void page_grow(Queue& queue, const Pages& pages, const Ragged& rows, Tensor firs
   uint64_t* left = queue.scratch.take(Dtype::U64, {pages.segments()}).as<uint64_t>();
   const Lists a = lists(where, pages);
   launch(queue, where, grow_kernel, dim3(unsigned(pages.segments())), 32, 0, a, segments(rows), first.as<int32_t>(), left);
-  launch(queue, where, leave_grown_kernel, dim3(unsigned(ceil_div(pages.segments(), 64))), 64, 0, a, first.as<int32_t>(), left);
+  launch(queue, where, leave_grown_kernel, dim3(unsigned(ceil_div(pages.segments(), 64))), 64, 0, a,
+         first.as<int32_t>(), left);
 }
 
 void page_own(Queue& queue, const Pages& pages, Tensor until) {
@@ -240,7 +248,8 @@ void page_convert(Queue& queue, const Pages& pages, Tensor first, Tensor last, i
   uint64_t* left = queue.scratch.take(Dtype::U64, {pages.segments() * capacity}).as<uint64_t>();
   uint8_t* layouts = queue.scratch.take(Dtype::U8, {pages.segments() * capacity}).as<uint8_t>();
   const Lists a = lists(where, pages);
-  launch(queue, where, convert_kernel, page_grid(pages, 1), 128, 0, a, first.as<int32_t>(), last.as<int32_t>(), layout, again, left, layouts, capacity);
+  launch(queue, where, convert_kernel, page_grid(pages, 1), 128, 0, a, first.as<int32_t>(), last.as<int32_t>(), layout,
+         again, left, layouts, capacity);
   launch(queue, where, leave_kernel, page_grid(pages, 64), 64, 0, a, left, layouts, capacity);
 }
 

@@ -39,7 +39,8 @@ __device__ float gathered(const SideView& side, const char* from, int c) {
   if (!side.quantised()) return side.plain(from, c);
   const __half* scales = reinterpret_cast<const __half*>(from + (side.row_bytes() + 1) / 2 * 2);
   const int g = c / side.group;
-  return __fadd_rn(__half2float(scales[side.row_groups() + g]), __fmul_rn(float(side.code(from, c)), __half2float(scales[g])));
+  return __fadd_rn(__half2float(scales[side.row_groups() + g]),
+                   __fmul_rn(float(side.code(from, c)), __half2float(scales[g])));
 }
 
 /// One warp an entry. Grid: entries (strided), segments.
@@ -66,7 +67,8 @@ __global__ void gather_kernel(const __grid_constant__ PagesView from, const __gr
   }
 }
 
-__device__ void place(const SideView& side, char* page, int count, const PagesView& from, bool keys, int s, int64_t first, const Move& move) {
+__device__ void place(const SideView& side, char* page, int count, const PagesView& from, bool keys, int s,
+                      int64_t first, const Move& move) {
   auto source = [&](int e) -> const SideView& {
     const LayoutView& l = from.layout_of(s, move.index[s * move.capacity + first + e] / kPage);
     return keys ? l.k : l.v;
@@ -90,7 +92,8 @@ __device__ void place(const SideView& side, char* page, int count, const PagesVi
 }
 
 /// Grid: pages of the range, segments.
-__global__ void place_kernel(const __grid_constant__ PagesView from, const __grid_constant__ PagesView to, const __grid_constant__ Move move) {
+__global__ void place_kernel(const __grid_constant__ PagesView from, const __grid_constant__ PagesView to,
+                             const __grid_constant__ Move move) {
   const int s = blockIdx.y;
   const int64_t end = min(int64_t(move.count[s]), move.first + kRange);
   for (int64_t first = move.first + blockIdx.x * kPage; first < end; first += gridDim.x * kPage) {
@@ -128,7 +131,8 @@ void page_move(Queue& queue, const Pages& from, const Pages& to, Tensor index, T
   check_tensor(where, "index", index, {from.segments() * capacity}, false, Dtype::I32);
   check_tensor(where, "count", count, {from.segments()}, false, Dtype::I32);
   const PagesView source = pages_view(where, from), target = pages_view(where, to);
-  require(source.columns == target.columns && source.d == target.d && source.d_v == target.d_v, where, "both stores have the same widths and columns");
+  require(source.columns == target.columns && source.d == target.d && source.d_v == target.d_v, where,
+          "both stores have the same widths and columns");
   Move move{index.as<int32_t>(), count.as<int32_t>(), capacity, 0, nullptr, {}};
   for (size_t i = 0; i < from.layouts.size(); ++i) {
     move.record.v_at = std::max(move.record.v_at, side_bytes(source.layouts[i].k));

@@ -53,7 +53,8 @@ __global__ void page_read_kernel(const __grid_constant__ PagesView pages, const 
 void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged& k, const Ragged& v, Tensor positions) {
   constexpr const char* where = "page_read";
   const Rope* rope = pages.plain_keys && read ? read->rope : nullptr;
-  require(!pages.plain_keys || !read || rope, where, "the store keeps plain keys, and the read has no rope to turn them");
+  require(!pages.plain_keys || !read || rope, where,
+          "the store keeps plain keys, and the read has no rope to turn them");
   const PagesView view = pages_view(where, pages);
   Target to{};
   to.k = matrix(k.values);
@@ -64,7 +65,8 @@ void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged&
   to.positions_at = k.offsets ? to.ks : to.vs;
   to.rope = rope_view(rope);
   to.cache_positions = read && read->positions == Read::Positions::Cache;
-  launch(queue, where, page_read_kernel, dim3(blocks_for(ceil_div(pages.length_bound, kPage), view.segments), unsigned(view.segments)), 256, 0, view, to);
+  launch(queue, where, page_read_kernel,
+         dim3(blocks_for(ceil_div(pages.length_bound, kPage), view.segments), unsigned(view.segments)), 256, 0, view, to);
 }
 
 }  // namespace heed::cuda

@@ -20,7 +20,8 @@ __global__ void page_write_kernel(const __grid_constant__ PagesView pages, Matri
       if (l.bias_at >= 0) bias_at(l, page, in_page + e) = 0;
       for (int i = 0; i < pages.columns; ++i)
         if (pages.column[i].keeps == Column::Keeps::User)
-          for (int c = 0; c < pages.column[i].width; ++c) pages.column_at(l, page, i, in_page + e)[c] = pages.column[i].fill;
+          for (int c = 0; c < pages.column[i].width; ++c)
+            pages.column_at(l, page, i, in_page + e)[c] = pages.column[i].fill;
     }
     __syncthreads();
     refresh(pages, l, page, in_page, in_page + count, min(kPage, max(pages.length[s], end) - p * kPage));
@@ -31,13 +32,15 @@ __global__ void page_write_kernel(const __grid_constant__ PagesView pages, Matri
 
 void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged& v, Tensor positions, Tensor first) {
   constexpr const char* where = "page_write";
-  require(k.segments() == pages.segments() && v.segments() == pages.segments(), where, "k and v have the store's segments");
+  require(k.segments() == pages.segments() && v.segments() == pages.segments(), where,
+          "k and v have the store's segments");
   check_tensor(where, "positions", positions, {k.values.size[0]}, false, Dtype::I32);
   check_tensor(where, "first", first, {pages.segments()}, false, Dtype::I32);
   const PagesView view = pages_view(where, pages);
-  require(is_float(k.values.type) && is_float(v.values.type) && k.values.size[1] == view.d && v.values.size[1] == view.d_v, where,
-          "k and v are F32, BF16 or F16 of the store's widths");
-  launch(queue, where, page_write_kernel, dim3(blocks_for(ceil_div(k.values.size[0], kPage) + 1, view.segments), unsigned(view.segments)), 256, 0, view,
+  require(is_float(k.values.type) && is_float(v.values.type) && k.values.size[1] == view.d && v.values.size[1] == view.d_v,
+          where, "k and v are F32, BF16 or F16 of the store's widths");
+  launch(queue, where, page_write_kernel,
+         dim3(blocks_for(ceil_div(k.values.size[0], kPage) + 1, view.segments), unsigned(view.segments)), 256, 0, view,
          matrix(k.values), segments(k), matrix(v.values), segments(v), positions.as<int32_t>(), first.as<int32_t>());
 }
 

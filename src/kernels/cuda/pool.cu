@@ -24,7 +24,10 @@ __global__ void pool_kernel(Matrix x, Segments xs, PoolKind kind, int block, Mat
         high = fmaxf(high, value);
         sum += value;
       }
-      result = kind == PoolKind::Mean ? sum / float(rows) : kind == PoolKind::Sum ? sum : kind == PoolKind::Min ? low : high;
+      result = kind == PoolKind::Mean  ? sum / float(rows)
+               : kind == PoolKind::Sum ? sum
+               : kind == PoolKind::Min ? low
+                                       : high;
     }
     out.set(to.begin(s) + b, c, result);
   }
@@ -40,8 +43,9 @@ void pool(Queue& queue, const Ragged& x, PoolKind kind, int block, Ragged out) {
   require(out.segments() == x.segments() && (out.values.rank > 1 ? out.values.size[1] : 1) == width_out, where,
           "out has x's segments and is " + std::to_string(width_out) + " wide, got " + out.values.shape());
   const unsigned count = unsigned(x.segments());
-  launch(queue, where, pool_kernel, dim3(blocks_for(ceil_div(ceil_div(x.values.size[0], block) * width_out, 256), count), count), 256, 0, matrix(x.values),
-         segments(x), kind, block, matrix(out.values), segments(out));
+  launch(queue, where, pool_kernel,
+         dim3(blocks_for(ceil_div(ceil_div(x.values.size[0], block) * width_out, 256), count), count), 256, 0,
+         matrix(x.values), segments(x), kind, block, matrix(out.values), segments(out));
 }
 
 }  // namespace heed::cuda

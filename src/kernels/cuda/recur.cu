@@ -5,8 +5,10 @@
 namespace heed::cuda {
 
 RecurView recur_view(const char* where, const RecurInputs& in, const Recur& how) {
-  const int64_t segments_of = in.q.segments(), rows = in.q.values.size[0], d = in.q.values.size[1], d_v = in.v.values.size[1];
-  require(is_float(in.q.values.type) && is_float(in.k.values.type) && is_float(in.v.values.type), where, "q, k and v are F32, BF16 or F16");
+  const int64_t segments_of = in.q.segments(), rows = in.q.values.size[0], d = in.q.values.size[1],
+                d_v = in.v.values.size[1];
+  require(is_float(in.q.values.type) && is_float(in.k.values.type) && is_float(in.v.values.type), where,
+          "q, k and v are F32, BF16 or F16");
   require(in.k.segments() == segments_of && in.v.segments() == segments_of, where, "q, k and v have the same segments");
   require(in.k.values.size[1] == d, where, "q and k differ in width");
   require(in.k.values.size[0] == rows && in.v.values.size[0] == rows, where, "q, k and v have the same rows");
@@ -57,9 +59,12 @@ struct RecurOut {
 
 /// Thread (column, lane) holds rows lane, lane + 8, … of its column. Grid: column slices, segments.
 template <int kPer>
-__global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__ RecurView a, const __grid_constant__ RecurOut to) {
-  __shared__ float q[kBatch][kMostD], k[kBatch][kMostD], decay[kBatch][kMostD], extra[2][kBatch / 2][kMostD], v[kBatch][kColumns], beta[kBatch];
-  const int s = blockIdx.y, own = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, column = blockIdx.x * kColumns + own, n = a.qs.length(s);
+__global__ void __launch_bounds__(kThreads)
+    recur_kernel(const __grid_constant__ RecurView a, const __grid_constant__ RecurOut to) {
+  __shared__ float q[kBatch][kMostD], k[kBatch][kMostD], decay[kBatch][kMostD], extra[2][kBatch / 2][kMostD],
+      v[kBatch][kColumns], beta[kBatch];
+  const int s = blockIdx.y, own = threadIdx.x / kLanes, lane = threadIdx.x % kLanes,
+            column = blockIdx.x * kColumns + own, n = a.qs.length(s);
   const bool low_rank = a.correction == Recur::Correction::LowRank, delta = a.correction == Recur::Correction::Delta;
   const int batch = low_rank ? kBatch / 2 : kBatch;
   float state[kPer], z[kPer];
@@ -122,7 +127,8 @@ __global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__
       }
       result = warp_sum(result, kLanes);
       divisor = a.normalise ? warp_sum(divisor, kLanes) : 1;
-      if (lane == 0 && column < a.d_v) to.out[(q_row + r) * to.out_stride + column] = divisor == 0 ? 0 : a.scale * result / divisor;
+      if (lane == 0 && column < a.d_v)
+        to.out[(q_row + r) * to.out_stride + column] = divisor == 0 ? 0 : a.scale * result / divisor;
     }
   }
   if (to.state && column < a.d_v)
@@ -157,7 +163,9 @@ void recur(Queue& queue, const RecurInputs& in, const Recur& how, Tensor out, Te
   if (a.d <= 64) launch(queue, where, recur_kernel<8>, grid, kThreads, 0, a, to);
   else if (a.d <= 128) launch(queue, where, recur_kernel<16>, grid, kThreads, 0, a, to);
   else launch(queue, where, recur_kernel<32>, grid, kThreads, 0, a, to);
-  if (z) launch(queue, where, last_z_kernel, dim3(unsigned(ceil_div(a.d, 32)), unsigned(segments_of)), 32, 0, a, z.as<float>(), z.stride[0]);
+  if (z)
+    launch(queue, where, last_z_kernel, dim3(unsigned(ceil_div(a.d, 32)), unsigned(segments_of)), 32, 0, a,
+           z.as<float>(), z.stride[0]);
 }
 
 }  // namespace heed::cuda

@@ -83,7 +83,8 @@ __device__ void set_each(const RecurView& a, float* to, auto value) {
     for (int c = lane; c < a.d_v; c += 32) to[int64_t(i) * a.d_v + c] = value(i, c);
 }
 
-__global__ void __launch_bounds__(kThreads) recur_backward_kernel(const __grid_constant__ RecurView a, const __grid_constant__ Backward to) {
+__global__ void __launch_bounds__(kThreads)
+    recur_backward_kernel(const __grid_constant__ RecurView a, const __grid_constant__ Backward to) {
   extern __shared__ char raw[];
   RowMemory& m = *reinterpret_cast<RowMemory*>(raw);
   const int s = blockIdx.x, n = a.qs.length(s), w = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -94,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) recur_backward_kernel(const __grid_c
   const bool low_rank = a.correction == Recur::Correction::LowRank, delta = a.correction == Recur::Correction::Delta;
   set_each(a, held, [&](int i, int c) { return a.state_at(s, i, c); });
   for (int t = 0; t < n; ++t) {
-    if (t % kChunk == 0) set_each(a, starts + t / kChunk * size, [&](int i, int c) { return held[int64_t(i) * a.d_v + c]; });
+    if (t % kChunk == 0)
+      set_each(a, starts + t / kChunk * size, [&](int i, int c) { return held[int64_t(i) * a.d_v + c]; });
     load_row(a, s, t, m);
     step_state(a, m, held, held);
   }
@@ -190,7 +192,8 @@ __global__ void __launch_bounds__(kThreads) recur_backward_kernel(const __grid_c
 
 }  // namespace
 
-void recur_backward(Queue& queue, const RecurInputs& in, const Recur& how, Tensor d_out, Tensor d_state, const RecurGrads& grads) {
+void recur_backward(Queue& queue, const RecurInputs& in, const Recur& how, Tensor d_out, Tensor d_state,
+                    const RecurGrads& grads) {
   constexpr const char* where = "recur_backward";
   const RecurView a = recur_view(where, in, how);
   require(!how.normalise, where, "there is no gradient of the normalised form");
@@ -206,7 +209,9 @@ void recur_backward(Queue& queue, const RecurInputs& in, const Recur& how, Tenso
   if (vector) check_tensor(where, "gradient of g", grads.g, {rows, a.d}, true);
   else check_tensor(where, "gradient of g", grads.g, {rows}, true);
   Scratch scratch(queue.scratch);
-  auto states = [&](int64_t count) { return queue.scratch.take(Dtype::F32, {std::max<int64_t>(1, count), a.d, a.d_v}).as<float>(); };
+  auto states = [&](int64_t count) {
+    return queue.scratch.take(Dtype::F32, {std::max<int64_t>(1, count), a.d, a.d_v}).as<float>();
+  };
   Backward to{};
   to.d_out = matrix(d_out);
   to.d_state = d_state.as<float>();

@@ -61,9 +61,11 @@ void scan(Queue& queue, const Ragged& x, Tensor a, ScanKind kind, Tensor out) {
   require(kind != ScanKind::Linear || (a && as_x(a)), where, "a linear scan needs a, of x's shape");
   const unsigned count = unsigned(x.segments());
   if (width >= 32)
-    launch(queue, where, scan_wide_kernel, dim3(unsigned(ceil_div(width, 32)), count), 32, 0, matrix(x.values), segments(x), matrix(a), kind, matrix(out));
+    launch(queue, where, scan_wide_kernel, dim3(unsigned(ceil_div(width, 32)), count), 32, 0, matrix(x.values),
+           segments(x), matrix(a), kind, matrix(out));
   else
-    launch(queue, where, scan_narrow_kernel, dim3(unsigned(width), count), 32, 0, matrix(x.values), segments(x), matrix(a), kind, matrix(out));
+    launch(queue, where, scan_narrow_kernel, dim3(unsigned(width), count), 32, 0, matrix(x.values), segments(x),
+           matrix(a), kind, matrix(out));
 }
 
 }  // namespace heed::cuda

@@ -200,11 +200,13 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
     const int i = i0 + threadIdx.x, lane = threadIdx.x % 32, w = threadIdx.x / 32;
     const uint32_t key = i < n ? ordered(a.scores.get(first + i)) : 0;
     const bool above = key > prefix, equal = key == prefix && key != 0;
-    const unsigned aboves = __ballot_sync(0xffffffffu, above), equal_ones = __ballot_sync(0xffffffffu, equal), before = (1u << lane) - 1;
+    const unsigned aboves = __ballot_sync(0xffffffffu, above), equal_ones = __ballot_sync(0xffffffffu, equal),
+                   before = (1u << lane) - 1;
     __syncthreads();
     if (lane == 0) warps[w] = make_int2(__popc(aboves), __popc(equal_ones));
     __syncthreads();
-    int above_before = __popc(aboves & before), equal_before = equals + __popc(equal_ones & before), all_above = 0, all_equal = 0;
+    int above_before = __popc(aboves & before), equal_before = equals + __popc(equal_ones & before), all_above = 0,
+        all_equal = 0;
     for (int other = 0; other < kThreads / 32; ++other) {
       if (other < w) {
         above_before += warps[other].x;
@@ -213,7 +215,8 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
       all_above += warps[other].x;
       all_equal += warps[other].y;
     }
-    const int kept_equals = int(min(left, int64_t(equals))), place = written + above_before + int(min(left, int64_t(equal_before))) - kept_equals;
+    const int kept_equals = int(min(left, int64_t(equals))),
+              place = written + above_before + int(min(left, int64_t(equal_before))) - kept_equals;
     if (above || (equal && equal_before < left)) a.index[s * a.capacity + place] = i;
     equals += all_equal;
     written += all_above + int(min(left, int64_t(equals))) - kept_equals;
@@ -225,13 +228,15 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
 void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capacity, Tensor index, Tensor count) {
   constexpr const char* where = "select";
   const int64_t segments_of = scores.segments();
-  require(scores.values.type == Dtype::F32 && (scores.values.rank == 1 || scores.values.size[1] == 1), where, "scores are F32 [rows]");
+  require(scores.values.type == Dtype::F32 && (scores.values.rank == 1 || scores.values.size[1] == 1), where,
+          "scores are F32 [rows]");
   check_tensor(where, "index", index, {segments_of * capacity}, false, Dtype::I32);
   check_tensor(where, "count", count, {segments_of}, false, Dtype::I32);
   check_tensor(where, "k of each segment", how.count, {segments_of}, true, Dtype::I32);
   check_tensor(where, "weight held already", how.held, {segments_of}, true, Dtype::F32);
-  const Selection a{matrix(scores.values), segments(scores), how.by, how.k, how.at_least, capacity, how.count.as<int32_t>(), how.held.as<float>(),
-                    how.p, how.crossing, index.as<int32_t>(), count.as<int32_t>()};
+  const Selection a{
+      matrix(scores.values),   segments(scores),     how.by, how.k,        how.at_least,        capacity,
+      how.count.as<int32_t>(), how.held.as<float>(), how.p,  how.crossing, index.as<int32_t>(), count.as<int32_t>()};
   launch(queue, where, select_kernel, dim3(unsigned(segments_of)), kThreads, 0, a);
 }
 

@@ -25,8 +25,8 @@ void smooth(Queue& queue, const Ragged& x, PoolKind kind, int width, Tensor out)
   require(kind == PoolKind::Mean || kind == PoolKind::Max, where, "rows are smoothed by Mean or Max");
   check_tensor(where, "out", out, {x.values.size[0]});
   const unsigned count = unsigned(x.segments());
-  launch(queue, where, smooth_kernel, dim3(blocks_for(ceil_div(x.values.size[0], 256), count), count), 256, 0, matrix(x.values), segments(x),
-         kind == PoolKind::Mean, width, matrix(out));
+  launch(queue, where, smooth_kernel, dim3(blocks_for(ceil_div(x.values.size[0], 256), count), count), 256, 0,
+         matrix(x.values), segments(x), kind == PoolKind::Mean, width, matrix(out));
 }
 
 }  // namespace heed::cuda

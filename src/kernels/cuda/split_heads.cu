@@ -51,15 +51,16 @@ __global__ void split_heads_kernel(Split a) {
 
 }  // namespace
 
-void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions, Ragged out) {
+void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions,
+                 Ragged out) {
   constexpr const char* where = "split_heads";
   require(x.rank == 3, where, "x is [T, heads, d], got " + x.shape());
   const int64_t tokens = x.size[0], heads = x.size[1], d = x.size[2], sequences = first.size[0] - 1;
   check_tensor(where, "x", x, {tokens, heads, d});
   check_tensor(where, "first", first, {sequences + 1}, false, Dtype::I64);
   check_tensor(where, "norm", norm, {d}, true);
-  require(out.heads == heads && out.segments() == sequences * heads && out.values.rank == 2 && out.values.size[1] == d &&
-              is_float(out.values.type),
+  require(out.heads == heads && out.segments() == sequences * heads && out.values.rank == 2 &&
+              out.values.size[1] == d && is_float(out.values.type),
           where, "out has x's heads, sequences and width");
   if (rope) {
     require(rope->dims > 0 && rope->dims % 2 == 0 && rope->dims <= d, where,
@@ -68,9 +69,21 @@ void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, c
     if (positions.rank == 2) check_tensor(where, "positions", positions, {tokens, heads}, false, Dtype::I32);
     else check_tensor(where, "positions", positions, {tokens}, false, Dtype::I32);
   }
-  const Split a{x.as<float>(), x.stride[0], x.stride[1], tokens, int(heads), int(d), int(sequences), first.as<int64_t>(),
-                norm.as<float>(), eps, rope_view(rope), positions.as<int32_t>(),
-                positions.rank == 2 ? positions.stride[0] : 0, matrix(out.values), segments(out)};
+  const Split a{x.as<float>(),
+                x.stride[0],
+                x.stride[1],
+                tokens,
+                int(heads),
+                int(d),
+                int(sequences),
+                first.as<int64_t>(),
+                norm.as<float>(),
+                eps,
+                rope_view(rope),
+                positions.as<int32_t>(),
+                positions.rank == 2 ? positions.stride[0] : 0,
+                matrix(out.values),
+                segments(out)};
   launch(queue, where, split_heads_kernel, dim3(unsigned(ceil_div(tokens * heads, 8))), 256, 0, a);
 }
 

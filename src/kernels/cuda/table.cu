@@ -28,7 +28,8 @@ Found look() {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess || count == 0) {
     cudaGetLastError();
-    return {false, std::string("CUDA: no usable GPU (") + cudaGetErrorString(status == cudaSuccess ? cudaErrorNoDevice : status) + ")"};
+    return {false, std::string("CUDA: no usable GPU (") +
+                       cudaGetErrorString(status == cudaSuccess ? cudaErrorNoDevice : status) + ")"};
   }
   int device = 0;
   cudaDeviceProp of{};
@@ -36,7 +37,8 @@ Found look() {
     cudaGetLastError();
     return {false, "CUDA: the GPU does not answer"};
   }
-  const std::string name = std::string(of.name) + ", compute capability " + std::to_string(of.major) + "." + std::to_string(of.minor);
+  const std::string name = std::string(of.name) + ", compute capability " + std::to_string(of.major) + "." +
+                           std::to_string(of.minor);
   if (of.major < 8) return {false, "CUDA: " + name + " is older than 8.0, which heed needs"};
   return {true, "CUDA: " + name + ", " + std::to_string(of.totalGlobalMem >> 20) + " MB, driver " + version(driver)};
 }

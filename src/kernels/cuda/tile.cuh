@@ -25,7 +25,7 @@ __device__ inline void load_slice(float (*to)[kSlice + 1], int width, int at, Ge
 /// Numbers of the rows that row(r) names, 0 where it names −1.
 template <class Row>
 __device__ inline auto numbers_of(const Matrix& from, Row row) {
-  return [&from, row](int r, int c, float (&x)[8]) {
+  return [&from, row](int r, int c, float(&x)[8]) {
     const int64_t from_row = row(r);
     if (from_row >= 0) load8(from.data, from.type, from_row * from.stride + c, from.width - c, x);
   };
@@ -68,7 +68,8 @@ __device__ inline void key_range(const AttentionView& a, const QueryRow& at, int
     const int end = a.plan.causal ? min(at.m, at.m - at.n + at.i + 1) : at.m;
     atomicMax(&high, end);
     int begin = 0;
-    if (a.mods.window > 0 && !a.mods.k_pos) begin = int(max(int64_t(0), min(int64_t(at.m), at.q_pos - a.mods.window + 1)));
+    if (a.mods.window > 0 && !a.mods.k_pos)
+      begin = int(max(int64_t(0), min(int64_t(at.m), at.q_pos - a.mods.window + 1)));
     atomicMin(&low, begin);
   }
   __syncthreads();

@@ -51,11 +51,23 @@ __global__ void tile_blocks_kernel(const __grid_constant__ Lists a) {
 void tile_blocks(Queue& queue, Tensor index, Tensor count, int64_t capacity, Tensor first, int split, Plan out) {
   constexpr const char* where = "tile_blocks";
   const int64_t tiles = first.size[0] - 1;
-  require(split >= 1 && out.q_tile >= 1 && out.q_tile <= 64 && out.k_tile <= 64, where, "tiles of 1…64 queries and 1…64 keys");
-  require(index.type == Dtype::I32 && index.numel() >= count.numel() * capacity, where, "index is I32 [rows · capacity]");
-  require(out.rows() == tiles && out.count && out.mask && out.bits, where, "the plan has a row, a count, masks and bits for each tile");
-  const Lists a{index.as<int32_t>(), count.as<int32_t>(), capacity, first.as<int64_t>(), split, out.q_tile, out.rowptr.as<int64_t>(),
-                out.index.as<int32_t>(), out.mask.as<int32_t>(), out.count.as<int32_t>(), out.bits.as<uint64_t>()};
+  require(split >= 1 && out.q_tile >= 1 && out.q_tile <= 64 && out.k_tile <= 64, where,
+          "tiles of 1…64 queries and 1…64 keys");
+  require(index.type == Dtype::I32 && index.numel() >= count.numel() * capacity, where,
+          "index is I32 [rows · capacity]");
+  require(out.rows() == tiles && out.count && out.mask && out.bits, where,
+          "the plan has a row, a count, masks and bits for each tile");
+  const Lists a{index.as<int32_t>(),
+                count.as<int32_t>(),
+                capacity,
+                first.as<int64_t>(),
+                split,
+                out.q_tile,
+                out.rowptr.as<int64_t>(),
+                out.index.as<int32_t>(),
+                out.mask.as<int32_t>(),
+                out.count.as<int32_t>(),
+                out.bits.as<uint64_t>()};
   launch(queue, where, tile_blocks_kernel, dim3(unsigned(tiles)), 32, 0, a);
 }
 

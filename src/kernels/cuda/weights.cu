@@ -50,7 +50,8 @@ __global__ void unpack_blocks_kernel(const __grid_constant__ Unpacking a) {
       }
       uint4* out = reinterpret_cast<uint4*>(a.to.row<__nv_bfloat16>(row) + 32 * r);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+      for (int i = 0; i < 4; ++i)
+        out[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
     } else {
 #pragma unroll
       for (int i = 0; i < 32; ++i) a.to.set(row, 32 * r + i, value_of(run, i) * a.scale);
@@ -62,15 +63,17 @@ __global__ void unpack_blocks_kernel(const __grid_constant__ Unpacking a) {
 
 WeightView weight_view(const char* where, const Tensor& w) {
   const DtypeInfo kind = info(w.type);
-  require(w.rank == 2 && (w.size[1] <= 1 || w.stride[1] == 1) && w.size[1] % kind.block == 0 && (is_block(w.type) || is_float(w.type)), where,
-          "weights are [rows, width] with contiguous rows of whole blocks, got " + w.shape());
+  require(w.rank == 2 && (w.size[1] <= 1 || w.stride[1] == 1) && w.size[1] % kind.block == 0 &&
+              (is_block(w.type) || is_float(w.type)),
+          where, "weights are [rows, width] with contiguous rows of whole blocks, got " + w.shape());
   const uint64_t address = reinterpret_cast<uint64_t>(w.data);
   if (is_block(w.type) && address % (kind.bytes % 4 == 0 ? 4 : 2) != 0)
     throw Error(Code::Unsupported, where, "weights that are not aligned to 4 bytes");
   return {matrix(w), static_cast<const uint8_t*>(w.data), w.stride[0] / kind.block * kind.bytes, int(w.size[1])};
 }
 
-void unpack_rows(Queue& queue, const char* where, const Tensor& w, const int32_t* ids, int64_t first, int64_t rows, float scale, const Matrix& to) {
+void unpack_rows(Queue& queue, const char* where, const Tensor& w, const int32_t* ids, int64_t first, int64_t rows,
+                 float scale, const Matrix& to) {
   const Unpacking a{weight_view(where, w), ids, first, rows, w.size[0], scale, to};
   if (rows == 0 || to.width == 0) return;
   if (!is_block(w.type)) {

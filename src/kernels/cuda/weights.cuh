@@ -34,8 +34,10 @@ __device__ inline Run run_of(const uint8_t* row, int r) {
   const uint8_t* b = row + int64_t(r / runs) * bytes;
   Run out;
   out.shift[0] = out.shift[1] = 0;
-  if constexpr (kType == Dtype::Q4_0 || kType == Dtype::Q4_1 || kType == Dtype::Q5_0 || kType == Dtype::Q5_1 || kType == Dtype::IQ4_NL) {
-    constexpr bool shifted = kType == Dtype::Q4_1 || kType == Dtype::Q5_1, fifth = kType == Dtype::Q5_0 || kType == Dtype::Q5_1;
+  if constexpr (kType == Dtype::Q4_0 || kType == Dtype::Q4_1 || kType == Dtype::Q5_0 || kType == Dtype::Q5_1 ||
+                kType == Dtype::IQ4_NL) {
+    constexpr bool shifted = kType == Dtype::Q4_1 || kType == Dtype::Q5_1,
+                   fifth = kType == Dtype::Q5_0 || kType == Dtype::Q5_1;
     out.scale[0] = out.scale[1] = half_at(b);
     if (shifted) out.shift[0] = out.shift[1] = half_at(b + 2);
     const uint8_t* qs = b + (shifted ? 4 : 2) + (fifth ? 4 : 0);
@@ -78,7 +80,8 @@ __device__ inline Run run_of(const uint8_t* row, int r) {
       out.shift[half] = -dmin * float(scale >> 4);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out.codes[i] = int(load4_aligned(b + 16 + in / 4 * 32 + 4 * i) >> (in % 4 * 2) & 0x03030303u);
+    for (int i = 0; i < 8; ++i)
+      out.codes[i] = int(load4_aligned(b + 16 + in / 4 * 32 + 4 * i) >> (in % 4 * 2) & 0x03030303u);
   } else if constexpr (kType == Dtype::Q3_K) {
     const int in = r % 8;
     const float d = half_at(b + 108);
@@ -163,6 +166,7 @@ WeightView weight_view(const char* where, const Tensor& w);
 
 /// Rows first … first + rows of w → to (F32 or BF16 [rows, ≥ width]), 0 in columns past w's width; when ids are given,
 /// rows ids[first] …, NaN for an id that is not there. Times scale.
-void unpack_rows(Queue& queue, const char* where, const Tensor& w, const int32_t* ids, int64_t first, int64_t rows, float scale, const Matrix& to);
+void unpack_rows(Queue& queue, const char* where, const Tensor& w, const int32_t* ids, int64_t first, int64_t rows,
+                 float scale, const Matrix& to);
 
 }  // namespace heed::cuda
