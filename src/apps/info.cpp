@@ -13,9 +13,11 @@ Json machine() {
   Json tables = Json::array();
   for (const Kernels* k : cpu_kernels()) tables.push_back(k->name);
   tables.push_back(reference_kernels().name);
-  return {{"version", HEED_VERSION},        {"cpu", cpu_name()}, {"threads", threads()},
-          {"memory_bytes", memory_bytes()}, {"kernels", tables}, {"best", backend("auto").name},
-          {"mechanisms", registry().size()}};
+  if (cuda_kernels()) tables.push_back(cuda_kernels()->name);
+  return {{"version", HEED_VERSION}, {"cpu", cpu_name()},
+          {"threads", threads()},    {"memory_bytes", memory_bytes()},
+          {"kernels", tables},       {"best", backend("auto").name},
+          {"gpu", cuda_state()},     {"mechanisms", registry().size()}};
 }
 
 Json describe(const Model& model) {
