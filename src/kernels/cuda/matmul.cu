@@ -10,7 +10,9 @@ void matmul(Queue& queue, Tensor w, Tensor x, Tensor bias, bool accumulate, Tens
   check_tensor(where, "bias", bias, {outputs}, true);
   check_tensor(where, "y", y, {tokens, outputs});
   if (tokens == 0 || outputs == 0) return;
-  if (tokens <= 16) return matmul_few(queue, w, x, bias, accumulate, y);
+  // Measured on an H100, 4096 → 14336: quantised weights of 16 tokens take 125 to 155 µs here and 175 µs through panels; bf16
+  // ones of 16 tokens 308 µs here, and 64 tokens 69 µs through cuBLASLt.
+  if (tokens <= (is_block(w.type) ? 16 : 8)) return matmul_few(queue, w, x, bias, accumulate, y);
   if (w.type == Dtype::F32) return matmul_plain(queue, w, x, bias, accumulate, y);
   matmul_many(queue, w, x, bias, accumulate, y);
 }
