@@ -26,8 +26,8 @@ struct Variant {
   bool plan;
   Start start;
 };
-#define V(D, DV, N, G, ST, PLAN, TURNS, POLY) \
-  {#N " groups " #G " stages " #ST " turns " #TURNS " poly " #POLY, D, DV, PLAN, launch<Shape<D, DV, N, G, ST, PLAN, TURNS, POLY>>}
+#define V(D, DV, N, G, ST, PLAN, TURNS, POLY, QS) \
+  {#N " groups " #G " stages " #ST " turns " #TURNS " poly " #POLY " q " #QS, D, DV, PLAN, launch<Shape<D, DV, N, G, ST, PLAN, TURNS, POLY, QS>>}
 static const Variant variants[] = {
 #include "variants.h"
 };
@@ -288,6 +288,23 @@ static Case sized(int n, int d, int dv, bool causal, int heads = 16, int kv = 16
   const int batch = std::max(1, tokens / n);
   c.n.assign(size_t(batch), n), c.m = c.n, c.heads = heads, c.kv_heads = kv, c.d = d, c.dv = dv, c.causal = causal, c.poison = false;
   return c;
+}
+
+/// For bench/peers/torch_cuda.py, which alternates this with PyTorch's kernels: [batch, heads, n, width] tensors end to end.
+extern "C" int heed_attend(int variant, const void* q, const void* k, const void* v, const int64_t* q_offsets, const int64_t* k_offsets, int batch, int heads, int kv_heads,
+                           int n, int m, int d, int d_v, int causal, int window, void* out, void* lse, void* scratch, int64_t scratch_bytes, void* stream) {
+  Attend a;
+  a.q = static_cast<const __nv_bfloat16*>(q), a.k = static_cast<const __nv_bfloat16*>(k), a.v = static_cast<const __nv_bfloat16*>(v);
+  a.q_rows = int64_t(batch) * heads * n, a.k_rows = a.v_rows = int64_t(batch) * kv_heads * m;
+  a.q_stride = a.k_stride = d, a.v_stride = d_v, a.out_stride = d_v;
+  a.q_begin = q_offsets, a.q_end = q_offsets + 1, a.k_begin = a.v_begin = k_offsets, a.k_end = k_offsets + 1;
+  a.segments = batch * heads, a.heads = heads, a.kv_heads = kv_heads, a.d = d, a.d_v = d_v, a.scale = 1 / std::sqrt(float(d)), a.causal = causal, a.window = window;
+  a.out = static_cast<float*>(out), a.lse = static_cast<float*>(lse);
+  if (!attend_fits(a) || attend_scratch(a) > scratch_bytes) return -1;
+  int at = 0;
+  for (const Variant& x : variants)
+    if (!x.plan && x.d == d && x.dv == d_v && at++ == variant) return int(x.start(a, scratch, static_cast<cudaStream_t>(stream)));
+  return -2;
 }
 
 int main(int argc, char** argv) {

@@ -1,6 +1,6 @@
 """What PyTorch's attention takes on this GPU for the shapes that bench/cuda/attend_sm90.cu times, medians of CUDA events.
 
-    python3 bench/peers/torch_cuda.py [dense] [flex] [copy]
+    python3 bench/peers/torch_cuda.py [dense] [flex] [copy] [LIBRARY.so]
 """
 import sys, warnings
 import torch
@@ -64,6 +64,44 @@ def flex(d, window=1024):
     print(f"flex {d} 32k | " + " | ".join(row), flush=True)
 
 
+def pairs(library):
+    """cuDNN and heed (a library built from bench/cuda/attend_sm90.cu) in turn: both then run at the clocks that both cause."""
+    import ctypes
+    heed = ctypes.CDLL(library).heed_attend
+    pointer = lambda x: ctypes.c_void_p(x.data_ptr())
+    shapes = [(d, d_v, 16, 16, variants) for d, d_v, variants in ((128, 128, (0, 1, 2)), (64, 64, (0, 1, 2, 3)), (96, 96, (0, 1)), (192, 128, (0, 1)), (256, 256, (0, 1)))] + [(128, 128, 32, 8, (0, 1))]
+    scratch = torch.empty(1 << 24, device="cuda", dtype=torch.uint8)
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    for d, d_v, heads, kv, variants in shapes:
+        for causal, n in ((True, 4096), (True, 8192), (True, 16384), (True, 32768), (False, 4096), (False, 16384)):
+            batch = max(1, 16384 // n)
+            q, k, v = inputs(batch, heads, kv, n, d, d_v)
+            out, lse = torch.empty(batch, heads, n, d_v, device="cuda"), torch.empty(batch, heads, n, device="cuda")
+            q_offsets = torch.arange(batch * heads + 1, device="cuda") * n
+            k_offsets = torch.arange(batch * kv + 1, device="cuda") * n
+            def cudnn():
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv)
+            def ours(variant):
+                e = heed(variant, pointer(q), pointer(k), pointer(v), pointer(q_offsets), pointer(k_offsets), batch, heads, kv, n, n, d, d_v, int(causal), 0,
+                         pointer(out), pointer(lse), pointer(scratch), ctypes.c_int64(scratch.numel()), stream)
+                assert e == 0, e
+            runs = [cudnn] + [lambda x=x: ours(x) for x in variants]
+            times = [[] for _ in runs]
+            for turn in range(14 if n < 32768 else 8):
+                for i, f in enumerate(runs):
+                    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    a.record(); f(); b.record(); b.synchronize()
+                    if turn > 1:
+                        times[i].append(a.elapsed_time(b))
+            flop = 2 * batch * heads * n * n * (d + d_v) / (2 if causal else 1)
+            ms = [sorted(t)[len(t) // 2] for t in times]
+            ours(0)
+            error = ((out - cudnn().float()).norm() / out.norm()).item()
+            print(f"{d}/{d_v} {heads}/{kv} {'causal' if causal else 'full'} {n // 1024}k cudnn {ms[0]:.3f} ms {flop / ms[0] / 1e9:.0f} | "
+                  + " | ".join(f"{x}: {t:.3f} ms {flop / t / 1e9:.0f} ({ms[0] / t:.2f})" for x, t in zip(variants, ms[1:])) + f" | differ {error:.1e}", flush=True)
+
+
 def copy():
     a = torch.randint(0, 255, (1 << 30,), device="cuda", dtype=torch.uint8)
     b = torch.empty_like(a)
@@ -79,5 +117,8 @@ if "dense" in what:
         for backend in (SDPBackend.CUDNN_ATTENTION,) + ((SDPBackend.FLASH_ATTENTION,) if d in (64, 128) else ()):
             dense(d, dv, backend)
     dense(128, 128, SDPBackend.CUDNN_ATTENTION, 32, 8)
+for library in what:
+    if library.endswith(".so"):
+        pairs(library)
 if "flex" in what:
     flex(128)

@@ -36,35 +36,31 @@ struct Launch {
   int k_rows, v_rows;
 };
 
-template <int D, int DV, int KN, int Groups, int Stages, bool Plan, bool Turns, int Poly>
+template <int D, int DV, int KN, int Groups, int Stages, bool Plan, bool Turns, int Poly, int QSlots>
 struct Shape {
-  static constexpr int d = D, dv = DV, kN = KN, groups = Groups, stages = Stages;
+  static constexpr int d = D, dv = DV, kN = KN, groups = Groups, stages = Stages, q_slots = QSlots;
   static constexpr bool plan = Plan, turns = Turns;
   static constexpr int poly = Poly;  // one pair of exponentials in `poly` goes to the FMA pipe; 0: none
   static constexpr int rows = 64 * Groups;
   static constexpr int threads = 128 * (Groups + 1);
   static constexpr int panels = (D + 63) / 64, v_panels = (DV + 63) / 64;
   static constexpr int q_bytes = panels * rows * 128, k_bytes = panels * KN * 128, v_bytes = v_panels * KN * 128;
-  static constexpr int registers = Groups == 2 ? 240 : 160, loader_registers = Groups == 2 ? 24 : 32;
+  static constexpr int registers = Groups == 2 ? 232 : 160, loader_registers = Groups == 2 ? 40 : 32;
 };
 
 template <class S>
 struct Shared {
-  alignas(1024) uint8_t q[S::q_bytes];
+  alignas(1024) uint8_t q[S::q_slots][S::q_bytes];
   alignas(1024) uint8_t k[S::stages][S::k_bytes];
   alignas(1024) uint8_t v[S::stages][S::v_bytes];
-  Tile tile;
-  int4 keys[S::stages];  // plan: first key of either half of a stage, tile of bits of either
-  uint64_t q_full, q_empty, k_full[S::stages], k_empty[S::stages], v_full[S::stages], v_empty[S::stages];
+  Tile tile[S::q_slots + 1];  // one more than Q needs: the rows of a tile are written when the next has begun
+  int4 first_keys[S::q_slots], keys[S::stages];  // plan: first key of either half of a stage, tile of bits of either
+  uint64_t q_full[S::q_slots], q_empty[S::q_slots], k_full[S::stages], k_empty[S::stages], v_full[S::stages], v_empty[S::stages];
 };
 
 /// The same value, known to the compiler to be equal in a warp: wgmma is serialised where control flow could diverge.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 __device__ __forceinline__ int4 uniform(int4 x) { return {uniform(x.x), uniform(x.y), uniform(x.z), uniform(x.w)}; }
-__device__ __forceinline__ Tile uniform(const Tile& t) {
-  return {uniform(t.q_row),    uniform(t.rows), uniform(t.k_row), uniform(t.v_row), uniform(t.m),       uniform(t.diagonal), uniform(t.low), uniform(t.head),
-          uniform(t.first), uniform(t.entries), uniform(t.stages), uniform(t.plan_row)};
-}
 
 /// Which stage of a ring and which phase the i-th use is.
 template <int Stages>
@@ -95,59 +91,63 @@ __device__ __forceinline__ int4 stage_keys(const Launch& a, const Tile& t, int j
   }
 }
 
+/// Copies a stage of keys or values, in one box a panel or, with a plan, two.
+template <class S>
+__device__ __forceinline__ void load_stage(uint8_t* to, const CUtensorMap& map, uint64_t* full, int panels, int row, int4 keys, int outside) {
+  barrier_expect(full, panels * S::kN * 128);
+  for (int p = 0; p < panels; ++p, to += S::kN * 128) {
+    tma_load(to, &map, full, p * 64, row + keys.x);
+    if constexpr (S::plan) tma_load(to + 64 * 128, &map, full, p * 64, keys.y == kNoKey ? outside : row + keys.y);
+  }
+}
+
 template <class S>
 __device__ void load_tiles(Shared<S>& sh, const Launch& a, const CUtensorMap& q_map, const CUtensorMap& k_map, const CUtensorMap& v_map) {
   Ring<S::stages> k_ring, v_ring;
+  Ring<S::q_slots> q_ring;
+  Ring<S::q_slots + 1> tile_ring;
   const int total = a.header[0];
   int taken = atomicAdd(a.header + 1, 1);
-  for (uint32_t turn = 0;; ++turn) {
-    barrier_wait(&sh.q_empty, (turn & 1) ^ 1);
+  for (;; q_ring.next(), tile_ring.next()) {
+    const int q = q_ring.slot;
+    barrier_wait(&sh.q_empty[q], q_ring.parity ^ 1);
     if (taken >= total) {
-      sh.tile.rows = 0;
-      barrier_arrive(&sh.q_full);
+      sh.tile[tile_ring.slot].rows = sh.tile[tile_ring.slot].stages = 0;
+      barrier_arrive(&sh.q_full[q]);
       return;
     }
     const Tile t = a.tiles[taken];
-    sh.tile = t;
     taken = atomicAdd(a.header + 1, 1);  // asked for early: the answer takes a microsecond
+    sh.tile[tile_ring.slot] = t;
     if (t.stages == 0) {
-      barrier_arrive(&sh.q_full);
+      barrier_arrive(&sh.q_full[q]);
       continue;
     }
-    barrier_expect(&sh.q_full, S::q_bytes);
-    for (int p = 0; p < S::panels; ++p) tma_load(sh.q + p * S::rows * 128, &q_map, &sh.q_full, p * 64, t.q_row);
-    int4 keys = stage_keys<S>(a, t, 0);
-    for (int j = 0;; ++j) {
-      int4 before = keys;
+    int4 keys = stage_keys<S>(a, t, 0), before = keys;
+    if constexpr (S::plan) sh.first_keys[q] = keys;
+    barrier_expect(&sh.q_full[q], S::q_bytes);
+    for (int p = 0; p < S::panels; ++p) tma_load(sh.q[q] + p * S::rows * 128, &q_map, &sh.q_full[q], p * 64, t.q_row);
+    for (int j = 0; j <= t.stages; ++j) {
       if (j < t.stages) {
-        if (j > 0) keys = stage_keys<S>(a, t, j);
-        barrier_wait(&sh.k_empty[k_ring.slot], k_ring.parity ^ 1);
-        if constexpr (S::plan) sh.keys[k_ring.slot] = keys;
-        barrier_expect(&sh.k_full[k_ring.slot], S::k_bytes);
-        uint8_t* to = sh.k[k_ring.slot];
-        for (int p = 0; p < S::panels; ++p)
-          if constexpr (S::plan) {
-            tma_load(to + p * S::kN * 128, &k_map, &sh.k_full[k_ring.slot], p * 64, t.k_row + keys.x);
-            tma_load(to + p * S::kN * 128 + 64 * 128, &k_map, &sh.k_full[k_ring.slot], p * 64, keys.y == kNoKey ? a.k_rows : t.k_row + keys.y);
-          } else {
-            tma_load(to + p * S::kN * 128, &k_map, &sh.k_full[k_ring.slot], p * 64, t.k_row + keys.x);
-          }
+        const int4 now = keys;
+        if (j + 1 < t.stages) keys = stage_keys<S>(a, t, j + 1);
+        const int slot = k_ring.slot;
+        barrier_wait(&sh.k_empty[slot], k_ring.parity ^ 1);
         k_ring.next();
-      }
-      if (j > 0) {
+        if constexpr (S::plan) sh.keys[k_ring.slot] = keys;  // of the next stage: read while this one's products run
+        load_stage<S>(sh.k[slot], k_map, &sh.k_full[slot], S::panels, t.k_row, now, a.k_rows);
+        if (j == 0) {
+          before = now;
+          continue;
+        }
         barrier_wait(&sh.v_empty[v_ring.slot], v_ring.parity ^ 1);
-        barrier_expect(&sh.v_full[v_ring.slot], S::v_bytes);
-        uint8_t* to = sh.v[v_ring.slot];
-        for (int p = 0; p < S::v_panels; ++p)
-          if constexpr (S::plan) {
-            tma_load(to + p * S::kN * 128, &v_map, &sh.v_full[v_ring.slot], p * 64, t.v_row + before.x);
-            tma_load(to + p * S::kN * 128 + 64 * 128, &v_map, &sh.v_full[v_ring.slot], p * 64, before.y == kNoKey ? a.v_rows : t.v_row + before.y);
-          } else {
-            tma_load(to + p * S::kN * 128, &v_map, &sh.v_full[v_ring.slot], p * 64, t.v_row + before.x);
-          }
-        v_ring.next();
+        load_stage<S>(sh.v[v_ring.slot], v_map, &sh.v_full[v_ring.slot], S::v_panels, t.v_row, before, a.v_rows);
+        before = now;
+      } else {
+        barrier_wait(&sh.v_empty[v_ring.slot], v_ring.parity ^ 1);
+        load_stage<S>(sh.v[v_ring.slot], v_map, &sh.v_full[v_ring.slot], S::v_panels, t.v_row, before, a.v_rows);
       }
-      if (j == t.stages) break;
+      v_ring.next();
     }
   }
 }
@@ -292,123 +292,177 @@ __device__ __forceinline__ void clear_tail(uint8_t* v, const Tile& t, int4 keys,
 }
 
 template <class S>
-__device__ __forceinline__ bool past_end(const Tile& t, int4 keys) {
-  return keys.x + S::kN > t.m || (S::plan && keys.y + 64 > t.m);
+__device__ __forceinline__ bool past_end(int m, int4 keys) {
+  return keys.x + S::kN > m || (S::plan && keys.y + 64 > m);
 }
 
-/// Stages of the loop behind the first: scores of this one and outputs of the one before.
-template <bool Masked, class S>
-__device__ __forceinline__ void step(Rows<S>& x, Shared<S>& sh, const Launch& a, const Tile& t, int4 keys, Ring<S::stages>& k_ring,
-                                     Ring<S::stages>& v_ring, uint64_t q, uint64_t k, uint64_t v, int accumulate, int group, int row) {
-  if constexpr (S::turns) named_sync(1 + group, 256);
+/// Normalised outputs and lse of a tile's rows.
+template <class S>
+__device__ __forceinline__ void write_rows(const Rows<S>& x, const Launch& a, const Tile& t, const float (&top)[2], const float (&sums)[2], int row) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = sums[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    float log2_sum = top[r] == -INFINITY ? -INFINITY : fmaf(top[r], a.scale_log2, __log2f(sum));
+    float gain = sum > 0 ? 1 / sum : 0;
+    if (a.sink) {  // one more weight in the denominator
+      const float sink = a.sink[t.head] * 1.4426950408889634f;
+      const float high = fmaxf(sink, log2_sum);
+      const float all = high == -INFINITY ? high : high + __log2f(exp2_fast(sink - high) + exp2_fast(log2_sum - high));
+      gain = log2_sum == -INFINITY ? 0 : gain * exp2_fast(log2_sum - all);
+      log2_sum = all;
+    }
+    if (row + 8 * r >= t.rows) continue;
+    const int64_t at = t.q_row + row + 8 * r;
+    float* out = a.out + at * a.out_stride + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < S::dv / 8; ++i) *reinterpret_cast<float2*>(out + 8 * i) = {x.o[4 * i + 2 * r] * gain, x.o[4 * i + 2 * r + 1] * gain};
+    if (a.lse && lane % 4 == 0) a.lse[at] = log2_sum * 0.6931471805599453f;
+  }
+}
+
+/// What a warpgroup knows of where it stands.
+template <class S>
+struct Place {
+  Ring<S::stages> k_ring, v_ring;
+  uint64_t k, v;  // descriptors of slot 0
+  int group, row;  // the thread's first row in the tile
+};
+
+template <class S>
+__device__ __forceinline__ void release(uint64_t* empty, Ring<S::stages>& ring) {
+  if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.slot);
+  ring.next();
+}
+
+/// Goes on to the keys of the next stage.
+template <class S>
+__device__ __forceinline__ void next_keys(int4& keys, const Shared<S>& sh, const Place<S>& at) {
+  if constexpr (S::plan)
+    keys = uniform(sh.keys[(at.k_ring.slot + 1) % S::stages]);
+  else
+    keys.x -= S::kN;
+}
+
+/// One turn of the pipeline: scores of a stage, outputs of the stage before and, under these, the softmax of the scores. With `Last`
+/// the stage before was the last of tile `old`, whose rows are written. `keys` becomes those of the next stage.
+template <bool Masked, bool Last, class S>
+__device__ __forceinline__ void step(Rows<S>& x, Shared<S>& sh, const Launch& a, const Tile& t, const Tile& old, int4& keys, Place<S>& at, uint64_t q, int accumulate) {
+  if constexpr (S::turns) named_sync(1 + at.group, 256);
   wgmma_fence();
-  score(x, q, k + k_ring.slot * (S::k_bytes / 16));
+  score(x, q, at.k + at.k_ring.slot * (S::k_bytes / 16));
   wgmma_commit();
-  barrier_wait(&sh.v_full[v_ring.slot], v_ring.parity);
+  barrier_wait(&sh.v_full[at.v_ring.slot], at.v_ring.parity);
   pin(x.p), pin(x.o);
   wgmma_fence();
-  weigh(x, v + v_ring.slot * (S::v_bytes / 16), accumulate);
+  weigh(x, at.v + at.v_ring.slot * (S::v_bytes / 16), accumulate);
   wgmma_commit();
-  if constexpr (S::turns) named_arrive(1 + (group + 1) % S::groups, 256);
+  if constexpr (S::turns) named_arrive(1 + (at.group + 1) % S::groups, 256);
+  const int4 now = keys;
+  next_keys<S>(keys, sh, at);
+  float top[2], sum[2];
+  if constexpr (Last)
+    for (int r = 0; r < 2; ++r) top[r] = x.top[r], sum[r] = x.sum[r], x.top[r] = -INFINITY, x.sum[r] = 0;
   wgmma_wait<1>();
   pin(x.s);
-  if (threadIdx.x % 32 == 0) barrier_arrive(&sh.k_empty[k_ring.slot]);
-  k_ring.next();
-  if constexpr (Masked) hide(x, a, t, keys, row);
+  release<S>(sh.k_empty, at.k_ring);
+  if constexpr (Masked) hide(x, a, t, now, at.row);
   softmax<Masked>(x, a.scale_log2);
   wgmma_wait<0>();
   pin(x.o);
-  if (threadIdx.x % 32 == 0) barrier_arrive(&sh.v_empty[v_ring.slot]);
-  v_ring.next();
-  rescale(x);
+  release<S>(sh.v_empty, at.v_ring);
+  if constexpr (Last)
+    write_rows(x, a, old, top, sum, at.row);
+  else
+    rescale(x);
   round_weights(x);
 }
 
 template <class S>
 __device__ void multiply_tiles(Shared<S>& sh, const Launch& a, int group) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int row = group * 64 + warp * 16 + lane / 4;
-  const uint64_t q = descriptor_k(sh.q + group * 64 * 128), k = descriptor_k(sh.k[0]), v = descriptor_mn(sh.v[0], S::kN * 128);
-  Ring<S::stages> k_ring, v_ring;
+  const int lane = threadIdx.x % 32;
+  Place<S> at;
+  at.k = descriptor_k(sh.k[0]), at.v = descriptor_mn(sh.v[0], S::kN * 128);
+  at.group = group, at.row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+  const uint64_t q0 = descriptor_k(sh.q[0] + group * 64 * 128);
+  Ring<S::q_slots> q_ring;
+  Ring<S::q_slots + 1> tile_ring;
   if (S::turns && group == S::groups - 1) named_arrive(1, 256);
   Rows<S> x;
-  for (uint32_t turn = 0;; ++turn) {
-    barrier_wait(&sh.q_full, turn & 1);
-    const Tile t = uniform(sh.tile);
-    if (t.rows == 0) break;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) x.top[r] = -INFINITY, x.sum[r] = 0;
-    if (t.stages > 0) {
-      auto keys_of = [&](int j) { return S::plan ? uniform(sh.keys[k_ring.slot]) : stage_keys<S>(a, t, j); };
-      auto masked = [&](int4 keys) {
-        const int last = min(t.m - 1, t.diagonal + group * 64) - 63, low = t.low + group * 64 + 63;
-        if constexpr (!S::plan) return keys.x > last - (S::kN - 64) || keys.x < low;
-        return keys.x > last || keys.y > last || keys.x < low || keys.y < low || keys.z >= 0 || keys.w >= 0;
-      };
-      barrier_wait(&sh.k_full[k_ring.slot], k_ring.parity);
-      int4 keys = keys_of(0);
-      wgmma_fence();
-      score(x, q, k + k_ring.slot * (S::k_bytes / 16));
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(x.s);
-      if (lane == 0) barrier_arrive(&sh.k_empty[k_ring.slot]);
-      k_ring.next();
-      if (masked(keys)) hide(x, a, t, keys, row);
-      softmax<true>(x, a.scale_log2);
-      round_weights(x);
-      for (int j = 1; j < t.stages; ++j) {
-        const bool tail = past_end<S>(t, keys);
-        if (tail) {
-          barrier_wait(&sh.v_full[v_ring.slot], v_ring.parity);
-          clear_tail<S>(sh.v[v_ring.slot], t, keys, group);
-        }
-        barrier_wait(&sh.k_full[k_ring.slot], k_ring.parity);
-        keys = keys_of(j);
-        if (masked(keys))
-          step<true>(x, sh, a, t, keys, k_ring, v_ring, q, k, v, j > 1, group, row);
-        else
-          step<false>(x, sh, a, t, keys, k_ring, v_ring, q, k, v, j > 1, group, row);
-      }
-      if (lane == 0) barrier_arrive(&sh.q_empty);  // the next rows may come while these end
-      barrier_wait(&sh.v_full[v_ring.slot], v_ring.parity);
-      if (past_end<S>(t, keys)) clear_tail<S>(sh.v[v_ring.slot], t, keys, group);
-      pin(x.p), pin(x.o);
-      wgmma_fence();
-      weigh(x, v + v_ring.slot * (S::v_bytes / 16), t.stages > 1);
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(x.o);
-      if (lane == 0) barrier_arrive(&sh.v_empty[v_ring.slot]);
-      v_ring.next();
-    } else {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&sh.q_empty);
+  int4 keys = {0, 0, 0, 0}, v_keys = keys;  // of the stage whose scores come next, of the one whose outputs do
+  bool pending = false;                     // the outputs of the last stage of tile `old` are still to come
+  int old = 0, m = 0;
+  bool more = false;  // it is not its only stage
+  auto clear = [&](const Tile& t) {
+    if (!past_end<S>(m, v_keys)) return;
+    barrier_wait(&sh.v_full[at.v_ring.slot], at.v_ring.parity);
+    clear_tail<S>(sh.v[at.v_ring.slot], t, v_keys, group);
+  };
+  auto finish = [&] {
+    clear(sh.tile[old]);
+    barrier_wait(&sh.v_full[at.v_ring.slot], at.v_ring.parity);
+    pin(x.p), pin(x.o);
+    wgmma_fence();
+    weigh(x, at.v + at.v_ring.slot * (S::v_bytes / 16), more);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(x.o);
+    release<S>(sh.v_empty, at.v_ring);
+    write_rows(x, a, sh.tile[old], x.top, x.sum, at.row);
+    pending = false;
+  };
+  for (;; q_ring.next(), tile_ring.next()) {
+    if (S::q_slots == 1 && pending) finish();
+    barrier_wait(&sh.q_full[q_ring.slot], q_ring.parity);
+    const Tile& t = sh.tile[tile_ring.slot];
+    const int stages = uniform(t.stages);
+    if (S::q_slots > 1 && pending && stages == 0) finish();
+    if (uniform(t.rows) == 0) break;
+    if (stages == 0) {
 #pragma unroll
       for (int i = 0; i < S::dv / 2; ++i) x.o[i] = 0;
+      for (int r = 0; r < 2; ++r) x.top[r] = -INFINITY, x.sum[r] = 0;
+      write_rows(x, a, t, x.top, x.sum, at.row);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&sh.q_empty[q_ring.slot]);
+      continue;
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = x.sum[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      float log2_sum = x.top[r] == -INFINITY ? -INFINITY : fmaf(x.top[r], a.scale_log2, __log2f(sum));
-      float gain = sum > 0 ? 1 / sum : 0;
-      if (a.sink) {  // one more weight in the denominator
-        const float sink = a.sink[t.head] * 1.4426950408889634f;
-        const float high = fmaxf(sink, log2_sum);
-        const float all = high == -INFINITY ? high : high + __log2f(exp2_fast(sink - high) + exp2_fast(log2_sum - high));
-        gain = log2_sum == -INFINITY ? 0 : gain * exp2_fast(log2_sum - all);
-        log2_sum = all;
-      }
-      if (row + 8 * r >= t.rows) continue;
-      const int64_t at = t.q_row + row + 8 * r;
-      float* out = a.out + at * a.out_stride + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < S::dv / 8; ++i)
-        *reinterpret_cast<float2*>(out + 8 * i) = {x.o[4 * i + 2 * r] * gain, x.o[4 * i + 2 * r + 1] * gain};
-      if (a.lse && lane % 4 == 0) a.lse[at] = log2_sum * 0.6931471805599453f;
+    const uint64_t q = q0 + q_ring.slot * (S::q_bytes / 16);
+    keys = S::plan ? uniform(sh.first_keys[q_ring.slot]) : int4{uniform(t.first + t.entries - 1) * S::kN, 0, -1, -1};
+    if (pending) clear(sh.tile[old]);
+    m = uniform(t.m), v_keys = keys;
+    const int last = min(m - 1, uniform(t.diagonal) + group * 64) - 63, low = uniform(t.low) + group * 64 + 63;
+    barrier_wait(&sh.k_full[at.k_ring.slot], at.k_ring.parity);
+    if (pending) {
+      step<true, true>(x, sh, a, t, sh.tile[old], keys, at, q, more);
+    } else {
+      wgmma_fence();
+      score(x, q, at.k + at.k_ring.slot * (S::k_bytes / 16));
+      wgmma_commit();
+      for (int r = 0; r < 2; ++r) x.top[r] = -INFINITY, x.sum[r] = 0;
+      next_keys<S>(keys, sh, at);
+      wgmma_wait<0>();
+      pin(x.s);
+      release<S>(sh.k_empty, at.k_ring);
+      hide(x, a, t, v_keys, at.row);
+      softmax<true>(x, a.scale_log2);
+      round_weights(x);
     }
+    for (int j = 1; j < stages; ++j) {
+      clear(t);
+      v_keys = keys;
+      barrier_wait(&sh.k_full[at.k_ring.slot], at.k_ring.parity);
+      const bool masked = S::plan ? keys.x > last || keys.y > last || keys.x < low || keys.y < low || keys.z >= 0 || keys.w >= 0
+                                  : keys.x > last - (S::kN - 64) || keys.x < low;
+      if (masked)
+        step<true, false>(x, sh, a, t, t, keys, at, q, j > 1);
+      else
+        step<false, false>(x, sh, a, t, t, keys, at, q, j > 1);
+    }
+    if (lane == 0) barrier_arrive(&sh.q_empty[q_ring.slot]);
+    old = tile_ring.slot, more = stages > 1, pending = true;
   }
 }
 
@@ -420,7 +474,7 @@ __global__ void __launch_bounds__(S::threads, 1)
   const int group = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map);
-    barrier_init(&sh.q_full, 1), barrier_init(&sh.q_empty, 4 * S::groups);
+    for (int i = 0; i < S::q_slots; ++i) barrier_init(&sh.q_full[i], 1), barrier_init(&sh.q_empty[i], 4 * S::groups);
     for (int i = 0; i < S::stages; ++i) {
       barrier_init(&sh.k_full[i], 1), barrier_init(&sh.v_full[i], 1);
       barrier_init(&sh.k_empty[i], 4 * S::groups), barrier_init(&sh.v_empty[i], 4 * S::groups);

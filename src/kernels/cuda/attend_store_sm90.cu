@@ -1,0 +1,422 @@
+// Decode attention over bf16 pages, bound by memory: keys and values go from device memory to registers, where they already are
+// operands of mma.m16n8k16, so shared memory is used for merging alone.
+//
+// S^T = K·Q^T and O^T = V^T·P^T: 16 entries or channels on the long side, 8 (head, row) columns of one KV head on the short one, so
+// a group of 4 wastes half a product instead of three quarters. Channels are permuted so that a thread's operands are 16 contiguous
+// bytes: product over channels does not mind (q is permuted alike), and output channels are written where they belong.
+//
+// All units of 16 entries of all segments form one line, which the blocks cut in equal ranges. A range's warps take units in turn.
+// A segment that several blocks share is merged by the last of them to finish, in the order of the ranges: one launch, a fixed order.
+#include <cuda_bf16.h>
+
+#include <algorithm>
+
+#include "kernels/cuda/attend_store_sm90.h"
+#include "kernels/cuda/sm90.h"
+
+namespace heed::sm90 {
+namespace {
+
+constexpr int kUnit = 16, kColumns = 8, kMostLists = 4096;
+
+/// One (sequence, KV head), or (sequence, query head) where every head has a list of its own.
+struct Item {
+  int list, chunk, units;
+  int length, n, columns;  // entries, query rows, (row, head) pairs
+  int sequence, head;      // first query head
+};
+
+struct Shape {
+  int lists_per_sequence, heads_per_list;
+};
+
+__device__ __forceinline__ Shape lists_of(const AttendStore& a) {
+  const bool own = a.k_tile > 0 && a.plan_heads > a.kv_heads;
+  return {own ? a.heads : a.kv_heads, own ? 1 : a.heads / a.kv_heads};
+}
+
+__device__ __forceinline__ void describe(const AttendStore& a, int list, Item& x) {
+  const Shape s = lists_of(a);
+  x.list = list, x.sequence = list / s.lists_per_sequence, x.head = list % s.lists_per_sequence * s.heads_per_list;
+  const int64_t segment = int64_t(x.sequence) * a.heads + x.head;
+  x.n = int(a.q_end[segment] - a.q_begin[segment]), x.columns = x.n * s.heads_per_list;
+  x.length = a.length[int64_t(x.sequence) * a.kv_heads + x.head / (a.heads / a.kv_heads)];
+}
+
+__device__ __forceinline__ int64_t plan_row(const AttendStore& a, const Item& x, int rows_before) {
+  return rows_before + x.head * a.plan_heads / a.heads;
+}
+
+/// Steps of 16 entries; at least one, so that rows that see nothing are written too.
+__device__ __forceinline__ int units_of(const AttendStore& a, const Item& x, int rows_before) {
+  if (x.n == 0) return 0;
+  if (a.k_tile == 0) return max(1, (x.length + kUnit - 1) / kUnit);
+  const int64_t row = plan_row(a, x, rows_before);
+  const int entries = a.count ? a.count[row] : int(a.rowptr[row + 1] - a.rowptr[row]);
+  return max(1, entries * (a.k_tile / kUnit));
+}
+
+__device__ __forceinline__ uint4 load16(const void* p) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  return x;
+}
+
+/// d += a·b, m16n8k16 of bf16.
+__device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t transpose8x8(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+template <int DV>
+struct Partial {
+  float o[kColumns][DV], top[kColumns], sum[kColumns];
+};
+
+template <int DV, int kWarps>
+struct Memory {
+  Partial<DV> warps[kWarps];
+  int2 first[kMostLists + 1];  // units and plan rows before a list
+  int2 scan[kWarps];
+  int last;
+};
+
+template <int D, int DV, int kWarps, int PerSm>
+__global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const AttendStore a, Partial<DV>* partials, int* arrived) {
+  extern __shared__ uint8_t raw[];
+  Memory<DV, kWarps>& sh = *reinterpret_cast<Memory<DV, kWarps>*>(raw);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
+  const Shape shape = lists_of(a);
+  const int lists = a.sequences * shape.lists_per_sequence;
+
+  // Prefix sums over the lists.
+  if (a.k_tile > 0) {  // plan rows of the sequences before
+    int before = 0;
+    for (int from = 0; from < a.sequences; from += 32 * kWarps) {
+      const int s = from + thread;
+      const int own = s < a.sequences && a.q_end[int64_t(s) * a.heads] > a.q_begin[int64_t(s) * a.heads] ? a.plan_heads : 0;
+      int all = own;
+      for (int step = 1; step < 32; step *= 2) {
+        const int x = __shfl_up_sync(~0u, all, step);
+        if (lane >= step) all += x;
+      }
+      if (lane == 31) sh.scan[warp].x = all;
+      __syncthreads();
+      int base = before;
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) base += sh.scan[w].x;
+        before += sh.scan[w].x;
+      }
+      if (s < a.sequences)
+        for (int l = 0; l < shape.lists_per_sequence; ++l) sh.first[s * shape.lists_per_sequence + l].y = base + all - own;
+      __syncthreads();
+    }
+  }
+  int total = 0;
+  for (int from = 0; from < lists; from += 32 * kWarps) {
+    const int l = from + thread;
+    int own = 0;
+    if (l < lists) {
+      Item x;
+      describe(a, l, x);
+      own = units_of(a, x, a.k_tile > 0 ? sh.first[l].y : 0) * ((x.columns + kColumns - 1) / kColumns);
+    }
+    int all = own;
+    for (int step = 1; step < 32; step *= 2) {
+      const int x = __shfl_up_sync(~0u, all, step);
+      if (lane >= step) all += x;
+    }
+    if (lane == 31) sh.scan[warp].x = all;
+    __syncthreads();
+    int base = total;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) base += sh.scan[w].x;
+      total += sh.scan[w].x;
+    }
+    if (l < lists) sh.first[l].x = base + all - own;
+    __syncthreads();
+  }
+  if (thread == 0) sh.first[lists].x = total;
+  __syncthreads();
+
+  const int blocks = gridDim.x, block = blockIdx.x;
+  auto cut = [&](int b) { return int(int64_t(total) * b / blocks); };
+  const int end = cut(block + 1);
+  const float scale = a.scale * 1.4426950408889634f;
+  int list = 0;
+  {
+    int high = lists;
+    while (high - list > 1) {
+      const int middle = (list + high) / 2;
+      if (sh.first[middle].x <= cut(block))
+        list = middle;
+      else
+        high = middle;
+    }
+  }
+  for (int at = cut(block); at < end;) {
+    while (sh.first[list + 1].x <= at) ++list;
+    Item x;
+    describe(a, list, x);
+    const int rows_before = sh.first[list].y;
+    x.units = units_of(a, x, rows_before);
+    x.chunk = (at - sh.first[list].x) / x.units;
+    const int item_begin = sh.first[list].x + x.chunk * x.units, item_end = item_begin + x.units;
+    const int from = at - item_begin, to = min(end, item_end) - item_begin;
+    const int kv = x.sequence * a.kv_heads + x.head / (a.heads / a.kv_heads);
+    const uint64_t* pages = a.table + kv * a.capacity;
+    const int32_t* blocks_read = a.k_tile > 0 ? a.index + a.rowptr[plan_row(a, x, rows_before)] : nullptr;
+
+    // Queries: column g of the chunk, channels 32·i + 8·c … + 7.
+    auto row_of = [&](int column) {
+      const int64_t segment = int64_t(x.sequence) * a.heads + x.head + column % shape.heads_per_list;
+      return a.q_begin[segment] + column / shape.heads_per_list;
+    };
+    uint32_t q[D / 8];
+    {
+      const int column = x.chunk * kColumns + g;
+      const int64_t row = column < x.columns ? row_of(column) : 0;
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) {
+        uint4 y = {0, 0, 0, 0};
+        if (column < x.columns) {
+          const int64_t first = row * a.q_stride + 32 * i + 8 * c;
+          if (a.q_f32) {
+            const float4* f = reinterpret_cast<const float4*>(static_cast<const float*>(a.q) + first);
+            const float4 u = f[0], w = f[1];
+            y = {pack_bf16(u.x, u.y), pack_bf16(u.z, u.w), pack_bf16(w.x, w.y), pack_bf16(w.z, w.w)};
+          } else {
+            y = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(a.q) + first);
+          }
+        }
+        q[4 * i] = y.x, q[4 * i + 1] = y.y, q[4 * i + 2] = y.z, q[4 * i + 3] = y.w;
+      }
+    }
+    int limit[2];  // the last entry that columns 2c and 2c + 1 see
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = x.chunk * kColumns + 2 * c + e;
+      limit[e] = column >= x.columns ? -1 : a.causal ? min(x.length - 1, x.length - x.n + column / shape.heads_per_list) : x.length - 1;
+    }
+
+    float o[DV / 16][4] = {};
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    uint4 k[D / 32][2], v[DV / 64][4];
+    // Where a unit lies: its first entry, then the address of its page (0: nothing there to read). Each is asked for a unit or two
+    // before the loads that depend on it.
+    constexpr int kNothing = 1 << 30;
+    auto entry_of = [&](int unit) {
+      if (unit >= to) return kNothing;
+      if (a.k_tile == 0) return unit * kUnit;
+      const int per = a.k_tile / kUnit;
+      return blocks_read[unit / per] * a.k_tile + unit % per * kUnit;
+    };
+    auto page_of = [&](int entry) { return entry < x.length ? pages[entry / 64] : 0; };
+    auto load_keys = [&](int entry, uint64_t page) {
+      const char* from_here = reinterpret_cast<const char*>(page) + a.k_at + (int64_t(entry % 64 + g) * D + 8 * c) * 2;
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) k[i][r] = page ? load16(from_here + (8 * r * D + 32 * i) * 2) : uint4{0, 0, 0, 0};
+    };
+    auto load_values = [&](int entry, uint64_t page) {
+      const char* from_here = reinterpret_cast<const char*>(page) + a.v_at + (int64_t(entry % 64 + 2 * c) * DV + 8 * g) * 2;
+#pragma unroll
+      for (int i = 0; i < DV / 64; ++i)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int row = r % 2 + r / 2 * 8;  // entries 2c, 2c + 1, 2c + 8, 2c + 9
+          v[i][r] = page && entry + 2 * c + row < x.length ? load16(from_here + (row * DV + 64 * i) * 2) : uint4{0, 0, 0, 0};
+        }
+    };
+    int entry = entry_of(from + warp), next_entry = entry_of(from + warp + kWarps), far_entry = entry_of(from + warp + 2 * kWarps);
+    uint64_t page = page_of(entry), next_page = page_of(next_entry);
+    load_keys(entry, page), load_values(entry, page);
+    for (int unit = from + warp; unit < to; unit += kWarps) {
+      float s[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) {
+        multiply(s, k[i][0].x, k[i][1].x, k[i][0].y, k[i][1].y, q[4 * i], q[4 * i + 1]);
+        multiply(s, k[i][0].z, k[i][1].z, k[i][0].w, k[i][1].w, q[4 * i + 2], q[4 * i + 3]);
+      }
+      float bias[2] = {0, 0};
+      if (a.bias_at >= 0 && page) {
+        const float* b = reinterpret_cast<const float*>(page + a.bias_at) + entry % 64 + g;
+        bias[0] = b[0] * 1.4426950408889634f, bias[1] = b[8] * 1.4426950408889634f;
+      }
+      const int entry_now = entry;
+      entry = next_entry, page = next_page;
+      load_keys(entry, page);
+      next_entry = far_entry, next_page = page_of(far_entry), far_entry = entry_of(unit + 3 * kWarps);
+      // s[2r + e]: entry g + 8r, column 2c + e.
+      float high[2];
+      bool grows = false;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) s[2 * r + e] = entry_now + g + 8 * r <= limit[e] ? fmaf(s[2 * r + e], scale, bias[r]) : -INFINITY;
+        high[e] = fmaxf(s[e], s[2 + e]);
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) high[e] = fmaxf(high[e], __shfl_xor_sync(~0u, high[e], step));
+        high[e] = fmaxf(high[e], top[e]);
+        grows |= high[e] - top[e] > 8.f;
+      }
+      if (__any_sync(~0u, grows)) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float factor = high[e] == -INFINITY ? 1.f : exp2_fast(top[e] - high[e]);
+          top[e] = high[e], sum[e] *= factor;
+#pragma unroll
+          for (int i = 0; i < DV / 16; ++i) o[i][e] *= factor, o[i][2 + e] *= factor;
+        }
+      }
+      uint32_t p[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float w[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          w[e] = exp2_fast(s[2 * r + e] - (top[e] == -INFINITY ? 0.f : top[e]));
+          sum[e] += w[e];
+        }
+        p[r] = transpose8x8(pack_bf16(w[0], w[1]));
+      }
+#pragma unroll
+      for (int i = 0; i < DV / 64; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {  // rows g, g + 8 of the product: channels 64·i + 8·g + 2·j and the next
+          const uint32_t r0 = (&v[i][0].x)[j], r1 = (&v[i][1].x)[j], r2 = (&v[i][2].x)[j], r3 = (&v[i][3].x)[j];
+          multiply(o[4 * i + j], __byte_perm(r0, r1, 0x5410), __byte_perm(r0, r1, 0x7632), __byte_perm(r2, r3, 0x5410), __byte_perm(r2, r3, 0x7632), p[0], p[1]);
+        }
+      load_values(entry, page);
+    }
+
+    // The block's warps into one.
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) sum[e] += __shfl_xor_sync(~0u, sum[e], step);
+      Partial<DV>& mine = sh.warps[warp];
+      if (g == 0) mine.top[2 * c + e] = top[e], mine.sum[2 * c + e] = sum[e];
+#pragma unroll
+      for (int i = 0; i < DV / 64; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          *reinterpret_cast<float2*>(&mine.o[2 * c + e][64 * i + 8 * g + 2 * j]) = {o[4 * i + j][e], o[4 * i + j][2 + e]};
+    }
+    __syncthreads();
+    const bool whole = from == 0 && to == x.units;
+    Partial<DV>& shared_out = partials[2 * block + (from == 0)];
+    const int column_first = x.chunk * kColumns, columns = min(kColumns, x.columns - column_first);
+    auto write = [&](int column, int channel, float value, float high, float all) {
+      const int64_t row = row_of(column_first + column);
+      float log2_sum = all > 0 ? high + __log2f(all) : -INFINITY, gain = all > 0 ? 1 / all : 0;
+      if (a.sink) {
+        const float sink = a.sink[x.head + (column_first + column) % shape.heads_per_list] * 1.4426950408889634f;
+        const float most = fmaxf(sink, log2_sum), both = most == -INFINITY ? most : most + __log2f(exp2_fast(sink - most) + exp2_fast(log2_sum - most));
+        gain = log2_sum == -INFINITY ? 0 : gain * exp2_fast(log2_sum - both);
+        log2_sum = both;
+      }
+      a.out[row * a.out_stride + channel] = value * gain;
+      if (a.lse && channel == 0) a.lse[row] = log2_sum * 0.6931471805599453f;
+    };
+    for (int i = thread; i < columns * DV; i += 32 * kWarps) {
+      const int column = i / DV, channel = i % DV;
+      float high = -INFINITY, all = 0, value = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) high = fmaxf(high, sh.warps[w].top[column]);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float factor = high == -INFINITY ? 0 : exp2_fast(sh.warps[w].top[column] - high);
+        all += factor * sh.warps[w].sum[column], value += factor * sh.warps[w].o[column][channel];
+      }
+      if (whole) {
+        write(column, channel, value, high, all);
+      } else {
+        shared_out.o[column][channel] = value;
+        if (channel == 0) shared_out.top[column] = high, shared_out.sum[column] = all;
+      }
+    }
+    if (!whole) {
+      // The blocks that share the item, from the one with its first unit to the one with its last.
+      auto block_of = [&](int unit) {
+        int b = int((int64_t(unit) * blocks) / total);
+        while (cut(b + 1) <= unit) ++b;
+        while (cut(b) > unit) --b;
+        return b;
+      };
+      const int b0 = block_of(item_begin), b1 = block_of(item_end - 1);
+      __threadfence();
+      __syncthreads();
+      if (thread == 0) sh.last = atomicAdd(&arrived[b0], 1) == b1 - b0;
+      __syncthreads();
+      if (sh.last) {
+        __threadfence();
+        for (int i = thread; i < columns * DV; i += 32 * kWarps) {
+          const int column = i / DV, channel = i % DV;
+          float high = -INFINITY, all = 0, value = 0;
+          for (int b = b0; b <= b1; ++b) high = fmaxf(high, __ldcg(&partials[2 * b + (b == b0)].top[column]));
+          for (int b = b0; b <= b1; ++b) {
+            const Partial<DV>& part = partials[2 * b + (b == b0)];
+            const float factor = high == -INFINITY ? 0 : exp2_fast(__ldcg(&part.top[column]) - high);
+            all += factor * __ldcg(&part.sum[column]), value += factor * __ldcg(&part.o[column][channel]);
+          }
+          write(column, channel, value, high, all);
+        }
+      }
+    }
+    __syncthreads();
+    at = min(end, item_end);
+  }
+}
+
+int multiprocessors() {
+  static const int count = [] {
+    int device = 0, n = 0;
+    cudaGetDevice(&device), cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+    return n;
+  }();
+  return count;
+}
+
+template <int D, int DV, int kWarps, int PerSm>
+cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t stream) {
+  const int blocks = PerSm * multiprocessors();
+  int* arrived = static_cast<int*>(scratch);
+  const int64_t skip = (int64_t(blocks) * 4 + 255) / 256 * 256;
+  Partial<DV>* partials = reinterpret_cast<Partial<DV>*>(static_cast<char*>(scratch) + skip);
+  static const cudaError_t ready = cudaFuncSetAttribute(attend_store_kernel<D, DV, kWarps, PerSm>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Memory<DV, kWarps>)));
+  if (ready != cudaSuccess) return ready;
+  if (const cudaError_t e = cudaMemsetAsync(arrived, 0, size_t(blocks) * 4, stream); e != cudaSuccess) return e;
+  attend_store_kernel<D, DV, kWarps, PerSm><<<blocks, 32 * kWarps, sizeof(Memory<DV, kWarps>), stream>>>(a, partials, arrived);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+bool attend_store_fits(const AttendStore& a) {
+  if (reinterpret_cast<uintptr_t>(a.q) % 16 || a.q_stride % (a.q_f32 ? 4 : 8) || a.k_at % 16 || a.v_at % 16) return false;
+  if (a.k_tile != 0 && a.k_tile != 16 && a.k_tile != 32 && a.k_tile != 64) return false;
+  if (int64_t(a.sequences) * std::max(a.heads, a.kv_heads) > kMostLists || !(a.scale > 0)) return false;
+  return a.d == a.d_v && (a.d == 64 || a.d == 128 || a.d == 256);
+}
+
+int64_t attend_store_scratch(const AttendStore& a) {
+  const int64_t blocks = 4 * int64_t(multiprocessors());  // no shape has more on a multiprocessor
+  return (blocks * 4 + 255) / 256 * 256 + 2 * blocks * (int64_t(kColumns) * a.d_v + 2 * kColumns) * 4;
+}
+
+cudaError_t attend_store_launch(const AttendStore& a, void* scratch, cudaStream_t stream) {
+  if (a.d == 64) return launch_store<64, 64, 8, 2>(a, scratch, stream);
+  if (a.d == 128) return launch_store<128, 128, 6, 2>(a, scratch, stream);
+  return launch_store<256, 256, 8, 1>(a, scratch, stream);
+}
+
+}  // namespace heed::sm90
