@@ -16,6 +16,7 @@ def median_ms(f, times=15):
     out = []
     for _ in range(times):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(500_000)  # hides what the host does
         a.record(); f(); b.record(); b.synchronize()
         out.append(a.elapsed_time(b))
     return sorted(out)[len(out) // 2]
@@ -69,7 +70,7 @@ def pairs(library):
     import ctypes
     heed = ctypes.CDLL(library).heed_attend
     pointer = lambda x: ctypes.c_void_p(x.data_ptr())
-    shapes = [(d, d_v, 16, 16, variants) for d, d_v, variants in ((128, 128, (0, 1, 2)), (64, 64, (0, 1, 2, 3)), (96, 96, (0, 1)), (192, 128, (0, 1)), (256, 256, (0, 1)))] + [(128, 128, 32, 8, (0, 1))]
+    shapes = [(d, d_v, 16, 16, variants) for d, d_v, variants in ((128, 128, (0, 1)), (64, 64, (0, 1)), (96, 96, (0,)), (192, 128, (0,)), (256, 256, (0,)))] + [(128, 128, 32, 8, (0, 1))]
     scratch = torch.empty(1 << 24, device="cuda", dtype=torch.uint8)
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     for d, d_v, heads, kv, variants in shapes:
@@ -80,8 +81,7 @@ def pairs(library):
             q_offsets = torch.arange(batch * heads + 1, device="cuda") * n
             k_offsets = torch.arange(batch * kv + 1, device="cuda") * n
             def cudnn():
-                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv)
             def ours(variant):
                 e = heed(variant, pointer(q), pointer(k), pointer(v), pointer(q_offsets), pointer(k_offsets), batch, heads, kv, n, n, d, d_v, int(causal), 0,
                          pointer(out), pointer(lse), pointer(scratch), ctypes.c_int64(scratch.numel()), stream)
@@ -91,6 +91,7 @@ def pairs(library):
             for turn in range(14 if n < 32768 else 8):
                 for i, f in enumerate(runs):
                     a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    torch.cuda._sleep(500_000)
                     a.record(); f(); b.record(); b.synchronize()
                     if turn > 1:
                         times[i].append(a.elapsed_time(b))
@@ -119,6 +120,7 @@ if "dense" in what:
     dense(128, 128, SDPBackend.CUDNN_ATTENTION, 32, 8)
 for library in what:
     if library.endswith(".so"):
-        pairs(library)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            pairs(library)
 if "flex" in what:
     flex(128)

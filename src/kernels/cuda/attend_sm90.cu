@@ -14,6 +14,7 @@ struct Scratch {
   Tile* tiles;
   int* first_tile;  // [segments + 1]
   int* plan_row;    // [segments]: first plan row of the segment
+  int* row_low;     // [rows of q], where windows count positions: the first key inside a row's window
 };
 
 __device__ int64_t rows_of(const int64_t* begin, const int64_t* end, int64_t s) { return end[s] - begin[s]; }
@@ -61,6 +62,29 @@ struct Job {
   int section;
 };
 
+__device__ int64_t key_segment(const Attend& a, int s) {
+  const int head = s % a.heads;
+  return int64_t(s / a.heads) * a.kv_heads + (a.k_map ? a.k_map[head] : head / (a.heads / a.kv_heads));
+}
+
+/// Positions ascend in a segment of keys, so that a window is a range that starts where a search finds it.
+__global__ void find_windows(const Attend a, int* row_low) {
+  const int s = blockIdx.y;
+  const int64_t k_segment = key_segment(a, s), n = rows_of(a.q_begin, a.q_end, s), m = rows_of(a.k_begin, a.k_end, k_segment);
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t row = a.q_begin[s] + i, position = a.q_pos ? a.q_pos[row] : m - n + i;
+    int64_t low = 0, high = m;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2, key = a.k_pos ? a.k_pos[a.k_begin[k_segment] + middle] : middle;
+      if (position - key < a.window)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    row_low[row] = int(low);
+  }
+}
+
 __device__ Job make_tile(const Attend& a, const Scratch& to, int rows, int keys, int number) {
   int s = 0, end = a.segments;
   while (end - s > 1) {
@@ -73,7 +97,7 @@ __device__ Job make_tile(const Attend& a, const Scratch& to, int rows, int keys,
   const int head = s % a.heads, sequence = s / a.heads;
   const int64_t n = rows_of(a.q_begin, a.q_end, s);
   const int own = head / (a.heads / a.kv_heads);
-  const int64_t k_segment = int64_t(sequence) * a.kv_heads + (a.k_map ? a.k_map[head] : own);
+  const int64_t k_segment = key_segment(a, s);
   const int64_t v_segment = int64_t(sequence) * a.kv_heads + (a.v_map ? a.v_map[head] : own);
   const int64_t m = rows_of(a.k_begin, a.k_end, k_segment), i = int64_t(number - to.first_tile[s]) * rows;
   Job job;
@@ -83,7 +107,13 @@ __device__ Job make_tile(const Attend& a, const Scratch& to, int rows, int keys,
   const int64_t at = m - n + i;  // position of row 0
   t.diagonal = a.causal ? int(at) : kNoKey;
   t.low = a.window > 0 ? int(at - a.window + 1) : -kNoKey;
-  const int64_t last = a.causal ? min(m - 1, at + t.rows - 1) : m - 1, low = max(0, t.low);
+  int64_t low = max(0, t.low);
+  if (to.row_low) {
+    int least = to.row_low[t.q_row], most = least;
+    for (int r = 1; r < t.rows; ++r) least = min(least, to.row_low[t.q_row + r]), most = max(most, to.row_low[t.q_row + r]);
+    low = least, t.low = most - 63;
+  }
+  const int64_t last = a.causal ? min(m - 1, at + t.rows - 1) : m - 1;
   t.first = 0, t.entries = 0, t.stages = 0, t.plan_row = 0;
   if (last >= low) {
     if (a.k_tile == 0) {
@@ -178,13 +208,16 @@ bool make_map(CUtensorMap& map, const __nv_bfloat16* data, int64_t rows, int64_t
 
 int64_t most_tiles(const Attend& a) { return a.q_rows / 64 + a.segments; }
 
+bool counts_positions(const Attend& a) { return a.window > 0 && (a.q_pos || a.k_pos); }
+
 Scratch lay_out(const Attend& a, void* memory) {
   char* at = static_cast<char*>(memory);
   Scratch s;
   s.header = reinterpret_cast<int*>(at), at += 256;
   s.tiles = reinterpret_cast<Tile*>(at), at += most_tiles(a) * int64_t(sizeof(Tile));
   s.first_tile = reinterpret_cast<int*>(at), at += (a.segments + 1) * 4;
-  s.plan_row = reinterpret_cast<int*>(at);
+  s.plan_row = reinterpret_cast<int*>(at), at += a.segments * 4;
+  s.row_low = counts_positions(a) ? reinterpret_cast<int*>(at) : nullptr;
   return s;
 }
 
@@ -204,10 +237,14 @@ cudaError_t launch(const Attend& a, void* memory, cudaStream_t stream) {
   const int box = S::plan ? 64 : S::kN;
   if (!make_map(q, a.q, a.q_rows, a.d, a.q_stride, S::rows) || !make_map(k, a.k, a.k_rows, a.d, a.k_stride, box) || !make_map(v, a.v, a.v_rows, a.d_v, a.v_stride, box))
     return cudaErrorInvalidValue;
+  if (scratch.row_low) {
+    const int64_t most = (a.q_rows + a.segments - 1) / a.segments;
+    find_windows<<<dim3(unsigned(std::clamp<int64_t>((most + 127) / 128, 1, 64)), unsigned(a.segments)), 128, 0, stream>>>(a, scratch.row_low);
+  }
   schedule_tiles<<<1, 1024, 0, stream>>>(a, scratch, S::rows, S::kN);
   Launch to{};
   to.tiles = scratch.tiles, to.header = scratch.header, to.scale_log2 = a.scale * 1.4426950408889634f;
-  to.out = a.out, to.out_stride = a.out_stride, to.lse = a.lse, to.sink = a.sink;
+  to.out = a.out, to.out_stride = a.out_stride, to.lse = a.lse, to.sink = a.sink, to.row_low = scratch.row_low;
   to.index = a.index, to.mask = a.mask, to.bits = a.bits, to.q_tile = a.q_tile, to.k_tile = a.k_tile;
   to.k_rows = int(a.k_rows), to.v_rows = int(a.v_rows);
   constexpr int bytes = sizeof(Shared<S>) + 1024;
@@ -238,7 +275,7 @@ bool attend_fits(const Attend& a) {
   return width && encode_tiled();
 }
 
-int64_t attend_scratch(const Attend& a) { return 256 + most_tiles(a) * int64_t(sizeof(Tile)) + (2 * int64_t(a.segments) + 1) * 4; }
+int64_t attend_scratch(const Attend& a) { return 256 + most_tiles(a) * int64_t(sizeof(Tile)) + (2 * int64_t(a.segments) + 1) * 4 + (counts_positions(a) ? a.q_rows * 4 : 0); }
 
 #ifndef HEED_ATTEND_SHAPES
 cudaError_t attend_launch(const Attend& a, void* memory, cudaStream_t stream) {

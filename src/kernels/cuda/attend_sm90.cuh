@@ -13,7 +13,7 @@ struct alignas(16) Tile {
   int k_row, v_row;    // first rows of the segment's keys and values
   int m;               // its keys
   int diagonal;        // row r of the tile sees keys ≤ diagonal + r
-  int low;             // and ≥ low + r
+  int low;             // and ≥ low + r; with Launch::row_low: low + 63 or more is seen by every row
   int head;
   int first, entries;  // dense: first key tile, key tiles; plan: first entry of index, entries
   int stages;          // steps of kN keys; 0: the rows see nothing
@@ -30,6 +30,7 @@ struct Launch {
   int64_t out_stride;
   float* lse;
   const float* sink;
+  const int32_t* row_low;  // the first key that each row's window holds; null: windows count keys, not positions
   const int32_t *index, *mask;
   const uint64_t* bits;
   int q_tile, k_tile;
@@ -168,7 +169,9 @@ __device__ __forceinline__ void hide(Rows<S>& x, const Launch& a, const Tile& t,
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int last = min(t.m - 1, t.diagonal + row + 8 * r), low = t.low + row + 8 * r;
+    const int last = min(t.m - 1, t.diagonal + row + 8 * r);
+    int low = t.low + row + 8 * r;
+    if (a.row_low && row + 8 * r < t.rows) low = a.row_low[t.q_row + row + 8 * r];
     if constexpr (!S::plan) {
 #pragma unroll
       for (int i = 0; i < S::kN / 8; ++i)

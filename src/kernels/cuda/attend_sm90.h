@@ -1,4 +1,4 @@
-// Exact attention on Hopper's tensor cores: what the kernel of attend_sm90.cu takes, without heed's views.
+// Exact attention on Hopper's tensor cores: what the kernels of attend_sm90.cu and attend_store_sm90.cu take, without heed's views.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
@@ -19,6 +19,7 @@ struct Attend {
   float scale = 0;
   bool causal = true;
   int window = 0;
+  const int32_t *q_pos = nullptr, *k_pos = nullptr;  // for the window alone
   const int32_t *k_map = nullptr, *v_map = nullptr;
   const float* sink = nullptr;
   float* out = nullptr;
@@ -38,4 +39,53 @@ int64_t attend_scratch(const Attend&);
 /// Starts the kernels on the stream. Precondition: attend_fits.
 cudaError_t attend_launch(const Attend&, void* scratch, cudaStream_t);
 
+/// Decode attention over pages of bf16, likewise. Pages start at multiples of 16 bytes.
+struct AttendStore {
+  const void* q = nullptr;  // f32 or bf16 rows, at multiples of 16 bytes
+  bool q_f32 = false;
+  int64_t q_stride = 0;
+  const int64_t *q_begin = nullptr, *q_end = nullptr;
+  int sequences = 0, heads = 1, kv_heads = 1, d = 0, d_v = 0;
+  const uint64_t* table = nullptr;
+  int64_t capacity = 0;
+  const int32_t* length = nullptr;
+  int64_t k_at = 0, v_at = 0, bias_at = -1, position_at = 0;
+  float scale = 0;
+  bool causal = true;
+  int window = 0;
+  const int32_t* q_pos = nullptr;
+  const float* sink = nullptr;
+  float* out = nullptr;
+  int64_t out_stride = 0;
+  float* lse = nullptr;
+  // Blocks of k_tile entries (16, 32 or 64); k_tile 0: every entry. One plan row for each (sequence with rows, scope head).
+  int k_tile = 0, plan_heads = 1;
+  const int64_t* rowptr = nullptr;
+  const int32_t *count = nullptr, *index = nullptr;
+};
+
+bool attend_store_fits(const AttendStore&);
+int64_t attend_store_scratch(const AttendStore&);
+/// Precondition: attend_store_fits.
+cudaError_t attend_store_launch(const AttendStore&, void* scratch, cudaStream_t);
+
 }  // namespace heed::sm90
+
+namespace heed {
+struct Mods;
+struct Pages;
+struct Plan;
+struct Queue;
+struct Ragged;
+struct Read;
+struct Tensor;
+}  // namespace heed
+
+namespace heed::cuda {
+
+/// As attend and attend_store of kernels.h, on a GPU of compute capability 9.0. They return false, having done nothing, for what
+/// has no fast kernel here; arguments have been checked by the caller.
+bool attend_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out, Tensor lse);
+bool attend_store_sm90(Queue&, const Ragged& q, const Pages&, const Read&, const Mods&, Tensor out, Tensor lse);
+
+}  // namespace heed::cuda

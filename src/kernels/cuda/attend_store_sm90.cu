@@ -11,17 +11,19 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/attend_store_sm90.h"
+#include "kernels/cuda/attend_sm90.h"
 #include "kernels/cuda/sm90.h"
 
 namespace heed::sm90 {
 namespace {
 
-constexpr int kUnit = 16, kColumns = 8, kMostLists = 4096;
+constexpr int kUnit = 16, kColumns = 8, kMostLists = 4096, kMostBlocks = 512;
+constexpr int kNothing = 1 << 30;  // past every entry
 
 /// One (sequence, KV head), or (sequence, query head) where every head has a list of its own.
 struct Item {
   int list, chunk, units;
+  int start;               // entries before it lie outside every row's window
   int length, n, columns;  // entries, query rows, (row, head) pairs
   int sequence, head;      // first query head
 };
@@ -35,12 +37,29 @@ __device__ __forceinline__ Shape lists_of(const AttendStore& a) {
   return {own ? a.heads : a.kv_heads, own ? 1 : a.heads / a.kv_heads};
 }
 
+/// Position of query row i of a segment.
+__device__ __forceinline__ int position_of(const AttendStore& a, const Item& x, int64_t row, int i) { return a.q_pos ? a.q_pos[row] : x.length - x.n + i; }
+
+/// Positions ascend in a segment. As a rule they count entries, so the last `window` hold all that is seen; one look at the entry
+/// before these tells whether they do.
+__device__ __forceinline__ int window_start(const AttendStore& a, const Item& x) {
+  const int guess = x.length - x.n - a.window;
+  if (a.window == 0 || a.k_tile > 0 || guess <= 0) return 0;
+  int64_t first = a.q_begin[int64_t(x.sequence) * a.heads + x.head];
+  int least = position_of(a, x, first, 0);
+  for (int i = 1; i < x.n; ++i) least = min(least, position_of(a, x, first + i, i));
+  const int kv = x.sequence * a.kv_heads + x.head / (a.heads / a.kv_heads);
+  const int before = reinterpret_cast<const int32_t*>(a.table[kv * a.capacity + (guess - 1) / 64] + a.position_at)[(guess - 1) % 64];
+  return least - before >= a.window ? guess / kUnit * kUnit : 0;
+}
+
 __device__ __forceinline__ void describe(const AttendStore& a, int list, Item& x) {
   const Shape s = lists_of(a);
   x.list = list, x.sequence = list / s.lists_per_sequence, x.head = list % s.lists_per_sequence * s.heads_per_list;
   const int64_t segment = int64_t(x.sequence) * a.heads + x.head;
   x.n = int(a.q_end[segment] - a.q_begin[segment]), x.columns = x.n * s.heads_per_list;
   x.length = a.length[int64_t(x.sequence) * a.kv_heads + x.head / (a.heads / a.kv_heads)];
+  x.start = x.n > 0 ? window_start(a, x) : 0;
 }
 
 __device__ __forceinline__ int64_t plan_row(const AttendStore& a, const Item& x, int rows_before) {
@@ -50,7 +69,7 @@ __device__ __forceinline__ int64_t plan_row(const AttendStore& a, const Item& x,
 /// Steps of 16 entries; at least one, so that rows that see nothing are written too.
 __device__ __forceinline__ int units_of(const AttendStore& a, const Item& x, int rows_before) {
   if (x.n == 0) return 0;
-  if (a.k_tile == 0) return max(1, (x.length + kUnit - 1) / kUnit);
+  if (a.k_tile == 0) return max(1, (x.length - x.start + kUnit - 1) / kUnit);
   const int64_t row = plan_row(a, x, rows_before);
   const int entries = a.count ? a.count[row] : int(a.rowptr[row + 1] - a.rowptr[row]);
   return max(1, entries * (a.k_tile / kUnit));
@@ -146,7 +165,9 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
   if (thread == 0) sh.first[lists].x = total;
   __syncthreads();
 
-  const int blocks = gridDim.x, block = blockIdx.x;
+  // Every block has a unit or more, better one for each warp.
+  const int blocks = max(1, min(int(gridDim.x), total / kWarps)), block = blockIdx.x;
+  if (block >= blocks || total == 0) return;
   auto cut = [&](int b) { return int(int64_t(total) * b / blocks); };
   const int end = cut(block + 1);
   const float scale = a.scale * 1.4426950408889634f;
@@ -199,11 +220,12 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
         q[4 * i] = y.x, q[4 * i + 1] = y.y, q[4 * i + 2] = y.z, q[4 * i + 3] = y.w;
       }
     }
-    int limit[2];  // the last entry that columns 2c and 2c + 1 see
+    int limit[2], oldest[2];  // the last entry that columns 2c and 2c + 1 see, and the last position that they do not
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int column = x.chunk * kColumns + 2 * c + e;
       limit[e] = column >= x.columns ? -1 : a.causal ? min(x.length - 1, x.length - x.n + column / shape.heads_per_list) : x.length - 1;
+      oldest[e] = a.window > 0 && column < x.columns ? position_of(a, x, row_of(column), column / shape.heads_per_list) - a.window : -kNothing;
     }
 
     float o[DV / 16][4] = {};
@@ -211,10 +233,9 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
     uint4 k[D / 32][2], v[DV / 64][4];
     // Where a unit lies: its first entry, then the address of its page (0: nothing there to read). Each is asked for a unit or two
     // before the loads that depend on it.
-    constexpr int kNothing = 1 << 30;
     auto entry_of = [&](int unit) {
       if (unit >= to) return kNothing;
-      if (a.k_tile == 0) return unit * kUnit;
+      if (a.k_tile == 0) return x.start + unit * kUnit;
       const int per = a.k_tile / kUnit;
       return blocks_read[unit / per] * a.k_tile + unit % per * kUnit;
     };
@@ -251,6 +272,11 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
         const float* b = reinterpret_cast<const float*>(page + a.bias_at) + entry % 64 + g;
         bias[0] = b[0] * 1.4426950408889634f, bias[1] = b[8] * 1.4426950408889634f;
       }
+      int position[2] = {kNothing, kNothing};
+      if (a.window > 0 && page) {
+        const int32_t* at_entry = reinterpret_cast<const int32_t*>(page + a.position_at) + entry % 64 + g;
+        position[0] = at_entry[0], position[1] = at_entry[8];
+      }
       const int entry_now = entry;
       entry = next_entry, page = next_page;
       load_keys(entry, page);
@@ -261,7 +287,7 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) s[2 * r + e] = entry_now + g + 8 * r <= limit[e] ? fmaf(s[2 * r + e], scale, bias[r]) : -INFINITY;
+        for (int r = 0; r < 2; ++r) s[2 * r + e] = entry_now + g + 8 * r <= limit[e] && position[r] > oldest[e] ? fmaf(s[2 * r + e], scale, bias[r]) : -INFINITY;
         high[e] = fmaxf(s[e], s[2 + e]);
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) high[e] = fmaxf(high[e], __shfl_xor_sync(~0u, high[e], step));
@@ -352,23 +378,39 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
         while (cut(b) > unit) --b;
         return b;
       };
-      const int b0 = block_of(item_begin), b1 = block_of(item_end - 1);
+      const int b0 = block_of(item_begin), shares = block_of(item_end - 1) - b0 + 1;
       __threadfence();
       __syncthreads();
-      if (thread == 0) sh.last = atomicAdd(&arrived[b0], 1) == b1 - b0;
+      if (thread == 0) sh.last = atomicAdd(&arrived[b0], 1) == shares - 1;
       __syncthreads();
       if (sh.last) {
         __threadfence();
+        // Factors of all shares first, side by side: one after another these loads would take tens of microseconds.
+        float* factor = &sh.warps[0].o[0][0];  // [shares][columns]
+        float* top = factor + kMostBlocks * kColumns;
+        float* all = top + kColumns;
+        auto share = [&](int i) -> Partial<DV>& { return partials[2 * (b0 + i) + (i == 0)]; };
+        for (int i = thread; i < shares * kColumns; i += 32 * kWarps) factor[i] = __ldcg(&share(i / kColumns).top[i % kColumns]);
+        __syncthreads();
+        for (int column = warp; column < columns; column += kWarps) {
+          float high = -INFINITY, sum = 0;
+          for (int i = lane; i < shares; i += 32) high = fmaxf(high, factor[i * kColumns + column]);
+          for (int step = 16; step > 0; step /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, step));
+          for (int i = lane; i < shares; i += 32) {
+            float& f = factor[i * kColumns + column];
+            f = high == -INFINITY ? 0 : exp2_fast(f - high);
+            sum += f * __ldcg(&share(i).sum[column]);
+          }
+          for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+          if (lane == 0) top[column] = high, all[column] = sum;
+        }
+        __syncthreads();
         for (int i = thread; i < columns * DV; i += 32 * kWarps) {
           const int column = i / DV, channel = i % DV;
-          float high = -INFINITY, all = 0, value = 0;
-          for (int b = b0; b <= b1; ++b) high = fmaxf(high, __ldcg(&partials[2 * b + (b == b0)].top[column]));
-          for (int b = b0; b <= b1; ++b) {
-            const Partial<DV>& part = partials[2 * b + (b == b0)];
-            const float factor = high == -INFINITY ? 0 : exp2_fast(__ldcg(&part.top[column]) - high);
-            all += factor * __ldcg(&part.sum[column]), value += factor * __ldcg(&part.o[column][channel]);
-          }
-          write(column, channel, value, high, all);
+          float value = 0;
+#pragma unroll 8
+          for (int b = 0; b < shares; ++b) value += factor[b * kColumns + column] * __ldcg(&share(b).o[column][channel]);
+          write(column, channel, value, top[column], all[column]);
         }
       }
     }
@@ -388,7 +430,8 @@ int multiprocessors() {
 
 template <int D, int DV, int kWarps, int PerSm>
 cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t stream) {
-  const int blocks = PerSm * multiprocessors();
+  const int blocks = std::min(PerSm * multiprocessors(), kMostBlocks);
+  static_assert(kMostBlocks * kColumns + 2 * kColumns <= kWarps * kColumns * DV);
   int* arrived = static_cast<int*>(scratch);
   const int64_t skip = (int64_t(blocks) * 4 + 255) / 256 * 256;
   Partial<DV>* partials = reinterpret_cast<Partial<DV>*>(static_cast<char*>(scratch) + skip);
@@ -409,13 +452,13 @@ bool attend_store_fits(const AttendStore& a) {
 }
 
 int64_t attend_store_scratch(const AttendStore& a) {
-  const int64_t blocks = 4 * int64_t(multiprocessors());  // no shape has more on a multiprocessor
+  const int64_t blocks = kMostBlocks;
   return (blocks * 4 + 255) / 256 * 256 + 2 * blocks * (int64_t(kColumns) * a.d_v + 2 * kColumns) * 4;
 }
 
 cudaError_t attend_store_launch(const AttendStore& a, void* scratch, cudaStream_t stream) {
-  if (a.d == 64) return launch_store<64, 64, 8, 2>(a, scratch, stream);
-  if (a.d == 128) return launch_store<128, 128, 6, 2>(a, scratch, stream);
+  if (a.d == 64) return launch_store<64, 64, 16, 1>(a, scratch, stream);
+  if (a.d == 128) return launch_store<128, 128, 12, 1>(a, scratch, stream);
   return launch_store<256, 256, 8, 1>(a, scratch, stream);
 }
 

@@ -110,7 +110,8 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
 #define HEED_ACC40(d) HEED_QUAD8(d, 0), HEED_ACC8(d, 32)
 #define HEED_ACC48(d) HEED_ACC40(d), HEED_ACC8(d, 40)
 #define HEED_ACC64(d) HEED_QUAD8(d, 0), HEED_QUAD8(d, 32)
-#define HEED_ACC88(d) HEED_ACC64(d), HEED_ACC8(d, 64), HEED_ACC8(d, 72), HEED_ACC8(d, 80)
+#define HEED_ACC80(d) HEED_ACC64(d), HEED_ACC8(d, 64), HEED_ACC8(d, 72)
+#define HEED_ACC88(d) HEED_ACC80(d), HEED_ACC8(d, 80)
 #define HEED_ACC128(d) HEED_ACC64(d), HEED_QUAD8(d, 64), HEED_QUAD8(d, 96)
 #define HEED_NUM8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
 #define HEED_NUM32 \
@@ -118,8 +119,8 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
 #define HEED_NUM40 HEED_NUM32 "," HEED_NUM8(32, 33, 34, 35, 36, 37, 38, 39)
 #define HEED_NUM48 HEED_NUM40 "," HEED_NUM8(40, 41, 42, 43, 44, 45, 46, 47)
 #define HEED_NUM64 HEED_NUM48 "," HEED_NUM8(48, 49, 50, 51, 52, 53, 54, 55) "," HEED_NUM8(56, 57, 58, 59, 60, 61, 62, 63)
-#define HEED_NUM88 \
-  HEED_NUM64 "," HEED_NUM8(64, 65, 66, 67, 68, 69, 70, 71) "," HEED_NUM8(72, 73, 74, 75, 76, 77, 78, 79) "," HEED_NUM8(80, 81, 82, 83, 84, 85, 86, 87)
+#define HEED_NUM80 HEED_NUM64 "," HEED_NUM8(64, 65, 66, 67, 68, 69, 70, 71) "," HEED_NUM8(72, 73, 74, 75, 76, 77, 78, 79)
+#define HEED_NUM88 HEED_NUM80 "," HEED_NUM8(80, 81, 82, 83, 84, 85, 86, 87)
 #define HEED_NUM128                                                                                                                   \
   HEED_NUM88 "," HEED_NUM8(88, 89, 90, 91, 92, 93, 94, 95) "," HEED_NUM8(96, 97, 98, 99, 100, 101, 102, 103) "," HEED_NUM8(          \
       104, 105, 106, 107, 108, 109, 110, 111) "," HEED_NUM8(112, 113, 114, 115, 116, 117, 118, 119) "," HEED_NUM8(120, 121, 122, 123, \
@@ -147,6 +148,7 @@ HEED_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 HEED_WGMMA(80, 40, 40, 41, 42, 43, 44, 45)
 HEED_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
 HEED_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
+HEED_WGMMA(160, 80, 80, 81, 82, 83, 84, 85)
 HEED_WGMMA(176, 88, 88, 89, 90, 91, 92, 93)
 HEED_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 #undef HEED_WGMMA
