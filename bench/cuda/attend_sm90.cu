@@ -26,8 +26,9 @@ struct Variant {
   bool plan;
   Start start;
 };
-#define V(D, DV, N, G, ST, PLAN, TURNS, POLY, QS) \
-  {#N " groups " #G " stages " #ST " turns " #TURNS " poly " #POLY " q " #QS, D, DV, PLAN, launch<Shape<D, DV, N, G, ST, PLAN, TURNS, POLY, QS>>}
+#define V(D, DV, N, G, ST, PLAN, TURNS, POLY, QS)                                          \
+  {#N " groups " #G " stages " #ST " turns " #TURNS " poly " #POLY " q " #QS, D, DV, PLAN, \
+   launch<Shape<D, DV, N, G, ST, PLAN, TURNS, POLY, QS>>}
 static const Variant variants[] = {
 #include "variants.h"
 };
@@ -50,10 +51,10 @@ __global__ void random_kernel(__nv_bfloat16* x, int64_t n, uint64_t seed) {
 
 struct Reference {
   Attend a;
-  const int* rows;      // rows of q.values to compute
-  const int* segment;   // and their segments
+  const int* rows;            // rows of q.values to compute
+  const int* segment;         // and their segments
   const int64_t* plan_start;  // by segment
-  double* logits;       // [rows, most keys]
+  double* logits;             // [rows, most keys]
   int64_t most;
   double *out, *lse;
 };
@@ -62,13 +63,17 @@ __global__ void reference_kernel(Reference r) {
   const Attend& a = r.a;
   const int row = r.rows[blockIdx.x], s = r.segment[blockIdx.x], head = s % a.heads, seq = s / a.heads;
   const int own = head / (a.heads / a.kv_heads);
-  const int64_t ks = int64_t(seq) * a.kv_heads + (a.k_map ? a.k_map[head] : own), vs = int64_t(seq) * a.kv_heads + (a.v_map ? a.v_map[head] : own);
+  const int64_t ks = int64_t(seq) * a.kv_heads + (a.k_map ? a.k_map[head] : own),
+                vs = int64_t(seq) * a.kv_heads + (a.v_map ? a.v_map[head] : own);
   const int64_t n = a.q_end[s] - a.q_begin[s], m = a.k_end[ks] - a.k_begin[ks], i = row - a.q_begin[s];
   double* x = r.logits + blockIdx.x * r.most;
   for (int64_t j = threadIdx.x; j < m; j += blockDim.x) {
-    bool seen = !(a.causal && j - i > m - n) && !(a.window > 0 && (a.q_pos ? a.q_pos[row] : m - n + i) - (a.k_pos ? a.k_pos[a.k_begin[ks] + j] : j) >= a.window);
+    bool seen = !(a.causal && j - i > m - n) &&
+                !(a.window > 0 &&
+                  (a.q_pos ? a.q_pos[row] : m - n + i) - (a.k_pos ? a.k_pos[a.k_begin[ks] + j] : j) >= a.window);
     if (seen && a.k_tile > 0) {
-      const int64_t p = r.plan_start[s] + i / a.q_tile, begin = a.rowptr[p], end = a.count ? begin + a.count[p] : a.rowptr[p + 1];
+      const int64_t p = r.plan_start[s] + i / a.q_tile, begin = a.rowptr[p],
+                    end = a.count ? begin + a.count[p] : a.rowptr[p + 1];
       seen = false;
       for (int64_t e = begin; e < end; ++e)
         if (a.index[e] == j / a.k_tile) {
@@ -78,7 +83,9 @@ __global__ void reference_kernel(Reference r) {
     }
     double dot = 0;
     if (seen)
-      for (int c = 0; c < a.d; ++c) dot += double(__bfloat162float(a.q[row * a.q_stride + c])) * double(__bfloat162float(a.k[(a.k_begin[ks] + j) * a.k_stride + c]));
+      for (int c = 0; c < a.d; ++c)
+        dot += double(__bfloat162float(a.q[row * a.q_stride + c])) *
+               double(__bfloat162float(a.k[(a.k_begin[ks] + j) * a.k_stride + c]));
     x[j] = seen ? dot * a.scale : -INFINITY;
   }
   __syncthreads();
@@ -123,7 +130,9 @@ struct Problem {
 };
 
 static uint64_t state = 88172645463325252ull;
-static uint32_t next_random() { return state ^= state << 13, state ^= state >> 7, state ^= state << 17, uint32_t(state >> 32); }
+static uint32_t next_random() {
+  return state ^= state << 13, state ^= state >> 7, state ^= state << 17, uint32_t(state >> 32);
+}
 
 static void make(Problem& p, const Case& c) {
   Attend& a = p.a;
@@ -135,28 +144,32 @@ static void make(Problem& p, const Case& c) {
     return at;
   };
   std::vector<int64_t> kb, ke, vb, ve;
-  a.q_rows = layout(c.n, c.heads, p.q_begin, p.q_end), a.k_rows = layout(c.m, c.kv_heads, kb, ke), a.v_rows = layout(c.m, c.kv_heads, vb, ve);
-  a.q_rows = std::max<int64_t>(1, a.q_rows), a.k_rows = std::max<int64_t>(1, a.k_rows), a.v_rows = std::max<int64_t>(1, a.v_rows);
-  a.segments = int(c.n.size()) * c.heads, a.heads = c.heads, a.kv_heads = c.kv_heads, a.d = c.d, a.d_v = c.dv;
+  a.q_rows = layout(c.n, c.heads, p.q_begin, p.q_end), a.k_rows = layout(c.m, c.kv_heads, kb, ke),
+  a.v_rows = layout(c.m, c.kv_heads, vb, ve);
+  a.q_rows = std::max<int64_t>(1, a.q_rows), a.k_rows = std::max<int64_t>(1, a.k_rows),
+  a.v_rows = std::max<int64_t>(1, a.v_rows);
+  a.segments = int(c.n.size()) * c.heads, a.heads = c.heads, a.kv_heads = a.v_heads = c.kv_heads, a.d = c.d, a.d_v = c.dv;
   a.q_stride = a.k_stride = c.d, a.v_stride = c.dv, a.out_stride = c.dv;
   a.scale = c.spread / std::sqrt(float(c.d)), a.causal = c.causal, a.window = c.window;
   auto own = [&](auto* x) {
     p.owned.push_back((void*)x);
     return x;
   };
-  auto values = [&](int64_t rows, int width, const std::vector<int64_t>& begin, const std::vector<int64_t>& end, uint64_t seed) {
+  auto values = [&](int64_t rows, int width, const std::vector<int64_t>& begin, const std::vector<int64_t>& end,
+                    uint64_t seed) {
     __nv_bfloat16* x;
     OK(cudaMalloc(&x, rows * width * 2));
     if (c.poison) OK(cudaMemset(x, 0xFF, rows * width * 2));
     if (c.poison)
       for (size_t s = 0; s < end.size(); ++s) {
-        if (end[s] > begin[s]) random_kernel<<<264, 256>>>(x + begin[s] * width, (end[s] - begin[s]) * width, seed + s * 7919);
+        if (end[s] > begin[s])
+          random_kernel<<<264, 256>>>(x + begin[s] * width, (end[s] - begin[s]) * width, seed + s * 7919);
       }
-    else
-      random_kernel<<<1056, 256>>>(x, rows * width, seed);
+    else random_kernel<<<1056, 256>>>(x, rows * width, seed);
     return own(x);
   };
-  a.q = values(a.q_rows, c.d, p.q_begin, p.q_end, 1), a.k = values(a.k_rows, c.d, kb, ke, 1ull << 40), a.v = values(a.v_rows, c.dv, vb, ve, 1ull << 50);
+  a.q = values(a.q_rows, c.d, p.q_begin, p.q_end, 1), a.k = values(a.k_rows, c.d, kb, ke, 1ull << 40),
+  a.v = values(a.v_rows, c.dv, vb, ve, 1ull << 50);
   a.q_begin = own(on_device(p.q_begin)), a.q_end = own(on_device(p.q_end));
   a.k_begin = own(on_device(kb)), a.k_end = own(on_device(ke)), a.v_begin = own(on_device(vb));
   if (c.maps) {
@@ -191,11 +204,15 @@ static void make(Problem& p, const Case& c) {
     const int words = (c.k_tile + 63) / 64;
     for (size_t q = 0; q < c.n.size(); ++q) {
       const int64_t start = int64_t(rowptr.size()) - 1, tiles = (c.n[q] + c.q_tile - 1) / c.q_tile;
-      for (int h = 0; h < c.heads; ++h) p.plan_start[q * size_t(c.heads) + size_t(h)] = start + h * c.plan_heads / c.heads * tiles;
+      for (int h = 0; h < c.heads; ++h)
+        p.plan_start[q * size_t(c.heads) + size_t(h)] = start + h * c.plan_heads / c.heads * tiles;
       for (int h = 0; h < c.plan_heads; ++h)
         for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t last = c.causal ? std::min<int64_t>(c.m[q] - 1, (t + 1) * c.q_tile - 1 + c.m[q] - c.n[q]) : c.m[q] - 1;
-          const int64_t blocks = c.poison ? (c.m[q] + c.k_tile - 1) / c.k_tile + 1 : last < 0 ? 0 : last / c.k_tile + 1;  // poison: also such as nobody sees
+          const int64_t last = c.causal ? std::min<int64_t>(c.m[q] - 1, (t + 1) * c.q_tile - 1 + c.m[q] - c.n[q])
+                                        : c.m[q] - 1;
+          const int64_t blocks = c.poison   ? (c.m[q] + c.k_tile - 1) / c.k_tile + 1
+                                 : last < 0 ? 0
+                                            : last / c.k_tile + 1;  // poison: also such as nobody sees
           for (int64_t b = 0; b < blocks; ++b) {
             const bool diagonal = !c.poison && b == blocks - 1;
             if (!diagonal && next_random() >= c.density * 4294967296.) continue;
@@ -215,7 +232,8 @@ static void make(Problem& p, const Case& c) {
     if (c.counts) a.count = own(on_device(count));
     if (c.bits) a.mask = own(on_device(mask)), a.bits = own(on_device(bits));
   } else {
-    for (size_t q = 0; q < c.n.size(); ++q) p.pairs += double(c.heads) * c.n[q] * (c.causal ? c.m[q] - c.n[q] / 2. : c.m[q]);
+    for (size_t q = 0; q < c.n.size(); ++q)
+      p.pairs += double(c.heads) * c.n[q] * (c.causal ? c.m[q] - c.n[q] / 2. : c.m[q]);
     if (c.window > 0) p.pairs = double(c.heads) * c.n[0] * c.window - double(c.heads) * c.window * c.window / 2;
   }
   p.out_count = a.q_rows * c.dv;
@@ -235,11 +253,13 @@ static bool check(const Case& c, const char* variant, Start start, size_t most_r
   OK(start(a, p.scratch, 0));
   OK(cudaDeviceSynchronize());
   std::vector<float> out(size_t(p.out_count)), lse(size_t(a.q_rows));
-  OK(cudaMemcpy(out.data(), a.out, out.size() * 4, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(lse.data(), a.lse, lse.size() * 4, cudaMemcpyDeviceToHost));
+  OK(cudaMemcpy(out.data(), a.out, out.size() * 4, cudaMemcpyDeviceToHost)),
+      OK(cudaMemcpy(lse.data(), a.lse, lse.size() * 4, cudaMemcpyDeviceToHost));
   std::vector<int> rows, segments;
   std::vector<char> inside(size_t(a.q_rows), 0);
   for (int s = 0; s < a.segments; ++s)
-    for (int64_t r = p.q_begin[size_t(s)]; r < p.q_end[size_t(s)]; ++r) rows.push_back(int(r)), segments.push_back(s), inside[size_t(r)] = 1;
+    for (int64_t r = p.q_begin[size_t(s)]; r < p.q_end[size_t(s)]; ++r)
+      rows.push_back(int(r)), segments.push_back(s), inside[size_t(r)] = 1;
   size_t strays = 0;
   for (size_t r = 0; r < inside.size(); ++r)
     if (!inside[r])
@@ -258,11 +278,13 @@ static bool check(const Case& c, const char* variant, Start start, size_t most_r
     Reference r{a, on_device(rows), on_device(segments), on_device(p.plan_start)};
     r.most = 1;
     for (int m : c.m) r.most = std::max<int64_t>(r.most, m);
-    OK(cudaMalloc(&r.logits, rows.size() * size_t(r.most) * 8)), OK(cudaMalloc(&r.out, rows.size() * size_t(c.dv) * 8)), OK(cudaMalloc(&r.lse, rows.size() * 8));
+    OK(cudaMalloc(&r.logits, rows.size() * size_t(r.most) * 8)), OK(cudaMalloc(&r.out, rows.size() * size_t(c.dv) * 8)),
+        OK(cudaMalloc(&r.lse, rows.size() * 8));
     reference_kernel<<<unsigned(rows.size()), 256>>>(r);
     OK(cudaDeviceSynchronize());
     std::vector<double> want(rows.size() * size_t(c.dv)), want_lse(rows.size());
-    OK(cudaMemcpy(want.data(), r.out, want.size() * 8, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(want_lse.data(), r.lse, want_lse.size() * 8, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(want.data(), r.out, want.size() * 8, cudaMemcpyDeviceToHost)),
+        OK(cudaMemcpy(want_lse.data(), r.lse, want_lse.size() * 8, cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < rows.size(); ++i) {
       for (int j = 0; j < c.dv; ++j) {
         const double w = want[i * size_t(c.dv) + size_t(j)], g = out[size_t(rows[i]) * size_t(c.dv) + size_t(j)];
@@ -273,11 +295,14 @@ static bool check(const Case& c, const char* variant, Start start, size_t most_r
       if (std::isinf(w) || std::isinf(g) ? g != w : !(std::abs(g - w) < 1e-3)) ++bad;
       else if (!std::isinf(w)) lse_error = std::max(lse_error, std::abs(g - w));
     }
-    for (const void* x : {(const void*)r.rows, (const void*)r.segment, (const void*)r.plan_start, (const void*)r.logits, (const void*)r.out, (const void*)r.lse}) cudaFree((void*)x);
+    for (const void* x : {(const void*)r.rows, (const void*)r.segment, (const void*)r.plan_start, (const void*)r.logits,
+                          (const void*)r.out, (const void*)r.lse})
+      cudaFree((void*)x);
   }
   const double relative = norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
   const bool fine = relative < 6e-3 && bad == 0 && strays == 0;
-  printf("%s %-44s %-44s rel %.1e max %.1e lse %.1e bad %zu stray %zu\n", fine ? "ok  " : "FAIL", c.name.c_str(), variant, relative, worst, lse_error, bad, strays);
+  printf("%s %-44s %-44s rel %.1e max %.1e lse %.1e bad %zu stray %zu\n", fine ? "ok  " : "FAIL", c.name.c_str(),
+         variant, relative, worst, lse_error, bad, strays);
   return fine;
 }
 
@@ -305,24 +330,29 @@ static float median_ms(const std::function<void()>& f, int times) {
 static Case sized(int n, int d, int dv, bool causal, int heads = 16, int kv = 16, int tokens = 16384) {
   Case c;
   const int batch = std::max(1, tokens / n);
-  c.n.assign(size_t(batch), n), c.m = c.n, c.heads = heads, c.kv_heads = kv, c.d = d, c.dv = dv, c.causal = causal, c.poison = false;
+  c.n.assign(size_t(batch), n), c.m = c.n, c.heads = heads, c.kv_heads = kv, c.d = d, c.dv = dv, c.causal = causal,
+                                c.poison = false;
   return c;
 }
 
 /// For bench/peers/torch_cuda.py, which alternates this with PyTorch's kernels: [batch, heads, n, width] tensors end to end.
-extern "C" int heed_attend(int variant, const void* q, const void* k, const void* v, const int64_t* q_offsets, const int64_t* k_offsets, int batch, int heads, int kv_heads,
-                           int n, int m, int d, int d_v, int causal, int window, void* out, void* lse, void* scratch, int64_t scratch_bytes, void* stream) {
+extern "C" int heed_attend(int variant, const void* q, const void* k, const void* v, const int64_t* q_offsets,
+                           const int64_t* k_offsets, int batch, int heads, int kv_heads, int n, int m, int d, int d_v,
+                           int causal, int window, void* out, void* lse, void* scratch, int64_t scratch_bytes, void* stream) {
   Attend a;
-  a.q = static_cast<const __nv_bfloat16*>(q), a.k = static_cast<const __nv_bfloat16*>(k), a.v = static_cast<const __nv_bfloat16*>(v);
+  a.q = static_cast<const __nv_bfloat16*>(q), a.k = static_cast<const __nv_bfloat16*>(k),
+  a.v = static_cast<const __nv_bfloat16*>(v);
   a.q_rows = int64_t(batch) * heads * n, a.k_rows = a.v_rows = int64_t(batch) * kv_heads * m;
   a.q_stride = a.k_stride = d, a.v_stride = d_v, a.out_stride = d_v;
   a.q_begin = q_offsets, a.q_end = q_offsets + 1, a.k_begin = a.v_begin = k_offsets, a.k_end = k_offsets + 1;
-  a.segments = batch * heads, a.heads = heads, a.kv_heads = kv_heads, a.d = d, a.d_v = d_v, a.scale = 1 / std::sqrt(float(d)), a.causal = causal, a.window = window;
+  a.segments = batch * heads, a.heads = heads, a.kv_heads = a.v_heads = kv_heads, a.d = d, a.d_v = d_v,
+  a.scale = 1 / std::sqrt(float(d)), a.causal = causal, a.window = window;
   a.out = static_cast<float*>(out), a.lse = static_cast<float*>(lse);
   if (!attend_fits(a) || attend_scratch(a) > scratch_bytes) return -1;
   int at = 0;
   for (const Variant& x : variants)
-    if (!x.plan && x.d == d && x.dv == d_v && at++ == variant) return int(x.start(a, scratch, static_cast<cudaStream_t>(stream)));
+    if (!x.plan && x.d == d && x.dv == d_v && at++ == variant)
+      return int(x.start(a, scratch, static_cast<cudaStream_t>(stream)));
   return -2;
 }
 
@@ -357,9 +387,17 @@ int main(int argc, char** argv) {
     for (int k_tile : {128, 64, 256})
       for (int density = 0; density < 3; ++density) {
         Case c = {"plan", {900, 0, 333}, {1500, 10, 333}, 4, 2};
-        c.q_tile = k_tile == 256 ? 256 : 128, c.k_tile = k_tile, c.density = density == 0 ? 0.1 : density == 1 ? 0.4 : 1, c.gap = 11;
-        c.plan_heads = density == 0 ? 4 : density == 1 ? 2 : 1, c.counts = density != 1, c.bits = k_tile <= 128 && density > 0, c.causal = density != 1;
-        c.name = "plan " + std::to_string(k_tile) + " at " + std::to_string(c.density).substr(0, 3) + (c.bits ? " bits" : "") + (c.counts ? " counts" : "");
+        c.q_tile = k_tile == 256 ? 256 : 128, c.k_tile = k_tile,
+        c.density = density == 0   ? 0.1
+                    : density == 1 ? 0.4
+                                   : 1,
+        c.gap = 11;
+        c.plan_heads = density == 0   ? 4
+                       : density == 1 ? 2
+                                      : 1,
+        c.counts = density != 1, c.bits = k_tile <= 128 && density > 0, c.causal = density != 1;
+        c.name = "plan " + std::to_string(k_tile) + " at " + std::to_string(c.density).substr(0, 3) +
+                 (c.bits ? " bits" : "") + (c.counts ? " counts" : "");
         plans.push_back(c);
         if (density == 2) c.window = 200, c.name += " window", plans.push_back(c);
       }
@@ -381,7 +419,8 @@ int main(int argc, char** argv) {
     return std::pair<float, double>(ms, p.pairs * 2 * (c.d + c.dv) / ms / 1e9);
   };
   for (const Variant& v : variants) {
-    if (!which.empty() && (std::to_string(v.d) + "/" + std::to_string(v.dv) + ": " + v.name).find(which) == std::string::npos) continue;
+    if (!which.empty() && (std::to_string(v.d) + "/" + std::to_string(v.dv) + ": " + v.name).find(which) == std::string::npos)
+      continue;
     printf("%3d/%-3d %-44s", v.d, v.dv, v.name);
     if (v.plan) {
       for (int k_tile : {128, 64})

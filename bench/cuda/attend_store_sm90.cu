@@ -29,7 +29,8 @@ __device__ float normal(uint64_t z) {
   return sqrtf(-2 * logf((uint32_t(z) + 1.f) / 4294967808.f)) * cospif(2 * (uint32_t(z >> 32) / 4294967296.f));
 }
 __global__ void random_rows(float* x, int64_t n) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) x[i] = normal(uint64_t(i) + 12345);
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
+    x[i] = normal(uint64_t(i) + 12345);
 }
 /// One block a page: entries below `length` random, the rest NaN (whole pages too, so that a page nobody may read poisons).
 __global__ void fill_pages(AttendStore a, int64_t segments, int64_t bytes, int jump) {
@@ -41,17 +42,22 @@ __global__ void fill_pages(AttendStore a, int64_t segments, int64_t bytes, int j
       const bool key = i < 64 * a.d;
       const int at = key ? i : i - 64 * a.d, entry = at / (key ? a.d : a.d_v);
       __nv_bfloat16* to = reinterpret_cast<__nv_bfloat16*>(page + (key ? a.k_at : a.v_at));
-      to[at] = first + entry < a.length[segment] ? __float2bfloat16(normal(uint64_t(p) * 1000003 + uint64_t(i))) : __float2bfloat16(NAN);
+      to[at] = first + entry < a.length[segment] ? __float2bfloat16(normal(uint64_t(p) * 1000003 + uint64_t(i)))
+                                                 : __float2bfloat16(NAN);
     }
     if (threadIdx.x < 64) {
       const int entry = int(first) + threadIdx.x;
-      reinterpret_cast<int*>(page + a.position_at)[threadIdx.x] = entry < a.length[segment] ? entry + (jump > 0 ? entry / jump * 9 : 0) : -1;
+      reinterpret_cast<int*>(page + a.position_at)[threadIdx.x] = entry < a.length[segment]
+                                                                      ? entry + (jump > 0 ? entry / jump * 9 : 0)
+                                                                      : -1;
     }
-    if (a.bias_at >= 0 && threadIdx.x < 64) reinterpret_cast<float*>(page + a.bias_at)[threadIdx.x] = normal(uint64_t(p) * 77 + threadIdx.x);
+    if (a.bias_at >= 0 && threadIdx.x < 64)
+      reinterpret_cast<float*>(page + a.bias_at)[threadIdx.x] = normal(uint64_t(p) * 77 + threadIdx.x);
   }
 }
 
-__global__ void reference_kernel(AttendStore a, const int* rows, const int* segment, const int64_t* plan_row, double* logits, int64_t most, double* out, double* lse_out) {
+__global__ void reference_kernel(AttendStore a, const int* rows, const int* segment, const int64_t* plan_row,
+                                 double* logits, int64_t most, double* out, double* lse_out) {
   const int row = rows[blockIdx.x], s = segment[blockIdx.x], head = s % a.heads, sequence = s / a.heads;
   const int64_t kv = int64_t(sequence) * a.kv_heads + head / (a.heads / a.kv_heads);
   const int64_t m = a.length[kv], n = a.q_end[s] - a.q_begin[s], i = row - a.q_begin[s];
@@ -74,7 +80,8 @@ __global__ void reference_kernel(AttendStore a, const int* rows, const int* segm
     double dot = 0;
     const char* page = reinterpret_cast<const char*>(a.table[kv * a.capacity + j / 64]);
     if (seen)
-      for (int c = 0; c < a.d; ++c) dot += q(c) * double(__bfloat162float(reinterpret_cast<const __nv_bfloat16*>(page + a.k_at)[j % 64 * a.d + c]));
+      for (int c = 0; c < a.d; ++c)
+        dot += q(c) * double(__bfloat162float(reinterpret_cast<const __nv_bfloat16*>(page + a.k_at)[j % 64 * a.d + c]));
     x[j] = seen ? dot * a.scale + (a.bias_at >= 0 ? reinterpret_cast<const float*>(page + a.bias_at)[j % 64] : 0) : -INFINITY;
   }
   __syncthreads();
@@ -89,7 +96,8 @@ __global__ void reference_kernel(AttendStore a, const int* rows, const int* segm
     for (int64_t j = 0; j < m; ++j)
       if (x[j] > -INFINITY) {
         const char* page = reinterpret_cast<const char*>(a.table[kv * a.capacity + j / 64]);
-        o += exp(x[j] - lse) * double(__bfloat162float(reinterpret_cast<const __nv_bfloat16*>(page + a.v_at)[j % 64 * a.d_v + c]));
+        o += exp(x[j] - lse) *
+             double(__bfloat162float(reinterpret_cast<const __nv_bfloat16*>(page + a.v_at)[j % 64 * a.d_v + c]));
       }
     out[blockIdx.x * int64_t(a.d_v) + c] = o;
   }
@@ -97,7 +105,9 @@ __global__ void reference_kernel(AttendStore a, const int* rows, const int* segm
 }
 
 static uint64_t state = 88172645463325252ull;
-static uint32_t next_random() { return state ^= state << 13, state ^= state >> 7, state ^= state << 17, uint32_t(state >> 32); }
+static uint32_t next_random() {
+  return state ^= state << 13, state ^= state >> 7, state ^= state << 17, uint32_t(state >> 32);
+}
 
 struct Case {
   std::string name;
@@ -130,7 +140,8 @@ static void make(Problem& p, const Case& c) {
     return x;
   };
   const int sequences = int(c.n.size());
-  a.sequences = sequences, a.heads = c.heads, a.kv_heads = c.kv_heads, a.d = a.d_v = c.d, a.scale = 1 / std::sqrt(float(c.d)), a.causal = c.causal;
+  a.sequences = sequences, a.heads = c.heads, a.kv_heads = c.kv_heads, a.d = a.d_v = c.d,
+  a.scale = 1 / std::sqrt(float(c.d)), a.causal = c.causal;
   std::vector<int64_t> begin, end;
   for (int s = 0; s < sequences; ++s)
     for (int h = 0; h < c.heads; ++h) {
@@ -153,7 +164,9 @@ static void make(Problem& p, const Case& c) {
   std::vector<int> length;
   int most = 1;
   for (int s = 0; s < sequences; ++s)
-    for (int h = 0; h < c.kv_heads; ++h) length.push_back(c.ragged ? c.m[size_t(s)] * (h + 1) / c.kv_heads : c.m[size_t(s)]), most = std::max(most, length.back());
+    for (int h = 0; h < c.kv_heads; ++h)
+      length.push_back(c.ragged ? c.m[size_t(s)] * (h + 1) / c.kv_heads : c.m[size_t(s)]),
+          most = std::max(most, length.back());
   a.length = own(on_device(length)), a.capacity = (most + 63) / 64;
   const int64_t page = 128 * c.d * 2 + 64 * 4 + (c.bias ? 256 : 0);
   a.k_at = 0, a.v_at = 64 * c.d * 2, a.position_at = 128 * c.d * 2, a.bias_at = c.bias ? 128 * c.d * 2 + 256 : -1;
@@ -171,7 +184,8 @@ static void make(Problem& p, const Case& c) {
   if (c.jump > 0) {
     std::vector<int> q_pos(size_t(p.rows + 1), -1);
     for (size_t i = 0; i < p.row.size(); ++i) {
-      const int s = p.segment[i], m = c.m[size_t(s / c.heads)], n = c.n[size_t(s / c.heads)], own = m - n + (p.row[i] - int(begin[size_t(s)]));
+      const int s = p.segment[i], m = c.m[size_t(s / c.heads)], n = c.n[size_t(s / c.heads)],
+                own = m - n + (p.row[i] - int(begin[size_t(s)]));
       q_pos[size_t(p.row[i])] = own + own / c.jump * 9;
     }
     a.q_pos = own(on_device(q_pos));
@@ -190,7 +204,8 @@ static void make(Problem& p, const Case& c) {
     std::vector<int> index, count;
     for (int s = 0; s < sequences; ++s) {
       if (c.n[size_t(s)] == 0) continue;
-      for (int h = 0; h < c.heads; ++h) p.plan_row[size_t(s * c.heads + h)] = int64_t(rowptr.size()) - 1 + h * c.plan_heads / c.heads;
+      for (int h = 0; h < c.heads; ++h)
+        p.plan_row[size_t(s * c.heads + h)] = int64_t(rowptr.size()) - 1 + h * c.plan_heads / c.heads;
       for (int h = 0; h < c.plan_heads; ++h) {
         for (int b = 0; b <= (c.m[size_t(s)] + c.k_tile - 1) / c.k_tile; ++b)
           if (next_random() < c.density * 4294967296.) index.push_back(b);
@@ -221,7 +236,8 @@ static bool check(const Case& c, Start start) {
   OK(start(a, p.scratch, 0));
   OK(cudaDeviceSynchronize());
   std::vector<float> out(size_t(p.rows * c.d)), lse(size_t(p.rows));
-  OK(cudaMemcpy(out.data(), a.out, out.size() * 4, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(lse.data(), a.lse, lse.size() * 4, cudaMemcpyDeviceToHost));
+  OK(cudaMemcpy(out.data(), a.out, out.size() * 4, cudaMemcpyDeviceToHost)),
+      OK(cudaMemcpy(lse.data(), a.lse, lse.size() * 4, cudaMemcpyDeviceToHost));
   std::vector<char> inside(size_t(p.rows), 0);
   for (int r : p.row) inside[size_t(r)] = 1;
   size_t strays = 0, bad = 0;
@@ -231,13 +247,15 @@ static bool check(const Case& c, Start start) {
   const size_t rows = p.row.size();
   double *logits, *o, *l;
   const int64_t most = a.capacity * 64;
-  OK(cudaMalloc(&logits, rows * size_t(most) * 8)), OK(cudaMalloc(&o, rows * size_t(c.d) * 8)), OK(cudaMalloc(&l, rows * 8));
+  OK(cudaMalloc(&logits, rows * size_t(most) * 8)), OK(cudaMalloc(&o, rows * size_t(c.d) * 8)),
+      OK(cudaMalloc(&l, rows * 8));
   int *row = on_device(p.row), *segment = on_device(p.segment);
   int64_t* plan_row = on_device(p.plan_row);
   reference_kernel<<<unsigned(rows), 256>>>(a, row, segment, plan_row, logits, most, o, l);
   OK(cudaDeviceSynchronize());
   std::vector<double> want(rows * size_t(c.d)), want_lse(rows);
-  OK(cudaMemcpy(want.data(), o, want.size() * 8, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(want_lse.data(), l, want_lse.size() * 8, cudaMemcpyDeviceToHost));
+  OK(cudaMemcpy(want.data(), o, want.size() * 8, cudaMemcpyDeviceToHost)),
+      OK(cudaMemcpy(want_lse.data(), l, want_lse.size() * 8, cudaMemcpyDeviceToHost));
   double error = 0, norm = 0, worst = 0, lse_error = 0;
   for (size_t i = 0; i < rows; ++i) {
     for (int j = 0; j < c.d; ++j) {
@@ -252,7 +270,8 @@ static bool check(const Case& c, Start start) {
   for (void* x : {(void*)logits, (void*)o, (void*)l, (void*)row, (void*)segment, (void*)plan_row}) cudaFree(x);
   const double relative = norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
   const bool fine = relative < 6e-3 && bad == 0 && strays == 0;
-  printf("%s %-50s d %d: rel %.1e max %.1e lse %.1e bad %zu stray %zu\n", fine ? "ok  " : "FAIL", c.name.c_str(), c.d, relative, worst, lse_error, bad, strays);
+  printf("%s %-50s d %d: rel %.1e max %.1e lse %.1e bad %zu stray %zu\n", fine ? "ok  " : "FAIL", c.name.c_str(), c.d,
+         relative, worst, lse_error, bad, strays);
   return fine;
 }
 
@@ -302,7 +321,9 @@ int main(int argc, char** argv) {
       }
       for (int k_tile : {16, 32, 64})
         for (int plan_heads : {8, 2, 1}) {
-          Case c{"blocks of " + std::to_string(k_tile) + ", " + std::to_string(plan_heads) + " lists", {1, 0, 1, 2}, {3000, 10, 0, 777}};
+          Case c{"blocks of " + std::to_string(k_tile) + ", " + std::to_string(plan_heads) + " lists",
+                 {1, 0, 1, 2},
+                 {3000, 10, 0, 777}};
           c.k_tile = k_tile, c.plan_heads = plan_heads, c.density = plan_heads == 2 ? 0.05 : 0.5, c.counts = plan_heads != 1;
           cases.push_back(c);
         }
@@ -313,13 +334,16 @@ int main(int argc, char** argv) {
   }
   char *from, *to;
   OK(cudaMalloc(&from, 1 << 30)), OK(cudaMalloc(&to, 1 << 30)), OK(cudaMemset(from, 1, 1 << 30));
-  const double copy = 2. * (1 << 30) / median_ms([&] { OK(cudaMemcpyAsync(to, from, 1 << 30, cudaMemcpyDeviceToDevice)); }) / 1e9;
+  const double copy = 2. * (1 << 30) /
+                      median_ms([&] { OK(cudaMemcpyAsync(to, from, 1 << 30, cudaMemcpyDeviceToDevice)); }) / 1e9;
   printf("copy, read and write: %.2f TB/s\n", copy);
   struct Variant {
     const char* name;
     Start start;
   };
-  const Variant variants[] = {{"6 warps 2", launch_store<128, 128, 6, 2>}, {"12 warps 1", launch_store<128, 128, 12, 1>}, {"8 warps 1", launch_store<128, 128, 8, 1>}};
+  const Variant variants[] = {{"6 warps 2", launch_store<128, 128, 6, 2>},
+                              {"12 warps 1", launch_store<128, 128, 12, 1>},
+                              {"8 warps 1", launch_store<128, 128, 8, 1>}};
   for (const Variant& v : variants) {
     printf("%-12s", v.name);
     for (auto [sequences, m] : {std::pair{1, 131072}, {8, 32768}, {32, 8192}, {1, 8192}}) {
@@ -335,7 +359,8 @@ int main(int argc, char** argv) {
       Problem p;
       make(p, c);
       const float ms = median_ms([&] { OK(v.start(p.a, p.scratch, 0)); });
-      printf(" | 8 x 131072, 5%% in blocks of %d %.4f ms %.2f TB/s (%.2f)", k_tile, ms, p.bytes / ms / 1e9, p.bytes / ms / 1e9 / copy);
+      printf(" | 8 x 131072, 5%% in blocks of %d %.4f ms %.2f TB/s (%.2f)", k_tile, ms, p.bytes / ms / 1e9,
+             p.bytes / ms / 1e9 / copy);
     }
     printf("\n");
   }

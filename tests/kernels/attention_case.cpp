@@ -163,7 +163,7 @@ AttentionCase::AttentionCase(Random& random, const Ask& ask) {
                                                     Plan::Form::Tokens})
                                     : Plan::Form::Dense;
   plan = random_plan(random, form, pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}),
-                     pick(random, {1, 3, 16, 64}), pick(random, {1, 16, 64, 128, 72}),
+                     pick(random, {1, 3, 16, 64, 128}), pick(random, {1, 16, 64, 128, 72}),
                      ask.parts && chance(random, 0.4) ? 1 + int(random.below(4)) : 1, q, k, k_head);
 
   auto keep = [&](Poisoned t) {

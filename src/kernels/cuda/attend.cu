@@ -1,10 +1,6 @@
 // attend: which form takes a call.
 #include "kernels/cuda/attend.cuh"
-
-#if __has_include("kernels/cuda/attend_sm90.h")
 #include "kernels/cuda/attend_sm90.h"
-#define HEED_SM90 1
-#endif
 
 namespace heed::cuda {
 
@@ -27,9 +23,7 @@ void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, con
   require(bool(v.values), where, "there are no values");
   const AttentionView a = attention_view(where, q, k, v, &plan, mods);
   const AttendOut to = attend_out(where, plan, a.q_rows, a.d_v, out, lse);
-#ifdef HEED_SM90
-  if (k.heads == v.heads && attend_sm90(queue, q, k, v, plan, mods, out, lse)) return;
-#endif
+  if (attend_sm90(queue, q, k, v, plan, mods, out, lse)) return;
   attend_plain(queue, a, to);
 }
 

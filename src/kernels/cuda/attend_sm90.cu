@@ -49,10 +49,8 @@ __device__ int first_at(const int32_t* index, int n, int k_tile, int64_t key) {
   int low = 0;
   while (low < n) {
     const int middle = (low + n) / 2;
-    if (int64_t(index[middle]) * k_tile < key)
-      low = middle + 1;
-    else
-      n = middle;
+    if (int64_t(index[middle]) * k_tile < key) low = middle + 1;
+    else n = middle;
   }
   return low;
 }
@@ -70,16 +68,15 @@ __device__ int64_t key_segment(const Attend& a, int s) {
 /// Positions ascend in a segment of keys, so that a window is a range that starts where a search finds it.
 __global__ void find_windows(const Attend a, int* row_low) {
   const int s = blockIdx.y;
-  const int64_t k_segment = key_segment(a, s), n = rows_of(a.q_begin, a.q_end, s), m = rows_of(a.k_begin, a.k_end, k_segment);
+  const int64_t k_segment = key_segment(a, s), n = rows_of(a.q_begin, a.q_end, s),
+                m = rows_of(a.k_begin, a.k_end, k_segment);
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t row = a.q_begin[s] + i, position = a.q_pos ? a.q_pos[row] : m - n + i;
     int64_t low = 0, high = m;
     while (low < high) {
       const int64_t middle = (low + high) / 2, key = a.k_pos ? a.k_pos[a.k_begin[k_segment] + middle] : middle;
-      if (position - key < a.window)
-        high = middle;
-      else
-        low = middle + 1;
+      if (position - key < a.window) high = middle;
+      else low = middle + 1;
     }
     row_low[row] = int(low);
   }
@@ -89,16 +86,13 @@ __device__ Job make_tile(const Attend& a, const Scratch& to, int rows, int keys,
   int s = 0, end = a.segments;
   while (end - s > 1) {
     const int middle = (s + end) / 2;
-    if (to.first_tile[middle] <= number)
-      s = middle;
-    else
-      end = middle;
+    if (to.first_tile[middle] <= number) s = middle;
+    else end = middle;
   }
-  const int head = s % a.heads, sequence = s / a.heads;
+  const int head = s % a.heads;
   const int64_t n = rows_of(a.q_begin, a.q_end, s);
-  const int own = head / (a.heads / a.kv_heads);
   const int64_t k_segment = key_segment(a, s);
-  const int64_t v_segment = int64_t(sequence) * a.kv_heads + (a.v_map ? a.v_map[head] : own);
+  const int64_t v_segment = int64_t(s / a.heads) * a.v_heads + (a.v_map ? a.v_map[head] : head / (a.heads / a.v_heads));
   const int64_t m = rows_of(a.k_begin, a.k_end, k_segment), i = int64_t(number - to.first_tile[s]) * rows;
   Job job;
   Tile& t = job.tile;
@@ -110,7 +104,8 @@ __device__ Job make_tile(const Attend& a, const Scratch& to, int rows, int keys,
   int64_t low = max(0, t.low);
   if (to.row_low) {
     int least = to.row_low[t.q_row], most = least;
-    for (int r = 1; r < t.rows; ++r) least = min(least, to.row_low[t.q_row + r]), most = max(most, to.row_low[t.q_row + r]);
+    for (int r = 1; r < t.rows; ++r)
+      least = min(least, to.row_low[t.q_row + r]), most = max(most, to.row_low[t.q_row + r]);
     low = least, t.low = most - 63;
   }
   const int64_t last = a.causal ? min(m - 1, at + t.rows - 1) : m - 1;
@@ -168,7 +163,9 @@ __global__ void __launch_bounds__(1024) schedule_tiles(const Attend a, const Scr
   if (threadIdx.x == 0) to.first_tile[a.segments] = base.x, to.header[0] = base.x, to.header[1] = 0;
   __syncthreads();
   const int sections = int(min(int64_t(63), a.k_rows * int64_t(a.d + a.d_v) * 2 / kSection)) + 1, each = kBuckets / sections;
-  auto bucket = [&](const Job& job) { return job.section * each + each - 1 - int(int64_t(min(job.tile.stages, longest)) * (each - 1) / longest); };
+  auto bucket = [&](const Job& job) {
+    return job.section * each + each - 1 - int(int64_t(min(job.tile.stages, longest)) * (each - 1) / longest);
+  };
   for (int t = threadIdx.x; t < base.x; t += 1024) atomicAdd(&buckets[bucket(make_tile(a, to, rows, keys, t))], 1);
   __syncthreads();
   {
@@ -192,7 +189,9 @@ EncodeTiled encode_tiled() {
   static const EncodeTiled encode = [] {
     void* f = nullptr;
     cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found) != cudaSuccess || found != cudaDriverEntryPointSuccess) f = nullptr;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+      f = nullptr;
     return EncodeTiled(f);
   }();
   return encode;
@@ -202,8 +201,9 @@ EncodeTiled encode_tiled() {
 bool make_map(CUtensorMap& map, const __nv_bfloat16* data, int64_t rows, int64_t width, int64_t stride, int box) {
   const cuuint64_t sizes[2] = {cuuint64_t(width), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride * 2)};
   const cuuint32_t boxes[2] = {64, cuuint32_t(box)}, steps[2] = {1, 1};
-  return encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<__nv_bfloat16*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<__nv_bfloat16*>(data), sizes, strides,
+                        boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 int64_t most_tiles(const Attend& a) { return a.q_rows / 64 + a.segments; }
@@ -235,11 +235,13 @@ cudaError_t launch(const Attend& a, void* memory, cudaStream_t stream) {
   const Scratch scratch = lay_out(a, memory);
   CUtensorMap q, k, v;
   const int box = S::plan ? 64 : S::kN;
-  if (!make_map(q, a.q, a.q_rows, a.d, a.q_stride, S::rows) || !make_map(k, a.k, a.k_rows, a.d, a.k_stride, box) || !make_map(v, a.v, a.v_rows, a.d_v, a.v_stride, box))
+  if (!make_map(q, a.q, a.q_rows, a.d, a.q_stride, S::rows) || !make_map(k, a.k, a.k_rows, a.d, a.k_stride, box) ||
+      !make_map(v, a.v, a.v_rows, a.d_v, a.v_stride, box))
     return cudaErrorInvalidValue;
   if (scratch.row_low) {
     const int64_t most = (a.q_rows + a.segments - 1) / a.segments;
-    find_windows<<<dim3(unsigned(std::clamp<int64_t>((most + 127) / 128, 1, 64)), unsigned(a.segments)), 128, 0, stream>>>(a, scratch.row_low);
+    find_windows<<<dim3(unsigned(std::clamp<int64_t>((most + 127) / 128, 1, 64)), unsigned(a.segments)), 128, 0, stream>>>(
+        a, scratch.row_low);
   }
   schedule_tiles<<<1, 1024, 0, stream>>>(a, scratch, S::rows, S::kN);
   Launch to{};
@@ -252,7 +254,8 @@ cudaError_t launch(const Attend& a, void* memory, cudaStream_t stream) {
   static const cudaError_t ready = cudaFuncSetAttribute(attend_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (ready != cudaSuccess) return ready;
   cudaLaunchConfig_t config{};
-  config.gridDim = unsigned(std::min<int64_t>(multiprocessors(), most_tiles(a))), config.blockDim = S::threads, config.dynamicSmemBytes = bytes, config.stream = stream;
+  config.gridDim = unsigned(std::min<int64_t>(multiprocessors(), most_tiles(a))), config.blockDim = S::threads,
+  config.dynamicSmemBytes = bytes, config.stream = stream;
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early, config.numAttrs = 1;
@@ -262,8 +265,12 @@ cudaError_t launch(const Attend& a, void* memory, cudaStream_t stream) {
 }  // namespace
 
 bool attend_fits(const Attend& a) {
-  auto row = [](const void* p, int64_t stride) { return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 8 == 0 && stride * 2 < (int64_t(1) << 40); };
-  if (!row(a.q, a.q_stride) || !row(a.k, a.k_stride) || !row(a.v, a.v_stride) || reinterpret_cast<uintptr_t>(a.out) % 8 || a.out_stride % 2) return false;
+  auto row = [](const void* p, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 8 == 0 && stride * 2 < (int64_t(1) << 40);
+  };
+  if (!row(a.q, a.q_stride) || !row(a.k, a.k_stride) || !row(a.v, a.v_stride) ||
+      reinterpret_cast<uintptr_t>(a.out) % 8 || a.out_stride % 2)
+    return false;
   if (a.q_rows >= kNoKey || a.k_rows >= kNoKey || a.v_rows >= kNoKey || !(a.scale > 0)) return false;
   if (a.k_tile > 0) {
     if (a.k_tile != 64 && a.k_tile % 128) return false;
@@ -275,9 +282,13 @@ bool attend_fits(const Attend& a) {
   return width && encode_tiled();
 }
 
-int64_t attend_scratch(const Attend& a) { return 256 + most_tiles(a) * int64_t(sizeof(Tile)) + (2 * int64_t(a.segments) + 1) * 4 + (counts_positions(a) ? a.q_rows * 4 : 0); }
+int64_t attend_scratch(const Attend& a) {
+  return 256 + most_tiles(a) * int64_t(sizeof(Tile)) + (2 * int64_t(a.segments) + 1) * 4 +
+         (counts_positions(a) ? a.q_rows * 4 : 0);
+}
 
 #ifndef HEED_ATTEND_SHAPES
+// Chosen by measurement (docs/performance.md, NVIDIA Hopper). Two stages of 192-wide keys leave no room for a second Q.
 cudaError_t attend_launch(const Attend& a, void* memory, cudaStream_t stream) {
   if (a.k_tile > 0) {
     if (a.d == 64) return launch<Shape<64, 64, 128, 2, 3, true, true, 0, 2>>(a, memory, stream);
@@ -285,8 +296,11 @@ cudaError_t attend_launch(const Attend& a, void* memory, cudaStream_t stream) {
   }
   if (a.d == 64) return launch<Shape<64, 64, 128, 3, 3, false, true, 0, 2>>(a, memory, stream);
   if (a.d == 96) return launch<Shape<96, 96, 128, 2, 2, false, true, 0, 2>>(a, memory, stream);
-  if (a.d == 128) return launch<Shape<128, 128, 128, 2, 2, false, true, 0, 2>>(a, memory, stream);
-  if (a.d == 192) return launch<Shape<192, 128, 128, 2, 2, false, true, 0, 1>>(a, memory, stream);
+  if (a.d == 128) {
+    if (a.causal || a.window > 0) return launch<Shape<128, 128, 128, 2, 2, false, true, 0, 2>>(a, memory, stream);
+    return launch<Shape<128, 128, 160, 2, 2, false, true, 0, 2>>(a, memory, stream);
+  }
+  if (a.d == 192) return launch<Shape<192, 128, 128, 2, 2, false, false, 0, 1>>(a, memory, stream);
   return launch<Shape<256, 256, 80, 2, 2, false, true, 0, 1>>(a, memory, stream);
 }
 #endif

@@ -9,11 +9,11 @@ namespace heed::sm90 {
 
 /// A tile of query rows and the keys it reads; made by schedule_tiles.
 struct alignas(16) Tile {
-  int q_row, rows;     // first row of q.values, rows of the segment in the tile
-  int k_row, v_row;    // first rows of the segment's keys and values
-  int m;               // its keys
-  int diagonal;        // row r of the tile sees keys ≤ diagonal + r
-  int low;             // and ≥ low + r; with Launch::row_low: low + 63 or more is seen by every row
+  int q_row, rows;   // first row of q.values, rows of the segment in the tile
+  int k_row, v_row;  // first rows of the segment's keys and values
+  int m;             // its keys
+  int diagonal;      // row r of the tile sees keys ≤ diagonal + r
+  int low;           // and ≥ low + r; with Launch::row_low: low + 63 or more is seen by every row
   int head;
   int first, entries;  // dense: first key tile, key tiles; plan: first entry of index, entries
   int stages;          // steps of kN keys; 0: the rows see nothing
@@ -56,7 +56,8 @@ struct Shared {
   alignas(1024) uint8_t v[S::stages][S::v_bytes];
   Tile tile[S::q_slots + 1];  // one more than Q needs: the rows of a tile are written when the next has begun
   int4 first_keys[S::q_slots], keys[S::stages];  // plan: first key of either half of a stage, tile of bits of either
-  uint64_t q_full[S::q_slots], q_empty[S::q_slots], k_full[S::stages], k_empty[S::stages], v_full[S::stages], v_empty[S::stages];
+  uint64_t q_full[S::q_slots], q_empty[S::q_slots], k_full[S::stages], k_empty[S::stages], v_full[S::stages],
+      v_empty[S::stages];
 };
 
 /// The same value, known to the compiler to be equal in a warp: wgmma is serialised where control flow could diverge.
@@ -94,7 +95,8 @@ __device__ __forceinline__ int4 stage_keys(const Launch& a, const Tile& t, int j
 
 /// Copies a stage of keys or values, in one box a panel or, with a plan, two.
 template <class S>
-__device__ __forceinline__ void load_stage(uint8_t* to, const CUtensorMap& map, uint64_t* full, int panels, int row, int4 keys, int outside) {
+__device__ __forceinline__ void load_stage(uint8_t* to, const CUtensorMap& map, uint64_t* full, int panels, int row,
+                                           int4 keys, int outside) {
   barrier_expect(full, panels * S::kN * 128);
   for (int p = 0; p < panels; ++p, to += S::kN * 128) {
     tma_load(to, &map, full, p * 64, row + keys.x);
@@ -103,7 +105,8 @@ __device__ __forceinline__ void load_stage(uint8_t* to, const CUtensorMap& map, 
 }
 
 template <class S>
-__device__ void load_tiles(Shared<S>& sh, const Launch& a, const CUtensorMap& q_map, const CUtensorMap& k_map, const CUtensorMap& v_map) {
+__device__ void load_tiles(Shared<S>& sh, const Launch& a, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                           const CUtensorMap& v_map) {
   Ring<S::stages> k_ring, v_ring;
   Ring<S::q_slots> q_ring;
   Ring<S::q_slots + 1> tile_ring;
@@ -156,9 +159,9 @@ __device__ void load_tiles(Shared<S>& sh, const Launch& a, const CUtensorMap& q_
 /// What one warpgroup keeps of its 64 rows; a thread holds two of them (see sm90.h).
 template <class S>
 struct Rows {
-  float s[S::kN / 2];       // logits, then weights, of a stage
+  float s[S::kN / 2];  // logits, then weights, of a stage
   float o[S::dv / 2];
-  uint32_t p[S::kN / 4];    // weights in bf16: the A operand of P·V
+  uint32_t p[S::kN / 4];  // weights in bf16: the A operand of P·V
   float top[2], sum[2], factor[2];
   bool rescale;
 };
@@ -188,7 +191,8 @@ __device__ __forceinline__ void hide(Rows<S>& x, const Launch& a, const Tile& t,
         uint64_t seen = ~uint64_t(0);
         const int tile_row = t.plan_row + row + 8 * r;
         if (mask >= 0 && row + 8 * r < t.rows)
-          seen = a.k_tile == 64 ? a.bits[int64_t(mask) * a.q_tile + tile_row] : a.bits[(int64_t(mask) * a.q_tile + tile_row) * 2 + half];
+          seen = a.k_tile == 64 ? a.bits[int64_t(mask) * a.q_tile + tile_row]
+                                : a.bits[(int64_t(mask) * a.q_tile + tile_row) * 2 + half];
         seen >>= column;
 #pragma unroll
         for (int i = 0; i < 8; ++i)
@@ -240,10 +244,8 @@ __device__ __forceinline__ void softmax(Rows<S>& x, float scale) {
       for (int e = 0; e < 2; ++e) {
         float& s = x.s[4 * i + 2 * r + e];
         const float y = fmaf(s, scale, -base);
-        if constexpr (!Masked && S::poly > 0)
-          s = i % S::poly == S::poly - 1 ? exp2_polynomial(y) : exp2_fast(y);
-        else
-          s = exp2_fast(y);
+        if constexpr (!Masked && S::poly > 0) s = i % S::poly == S::poly - 1 ? exp2_polynomial(y) : exp2_fast(y);
+        else s = exp2_fast(y);
         sums[e] += s;
       }
     x.sum[r] += sums[0] + sums[1];
@@ -277,7 +279,8 @@ __device__ __forceinline__ void score(Rows<S>& x, uint64_t q, uint64_t k) {
 template <class S>
 __device__ __forceinline__ void weigh(Rows<S>& x, uint64_t v, int accumulate) {
 #pragma unroll
-  for (int i = 0; i < S::kN / 16; ++i) Product<S::dv>::register_a(x.o, x.p + 4 * i, v + i * (2048 / 16), i > 0 ? 1 : accumulate);
+  for (int i = 0; i < S::kN / 16; ++i)
+    Product<S::dv>::register_a(x.o, x.p + 4 * i, v + i * (2048 / 16), i > 0 ? 1 : accumulate);
 }
 
 /// Rows of V past the segment's end belong to others and may hold NaN, which a weight of 0 does not silence: zeros instead. Both
@@ -301,7 +304,8 @@ __device__ __forceinline__ bool past_end(int m, int4 keys) {
 
 /// Normalised outputs and lse of a tile's rows.
 template <class S>
-__device__ __forceinline__ void write_rows(const Rows<S>& x, const Launch& a, const Tile& t, const float (&top)[2], const float (&sums)[2], int row) {
+__device__ __forceinline__ void write_rows(const Rows<S>& x, const Launch& a, const Tile& t, const float (&top)[2],
+                                           const float (&sums)[2], int row) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -321,7 +325,8 @@ __device__ __forceinline__ void write_rows(const Rows<S>& x, const Launch& a, co
     const int64_t at = t.q_row + row + 8 * r;
     float* out = a.out + at * a.out_stride + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < S::dv / 8; ++i) *reinterpret_cast<float2*>(out + 8 * i) = {x.o[4 * i + 2 * r] * gain, x.o[4 * i + 2 * r + 1] * gain};
+    for (int i = 0; i < S::dv / 8; ++i)
+      *reinterpret_cast<float2*>(out + 8 * i) = {x.o[4 * i + 2 * r] * gain, x.o[4 * i + 2 * r + 1] * gain};
     if (a.lse && lane % 4 == 0) a.lse[at] = log2_sum * 0.6931471805599453f;
   }
 }
@@ -330,7 +335,7 @@ __device__ __forceinline__ void write_rows(const Rows<S>& x, const Launch& a, co
 template <class S>
 struct Place {
   Ring<S::stages> k_ring, v_ring;
-  uint64_t k, v;  // descriptors of slot 0
+  uint64_t k, v;   // descriptors of slot 0
   int group, row;  // the thread's first row in the tile
 };
 
@@ -343,16 +348,15 @@ __device__ __forceinline__ void release(uint64_t* empty, Ring<S::stages>& ring) 
 /// Goes on to the keys of the next stage.
 template <class S>
 __device__ __forceinline__ void next_keys(int4& keys, const Shared<S>& sh, const Place<S>& at) {
-  if constexpr (S::plan)
-    keys = uniform(sh.keys[(at.k_ring.slot + 1) % S::stages]);
-  else
-    keys.x -= S::kN;
+  if constexpr (S::plan) keys = uniform(sh.keys[(at.k_ring.slot + 1) % S::stages]);
+  else keys.x -= S::kN;
 }
 
 /// One turn of the pipeline: scores of a stage, outputs of the stage before and, under these, the softmax of the scores. With `Last`
 /// the stage before was the last of tile `old`, whose rows are written. `keys` becomes those of the next stage.
 template <bool Masked, bool Last, class S>
-__device__ __forceinline__ void step(Rows<S>& x, Shared<S>& sh, const Launch& a, const Tile& t, const Tile& old, int4& keys, Place<S>& at, uint64_t q, int accumulate) {
+__device__ __forceinline__ void step(Rows<S>& x, Shared<S>& sh, const Launch& a, const Tile& t, const Tile& old,
+                                     int4& keys, Place<S>& at, uint64_t q, int accumulate) {
   if constexpr (S::turns) named_sync(1 + at.group, 256);
   wgmma_fence();
   score(x, q, at.k + at.k_ring.slot * (S::k_bytes / 16));
@@ -376,10 +380,8 @@ __device__ __forceinline__ void step(Rows<S>& x, Shared<S>& sh, const Launch& a,
   wgmma_wait<0>();
   pin(x.o);
   release<S>(sh.v_empty, at.v_ring);
-  if constexpr (Last)
-    write_rows(x, a, old, top, sum, at.row);
-  else
-    rescale(x);
+  if constexpr (Last) write_rows(x, a, old, top, sum, at.row);
+  else rescale(x);
   round_weights(x);
 }
 
@@ -457,12 +459,11 @@ __device__ void multiply_tiles(Shared<S>& sh, const Launch& a, int group) {
       clear(t);
       v_keys = keys;
       barrier_wait(&sh.k_full[at.k_ring.slot], at.k_ring.parity);
-      const bool masked = S::plan ? keys.x > last || keys.y > last || keys.x < low || keys.y < low || keys.z >= 0 || keys.w >= 0
+      const bool masked = S::plan ? keys.x > last || keys.y > last || keys.x < low || keys.y < low || keys.z >= 0 ||
+                                        keys.w >= 0
                                   : keys.x > last - (S::kN - 64) || keys.x < low;
-      if (masked)
-        step<true, false>(x, sh, a, t, t, keys, at, q, j > 1);
-      else
-        step<false, false>(x, sh, a, t, t, keys, at, q, j > 1);
+      if (masked) step<true, false>(x, sh, a, t, t, keys, at, q, j > 1);
+      else step<false, false>(x, sh, a, t, t, keys, at, q, j > 1);
     }
     if (lane == 0) barrier_arrive(&sh.q_empty[q_ring.slot]);
     old = tile_ring.slot, more = stages > 1, pending = true;
@@ -471,7 +472,9 @@ __device__ void multiply_tiles(Shared<S>& sh, const Launch& a, int group) {
 
 template <class S>
 __global__ void __launch_bounds__(S::threads, 1)
-    attend_kernel(const Launch a, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
+    attend_kernel(const Launch a, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                  const __grid_constant__ CUtensorMap v_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   extern __shared__ uint8_t memory[];
   Shared<S>& sh = *reinterpret_cast<Shared<S>*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
   const int group = uniform(threadIdx.x / 128);
@@ -493,6 +496,7 @@ __global__ void __launch_bounds__(S::threads, 1)
     registers_up<S::registers>();
     multiply_tiles<S>(sh, a, group - 1);
   }
+#endif
 }
 
 }  // namespace heed::sm90

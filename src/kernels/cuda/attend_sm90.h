@@ -14,7 +14,7 @@ struct Attend {
   int64_t q_stride = 0, k_stride = 0, v_stride = 0;  // elements from row to row
   const int64_t *q_begin = nullptr, *q_end = nullptr;
   const int64_t *k_begin = nullptr, *k_end = nullptr, *v_begin = nullptr;
-  int segments = 0, heads = 1, kv_heads = 1;  // segments: of q
+  int segments = 0, heads = 1, kv_heads = 1, v_heads = 1;  // segments: of q; kv_heads: of k
   int d = 0, d_v = 0;
   float scale = 0;
   bool causal = true;

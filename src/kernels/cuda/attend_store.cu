@@ -1,10 +1,6 @@
 // attend over pages: which form takes a call.
 #include "kernels/cuda/attend.cuh"
-
-#if __has_include("kernels/cuda/attend_sm90.h")
 #include "kernels/cuda/attend_sm90.h"
-#define HEED_SM90 1
-#endif
 
 namespace heed::cuda {
 
@@ -14,6 +10,12 @@ void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read&
   require(read.plan.form != Plan::Form::Interval, where, "a read is dense, of blocks or of tokens");
   require(!pages.plain_keys || read.rope, where, "the store keeps plain keys, and the read has no rope to turn them");
   const PagesView view = pages_view(where, pages);
+  check_plan(read.plan, where);
+  if (read.plan.parts == 1 && !pages.layouts.empty() && q.values.rank == 2) {
+    check_tensor(where, "out", out, {q.values.size[0], pages.layouts[0].d_v});
+    check_tensor(where, "lse", lse, {q.values.size[0]}, true);
+    if (attend_store_sm90(queue, q, pages, read, mods, out, lse)) return;
+  }
   Scratch scratch(queue.scratch);
   // Positions and biases as a panel has them; keys and values are read where they lie.
   const Unpacked panel = unpack(queue, where, pages, &read, false, false);
@@ -23,11 +25,8 @@ void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read&
   own.until = own.key_factor = own.row_factor = {};
   const AttentionView a = attention_view(where, q, panel.k, panel.v, &read.plan, own);
   const AttendOut to = attend_out(where, read.plan, a.q_rows, a.d_v, out, lse);
-#ifdef HEED_SM90
-  if (attend_store_sm90(queue, q, pages, read, mods, out, lse)) return;
-#endif
-  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr),
-               read.positions == Read::Positions::Cache, std::max<int64_t>(1, pages.length_bound), to);
+  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr), read.positions == Read::Positions::Cache,
+               std::max<int64_t>(1, pages.length_bound), to);
 }
 
 }  // namespace heed::cuda

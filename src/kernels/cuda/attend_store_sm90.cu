@@ -38,7 +38,9 @@ __device__ __forceinline__ Shape lists_of(const AttendStore& a) {
 }
 
 /// Position of query row i of a segment.
-__device__ __forceinline__ int position_of(const AttendStore& a, const Item& x, int64_t row, int i) { return a.q_pos ? a.q_pos[row] : x.length - x.n + i; }
+__device__ __forceinline__ int position_of(const AttendStore& a, const Item& x, int64_t row, int i) {
+  return a.q_pos ? a.q_pos[row] : x.length - x.n + i;
+}
 
 /// Positions ascend in a segment. As a rule they count entries, so the last `window` hold all that is seen; one look at the entry
 /// before these tells whether they do.
@@ -49,7 +51,8 @@ __device__ __forceinline__ int window_start(const AttendStore& a, const Item& x)
   int least = position_of(a, x, first, 0);
   for (int i = 1; i < x.n; ++i) least = min(least, position_of(a, x, first + i, i));
   const int kv = x.sequence * a.kv_heads + x.head / (a.heads / a.kv_heads);
-  const int before = reinterpret_cast<const int32_t*>(a.table[kv * a.capacity + (guess - 1) / 64] + a.position_at)[(guess - 1) % 64];
+  const int before = reinterpret_cast<const int32_t*>(a.table[kv * a.capacity + (guess - 1) / 64] +
+                                                      a.position_at)[(guess - 1) % 64];
   return least - before >= a.window ? guess / kUnit * kUnit : 0;
 }
 
@@ -77,12 +80,15 @@ __device__ __forceinline__ int units_of(const AttendStore& a, const Item& x, int
 
 __device__ __forceinline__ uint4 load16(const void* p) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p));
   return x;
 }
 
 /// d += a·b, m16n8k16 of bf16.
-__device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                         uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -108,7 +114,8 @@ struct Memory {
 };
 
 template <int D, int DV, int kWarps, int PerSm>
-__global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const AttendStore a, Partial<DV>* partials, int* arrived) {
+__global__ void __launch_bounds__(32 * kWarps, PerSm)
+    attend_store_kernel(const AttendStore a, Partial<DV>* partials, int* arrived) {
   extern __shared__ uint8_t raw[];
   Memory<DV, kWarps>& sh = *reinterpret_cast<Memory<DV, kWarps>*>(raw);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
@@ -134,7 +141,8 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
         before += sh.scan[w].x;
       }
       if (s < a.sequences)
-        for (int l = 0; l < shape.lists_per_sequence; ++l) sh.first[s * shape.lists_per_sequence + l].y = base + all - own;
+        for (int l = 0; l < shape.lists_per_sequence; ++l)
+          sh.first[s * shape.lists_per_sequence + l].y = base + all - own;
       __syncthreads();
     }
   }
@@ -176,10 +184,8 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
     int high = lists;
     while (high - list > 1) {
       const int middle = (list + high) / 2;
-      if (sh.first[middle].x <= cut(block))
-        list = middle;
-      else
-        high = middle;
+      if (sh.first[middle].x <= cut(block)) list = middle;
+      else high = middle;
     }
   }
   for (int at = cut(block); at < end;) {
@@ -224,8 +230,12 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int column = x.chunk * kColumns + 2 * c + e;
-      limit[e] = column >= x.columns ? -1 : a.causal ? min(x.length - 1, x.length - x.n + column / shape.heads_per_list) : x.length - 1;
-      oldest[e] = a.window > 0 && column < x.columns ? position_of(a, x, row_of(column), column / shape.heads_per_list) - a.window : -kNothing;
+      limit[e] = column >= x.columns ? -1
+                 : a.causal          ? min(x.length - 1, x.length - x.n + column / shape.heads_per_list)
+                                     : x.length - 1;
+      oldest[e] = a.window > 0 && column < x.columns
+                      ? position_of(a, x, row_of(column), column / shape.heads_per_list) - a.window
+                      : -kNothing;
     }
 
     float o[DV / 16][4] = {};
@@ -254,10 +264,12 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const int row = r % 2 + r / 2 * 8;  // entries 2c, 2c + 1, 2c + 8, 2c + 9
-          v[i][r] = page && entry + 2 * c + row < x.length ? load16(from_here + (row * DV + 64 * i) * 2) : uint4{0, 0, 0, 0};
+          v[i][r] = page && entry + 2 * c + row < x.length ? load16(from_here + (row * DV + 64 * i) * 2)
+                                                           : uint4{0, 0, 0, 0};
         }
     };
-    int entry = entry_of(from + warp), next_entry = entry_of(from + warp + kWarps), far_entry = entry_of(from + warp + 2 * kWarps);
+    int entry = entry_of(from + warp), next_entry = entry_of(from + warp + kWarps),
+        far_entry = entry_of(from + warp + 2 * kWarps);
     uint64_t page = page_of(entry), next_page = page_of(next_entry);
     load_keys(entry, page), load_values(entry, page);
     for (int unit = from + warp; unit < to; unit += kWarps) {
@@ -287,7 +299,9 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) s[2 * r + e] = entry_now + g + 8 * r <= limit[e] && position[r] > oldest[e] ? fmaf(s[2 * r + e], scale, bias[r]) : -INFINITY;
+        for (int r = 0; r < 2; ++r)
+          s[2 * r + e] = entry_now + g + 8 * r <= limit[e] && position[r] > oldest[e] ? fmaf(s[2 * r + e], scale, bias[r])
+                                                                                      : -INFINITY;
         high[e] = fmaxf(s[e], s[2 + e]);
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) high[e] = fmaxf(high[e], __shfl_xor_sync(~0u, high[e], step));
@@ -319,7 +333,8 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
 #pragma unroll
         for (int j = 0; j < 4; ++j) {  // rows g, g + 8 of the product: channels 64·i + 8·g + 2·j and the next
           const uint32_t r0 = (&v[i][0].x)[j], r1 = (&v[i][1].x)[j], r2 = (&v[i][2].x)[j], r3 = (&v[i][3].x)[j];
-          multiply(o[4 * i + j], __byte_perm(r0, r1, 0x5410), __byte_perm(r0, r1, 0x7632), __byte_perm(r2, r3, 0x5410), __byte_perm(r2, r3, 0x7632), p[0], p[1]);
+          multiply(o[4 * i + j], __byte_perm(r0, r1, 0x5410), __byte_perm(r0, r1, 0x7632), __byte_perm(r2, r3, 0x5410),
+                   __byte_perm(r2, r3, 0x7632), p[0], p[1]);
         }
       load_values(entry, page);
     }
@@ -346,7 +361,8 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
       float log2_sum = all > 0 ? high + __log2f(all) : -INFINITY, gain = all > 0 ? 1 / all : 0;
       if (a.sink) {
         const float sink = a.sink[x.head + (column_first + column) % shape.heads_per_list] * 1.4426950408889634f;
-        const float most = fmaxf(sink, log2_sum), both = most == -INFINITY ? most : most + __log2f(exp2_fast(sink - most) + exp2_fast(log2_sum - most));
+        const float most = fmaxf(sink, log2_sum),
+                    both = most == -INFINITY ? most : most + __log2f(exp2_fast(sink - most) + exp2_fast(log2_sum - most));
         gain = log2_sum == -INFINITY ? 0 : gain * exp2_fast(log2_sum - both);
         log2_sum = both;
       }
@@ -390,7 +406,8 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
         float* top = factor + kMostBlocks * kColumns;
         float* all = top + kColumns;
         auto share = [&](int i) -> Partial<DV>& { return partials[2 * (b0 + i) + (i == 0)]; };
-        for (int i = thread; i < shares * kColumns; i += 32 * kWarps) factor[i] = __ldcg(&share(i / kColumns).top[i % kColumns]);
+        for (int i = thread; i < shares * kColumns; i += 32 * kWarps)
+          factor[i] = __ldcg(&share(i / kColumns).top[i % kColumns]);
         __syncthreads();
         for (int column = warp; column < columns; column += kWarps) {
           float high = -INFINITY, sum = 0;
@@ -409,7 +426,8 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm) attend_store_kernel(const 
           const int column = i / DV, channel = i % DV;
           float value = 0;
 #pragma unroll 8
-          for (int b = 0; b < shares; ++b) value += factor[b * kColumns + column] * __ldcg(&share(b).o[column][channel]);
+          for (int b = 0; b < shares; ++b)
+            value += factor[b * kColumns + column] * __ldcg(&share(b).o[column][channel]);
           write(column, channel, value, top[column], all[column]);
         }
       }
@@ -435,17 +453,21 @@ cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t strea
   int* arrived = static_cast<int*>(scratch);
   const int64_t skip = (int64_t(blocks) * 4 + 255) / 256 * 256;
   Partial<DV>* partials = reinterpret_cast<Partial<DV>*>(static_cast<char*>(scratch) + skip);
-  static const cudaError_t ready = cudaFuncSetAttribute(attend_store_kernel<D, DV, kWarps, PerSm>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Memory<DV, kWarps>)));
+  static const cudaError_t ready = cudaFuncSetAttribute(attend_store_kernel<D, DV, kWarps, PerSm>,
+                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        int(sizeof(Memory<DV, kWarps>)));
   if (ready != cudaSuccess) return ready;
   if (const cudaError_t e = cudaMemsetAsync(arrived, 0, size_t(blocks) * 4, stream); e != cudaSuccess) return e;
-  attend_store_kernel<D, DV, kWarps, PerSm><<<blocks, 32 * kWarps, sizeof(Memory<DV, kWarps>), stream>>>(a, partials, arrived);
+  attend_store_kernel<D, DV, kWarps, PerSm>
+      <<<blocks, 32 * kWarps, sizeof(Memory<DV, kWarps>), stream>>>(a, partials, arrived);
   return cudaGetLastError();
 }
 
 }  // namespace
 
 bool attend_store_fits(const AttendStore& a) {
-  if (reinterpret_cast<uintptr_t>(a.q) % 16 || a.q_stride % (a.q_f32 ? 4 : 8) || a.k_at % 16 || a.v_at % 16) return false;
+  if (reinterpret_cast<uintptr_t>(a.q) % 16 || a.q_stride % (a.q_f32 ? 4 : 8) || a.k_at % 16 || a.v_at % 16)
+    return false;
   if (a.k_tile != 0 && a.k_tile != 16 && a.k_tile != 32 && a.k_tile != 64) return false;
   if (int64_t(a.sequences) * std::max(a.heads, a.kv_heads) > kMostLists || !(a.scale > 0)) return false;
   return a.d == a.d_v && (a.d == 64 || a.d == 128 || a.d == 256);
@@ -458,7 +480,7 @@ int64_t attend_store_scratch(const AttendStore& a) {
 
 cudaError_t attend_store_launch(const AttendStore& a, void* scratch, cudaStream_t stream) {
   if (a.d == 64) return launch_store<64, 64, 16, 1>(a, scratch, stream);
-  if (a.d == 128) return launch_store<128, 128, 12, 1>(a, scratch, stream);
+  if (a.d == 128) return launch_store<128, 128, 6, 2>(a, scratch, stream);
   return launch_store<256, 256, 8, 1>(a, scratch, stream);
 }
 

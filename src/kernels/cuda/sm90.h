@@ -18,7 +18,9 @@ __device__ __forceinline__ void barrier_init(uint64_t* bar, uint32_t count) {
 }
 
 /// Makes initialised barriers visible to the copy engine; a __syncthreads must follow.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
@@ -26,7 +28,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
 
 /// Arrives and announces bytes that copies will bring.
 __device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ bool barrier_try(uint64_t* bar, uint32_t parity) {
@@ -53,8 +56,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
 }
 
 // Named barriers: id 1 to 15 (0 is __syncthreads).
-__device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-__device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 /// Ordinary writes to shared memory before it are seen by the tensor cores and the copy engine behind it.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -66,13 +73,18 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 /// Box of `map` at (column, row) → `to`; arrives at `bar` with its bytes. Rows outside the map become zeros.
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int column, int row) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
       "l"(map), "r"(shared_address(bar)), "r"(column), "r"(row)
       : "memory");
 }
 
-template <int N> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ __forceinline__ void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ __forceinline__ void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
 
 // Matrix descriptors (PTX ISA, "Matrix-descriptor"): tiles of rows of 128 bytes, swizzled by 128 bytes as TMA writes them, each
 // tile aligned to 1024 bytes. Wider matrices are several such tiles ("panels" of 64 bf16) one after another.
@@ -83,14 +95,17 @@ __device__ __forceinline__ uint64_t descriptor_k(const void* tile) {
 }
 /// B given as [K][N]: rows of 64 contiguous n, panels of 64 n `panel` bytes apart. Step along k by 16: + 2048 bytes.
 __device__ __forceinline__ uint64_t descriptor_mn(const void* tile, uint32_t panel) {
-  return uint64_t((shared_address(tile) & 0x3FFFF) >> 4) | uint64_t(panel >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return uint64_t((shared_address(tile) & 0x3FFFF) >> 4) | uint64_t(panel >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
+         uint64_t(1) << 62;
 }
 
 /// Before the first wgmma, and after registers that a wgmma uses were written.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 /// Waits until at most N committed groups are under way.
-template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
 
 /// Keeps the compiler from moving uses of these registers across this point.
 template <int N> __device__ __forceinline__ void pin(float (&x)[N]) {
@@ -104,7 +119,9 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
 
 // A warpgroup's m64 product: thread t holds sums of rows 16·(t/32) + (t%32)/4 and that + 8; acc[4i], acc[4i + 1] are columns
 // 8i + 2·(t%4) and the next of the first row, acc[4i + 2], acc[4i + 3] those of the second.
-#define HEED_ACC8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define HEED_ACC8(d, i)                                                                                       \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define HEED_QUAD8(d, i) HEED_ACC8(d, i), HEED_ACC8(d, i + 8), HEED_ACC8(d, i + 16), HEED_ACC8(d, i + 24)
 #define HEED_ACC32(d) HEED_QUAD8(d, 0)
 #define HEED_ACC40(d) HEED_QUAD8(d, 0), HEED_ACC8(d, 32)
@@ -114,35 +131,43 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
 #define HEED_ACC88(d) HEED_ACC80(d), HEED_ACC8(d, 80)
 #define HEED_ACC128(d) HEED_ACC64(d), HEED_QUAD8(d, 64), HEED_QUAD8(d, 96)
 #define HEED_NUM8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
-#define HEED_NUM32 \
-  HEED_NUM8(0, 1, 2, 3, 4, 5, 6, 7) "," HEED_NUM8(8, 9, 10, 11, 12, 13, 14, 15) "," HEED_NUM8(16, 17, 18, 19, 20, 21, 22, 23) "," HEED_NUM8(24, 25, 26, 27, 28, 29, 30, 31)
+#define HEED_NUM32                                                                                         \
+  HEED_NUM8(0, 1, 2, 3, 4, 5, 6, 7)                                                                        \
+  "," HEED_NUM8(8, 9, 10, 11, 12, 13, 14, 15) "," HEED_NUM8(16, 17, 18, 19, 20, 21, 22, 23) "," HEED_NUM8( \
+      24, 25, 26, 27, 28, 29, 30, 31)
 #define HEED_NUM40 HEED_NUM32 "," HEED_NUM8(32, 33, 34, 35, 36, 37, 38, 39)
 #define HEED_NUM48 HEED_NUM40 "," HEED_NUM8(40, 41, 42, 43, 44, 45, 46, 47)
-#define HEED_NUM64 HEED_NUM48 "," HEED_NUM8(48, 49, 50, 51, 52, 53, 54, 55) "," HEED_NUM8(56, 57, 58, 59, 60, 61, 62, 63)
-#define HEED_NUM80 HEED_NUM64 "," HEED_NUM8(64, 65, 66, 67, 68, 69, 70, 71) "," HEED_NUM8(72, 73, 74, 75, 76, 77, 78, 79)
+#define HEED_NUM64 \
+  HEED_NUM48 "," HEED_NUM8(48, 49, 50, 51, 52, 53, 54, 55) "," HEED_NUM8(56, 57, 58, 59, 60, 61, 62, 63)
+#define HEED_NUM80 \
+  HEED_NUM64 "," HEED_NUM8(64, 65, 66, 67, 68, 69, 70, 71) "," HEED_NUM8(72, 73, 74, 75, 76, 77, 78, 79)
 #define HEED_NUM88 HEED_NUM80 "," HEED_NUM8(80, 81, 82, 83, 84, 85, 86, 87)
-#define HEED_NUM128                                                                                                                   \
-  HEED_NUM88 "," HEED_NUM8(88, 89, 90, 91, 92, 93, 94, 95) "," HEED_NUM8(96, 97, 98, 99, 100, 101, 102, 103) "," HEED_NUM8(          \
-      104, 105, 106, 107, 108, 109, 110, 111) "," HEED_NUM8(112, 113, 114, 115, 116, 117, 118, 119) "," HEED_NUM8(120, 121, 122, 123, \
-                                                                                                                  124, 125, 126, 127)
+#define HEED_NUM128                                                                                                  \
+  HEED_NUM88                                                                                                         \
+      "," HEED_NUM8(88, 89, 90, 91, 92, 93, 94, 95) "," HEED_NUM8(96, 97, 98, 99, 100, 101, 102, 103) "," HEED_NUM8( \
+          104, 105, 106, 107, 108, 109, 110, 111) "," HEED_NUM8(112, 113, 114, 115, 116, 117, 118,                   \
+                                                                119) "," HEED_NUM8(120, 121, 122, 123, 124, 125, 126, 127)
 template <int N> struct Product;
 
 // Two forms for each N: A and B from shared memory with contiguous k; A from registers and B from shared memory with contiguous n.
-#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                                                                                        \
-  template <> struct Product<N> {                                                                                                       \
-    static __device__ __forceinline__ void shared_a(float (&d)[R], uint64_t a, uint64_t b, int accumulate) {                            \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2 ", 0;\n"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, %" #A0 ", %" #A1 ", p, 1, 1, 0, 0;\n}"   \
-                   : HEED_ACC##R(d)                                                                                                     \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                                                  \
-    }                                                                                                                                   \
-    static __device__ __forceinline__ void register_a(float (&d)[R], const uint32_t* a, uint64_t b, int accumulate) {                   \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5 ", 0;\n"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3      \
-                   "}, %" #A4 ", p, 1, 1, 1;\n}"                                                                                        \
-                   : HEED_ACC##R(d)                                                                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                              \
-    }                                                                                                                                   \
+#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                                                                      \
+  template <> struct Product<N> {                                                                                     \
+    static __device__ __forceinline__ void shared_a(float (&d)[R], uint64_t a, uint64_t b, int accumulate) {          \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                                           \
+                   ", 0;\n"                                                                                           \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, %" #A0 ", %" #A1      \
+                                                                                            ", p, 1, 1, 0, 0;\n}"     \
+                   : HEED_ACC##R(d)                                                                                   \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                                \
+    }                                                                                                                 \
+    static __device__ __forceinline__ void register_a(float (&d)[R], const uint32_t* a, uint64_t b, int accumulate) { \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5                                                           \
+                   ", 0;\n"                                                                                           \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R                           \
+                   "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #A4 ", p, 1, 1, 1;\n}"                               \
+                   : HEED_ACC##R(d)                                                                                   \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                            \
+    }                                                                                                                 \
   };
 HEED_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 HEED_WGMMA(80, 40, 40, 41, 42, 43, 44, 45)
