@@ -26,9 +26,8 @@ struct Variant {
   bool plan;
   Start start;
 };
-#define V(D, DV, N, G, ST, PLAN, TURNS, POLY, QS)                                          \
-  {#N " groups " #G " stages " #ST " turns " #TURNS " poly " #POLY " q " #QS, D, DV, PLAN, \
-   launch<Shape<D, DV, N, G, ST, PLAN, TURNS, POLY, QS>>}
+#define V(D, DV, N, G, ST, PLAN, TURNS, QS) \
+  {#N " groups " #G " stages " #ST " turns " #TURNS " q " #QS, D, DV, PLAN, launch<Shape<D, DV, N, G, ST, PLAN, TURNS, QS>>}
 static const Variant variants[] = {
 #include "variants.h"
 };

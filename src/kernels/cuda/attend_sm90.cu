@@ -291,17 +291,17 @@ int64_t attend_scratch(const Attend& a) {
 // Chosen by measurement (docs/performance.md, NVIDIA Hopper). Two stages of 192-wide keys leave no room for a second Q.
 cudaError_t attend_launch(const Attend& a, void* memory, cudaStream_t stream) {
   if (a.k_tile > 0) {
-    if (a.d == 64) return launch<Shape<64, 64, 128, 2, 3, true, true, 0, 2>>(a, memory, stream);
-    return launch<Shape<128, 128, 128, 2, 2, true, true, 0, 2>>(a, memory, stream);
+    if (a.d == 64) return launch<Shape<64, 64, 128, 2, 3, true, true, 2>>(a, memory, stream);
+    return launch<Shape<128, 128, 128, 2, 2, true, true, 2>>(a, memory, stream);
   }
-  if (a.d == 64) return launch<Shape<64, 64, 128, 3, 3, false, true, 0, 2>>(a, memory, stream);
-  if (a.d == 96) return launch<Shape<96, 96, 128, 2, 2, false, true, 0, 2>>(a, memory, stream);
+  if (a.d == 64) return launch<Shape<64, 64, 128, 3, 3, false, true, 2>>(a, memory, stream);
+  if (a.d == 96) return launch<Shape<96, 96, 128, 2, 2, false, true, 2>>(a, memory, stream);
   if (a.d == 128) {
-    if (a.causal || a.window > 0) return launch<Shape<128, 128, 128, 2, 2, false, true, 0, 2>>(a, memory, stream);
-    return launch<Shape<128, 128, 160, 2, 2, false, true, 0, 2>>(a, memory, stream);
+    if (a.causal || a.window > 0) return launch<Shape<128, 128, 128, 2, 2, false, true, 2>>(a, memory, stream);
+    return launch<Shape<128, 128, 160, 2, 2, false, true, 2>>(a, memory, stream);
   }
-  if (a.d == 192) return launch<Shape<192, 128, 128, 2, 2, false, false, 0, 1>>(a, memory, stream);
-  return launch<Shape<256, 256, 80, 2, 2, false, true, 0, 1>>(a, memory, stream);
+  if (a.d == 192) return launch<Shape<192, 128, 128, 2, 2, false, false, 1>>(a, memory, stream);
+  return launch<Shape<256, 256, 80, 2, 2, false, true, 1>>(a, memory, stream);
 }
 #endif
 

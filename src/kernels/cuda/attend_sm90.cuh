@@ -37,11 +37,10 @@ struct Launch {
   int k_rows, v_rows;
 };
 
-template <int D, int DV, int KN, int Groups, int Stages, bool Plan, bool Turns, int Poly, int QSlots>
+template <int D, int DV, int KN, int Groups, int Stages, bool Plan, bool Turns, int QSlots>
 struct Shape {
   static constexpr int d = D, dv = DV, kN = KN, groups = Groups, stages = Stages, q_slots = QSlots;
   static constexpr bool plan = Plan, turns = Turns;
-  static constexpr int poly = Poly;  // one pair of exponentials in `poly` goes to the FMA pipe; 0: none
   static constexpr int rows = 64 * Groups;
   static constexpr int threads = 128 * (Groups + 1);
   static constexpr int panels = (D + 63) / 64, v_panels = (DV + 63) / 64;
@@ -243,9 +242,7 @@ __device__ __forceinline__ void softmax(Rows<S>& x, float scale) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& s = x.s[4 * i + 2 * r + e];
-        const float y = fmaf(s, scale, -base);
-        if constexpr (!Masked && S::poly > 0) s = i % S::poly == S::poly - 1 ? exp2_polynomial(y) : exp2_fast(y);
-        else s = exp2_fast(y);
+        s = exp2_fast(fmaf(s, scale, -base));
         sums[e] += s;
       }
     x.sum[r] += sums[0] + sums[1];

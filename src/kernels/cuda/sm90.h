@@ -128,7 +128,6 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
 #define HEED_ACC48(d) HEED_ACC40(d), HEED_ACC8(d, 40)
 #define HEED_ACC64(d) HEED_QUAD8(d, 0), HEED_QUAD8(d, 32)
 #define HEED_ACC80(d) HEED_ACC64(d), HEED_ACC8(d, 64), HEED_ACC8(d, 72)
-#define HEED_ACC88(d) HEED_ACC80(d), HEED_ACC8(d, 80)
 #define HEED_ACC128(d) HEED_ACC64(d), HEED_QUAD8(d, 64), HEED_QUAD8(d, 96)
 #define HEED_NUM8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
 #define HEED_NUM32                                                                                         \
@@ -142,11 +141,11 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
 #define HEED_NUM80 \
   HEED_NUM64 "," HEED_NUM8(64, 65, 66, 67, 68, 69, 70, 71) "," HEED_NUM8(72, 73, 74, 75, 76, 77, 78, 79)
 #define HEED_NUM88 HEED_NUM80 "," HEED_NUM8(80, 81, 82, 83, 84, 85, 86, 87)
-#define HEED_NUM128                                                                                                  \
-  HEED_NUM88                                                                                                         \
-      "," HEED_NUM8(88, 89, 90, 91, 92, 93, 94, 95) "," HEED_NUM8(96, 97, 98, 99, 100, 101, 102, 103) "," HEED_NUM8( \
-          104, 105, 106, 107, 108, 109, 110, 111) "," HEED_NUM8(112, 113, 114, 115, 116, 117, 118,                   \
-                                                                119) "," HEED_NUM8(120, 121, 122, 123, 124, 125, 126, 127)
+#define HEED_NUM128                                                                                              \
+  HEED_NUM88                                                                                                     \
+  "," HEED_NUM8(88, 89, 90, 91, 92, 93, 94, 95) "," HEED_NUM8(96, 97, 98, 99, 100, 101, 102, 103) "," HEED_NUM8( \
+      104, 105, 106, 107, 108, 109, 110, 111) "," HEED_NUM8(112, 113, 114, 115, 116, 117, 118,                   \
+                                                            119) "," HEED_NUM8(120, 121, 122, 123, 124, 125, 126, 127)
 template <int N> struct Product;
 
 // Two forms for each N: A and B from shared memory with contiguous k; A from registers and B from shared memory with contiguous n.
@@ -174,7 +173,6 @@ HEED_WGMMA(80, 40, 40, 41, 42, 43, 44, 45)
 HEED_WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
 HEED_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 HEED_WGMMA(160, 80, 80, 81, 82, 83, 84, 85)
-HEED_WGMMA(176, 88, 88, 89, 90, 91, 92, 93)
 HEED_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 #undef HEED_WGMMA
 
@@ -190,18 +188,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-/// 2^x on the FMA pipe, x in about [−126, 127], smaller x give 2^−126: round to nearest integer, a cubic fitted on
-/// [−0.5, 0.5] (relative error 1e-4, a twentieth of bf16's rounding), exponent added as an integer.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  x = fmaxf(x, -126.f);
-  const float shifted = x + 12582912.f;
-  const float f = x - (shifted - 12582912.f);
-  float p = fmaf(0.0558382829f, f, 0.242639479f);
-  p = fmaf(p, f, 0.693136734f);
-  p = fmaf(p, f, 0.999924557f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
 }
 
 }  // namespace heed::sm90
