@@ -270,6 +270,28 @@ Kernels coat() {
     gpu().matmul(on.queue, on(w), on(x), on(bias), accumulate, on(y));
     on.leave();
   };
+  t.matmul_each = [](Queue&, std::span<const Linear> each, Tensor x) {
+    Visit on;
+    std::vector<Linear> there;
+    for (const Linear& linear : each) there.push_back({on(linear.w), on(linear.bias), on(linear.y)});
+    gpu().matmul_each(on.queue, there, on(x));
+    on.leave();
+  };
+  t.matmul_glu = [](Queue&, Tensor gate, Tensor up, Tensor x, Activation activation, Tensor y) {
+    Visit on;
+    gpu().matmul_glu(on.queue, on(gate), on(up), on(x), activation, on(y));
+    on.leave();
+  };
+  t.combine = [](Queue&, Tensor x, Tensor y, Combine how, float factor, Tensor out) {
+    Visit on;
+    gpu().combine(on.queue, on(x), on(y), how, factor, on(out));
+    on.leave();
+  };
+  t.spread = [](Queue&, const Ragged& x, const Spread& how, Tensor out) {
+    Visit on;
+    gpu().spread(on.queue, on(x), how, on(out));
+    on.leave();
+  };
   t.embed = [](Queue&, Tensor w, Tensor ids, float scale, Tensor y) {
     Visit on;
     gpu().embed(on.queue, on(w), on(ids), scale, on(y));

@@ -443,7 +443,7 @@ void attend_store_equals_reference(const Kernels& run, Random random) {
     run.attend_store(queue, q, store.pages, turning.read, mods, alone, {});
     const bool bf16_keys = store.pages.layouts.size() == 1 && store.pages.layouts[0].k.kind == PageType::Kind::BF16;
     const double u = store_unit(store, q.values->type, terms) + (store.pages.plain_keys ? 0x1p-14 * logit : 0) +
-                     rounded_query(q.values->type, bf16_keys ? Dtype::BF16 : Dtype::F32, logit, d);
+                     rounded_query(q.values->type, bf16_keys ? Dtype::BF16 : Dtype::F32, logit, double(store.d));
     const double weights = mods.weight == WeightFunction::Sigmoid ? terms : 1;
     expect_close("out", out, got, attend_out(u, logit, weights * std::max(1.0, largest(from.v.values))));
     expect_close("lse", lse, got_lse, attend_lse(u, logit));

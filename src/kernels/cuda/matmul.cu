@@ -17,4 +17,16 @@ void matmul(Queue& queue, Tensor w, Tensor x, Tensor bias, bool accumulate, Tens
   matmul_many(queue, w, x, bias, accumulate, y);
 }
 
+void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x) {
+  for (const Linear& linear : each) matmul(queue, linear.w, x, linear.bias, false, linear.y);
+}
+
+void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, Activation activation, Tensor y) {
+  const Scratch scratch(queue.scratch);
+  const Tensor other = queue.scratch.take(Dtype::F32, {y.size[0], y.size[1]});
+  matmul(queue, gate, x, {}, false, y);
+  matmul(queue, up, x, {}, false, other);
+  glu(queue, y, other, activation, y);
+}
+
 }  // namespace heed::cuda

@@ -80,6 +80,10 @@ const Kernels* cuda_kernels() {
     t.column_write = cuda::column_write;
     t.page_score = cuda::page_score;
     t.matmul = cuda::matmul;
+    t.matmul_each = cuda::matmul_each;
+    t.matmul_glu = cuda::matmul_glu;
+    t.combine = cuda::combine;
+    t.spread = cuda::spread;
     t.embed = cuda::embed;
     t.rms_norm = cuda::rms_norm;
     t.split_heads = cuda::split_heads;
