@@ -1,6 +1,7 @@
 // Parameters of mechanisms: declared once, and from that parsed, checked, printed and listed.
 #pragma once
 #include <concepts>
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>

@@ -39,7 +39,7 @@ Tensor mean_rotation(Queue& queue, const Rope& rope, int64_t d, int64_t heads, s
   const std::vector<int64_t> each(size_t(segments), d);
   Ragged units = numbers(queue, each, heads, d);
   units.values = units.values.reshape({rows, d});
-  compute(queue, mod(index(), d) == channel(), units.values);
+  compute(queue, mod(floor_div(index(), d), d) == channel(), units.values);
   units = turned(queue, units, rope, constant(queue, first, heads * d));
   for (int64_t step = 1; step < count; step *= 2) {
     const std::vector<int64_t> by(first.size(), step);

@@ -315,8 +315,10 @@ TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
     }
   }
   Queue queue = queue_on(heed::backend(backend()));
+  Rope there = rope;
+  there.inv_freq = queue.upload(rope.inv_freq);
   ModelInfo model;
-  model.h = int(s.h), model.g = int(s.g), model.d = int(d), model.d_v = int(s.d_v), model.ropes = {&rope};
+  model.h = int(s.h), model.g = int(s.g), model.d = int(d), model.d_v = int(s.d_v), model.ropes = {&there};
   StoreOptions options;
   options.k.kind = options.v.kind = PageType::Kind::F32;
   const StoreShape layer{int(s.g), int(d), int(s.d_v)};
@@ -330,17 +332,18 @@ TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
   Buffer q_pos(Dtype::I32, {s.h * s.n}), k_pos(Dtype::I32, {s.g * s.m});
   for (int64_t r = 0; r < q_pos->numel(); ++r) q_pos->at<int32_t>(r) = int32_t(r % s.n);
   for (int64_t r = 0; r < k_pos->numel(); ++r) k_pos->at<int32_t>(r) = int32_t(r % s.m);
-  const Ragged panel_v{c.v->reshape({s.g * s.m, s.d_v}), k_offsets, {}, s.g, s.g * s.m};
-  store.layer(0).append(queue, {k, k_offsets, {}, s.g, s.g * s.m}, panel_v, k_pos, std::span(&s.m, 1));
+  const Tensor k_starts = queue.upload(k_offsets);
+  const Ragged panel_v{queue.upload(c.v->reshape({s.g * s.m, s.d_v})), k_starts, {}, s.g, s.g * s.m};
+  store.layer(0).append(queue, {queue.upload(k), k_starts, {}, s.g, s.g * s.m}, panel_v, queue.upload(k_pos), std::span(&s.m, 1));
   LayerView at(model, queue, 0, Phase::Prompt);
   at.prompt = {s.m}, at.rows = {s.n}, at.store = &store.layer(0), at.stores = &store;
-  at.q = {q, q_offsets, {}, s.h, s.h * s.n}, at.q_pos = q_pos;
+  at.q = {queue.upload(q), queue.upload(q_offsets), {}, s.h, s.h * s.n}, at.q_pos = queue.upload(q_pos);
   const auto mechanism = value_or_throw(make_mechanism(value_or_throw(parse_spec("expected-attention"))[0], registry()));
-  const Ragged scores = static_cast<const KeepPolicy&>(*mechanism).score(at);
+  const Buffer scores = queue.read_back(static_cast<const KeepPolicy&>(*mechanism).score(at).values);
   for (int64_t kv = 0; kv < s.g; ++kv) {
     const auto expected = expected_scores(c, kv, plain_q, rotation, keys[size_t(kv)], 0);
     for (int64_t j = 0; j < s.m; ++j) {
-      const double got = scores.values.at<float>(kv * s.m + j);
+      const double got = scores->at<float>(kv * s.m + j);
       if (j < 4) {
         EXPECT_EQ(got, INFINITY);
       } else {

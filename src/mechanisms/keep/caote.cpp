@@ -22,10 +22,10 @@ struct Caote final : KeepWrapper {
     const Ragged out = fast ? spread(at.queue, values, {.of = Spread::Of::Mean})
                             : spread(at.queue, combine(at.queue, values, a, Combine::Multiply), {.of = Spread::Of::Sum});
     const Ragged moved = row_norms(at.queue, combine(at.queue, values, out, Combine::Add, -1));
-    const Ragged rest = combine(at.queue, combine(at.queue, a, Combine::Multiply, -1), Combine::Add,
-                                1);  // 0 for a single entry: it never goes
+    const Ragged rest = combine(at.queue, combine(at.queue, a, Combine::Multiply, -1), Combine::Add, 1);
     const Ragged c = combine(at.queue, combine(at.queue, rest, a, Combine::Power, -1), moved, Combine::Multiply);
-    return combine(at.queue, given, c, Combine::Forced);
+    // A single entry has no rest, hence no finite score: it never goes.
+    return combine(at.queue, given, combine(at.queue, c, Combine::Finite, float(kInfinity)), Combine::Forced);
   }
 };
 
