@@ -5,19 +5,15 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <functional>
 #include <string>
 #include <vector>
+
+#include "measure.h"
 
 namespace heed::sm90 {
 cudaError_t attend_launch(const Attend& a, void* memory, cudaStream_t stream);
 }
 using namespace heed::sm90;
-
-static void ok(cudaError_t e, int line) {
-  if (e != cudaSuccess) printf("line %d: %s\n", line, cudaGetErrorString(e)), exit(1);
-}
-#define OK(x) ok(x, __LINE__)
 
 using Start = cudaError_t (*)(const Attend&, void*, cudaStream_t);
 struct Variant {
@@ -31,13 +27,6 @@ struct Variant {
 static const Variant variants[] = {
 #include "variants.h"
 };
-
-template <class T> T* on_device(const std::vector<T>& x) {
-  T* p;
-  OK(cudaMalloc(&p, std::max<size_t>(1, x.size()) * sizeof(T)));
-  OK(cudaMemcpy(p, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return p;
-}
 
 __global__ void random_kernel(__nv_bfloat16* x, int64_t n, uint64_t seed) {
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
@@ -303,27 +292,6 @@ static bool check(const Case& c, const char* variant, Start start, size_t most_r
   printf("%s %-44s %-44s rel %.1e max %.1e lse %.1e bad %zu stray %zu\n", fine ? "ok  " : "FAIL", c.name.c_str(),
          variant, relative, worst, lse_error, bad, strays);
   return fine;
-}
-
-__global__ void spin() {
-  for (const int64_t start = clock64(); clock64() - start < 200'000;) {}
-}
-
-/// Median time of the device's work: a kernel that waits goes first, so that the host's part is hidden.
-static float median_ms(const std::function<void()>& f, int times) {
-  std::vector<float> ms;
-  cudaEvent_t a, b;
-  OK(cudaEventCreate(&a)), OK(cudaEventCreate(&b));
-  for (int i = 0; i < 3; ++i) f();
-  for (int i = 0; i < times; ++i) {
-    spin<<<1, 1>>>();
-    OK(cudaEventRecord(a)), f(), OK(cudaEventRecord(b)), OK(cudaEventSynchronize(b));
-    float t;
-    OK(cudaEventElapsedTime(&t, a, b));
-    ms.push_back(t);
-  }
-  std::sort(ms.begin(), ms.end());
-  return ms[ms.size() / 2];
 }
 
 static Case sized(int n, int d, int dv, bool causal, int heads = 16, int kv = 16, int tokens = 16384) {

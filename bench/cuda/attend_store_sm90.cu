@@ -5,23 +5,12 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <string>
 #include <vector>
 
+#include "measure.h"
+
 using namespace heed::sm90;
-
-static void ok(cudaError_t e, int line) {
-  if (e != cudaSuccess) printf("line %d: %s\n", line, cudaGetErrorString(e)), exit(1);
-}
-#define OK(x) ok(x, __LINE__)
-
-template <class T> T* on_device(const std::vector<T>& x) {
-  T* p;
-  OK(cudaMalloc(&p, std::max<size_t>(1, x.size()) * sizeof(T)));
-  OK(cudaMemcpy(p, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return p;
-}
 
 __device__ float normal(uint64_t z) {
   z *= 0x9E3779B97F4A7C15ull;
@@ -273,27 +262,6 @@ static bool check(const Case& c, Start start) {
   printf("%s %-50s d %d: rel %.1e max %.1e lse %.1e bad %zu stray %zu\n", fine ? "ok  " : "FAIL", c.name.c_str(), c.d,
          relative, worst, lse_error, bad, strays);
   return fine;
-}
-
-__global__ void spin() {
-  for (const int64_t start = clock64(); clock64() - start < 200'000;) {}
-}
-
-/// Median time of the device's work: a kernel that waits goes first, so that the host's part is hidden.
-static float median_ms(const std::function<void()>& f, int times = 21) {
-  std::vector<float> ms;
-  cudaEvent_t a, b;
-  OK(cudaEventCreate(&a)), OK(cudaEventCreate(&b));
-  for (int i = 0; i < 3; ++i) f();
-  for (int i = 0; i < times; ++i) {
-    spin<<<1, 1>>>();
-    OK(cudaEventRecord(a)), f(), OK(cudaEventRecord(b)), OK(cudaEventSynchronize(b));
-    float t;
-    OK(cudaEventElapsedTime(&t, a, b));
-    ms.push_back(t);
-  }
-  std::sort(ms.begin(), ms.end());
-  return ms[ms.size() / 2];
 }
 
 int main(int argc, char** argv) {
