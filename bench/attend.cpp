@@ -178,15 +178,8 @@ struct Problem {
   Heads q, k, v;
   Buffer out, lse;
   Problem(int64_t h, int64_t g, int64_t n, int64_t d, Dtype q_type = Dtype::F32, Dtype kv = Dtype::BF16)
-      : h(h),
-        g(g),
-        n(n),
-        d(d),
-        q(q_type, h, n, d, 1),
-        k(kv, g, n, d, 2),
-        v(kv, g, n, d, 3),
-        out(Dtype::F32, {h * n, d}),
-        lse(Dtype::F32, {h * n}) {}
+      : h(h), g(g), n(n), d(d), q(q_type, h, n, d, 1), k(kv, g, n, d, 2), v(kv, g, n, d, 3),
+        out(Dtype::F32, {h * n, d}), lse(Dtype::F32, {h * n}) {}
   double seconds(const Kernels& run, const Plan& plan, const Mods& mods = {}, double least = 0.2) {
     Queue queue;
     queue.run = &run;

@@ -109,7 +109,8 @@ inline void check(const Plan* const& p) {
   if (p) check(*p);
 }
 inline void check(const Mods& m) {
-  for (const Tensor* t : {&m.q_pos, &m.k_pos, &m.key_bias, &m.row_factor, &m.key_factor, &m.temperature, &m.gain, &m.sink_logits, &m.until, &m.k_map, &m.v_map})
+  for (const Tensor* t : {&m.q_pos, &m.k_pos, &m.key_bias, &m.row_factor, &m.key_factor, &m.temperature, &m.gain,
+                          &m.sink_logits, &m.until, &m.k_map, &m.v_map})
     check(*t);
 }
 inline void check(const Rope* const& r) {
@@ -201,12 +202,16 @@ inline const Kernels& guarded_kernels() {
     t.name = "guarded";
     t.memory = &guarded_memory();
 #define HEED_GUARD(NAME) t.NAME = Guarded<&Kernels::NAME>::run
-    HEED_GUARD(attend), HEED_GUARD(attend_backward), HEED_GUARD(attend_store), HEED_GUARD(merge), HEED_GUARD(observe), HEED_GUARD(observe_rows);
-    HEED_GUARD(pool), HEED_GUARD(smooth), HEED_GUARD(proxy), HEED_GUARD(reduce), HEED_GUARD(select), HEED_GUARD(compute), HEED_GUARD(offsets);
+    HEED_GUARD(attend), HEED_GUARD(attend_backward), HEED_GUARD(attend_store), HEED_GUARD(merge), HEED_GUARD(observe),
+        HEED_GUARD(observe_rows);
+    HEED_GUARD(pool), HEED_GUARD(smooth), HEED_GUARD(proxy), HEED_GUARD(reduce), HEED_GUARD(select),
+        HEED_GUARD(compute), HEED_GUARD(offsets);
     HEED_GUARD(tile_blocks), HEED_GUARD(count_pairs), HEED_GUARD(recur), HEED_GUARD(recur_backward), HEED_GUARD(scan);
     HEED_GUARD(page_write), HEED_GUARD(page_read), HEED_GUARD(page_move), HEED_GUARD(column_read), HEED_GUARD(column_write);
-    HEED_GUARD(page_supply), HEED_GUARD(page_grow), HEED_GUARD(page_own), HEED_GUARD(page_shrink), HEED_GUARD(page_hold), HEED_GUARD(page_convert);
-    HEED_GUARD(page_score), HEED_GUARD(matmul), HEED_GUARD(embed), HEED_GUARD(rms_norm), HEED_GUARD(split_heads), HEED_GUARD(merge_heads);
+    HEED_GUARD(page_supply), HEED_GUARD(page_grow), HEED_GUARD(page_own), HEED_GUARD(page_shrink),
+        HEED_GUARD(page_hold), HEED_GUARD(page_convert);
+    HEED_GUARD(page_score), HEED_GUARD(matmul), HEED_GUARD(embed), HEED_GUARD(rms_norm), HEED_GUARD(split_heads),
+        HEED_GUARD(merge_heads);
     HEED_GUARD(combine), HEED_GUARD(spread), HEED_GUARD(matmul_each), HEED_GUARD(matmul_glu);
     HEED_GUARD(glu), HEED_GUARD(add), HEED_GUARD(dequantise);
 #undef HEED_GUARD

@@ -35,21 +35,25 @@ Result<std::vector<Spec>> read_profile(const std::string& path) {
   text.resize(size_t(file.gcount()));
   if (int64_t(text.size()) > kMostProfile) return fail(Code::Invalid, where, "is longer than 1 MiB");
   const auto json = nlohmann::json::parse(text, nullptr, false);
-  const std::string shape = "a profile is {\"attention\": \"SPEC\"} or {\"attention\": [{\"spec\": \"SPEC\", \"layers\": \"0-3\"}, …]}";
+  const std::string shape =
+      "a profile is {\"attention\": \"SPEC\"} or {\"attention\": [{\"spec\": \"SPEC\", \"layers\": \"0-3\"}, …]}";
   if (json.is_discarded()) return fail(Code::Invalid, where, "is not JSON", shape);
-  if (!json.is_object() || !json.contains("attention")) return fail(Code::Invalid, where, "has no \"attention\"", shape);
+  if (!json.is_object() || !json.contains("attention"))
+    return fail(Code::Invalid, where, "has no \"attention\"", shape);
   const auto& attention = json["attention"];
   auto parse = [&](const std::string& spec) -> Result<std::vector<Spec>> {
     if (spec.starts_with("@")) return fail(Code::Invalid, where, "names another profile", "write its specs here");
     auto list = parse_spec(spec);
-    if (!list) return fail(list.error().code, where + ", " + list.error().where, list.error().what, list.error().remedy);
+    if (!list)
+      return fail(list.error().code, where + ", " + list.error().where, list.error().what, list.error().remedy);
     return list;
   };
   if (attention.is_string()) return parse(attention.get<std::string>());
   if (!attention.is_array()) return fail(Code::Invalid, where, "\"attention\" is neither text nor a list", shape);
   std::vector<Spec> out;
   for (const auto& line : attention) {
-    if (!line.is_object() || !line.contains("spec") || !line["spec"].is_string()) return fail(Code::Invalid, where, "a line has no \"spec\"", shape);
+    if (!line.is_object() || !line.contains("spec") || !line["spec"].is_string())
+      return fail(Code::Invalid, where, "a line has no \"spec\"", shape);
     auto list = parse(line["spec"].get<std::string>());
     if (!list) return list;
     for (Spec& spec : *list) {
@@ -58,7 +62,8 @@ Result<std::vector<Spec>> read_profile(const std::string& path) {
         auto value = range_text(line[key]);
         if (!value) return fail(value.error().code, where, value.error().what, shape);
         for (const Spec::Setting& s : spec.settings)
-          if (s.key == key) return fail(Code::Invalid, where, std::string(key) + " is given in the spec and beside it", "leave one out");
+          if (s.key == key)
+            return fail(Code::Invalid, where, std::string(key) + " is given in the spec and beside it", "leave one out");
         if (!value->empty()) spec.settings.push_back({key, *value, spec.at});
       }
       out.push_back(std::move(spec));
@@ -72,8 +77,9 @@ struct Claim {
   const char* words;
 };
 constexpr Claim kClaims[] = {
-    {Role::Plan, "plan what a prompt reads in"}, {Role::Keep, "decide what is kept in"},     {Role::Read, "decide what decoding reads in"},
-    {Role::State, "put a linear form in place of"}, {Role::Drive, "feed the model their own way in"}, {Role::Weights, "rewrite the weights of"},
+    {Role::Plan, "plan what a prompt reads in"},      {Role::Keep, "decide what is kept in"},
+    {Role::Read, "decide what decoding reads in"},    {Role::State, "put a linear form in place of"},
+    {Role::Drive, "feed the model their own way in"}, {Role::Weights, "rewrite the weights of"},
 };
 
 bool keeps_block_columns(const Needs& needs) {
@@ -114,11 +120,15 @@ Result<Composition> Composition::parse(const std::string& text, const ModelInfo&
     const int heads = has(entry->roles, Role::Keep) ? model.g : model.h;
     const Mechanism& m = **mechanism;
     if (m.layers.highest() >= model.layers)
-      return fail(Code::Invalid, where, "layers=" + m.layers.text + " names layer " + std::to_string(m.layers.highest()) + ", but the model has " +
-                      std::to_string(model.layers), "count layers from 0");
+      return fail(Code::Invalid, where,
+                  "layers=" + m.layers.text + " names layer " + std::to_string(m.layers.highest()) +
+                      ", but the model has " + std::to_string(model.layers),
+                  "count layers from 0");
     if (m.heads.highest() >= heads)
-      return fail(Code::Invalid, where, "heads=" + m.heads.text + " names head " + std::to_string(m.heads.highest()) + ", but the model has " +
-                      std::to_string(heads) + (has(entry->roles, Role::Keep) ? " KV heads" : " query heads"), "count heads from 0");
+      return fail(Code::Invalid, where,
+                  "heads=" + m.heads.text + " names head " + std::to_string(m.heads.highest()) + ", but the model has " +
+                      std::to_string(heads) + (has(entry->roles, Role::Keep) ? " KV heads" : " query heads"),
+                  "count heads from 0");
     joined += (joined.empty() ? "" : "+") + spec.text();
     if (entry->roles) out.parts_.push_back({entry, std::move(*mechanism), entry->roles});
   }
@@ -127,24 +137,31 @@ Result<Composition> Composition::parse(const std::string& text, const ModelInfo&
   for (size_t b = 1; b < out.parts_.size(); ++b)
     for (size_t a = 0; a < b; ++a) {
       const Part &one = out.parts_[a], &two = out.parts_[b];
-      const std::string names = one.entry->name == two.entry->name ? "two of " + one.entry->name : one.entry->name + " and " + two.entry->name;
+      const std::string names = one.entry->name == two.entry->name ? "two of " + one.entry->name
+                                                                   : one.entry->name + " and " + two.entry->name;
       for (const Claim& claim : kClaims) {
         if (!has(one.roles, claim.role) || !has(two.roles, claim.role)) continue;
         for (int layer = 0; layer < model.layers; ++layer)
           if (one.mechanism->layers.holds(layer, model.layers) && two.mechanism->layers.holds(layer, model.layers))
-            return fail(Code::Conflict, "attention", names + " both " + claim.words + " layer " + std::to_string(layer), "give one of them layers=… so that they do not meet");
+            return fail(Code::Conflict, "attention", names + " both " + claim.words + " layer " + std::to_string(layer),
+                        "give one of them layers=… so that they do not meet");
       }
       const Needs x = one.mechanism->needs(model), y = two.mechanism->needs(model);
       for (const auto& [plain, bounds, p, q] : {std::tuple{&x, &y, &one, &two}, std::tuple{&y, &x, &two, &one}}) {
         if (plain->plain_keys && keeps_block_columns(*bounds))
-          return fail(Code::Conflict, "attention", p->entry->name + " keeps keys before rotation, and " + q->entry->name + " needs bounds of rotated keys",
-                      "use a keep policy that leaves positions alone, such as snapkv");
+          return fail(
+              Code::Conflict, "attention",
+              p->entry->name + " keeps keys before rotation, and " + q->entry->name + " needs bounds of rotated keys",
+              "use a keep policy that leaves positions alone, such as snapkv");
         if (plain->same_entries && has(q->roles, Role::Keep) && !bounds->quantised)
-          return fail(Code::Conflict, "attention", p->entry->name + " carries entry numbers from layer to layer, and " + q->entry->name + " drops entries",
-                      "use one of them");
+          return fail(
+              Code::Conflict, "attention",
+              p->entry->name + " carries entry numbers from layer to layer, and " + q->entry->name + " drops entries",
+              "use one of them");
       }
       if (x.quantised && y.quantised && !(x.quantised_k == y.quantised_k && x.quantised_v == y.quantised_v))
-        return fail(Code::Conflict, "attention", names + " want different quantised pages in one store", "give both the same bits and group");
+        return fail(Code::Conflict, "attention", names + " want different quantised pages in one store",
+                    "give both the same bits and group");
     }
   return out;
 }

@@ -58,7 +58,7 @@ struct Needs {
   bool all_layers = false;    // cuts only after the last layer: scores of all layers are divided together
   Read::Positions positions = Read::Positions::True;
   std::vector<Column> columns;
-  bool quantised = false;     // settle() moves pages to a second layout of these types
+  bool quantised = false;  // settle() moves pages to a second layout of these types
   PageType quantised_k, quantised_v;
   std::vector<std::string> inputs;  // tensors that `heed apply --input` must give: "beta [h, n]"
 };
@@ -96,8 +96,8 @@ class LayerView {
   Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran; before it: dense, causal or not
   Read read;        // after attention of a Decode: what was read
   Tensor out, lse;  // after attention: F32, as q's rows
-  LayerStore* store = nullptr;      // the new entries are in it
-  Store* stores = nullptr;  // for column numbers
+  LayerStore* store = nullptr;                            // the new entries are in it
+  Store* stores = nullptr;                                // for column numbers
   const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`
 
   const Kernels& run() const { return *queue.run; }
@@ -170,7 +170,9 @@ struct KeepPolicy : Mechanism {
   virtual const When& timing() const { return when; }
   /// Entries for each KV head of a layer, behind a prompt of `length` tokens. An allocator divides a layer's total of these
   /// between heads (or, with all_layers, that of all layers): the host counts on it when it bounds what a layer holds.
-  virtual int64_t entries(const Budget& kept, const ModelInfo&, int /*layer*/, int64_t length) const { return kept.entries(length); }
+  virtual int64_t entries(const Budget& kept, const ModelInfo&, int /*layer*/, int64_t length) const {
+    return kept.entries(length);
+  }
   /// Whether allocate() may grant any number (what passes a threshold, say): entries() then bounds nothing, and every cut is made.
   virtual bool unbounded() const { return false; }
   /// By default entries(), evenly.
@@ -192,7 +194,9 @@ struct KeepWrapper : KeepPolicy {
   void drive(Run& run) const override { inner->drive(run); }
   std::string check() const override { return inner->check(); }
   const Budget& kept() const override { return inner->kept(); }
-  int64_t entries(const Budget& b, const ModelInfo& m, int layer, int64_t length) const override { return inner->entries(b, m, layer, length); }
+  int64_t entries(const Budget& b, const ModelInfo& m, int layer, int64_t length) const override {
+    return inner->entries(b, m, layer, length);
+  }
   const When& timing() const override { return inner->timing(); }
   bool unbounded() const override { return inner->unbounded(); }
   bool makes_room() const override { return inner->makes_room(); }
@@ -222,6 +226,7 @@ Ragged force(Queue&, Ragged scores, int64_t sinks, int64_t recent);
 
 /// Keeps in each segment of the layer its counts[segment] best entries by score. KV heads outside `heads` keep all. What
 /// the host knows of the counts beforehand: no segment keeps more than most[segment], the layer no more than `together`.
-void evict(LayerView&, const Ragged& scores, Tensor counts, const Range& heads, std::span<const int64_t> most = {}, int64_t together = -1);
+void evict(LayerView&, const Ragged& scores, Tensor counts, const Range& heads, std::span<const int64_t> most = {},
+           int64_t together = -1);
 
 }  // namespace heed

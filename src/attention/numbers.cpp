@@ -8,7 +8,8 @@ Num::Num(Numbers::Op op, std::initializer_list<const Num*> inputs, const Tensor&
   int count = 0;
   for (const Num* input : inputs) {
     const Numbers& p = input->program_;
-    require(count + p.count < Numbers::most, "Num", "a formula of more than " + std::to_string(Numbers::most) + " steps", "compute a part of it first");
+    require(count + p.count < Numbers::most, "Num",
+            "a formula of more than " + std::to_string(Numbers::most) + " steps", "compute a part of it first");
     std::copy_n(p.steps.begin(), p.count, program_.steps.begin() + count);
     count += p.count;
   }
@@ -27,9 +28,13 @@ Tensor compute(Queue& queue, Dtype type, std::initializer_list<int64_t> sizes, c
   return out;
 }
 
-void compute(Queue& queue, const Num& what, const Tensor& out) { queue.run->compute(queue, what.program(), nullptr, out); }
+void compute(Queue& queue, const Num& what, const Tensor& out) {
+  queue.run->compute(queue, what.program(), nullptr, out);
+}
 
-void compute(Queue& queue, const Ragged& over, const Num& what, const Tensor& out) { queue.run->compute(queue, what.program(), &over, out); }
+void compute(Queue& queue, const Ragged& over, const Num& what, const Tensor& out) {
+  queue.run->compute(queue, what.program(), &over, out);
+}
 
 Tensor offsets_of(Queue& queue, int64_t count, const Num& length) {
   const Tensor out = queue.scratch.take(Dtype::I64, {count + 1});

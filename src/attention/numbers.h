@@ -40,9 +40,13 @@ inline Num channel() { return {Numbers::Op::Channel, {}}; }
 /// Element i of a contiguous tensor, whatever its rank; outside it, the nearest one.
 inline Num load(const Tensor& x, const Num& i) { return {Numbers::Op::Load, {&i}, x}; }
 /// The first i of begin … end − 1 with x[i] ≥ value, else end: x ascends there.
-inline Num find(const Tensor& x, const Num& begin, const Num& end, const Num& value) { return {Numbers::Op::Find, {&begin, &end, &value}, x}; }
+inline Num find(const Tensor& x, const Num& begin, const Num& end, const Num& value) {
+  return {Numbers::Op::Find, {&begin, &end, &value}, x};
+}
 /// 1 when value is among x[begin] … x[end − 1], ascending; else 0.
-inline Num holds(const Tensor& x, const Num& begin, const Num& end, const Num& value) { return {Numbers::Op::Has, {&begin, &end, &value}, x}; }
+inline Num holds(const Tensor& x, const Num& begin, const Num& end, const Num& value) {
+  return {Numbers::Op::Has, {&begin, &end, &value}, x};
+}
 
 inline Num operator+(const Num& a, const Num& b) { return {Numbers::Op::Add, {&a, &b}}; }
 inline Num operator-(const Num& a, const Num& b) { return {Numbers::Op::Sub, {&a, &b}}; }

@@ -38,7 +38,8 @@ bool to_index(const std::string& text, int& x) {
 }
 
 tl::unexpected<Failure> bad_range(const std::string& text) {
-  return fail(Code::Invalid, "range", "'" + text + "' names no layers or heads", "write 3, 0-3, 2-, -3, last or [0-3,7]");
+  return fail(Code::Invalid, "range", "'" + text + "' names no layers or heads",
+              "write 3, 0-3, 2-, -3, last or [0-3,7]");
 }
 
 }  // namespace
@@ -84,7 +85,8 @@ Result<Range> Range::parse(const std::string& raw) {
         return fail(Code::Invalid, "range", "'" + item + "' ends before it begins", "write the smaller number first");
     }
     range.spans.push_back(span);
-    if (range.spans.size() > kMostSpans) return fail(Code::Invalid, "range", "more than 4096 spans", "join neighbours: 0-3");
+    if (range.spans.size() > kMostSpans)
+      return fail(Code::Invalid, "range", "more than 4096 spans", "join neighbours: 0-3");
   }
   return range;
 }
@@ -105,11 +107,13 @@ Result<Budget> Budget::parse(const std::string& raw) {
     return std::pair{whole, !to_number(text, budget.amount)};
   }();
   if (error)
-    return fail(Code::Invalid, "budget", "'" + raw + "' is not a budget", "give entries (512) or a fraction of the prompt (0.1 or 10%)");
+    return fail(Code::Invalid, "budget", "'" + raw + "' is not a budget",
+                "give entries (512) or a fraction of the prompt (0.1 or 10%)");
   budget.fraction = percent || !digits;
   if (percent) budget.amount /= 100;
   if (budget.fraction && !(budget.amount > 0 && budget.amount <= 1))
-    return fail(Code::Invalid, "budget", "the fraction '" + raw + "' is not in (0, 1]", "a number of entries is written without a point: 512");
+    return fail(Code::Invalid, "budget", "the fraction '" + raw + "' is not in (0, 1]",
+                "a number of entries is written without a point: 512");
   if (!budget.fraction && !(budget.amount >= 1 && budget.amount <= kMostEntries))
     return fail(Code::Invalid, "budget", "'" + raw + "' is not a number of entries", "give at least 1");
   return budget;

@@ -58,11 +58,14 @@ std::string number_text(double x);
 
 template <class M, class T>
   requires(std::integral<T> || std::floating_point<T>)
-ParamInfo param(T M::*field, const char* name, std::type_identity_t<T> fallback, std::type_identity_t<T> low,
+ParamInfo param(T M::* field, const char* name, std::type_identity_t<T> fallback, std::type_identity_t<T> low,
                 std::type_identity_t<T> high, const char* help) {
   constexpr bool integer = std::integral<T>;
-  return {name, integer ? "int" : "float", detail::number_text(double(fallback)),
-          detail::number_text(double(low)) + "…" + detail::number_text(double(high)), help,
+  return {name,
+          integer ? "int" : "float",
+          detail::number_text(double(fallback)),
+          detail::number_text(double(low)) + "…" + detail::number_text(double(high)),
+          help,
           [=](void* object, const std::string& text) -> Result<void> {
             auto x = detail::parse_number(name, text, integer, double(low), double(high));
             if (!x) return tl::unexpected(x.error());
@@ -72,22 +75,21 @@ ParamInfo param(T M::*field, const char* name, std::type_identity_t<T> fallback,
 }
 
 template <class M>
-ParamInfo param(bool M::*field, const char* name, bool fallback, const char* help) {
-  return {name, "bool", fallback ? "true" : "false", "true, false", help,
-          [=](void* object, const std::string& text) -> Result<void> {
-            if (text != "true" && text != "false" && text != "1" && text != "0")
-              return fail(Code::Invalid, name, "'" + text + "' is neither true nor false");
-            static_cast<M*>(object)->*field = text == "true" || text == "1";
-            return {};
-          }};
+ParamInfo param(bool M::* field, const char* name, bool fallback, const char* help) {
+  return {
+      name, "bool", fallback ? "true" : "false", "true, false", help, [=](void* object, const std::string& text) -> Result<void> {
+        if (text != "true" && text != "false" && text != "1" && text != "0")
+          return fail(Code::Invalid, name, "'" + text + "' is neither true nor false");
+        static_cast<M*>(object)->*field = text == "true" || text == "1";
+        return {};
+      }};
 }
 
 template <class M>
-ParamInfo param(Choice M::*field, const char* name, std::vector<std::string> words, int fallback, const char* help) {
+ParamInfo param(Choice M::* field, const char* name, std::vector<std::string> words, int fallback, const char* help) {
   std::string range;
   for (const std::string& w : words) range += (range.empty() ? "" : ", ") + w;
-  return {name, "choice", words[size_t(fallback)], range, help,
-          [=](void* object, const std::string& text) -> Result<void> {
+  return {name, "choice", words[size_t(fallback)], range, help, [=](void* object, const std::string& text) -> Result<void> {
             for (size_t i = 0; i < words.size(); ++i)
               if (words[i] == text) {
                 (static_cast<M*>(object)->*field).value = int(i);
@@ -99,8 +101,10 @@ ParamInfo param(Choice M::*field, const char* name, std::vector<std::string> wor
 
 /// Budget, When and Range.
 template <class M, class T>
-  requires requires(std::string s) { { T::parse(s) } -> std::same_as<Result<T>>; }
-ParamInfo param(T M::*field, const char* name, const char* type, const char* fallback, const char* range, const char* help) {
+  requires requires(std::string s) {
+    { T::parse(s) } -> std::same_as<Result<T>>;
+  }
+ParamInfo param(T M::* field, const char* name, const char* type, const char* fallback, const char* range, const char* help) {
   return {name, type, fallback, range, help, [=](void* object, const std::string& text) -> Result<void> {
             auto x = T::parse(text);
             if (!x) return fail(x.error().code, name, x.error().what, x.error().remedy);
@@ -113,7 +117,8 @@ ParamInfo param(T M::*field, const char* name, const char* type, const char* fal
 template <class M>
 std::vector<ParamInfo> keep_params(const char* budget, const char* when, std::vector<ParamInfo> more = {}) {
   std::vector<ParamInfo> all = {
-      param(&M::budget, "budget", "budget", budget, "entries ≥ 1, or a fraction: 0.1, 10%", "entries kept for each KV head, forced ones included"),
+      param(&M::budget, "budget", "budget", budget, "entries ≥ 1, or a fraction: 0.1, 10%",
+            "entries kept for each KV head, forced ones included"),
       param(&M::when, "when", "when", when, "prompt, chunk, every(n)", "when the policy cuts")};
   all.insert(all.end(), more.begin(), more.end());
   return all;

@@ -54,7 +54,8 @@ std::vector<double> density(Queue& queue, const Plan& plan, const Ragged& q, con
   count_density(queue, plan, q, keys, mods, pairs);
   const Buffer counted = queue.read_back(pairs);
   for (int64_t head = 0; head < q.heads; ++head)
-    if (const double possible = counted->at<double>(1, head); possible > 0) out[size_t(head)] = counted->at<double>(0, head) / possible;
+    if (const double possible = counted->at<double>(1, head); possible > 0)
+      out[size_t(head)] = counted->at<double>(0, head) / possible;
   return out;
 }
 
@@ -84,7 +85,8 @@ Cost cost(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods, 
       const bool dense = plan.form == Plan::Form::Dense;
       const int64_t tiles = dense ? 1 : (head.n + plan.q_tile - 1) / plan.q_tile;
       for (int64_t t = 0; t < tiles; ++t)
-        for (const auto& [begin, end] : named_keys(plan, head.plan_row + t, head.m)) out.bytes += double(end - begin) * entry;
+        for (const auto& [begin, end] : named_keys(plan, head.plan_row + t, head.m))
+          out.bytes += double(end - begin) * entry;
     }
   out.flops = 2 * out.pairs * double(d + d_v);
   return out;

@@ -10,11 +10,14 @@ namespace heed {
 Read best_entries(LayerView& at, Plan::Scope scope, const Ragged& scores, std::span<const int64_t> counts) {
   const Ragged rows = with_queries(at, scores);
   const int64_t all = rows.segments();
-  const int64_t capacity = std::max<int64_t>(1, std::min(*std::max_element(counts.begin(), counts.end()), at.store->longest()));
+  const int64_t capacity = std::max<int64_t>(
+      1, std::min(*std::max_element(counts.begin(), counts.end()), at.store->longest()));
   Select best;
   const Num segment = query_segment(at, index(), scores.heads);
-  best.count = compute(at.queue, Dtype::I32, {all}, min(of_sequence(at.queue, counts, segment, scores.heads), length_of(rows, index())));
-  const Tensor chosen = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
+  best.count = compute(at.queue, Dtype::I32, {all},
+                       min(of_sequence(at.queue, counts, segment, scores.heads), length_of(rows, index())));
+  const Tensor chosen = at.queue.scratch.take(Dtype::I32, {all * capacity}),
+               count = at.queue.scratch.take(Dtype::I32, {all});
   at.run().select(at.queue, rows, best, capacity, chosen, count);
   Read read;
   read.plan = tokens_plan(at.queue, scope, 1, chosen, count, capacity);

@@ -139,7 +139,8 @@ Ragged without_first(Queue& queue, const Ragged& x, int64_t rows) {
   Ragged out = x;
   const int64_t all = x.segments();
   const Num s = index();
-  const Tensor starts = compute(queue, Dtype::I64, {all + 1}, pick(s < all, min(begin_of(x, s) + rows, end_of(x, min(s, all - 1))), load(x.offsets, s)));
+  const Tensor starts = compute(queue, Dtype::I64, {all + 1},
+                                pick(s < all, min(begin_of(x, s) + rows, end_of(x, min(s, all - 1))), load(x.offsets, s)));
   out.ends = compute(queue, Dtype::I64, {all}, end_of(x, s));
   out.offsets = starts;
   return out;

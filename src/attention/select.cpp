@@ -21,7 +21,8 @@ Num of_sequence(Queue& queue, std::span<const int64_t> numbers, const Num& s, in
 Ragged without_last(Queue& queue, const Ragged& x, std::span<const int64_t> counts) {
   Ragged out = x;
   const Num s = index();
-  out.ends = compute(queue, Dtype::I64, {x.segments()}, max(begin_of(x, s), end_of(x, s) - of_sequence(queue, counts, s, x.heads)));
+  out.ends = compute(queue, Dtype::I64, {x.segments()},
+                     max(begin_of(x, s), end_of(x, s) - of_sequence(queue, counts, s, x.heads)));
   return out;
 }
 
@@ -38,7 +39,8 @@ Ragged numbers(Queue& queue, std::span<const int64_t> lengths, int64_t heads, in
   for (int64_t length : lengths) offsets.push_back(offsets.back() + length);
   out.offsets = queue.upload(offsets);
   out.bound = offsets.back();
-  out.values = width == 1 ? queue.scratch.take(Dtype::F32, {out.bound}) : queue.scratch.take(Dtype::F32, {out.bound, width});
+  out.values = width == 1 ? queue.scratch.take(Dtype::F32, {out.bound})
+                          : queue.scratch.take(Dtype::F32, {out.bound, width});
   return out;
 }
 
@@ -52,7 +54,8 @@ Ragged numbers(Queue& queue, int64_t segments, const Num& lengths, int64_t heads
 
 Ragged by_query_head(Queue& queue, const Ragged& columns, int64_t group) {
   const int64_t segments = columns.segments() * group;
-  const Ragged out = numbers(queue, segments, length_of(columns, floor_div(index(), group)), columns.heads * group, columns.bound * group);
+  const Ragged out = numbers(queue, segments, length_of(columns, floor_div(index(), group)), columns.heads * group,
+                             columns.bound * group);
   const Num entry = begin_of(columns, floor_div(segment(), group)) + place();
   compute(queue, out, load(columns.values, entry * group + mod(segment(), group)), out.values);
   return out;
@@ -69,7 +72,8 @@ Grids grids(Queue& queue, int64_t heads, int64_t rows, int64_t cols) {
 }
 
 Ragged rows_of(Queue& queue, const Grids& grid, std::span<const int64_t> visible) {
-  const int64_t heads = grid.rows.size[0], rows = int64_t(visible.size()), all = heads * rows, cols = all ? grid.cells.bound / all : 0;
+  const int64_t heads = grid.rows.size[0], rows = int64_t(visible.size()), all = heads * rows,
+                cols = all ? grid.cells.bound / all : 0;
   Ragged out = grid.cells;
   out.heads = rows;
   out.offsets = compute(queue, Dtype::I64, {all + 1}, index() * cols);
@@ -115,8 +119,8 @@ std::vector<int64_t> affordable(const LayerView& at, const Budget& budget, int64
 
 std::string too_small(const Budget& budget, int64_t forced, const std::string& names) {
   if (budget.fraction || int64_t(budget.amount) >= forced) return {};
-  return "budget=" + detail::number_text(budget.amount) + " is less than the " + std::to_string(forced) + " entries that " + names +
-         " always keeps: raise budget or lower " + names;
+  return "budget=" + detail::number_text(budget.amount) + " is less than the " + std::to_string(forced) +
+         " entries that " + names + " always keeps: raise budget or lower " + names;
 }
 
 Tensor divide(const Allocation& a, std::span<const Ragged> scores, Tensor counts, Pool pool) {
@@ -126,7 +130,8 @@ Tensor divide(const Allocation& a, std::span<const Ragged> scores, Tensor counts
   Tensor out = queue.scratch.take(Dtype::I32, {layers, all});
   const Scratch scratch(queue.scratch);
   // Members lie pool by pool: (layers of the pool, sequence, layer in it, head). A layer's members, as [sequences, heads]:
-  const Tensor lengths = queue.scratch.take(Dtype::I64, {layers * all}), granted = queue.scratch.take(Dtype::I64, {layers * all});
+  const Tensor lengths = queue.scratch.take(Dtype::I64, {layers * all}),
+               granted = queue.scratch.take(Dtype::I64, {layers * all});
   auto first_member = [&](int64_t l) { return l / together * sequences * members + l % together * heads; };
   auto members_of = [&](Tensor t, int64_t l) {
     t.data = t.as<int64_t>() + first_member(l);
@@ -140,7 +145,8 @@ Tensor divide(const Allocation& a, std::span<const Ragged> scores, Tensor counts
     entries += scores[size_t(l)].bound;
     most = std::max(most, scores[size_t(l)].bound);
   }
-  const Tensor starts = queue.scratch.take(Dtype::I64, {layers * all + 1}), grants = queue.scratch.take(Dtype::I64, {layers * all + 1});
+  const Tensor starts = queue.scratch.take(Dtype::I64, {layers * all + 1}),
+               grants = queue.scratch.take(Dtype::I64, {layers * all + 1});
   queue.run->offsets(queue, lengths, starts), queue.run->offsets(queue, granted, grants);
   // The scores of each pool, end to end.
   const Tensor joined = queue.scratch.take(Dtype::F32, {entries});
@@ -163,10 +169,12 @@ Tensor divide(const Allocation& a, std::span<const Ragged> scores, Tensor counts
   // How many of the chosen lie before the end of each member.
   const Num in = floor_div(index(), members);
   const Num end = load(starts, index() + 1) - load(starts, in * members);
-  const Tensor before = compute(queue, Dtype::I64, {layers * all}, find(chosen, in * capacity, in * capacity + load(count, in), end) - in * capacity);
+  const Tensor before = compute(queue, Dtype::I64, {layers * all},
+                                find(chosen, in * capacity, in * capacity + load(count, in), end) - in * capacity);
   for (int64_t l = 0; l < layers; ++l) {
     const Num member = floor_div(index(), heads) * members + mod(index(), heads) + first_member(l);
-    const Num others = l % together == 0 ? pick(mod(index(), heads) == 0, 0, load(before, member - 1)) : load(before, member - 1);
+    const Num others = l % together == 0 ? pick(mod(index(), heads) == 0, 0, load(before, member - 1))
+                                         : load(before, member - 1);
     compute(queue, load(before, member) - others, out.select(0, l));
   }
   return out;
@@ -178,8 +186,14 @@ void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&
   for (int64_t s = 0; s < at.sequences(); ++s)
     for (int64_t head = 0; head < g; ++head) {
       const int64_t query = s * h + head * group, key = s * g + head, n = at.rows[size_t(s)];
-      Slice slice{segments(at.q, query, query + group, group), segments(at.k, key, key + 1, 1), n, at.key_rows[size_t(key)],
-                  s, head, row, (n + q_tile - 1) / q_tile};
+      Slice slice{segments(at.q, query, query + group, group),
+                  segments(at.k, key, key + 1, 1),
+                  n,
+                  at.key_rows[size_t(key)],
+                  s,
+                  head,
+                  row,
+                  (n + q_tile - 1) / q_tile};
       row += group * slice.tiles;
       if (slice.n == 0) continue;
       const Scratch scratch(at.queue.scratch);
@@ -195,7 +209,9 @@ int64_t plan_rows(const LayerView& at, int q_tile) {
 
 int64_t longest_keys(const LayerView& at) { return *std::max_element(at.key_rows.begin(), at.key_rows.end()); }
 
-int64_t longest_queries(const LayerView& at) { return std::max<int64_t>(1, *std::max_element(at.rows.begin(), at.rows.end())); }
+int64_t longest_queries(const LayerView& at) {
+  return std::max<int64_t>(1, *std::max_element(at.rows.begin(), at.rows.end()));
+}
 
 Plan listed_blocks(Queue& queue, int q_tile, int k_tile, std::span<const std::vector<int32_t>> rows) {
   Plan plan;
@@ -227,7 +243,8 @@ Plan tiled_blocks(LayerView& at, int block, Tensor index_of, Tensor count, int64
   plan.rowptr = compute(queue, Dtype::I64, {tiles + 1}, index() * most);
   plan.count = queue.scratch.take(Dtype::I32, {tiles});
   plan.nnz_bound = tiles * most;
-  plan.index = queue.scratch.take(Dtype::I32, {plan.nnz_bound}), plan.mask = queue.scratch.take(Dtype::I32, {plan.nnz_bound});
+  plan.index = queue.scratch.take(Dtype::I32, {plan.nnz_bound}),
+  plan.mask = queue.scratch.take(Dtype::I32, {plan.nnz_bound});
   plan.bits = queue.scratch.take(Dtype::U64, {plan.nnz_bound / split, tile, 1});
   queue.run->tile_blocks(queue, index_of, count, capacity, queue.upload(first), split, plan);
   return plan;

@@ -64,8 +64,8 @@ Tensor divide(const Allocation&, std::span<const Ragged> scores, Tensor counts, 
 
 /// One KV head of one sequence with the query heads that read it. Planners score slice by slice, which bounds scratch.
 struct Slice {
-  Ragged q;            // heads = group
-  Ragged k;            // heads = 1
+  Ragged q;  // heads = group
+  Ragged k;  // heads = 1
   int64_t n, m;
   int64_t sequence, kv_head;
   int64_t row, tiles;  // the plan's rows row … row + group · tiles

@@ -21,11 +21,13 @@ std::string shown(const std::string& text) {
   return text.size() > 40 ? out + "…" : out;
 }
 
-tl::unexpected<Failure> bad(const std::string& text, size_t at, std::string what, std::string remedy = {}, Code code = Code::Invalid) {
+tl::unexpected<Failure> bad(const std::string& text, size_t at, std::string what, std::string remedy = {},
+                            Code code = Code::Invalid) {
   at = std::min(at, text.size());
   const size_t from = at > 24 ? at - 24 : 0;
   const std::string before = (from ? "…" : "") + shown(text.substr(from, at - from));
-  const std::string where = "attention, character " + std::to_string(at + 1) + " (" + before + "▸" + shown(text.substr(at, 24)) + ")";
+  const std::string where = "attention, character " + std::to_string(at + 1) + " (" + before + "▸" +
+                            shown(text.substr(at, 24)) + ")";
   return fail(code, where, std::move(what), std::move(remedy));
 }
 
@@ -82,7 +84,8 @@ class Parser {
       out.push_back(std::move(*spec));
       skip();
       if (at_ == text_.size()) return out;
-      if (text_[at_] != '+') return bad(text_, at_, "unexpected '" + shown(text_.substr(at_, 1)) + "'", "join mechanisms with +");
+      if (text_[at_] != '+')
+        return bad(text_, at_, "unexpected '" + shown(text_.substr(at_, 1)) + "'", "join mechanisms with +");
       ++at_;
       skip();
     }
@@ -104,7 +107,9 @@ class Parser {
     Spec spec;
     spec.at = at_;
     spec.name = word();
-    if (spec.name.empty()) return bad(text_, at_, "a mechanism's name belongs here", "write name(key=value, …), for example snapkv(budget=512)");
+    if (spec.name.empty())
+      return bad(text_, at_, "a mechanism's name belongs here",
+                 "write name(key=value, …), for example snapkv(budget=512)");
     skip();
     if (!next('(')) return spec;
     const size_t open = at_++;
@@ -195,7 +200,9 @@ std::string Spec::text() const {
 }
 
 Result<std::vector<Spec>> parse_spec(const std::string& text) {
-  if (text.size() > kMostText) return fail(Code::Invalid, "attention", "a spec longer than 64 KiB", "put settings by layer into a profile: @file.json");
+  if (text.size() > kMostText)
+    return fail(Code::Invalid, "attention", "a spec longer than 64 KiB",
+                "put settings by layer into a profile: @file.json");
   return Parser(text).all();
 }
 
@@ -213,24 +220,29 @@ Result<std::unique_ptr<Mechanism>> make_mechanism(const Spec& spec, std::span<co
   if (!found) return at_spec(spec, spec.at, found.error());
   const Entry& entry = **found;
   if (!entry.make)
-    return at_spec(spec, spec.at, {Code::Unsupported, "", "'" + entry.name + "' is of kind " + entry.kind + ", not a way to run attention",
-                                   "`heed info " + entry.name + "` says how it is used"});
+    return at_spec(spec, spec.at,
+                   {Code::Unsupported, "", "'" + entry.name + "' is of kind " + entry.kind + ", not a way to run attention",
+                    "`heed info " + entry.name + "` says how it is used"});
   std::unique_ptr<Mechanism> made = entry.make();
   for (const ParamInfo& p : entry.params)
     if (auto set = p.set(made.get(), p.fallback); !set) return at_spec(spec, spec.at, set.error());
 
   std::set<std::string> given;
   for (const Spec::Setting& setting : spec.settings) {
-    const auto p = std::find_if(entry.params.begin(), entry.params.end(), [&](const ParamInfo& i) { return plain(i.name) == plain(setting.key); });
+    const auto p = std::find_if(entry.params.begin(), entry.params.end(),
+                                [&](const ParamInfo& i) { return plain(i.name) == plain(setting.key); });
     if (p == entry.params.end()) {
       std::vector<std::string> names;
       for (const ParamInfo& i : entry.params) names.push_back(i.name);
-      return at_spec(spec, setting.at, {Code::Invalid, "", entry.name + " has no parameter '" + shown(setting.key) + "'", suggestion(setting.key, names)});
+      return at_spec(spec, setting.at,
+                     {Code::Invalid, "", entry.name + " has no parameter '" + shown(setting.key) + "'",
+                      suggestion(setting.key, names)});
     }
     if (!given.insert(p->name).second)
       return at_spec(spec, setting.at, {Code::Invalid, "", "'" + p->name + "' is given twice", "leave one out"});
     if (shown(setting.value) != setting.value && setting.value.size() <= 40)
-      return at_spec(spec, setting.at, {Code::Invalid, p->name, "a value holds characters that belong in no value", p->range});
+      return at_spec(spec, setting.at,
+                     {Code::Invalid, p->name, "a value holds characters that belong in no value", p->range});
     if (auto set = p->set(made.get(), setting.value); !set) {
       Failure failure = set.error();
       failure.where = p->name;
@@ -241,19 +253,27 @@ Result<std::unique_ptr<Mechanism>> make_mechanism(const Spec& spec, std::span<co
   }
 
   if (!entry.wrapper && !spec.inner.empty())
-    return at_spec(spec, spec.inner[0].at, {Code::Invalid, "", entry.name + " holds no other mechanism, but '" + shown(spec.inner[0].name) + "' stands in it",
-                                            "join mechanisms with +, set parameters with key=value"});
+    return at_spec(spec, spec.inner[0].at,
+                   {Code::Invalid, "",
+                    entry.name + " holds no other mechanism, but '" + shown(spec.inner[0].name) + "' stands in it",
+                    "join mechanisms with +, set parameters with key=value"});
   if (entry.wrapper) {
     if (spec.inner.size() != 1)
-      return at_spec(spec, spec.at, {Code::Invalid, "", entry.name + " holds exactly one keep policy", "write " + entry.name + "(snapkv(budget=512))"});
+      return at_spec(spec, spec.at,
+                     {Code::Invalid, "", entry.name + " holds exactly one keep policy",
+                      "write " + entry.name + "(snapkv(budget=512))"});
     const Spec& inside = spec.inner[0];
     for (const Spec::Setting& s : inside.settings)
       if (plain(s.key) == "layers" || plain(s.key) == "heads")
-        return at_spec(inside, s.at, {Code::Invalid, "", "'" + s.key + "' belongs to the outermost mechanism", "give it to " + entry.name});
+        return at_spec(inside, s.at,
+                       {Code::Invalid, "", "'" + s.key + "' belongs to the outermost mechanism", "give it to " + entry.name});
     auto inner = make_mechanism(inside, registry);
     if (!inner) return tl::unexpected(inner.error());
     auto* policy = dynamic_cast<KeepPolicy*>(inner->get());
-    if (!policy) return at_spec(inside, inside.at, {Code::Invalid, "", "'" + shown(inside.name) + "' is no keep policy", "put one of cache role here, such as snapkv"});
+    if (!policy)
+      return at_spec(inside, inside.at,
+                     {Code::Invalid, "", "'" + shown(inside.name) + "' is no keep policy",
+                      "put one of cache role here, such as snapkv"});
     inner->release();
     static_cast<KeepWrapper&>(*made).inner.reset(policy);
   }

@@ -30,11 +30,11 @@ struct Entry {
   int year = 0;
   std::string kind = "mechanism";  // only these are a legal --attention; others: layer, analysis, …
   uint8_t roles = 0;
-  bool wrapper = false;      // takes one inner keep policy
-  std::string equation;      // a line of text
-  std::string needs;         // in words
-  std::string identity;      // the spec at which it equals dense, or
-  std::string no_identity;   // why there is none
+  bool wrapper = false;               // takes one inner keep policy
+  std::string equation;               // a line of text
+  std::string needs;                  // in words
+  std::string identity;               // the spec at which it equals dense, or
+  std::string no_identity;            // why there is none
   std::vector<std::string> verified;  // "identity", "formula", "model", "bench"
   std::vector<ParamInfo> params;
   std::function<std::unique_ptr<Mechanism>()> make;
@@ -47,8 +47,10 @@ Entry entry(std::string name, std::string title, std::string paper, int year, ui
   e.name = std::move(name), e.title = std::move(title), e.paper = std::move(paper), e.year = year, e.roles = roles;
   e.wrapper = std::derived_from<M, KeepWrapper>;
   e.params = M::params();
-  e.params.push_back(param(&Mechanism::layers, "layers", "range", "", "0-3, 2-, [0,4-7], last", "layers it applies to; all if empty"));
-  e.params.push_back(param(&Mechanism::heads, "heads", "range", "", "0-3, 2-, [0,4-7], last", "heads it applies to; all if empty"));
+  e.params.push_back(
+      param(&Mechanism::layers, "layers", "range", "", "0-3, 2-, [0,4-7], last", "layers it applies to; all if empty"));
+  e.params.push_back(
+      param(&Mechanism::heads, "heads", "range", "", "0-3, 2-, [0,4-7], last", "heads it applies to; all if empty"));
   e.make = []() -> std::unique_ptr<Mechanism> { return std::make_unique<M>(); };
   return e;
 }

@@ -148,10 +148,12 @@ void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor p
   queue.run->page_write(queue, view_, k, v, positions, first);
 }
 
-void LayerStore::compact(Queue& queue, Tensor index, Tensor count, int64_t capacity, std::span<const int64_t> most, int64_t together) {
+void LayerStore::compact(Queue& queue, Tensor index, Tensor count, int64_t capacity, std::span<const int64_t> most,
+                         int64_t together) {
   if (shared_ > 0) {
     pool(0).promise(queue, std::min(shared_, page_bound()));
-    for (size_t l = 1; converted_ && l < view_.layouts.size(); ++l) pool(int(l)).promise(queue, std::min(shared_, page_bound()));
+    for (size_t l = 1; converted_ && l < view_.layouts.size(); ++l)
+      pool(int(l)).promise(queue, std::min(shared_, page_bound()));
     changed_bounds();
     queue.run->page_own(queue, view_, count);
   }
@@ -192,7 +194,8 @@ void LayerStore::truncate(Queue& queue, int sequence, int64_t position) {
   Ragged held{.values = {}, .offsets = offsets(queue), .ends = {}, .heads = shape_.kv_heads, .bound = entries()};
   const Tensor positions = queue.scratch.take(Dtype::I32, {held.bound});
   queue.run->page_read(queue, view_, nullptr, held, {}, positions);
-  const Num mine = floor_div(index(), shape_.kv_heads) == sequence, begin = begin_of(held, index()), length = length_of(held, index());
+  const Num mine = floor_div(index(), shape_.kv_heads) == sequence, begin = begin_of(held, index()),
+            length = length_of(held, index());
   const Num left = find(positions, begin, begin + length, position) - begin;
   const Tensor lengths = compute(queue, Dtype::I32, {segments_}, pick(mine, left, length));
   let_go(queue, lengths, {}, -1);

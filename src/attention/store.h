@@ -27,9 +27,9 @@ struct StoreShape {
 };
 
 struct StoreOptions {
-  PageType k, v;             // how entries are kept
-  bool plain_keys = false;   // keys before rotary embedding, rotated where they are read
-  bool bias = false;         // a logit bias for each entry (synthetic entries)
+  PageType k, v;            // how entries are kept
+  bool plain_keys = false;  // keys before rotary embedding, rotated where they are read
+  bool bias = false;        // a logit bias for each entry (synthetic entries)
   std::vector<Column> columns;
 };
 
@@ -86,7 +86,8 @@ class LayerStore {
   /// Keeps entries index[s · capacity + i], i < count[s] (ascending), of each segment; pages left over are given back.
   /// most: no segment keeps more than most[s], and all of the layer together no more than `together`; left out, bounds
   /// stay as they are.
-  void compact(Queue&, Tensor index, Tensor count, int64_t capacity, std::span<const int64_t> most = {}, int64_t together = -1);
+  void compact(Queue&, Tensor index, Tensor count, int64_t capacity, std::span<const int64_t> most = {},
+               int64_t together = -1);
 
   /// Pages first[s] … last[s] − 1 (I32 [segments]) of every segment are kept in layout `layout` from now on
   /// (Store::add_layout); at most `pages` are not yet.
@@ -106,8 +107,8 @@ class LayerStore {
   int64_t page_bound() const;  // pages in all lists
   void widen(Queue&, int64_t pages);
   void let_go(Queue&, Tensor lengths, std::span<const int64_t> most, int64_t together);
-  void changed_bounds();   // behind bounds, supplies or layouts that changed on the host
-  void changed(Queue&);    // behind a kernel that changed lengths
+  void changed_bounds();  // behind bounds, supplies or layouts that changed on the host
+  void changed(Queue&);   // behind a kernel that changed lengths
 
   Store* store_;
   int group_;

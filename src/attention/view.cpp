@@ -7,7 +7,8 @@ namespace heed {
 Ragged LayerView::last_queries(int64_t count) const {
   Ragged out = q;
   const int64_t all = q.segments();
-  out.offsets = compute(queue, Dtype::I64, {all + 1}, pick(index() < all, max(begin_of(q, index()), end_of(q, index()) - count), load(q.offsets, all)));
+  out.offsets = compute(queue, Dtype::I64, {all + 1},
+                        pick(index() < all, max(begin_of(q, index()), end_of(q, index()) - count), load(q.offsets, all)));
   out.ends = compute(queue, Dtype::I64, {all}, end_of(q, index()));
   return out;
 }
@@ -68,8 +69,10 @@ Tensor KeepPolicy::allocate(const Allocation& a) const {
   const int64_t layers = int64_t(a.scores.size()), segments = a.scores[0].segments(), g = a.scores[0].heads;
   std::vector<int32_t> counts;
   for (int64_t l = 0; l < layers; ++l)
-    for (int64_t s = 0; s < segments; ++s) counts.push_back(int32_t(entries(a.budget, a.model, a.first_layer + int(l), a.prompt[size_t(s / g)])));
-  if (std::equal(counts.begin() + 1, counts.end(), counts.begin())) return compute(a.queue, Dtype::I32, {layers, segments}, counts[0]);
+    for (int64_t s = 0; s < segments; ++s)
+      counts.push_back(int32_t(entries(a.budget, a.model, a.first_layer + int(l), a.prompt[size_t(s / g)])));
+  if (std::equal(counts.begin() + 1, counts.end(), counts.begin()))
+    return compute(a.queue, Dtype::I32, {layers, segments}, counts[0]);
   return a.queue.upload(counts).reshape({layers, segments});
 }
 
@@ -79,7 +82,8 @@ Ragged force(Queue& queue, Ragged scores, int64_t sinks, int64_t recent) {
   return scores;
 }
 
-void evict(LayerView& at, const Ragged& scores, Tensor counts, const Range& heads, std::span<const int64_t> most, int64_t together) {
+void evict(LayerView& at, const Ragged& scores, Tensor counts, const Range& heads, std::span<const int64_t> most,
+           int64_t together) {
   const int64_t segments = scores.segments(), g = scores.heads, capacity = std::max<int64_t>(1, at.store->longest());
   const Num length = load(at.store->pages().length, index());
   Num kept = clamp(load(counts, index()), 0, length);
@@ -90,7 +94,8 @@ void evict(LayerView& at, const Ragged& scores, Tensor counts, const Range& head
   }
   Select best;
   best.count = compute(at.queue, Dtype::I32, {segments}, kept);
-  const Tensor entries = at.queue.scratch.take(Dtype::I32, {segments * capacity}), chosen = at.queue.scratch.take(Dtype::I32, {segments});
+  const Tensor entries = at.queue.scratch.take(Dtype::I32, {segments * capacity}),
+               chosen = at.queue.scratch.take(Dtype::I32, {segments});
   at.run().select(at.queue, scores, best, capacity, entries, chosen);
   at.store->compact(at.queue, entries, chosen, capacity, most, together);
 }

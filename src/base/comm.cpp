@@ -9,7 +9,8 @@ namespace heed {
 namespace {
 
 void check(const Tensor& t, const char* where) {  // of what the collectives look at
-  require(t.contiguous() && t.device == Device::Cpu, where, "a contiguous tensor in host memory is needed, got " + t.shape());
+  require(t.contiguous() && t.device == Device::Cpu, where,
+          "a contiguous tensor in host memory is needed, got " + t.shape());
 }
 
 /// Entry `rank` of a tensor whose first dimension counts ranks.
@@ -47,11 +48,13 @@ void Comm::count(int64_t elements, Dtype type) {
 }
 
 Comm::Ticket Comm::start(std::span<const Message> sends, std::span<const Message> receives) {
-  require(!inside_parallel(), "Comm::start", "called inside a parallel region, which would keep the other ranks out of theirs");
+  require(!inside_parallel(), "Comm::start",
+          "called inside a parallel region, which would keep the other ranks out of theirs");
   for (const std::span<const Message> list : {sends, receives})
     for (const Message& m : list) {
       require(m.tensor.contiguous(), "Comm::start", "a contiguous tensor is needed, got " + m.tensor.shape());
-      require(m.peer >= 0 && m.peer < size(), "Comm::start", "no rank " + std::to_string(m.peer) + " in a group of " + std::to_string(size()));
+      require(m.peer >= 0 && m.peer < size(), "Comm::start",
+              "no rank " + std::to_string(m.peer) + " in a group of " + std::to_string(size()));
     }
   for (const Message& m : sends)
     if (m.peer != rank()) count(m.tensor.numel(), m.tensor.type);
@@ -67,8 +70,8 @@ Comm::Ticket Comm::start_ring(const Tensor& send, const Tensor& receive, int ste
 void Comm::all_gather(const Tensor& in, const Tensor& out) {
   check(in, "Comm::all_gather");
   check(out, "Comm::all_gather");
-  require(out.rank > 0 && out.size[0] == size() && out.type == in.type && out.numel() == in.numel() * size(), "Comm::all_gather",
-          in.shape() + " to " + out.shape() + " on " + std::to_string(size()) + " ranks");
+  require(out.rank > 0 && out.size[0] == size() && out.type == in.type && out.numel() == in.numel() * size(),
+          "Comm::all_gather", in.shape() + " to " + out.shape() + " on " + std::to_string(size()) + " ranks");
   count(in.numel() * (size() - 1), in.type);
   gather_all(in, out);
 }
@@ -76,7 +79,8 @@ void Comm::all_gather(const Tensor& in, const Tensor& out) {
 void Comm::all_to_all(const Tensor& in, const Tensor& out) {
   check(in, "Comm::all_to_all");
   check(out, "Comm::all_to_all");
-  require(in.rank > 0 && out.rank > 0 && in.size[0] == size() && out.size[0] == size() && in.type == out.type && in.numel() == out.numel(),
+  require(in.rank > 0 && out.rank > 0 && in.size[0] == size() && out.size[0] == size() && in.type == out.type &&
+              in.numel() == out.numel(),
           "Comm::all_to_all", in.shape() + " to " + out.shape() + " on " + std::to_string(size()) + " ranks");
   count(in.numel() / size() * (size() - 1), in.type);
   exchange_all(in, out);
@@ -86,7 +90,8 @@ void Comm::all_reduce(const Tensor& inout, ReduceOp op) {
   check(inout, "Comm::all_reduce");
   const Dtype t = inout.type;
   if (t != Dtype::F32 && t != Dtype::F64 && t != Dtype::I32 && t != Dtype::I64)
-    throw Error(Code::Unsupported, "Comm::all_reduce", std::string("of ") + info(t).name, "convert to f32, f64, i32 or i64");
+    throw Error(Code::Unsupported, "Comm::all_reduce", std::string("of ") + info(t).name,
+                "convert to f32, f64, i32 or i64");
   const int64_t own = share(inout, rank(), size()).numel();
   count(inout.numel() - own + own * (size() - 1), inout.type);
   reduce_all(inout, op);

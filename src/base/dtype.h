@@ -6,8 +6,26 @@
 namespace heed {
 
 enum class Dtype : uint8_t {
-  F32, F16, BF16, F64, I8, U8, I32, I64, U64,
-  Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL,
+  F32,
+  F16,
+  BF16,
+  F64,
+  I8,
+  U8,
+  I32,
+  I64,
+  U64,
+  Q4_0,
+  Q4_1,
+  Q5_0,
+  Q5_1,
+  Q8_0,
+  Q2_K,
+  Q3_K,
+  Q4_K,
+  Q5_K,
+  Q6_K,
+  IQ4_NL,
 };
 
 /// `block` elements take `bytes` bytes; block is 1 for plain types.

@@ -31,7 +31,7 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
     const Code code = errno == ENOENT || errno == ENOTDIR ? Code::NotFound : Code::Io;
     return fail(code, path, std::strerror(errno), "check the path and its permissions");
   }
-  struct stat about {};
+  struct stat about{};
   MappedFile mapped;
   Result<MappedFile> result;
   if (::fstat(file, &about) != 0) {

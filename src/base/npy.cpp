@@ -27,9 +27,7 @@ auto caught(const std::string& name, F&& body) -> Result<decltype(body())> {
     } else {
       return body();
     }
-  } catch (const Error& error) {
-    return tl::unexpected<Failure>(error.failure());
-  } catch (const std::bad_alloc&) {
+  } catch (const Error& error) { return tl::unexpected<Failure>(error.failure()); } catch (const std::bad_alloc&) {
     return fail(Code::Memory, name, "does not fit into memory");
   }
 }
@@ -76,7 +74,8 @@ std::map<std::string, Buffer> read_archive(std::span<const std::byte> file, cons
     key.resize(key.size() - 4);
     const std::string where = name + "[" + key.substr(0, 80) + "]";
     // Deflate shrinks at most 1032 times: an entry that claims more is a bomb or a lie.
-    if (about.comp_size > file.size() || about.size / 1032 > about.comp_size) damaged(where, "claims an impossible size");
+    if (about.comp_size > file.size() || about.size / 1032 > about.comp_size)
+      damaged(where, "claims an impossible size");
     const std::unique_ptr<zip_file_t, CloseFile> entry(zip_fopen_index(archive.get(), zip_uint64_t(i), 0));
     if (!entry) throw Error(Code::Unsupported, where, zip_strerror(archive.get()), "save it with numpy.savez");
     const auto read = [&](void* to, size_t bytes) { return zip_fread(entry.get(), to, bytes) == zip_int64_t(bytes); };
@@ -85,7 +84,8 @@ std::map<std::string, Buffer> read_archive(std::span<const std::byte> file, cons
     char rest[4096];
     zip_int64_t more;
     while ((more = zip_fread(entry.get(), rest, sizeof rest)) > 0) {}
-    if (more < 0) damaged(where, std::string("cannot be unpacked: ") + zip_error_strerror(zip_file_get_error(entry.get())));
+    if (more < 0)
+      damaged(where, std::string("cannot be unpacked: ") + zip_error_strerror(zip_file_get_error(entry.get())));
     if (!out.try_emplace(key, std::move(array)).second) damaged(name, "holds '" + key.substr(0, 80) + "' twice");
   }
   return out;

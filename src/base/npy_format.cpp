@@ -15,9 +15,9 @@ struct Name {
 };
 // The first name of a type is the one written.
 constexpr Name names[] = {
-    {"<f4", Dtype::F32}, {"<f2", Dtype::F16}, {"<f8", Dtype::F64}, {"|i1", Dtype::I8},  {"|u1", Dtype::U8},
-    {"<i4", Dtype::I32}, {"<i8", Dtype::I64}, {"<u8", Dtype::U64}, {"<i1", Dtype::I8},  {"<u1", Dtype::U8},
-    {"|b1", Dtype::U8},
+    {"<f4", Dtype::F32}, {"<f2", Dtype::F16}, {"<f8", Dtype::F64}, {"|i1", Dtype::I8},
+    {"|u1", Dtype::U8},  {"<i4", Dtype::I32}, {"<i8", Dtype::I64}, {"<u8", Dtype::U64},
+    {"<i1", Dtype::I8},  {"<u1", Dtype::U8},  {"|b1", Dtype::U8},
 };
 
 /// The header is a Python dictionary: {'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }
@@ -49,12 +49,14 @@ class Header {
     }
     const std::string descr(descr_->substr(0, 40));
     if (descr.starts_with('>')) unsupported("is big-endian ('" + descr + "')", "save it with .astype('<f4')");
-    unsupported("holds numbers of type '" + descr + "'", "save it with .astype(numpy.float32) or another of f2 f4 f8 i1 i4 i8 u1");
+    unsupported("holds numbers of type '" + descr + "'",
+                "save it with .astype(numpy.float32) or another of f2 f4 f8 i1 i4 i8 u1");
   }
 
   const std::vector<int64_t>& sizes() const {
     if (*fortran_) unsupported("is in Fortran order", "save it with numpy.ascontiguousarray");
-    if (shape_->size() > 5) unsupported("has " + std::to_string(shape_->size()) + " dimensions", "at most five are supported");
+    if (shape_->size() > 5)
+      unsupported("has " + std::to_string(shape_->size()) + " dimensions", "at most five are supported");
     return *shape_;
   }
 
@@ -129,16 +131,19 @@ Buffer read_npy_stream(ReadBytes read, uint64_t size, const std::string& name) {
   uint8_t start[8];
   if (size < sizeof start) throw Error(Code::Corrupt, name, "is not an npy file", "save the array with numpy.save");
   take(start, sizeof start);
-  if (std::memcmp(start, "\x93NUMPY", 6) != 0) throw Error(Code::Corrupt, name, "is not an npy file", "save the array with numpy.save");
+  if (std::memcmp(start, "\x93NUMPY", 6) != 0)
+    throw Error(Code::Corrupt, name, "is not an npy file", "save the array with numpy.save");
   const int version = start[6];
   if (version < 1 || version > 3) {
     throw Error(Code::Unsupported, name, "has npy version " + std::to_string(version), "save it with a current numpy");
   }
   uint8_t length[4] = {};
   take(length, version == 1 ? 2 : 4);
-  const uint32_t bytes = uint32_t(length[0]) | uint32_t(length[1]) << 8 | uint32_t(length[2]) << 16 | uint32_t(length[3]) << 24;
+  const uint32_t bytes = uint32_t(length[0]) | uint32_t(length[1]) << 8 | uint32_t(length[2]) << 16 |
+                         uint32_t(length[3]) << 24;
   if (bytes > size || bytes > 65536) {
-    throw Error(Code::Corrupt, name, "claims a header of " + std::to_string(bytes) + " bytes", "save it again with numpy.save");
+    throw Error(Code::Corrupt, name, "claims a header of " + std::to_string(bytes) + " bytes",
+                "save it again with numpy.save");
   }
   std::string text(bytes, '\0');
   take(text.data(), bytes);
@@ -154,7 +159,8 @@ Buffer read_npy_stream(ReadBytes read, uint64_t size, const std::string& name) {
     data *= uint64_t(n);
   }
   if (data > size) {
-    throw Error(Code::Corrupt, name, "should hold " + std::to_string(data) + " bytes of numbers and has " + std::to_string(size),
+    throw Error(Code::Corrupt, name,
+                "should hold " + std::to_string(data) + " bytes of numbers and has " + std::to_string(size),
                 "the file is damaged or not fully written; save it again");
   }
   Buffer out(type, std::span<const int64_t>(sizes));
@@ -168,7 +174,8 @@ std::string npy_header(const Tensor& tensor) {
     if (!descr && name.type == tensor.type) descr = name.descr;
   }
   if (!descr) {
-    throw Error(Code::Unsupported, "npy", std::string("has no number type for ") + info(tensor.type).name, "convert to f32 first");
+    throw Error(Code::Unsupported, "npy", std::string("has no number type for ") + info(tensor.type).name,
+                "convert to f32 first");
   }
   std::string text = std::string("{'descr': '") + descr + "', 'fortran_order': False, 'shape': (";
   for (int axis = 0; axis < tensor.rank; ++axis) {

@@ -13,7 +13,8 @@ Tensor Arena::take(Dtype type, std::span<const int64_t> sizes) {
   const int64_t need = (out.bytes() + 255) / 256 * 256;
   constexpr int64_t smallest = 1 << 20;
   while (at_.block < blocks_.size() && at_.used + need > blocks_[at_.block]->numel()) at_ = {at_.block + 1, 0};
-  if (at_.block == blocks_.size()) blocks_.emplace_back(Dtype::U8, std::initializer_list<int64_t>{std::max(need, smallest)}, *memory_);
+  if (at_.block == blocks_.size())
+    blocks_.emplace_back(Dtype::U8, std::initializer_list<int64_t>{std::max(need, smallest)}, *memory_);
   out.data = blocks_[at_.block]->as<char>() + at_.used;
   at_.used += need;
   return out;
@@ -30,8 +31,8 @@ Queue::Queue(const Kernels* run_in, const Memory& memory_in)
       stream_owner_(stream, memory_in.close_stream) {}
 
 Queue::Queue(const Queue* parent)
-    : device(parent->device), run(parent->run), memory(parent->memory), stream(parent->stream), scratch(*parent->memory),
-      stream_owner_(parent->stream_owner_) {}
+    : device(parent->device), run(parent->run), memory(parent->memory), stream(parent->stream),
+      scratch(*parent->memory), stream_owner_(parent->stream_owner_) {}
 
 Tensor Queue::upload(const Tensor& host) {
   const Tensor to = scratch.take(host.type, std::span(host.size.data(), size_t(host.rank)));
@@ -48,7 +49,8 @@ void Queue::upload(const Tensor& host, const Tensor& to) {
 }
 
 void Queue::move(const Tensor& from, const Tensor& to) {
-  require(from.contiguous() && to.contiguous() && from.bytes() == to.bytes(), "Queue::move", from.shape() + " to " + to.shape());
+  require(from.contiguous() && to.contiguous() && from.bytes() == to.bytes(), "Queue::move",
+          from.shape() + " to " + to.shape());
   memory->move(stream, from.data, to.data, from.bytes());
 }
 

@@ -18,7 +18,10 @@ class Arena {
   Tensor take(Dtype type, std::initializer_list<int64_t> sizes);
   Tensor take(Dtype type, std::span<const int64_t> sizes);
   /// Where the arena stands; rewind(mark) gives back everything taken since.
-  struct Mark { size_t block = 0; int64_t used = 0; };
+  struct Mark {
+    size_t block = 0;
+    int64_t used = 0;
+  };
   Mark mark() const { return at_; }
   void rewind(Mark mark) { at_ = mark; }
   /// Bytes held from the system.
@@ -50,9 +53,9 @@ struct Queue {
   const Memory* memory = &cpu_memory();
   void* stream = nullptr;
   Arena scratch;
-  int64_t host_waits = 0;      // read_back calls, counted so that tests can forbid them inside roles
-  int64_t launches = 0;        // kernels started, where the table counts them
-  int64_t uploads = 0;         // upload calls
+  int64_t host_waits = 0;  // read_back calls, counted so that tests can forbid them inside roles
+  int64_t launches = 0;    // kernels started, where the table counts them
+  int64_t uploads = 0;     // upload calls
   int64_t uploaded_bytes = 0;
 
   Queue() = default;

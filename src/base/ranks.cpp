@@ -22,8 +22,8 @@ struct World {
 
   std::mutex mutex;
   std::condition_variable changed;
-  std::map<Channel, std::map<int64_t, Buffer>> posts;  // by the number of the message on its channel
-  std::map<std::tuple<int, int64_t, int>, int> groups;                // (parent, its nth split, colour) → group
+  std::map<Channel, std::map<int64_t, Buffer>> posts;   // by the number of the message on its channel
+  std::map<std::tuple<int, int64_t, int>, int> groups;  // (parent, its nth split, colour) → group
   int alive;
   std::vector<const std::function<bool()>*> wanting;  // for each rank that sleeps: what it sleeps for
   std::vector<bool> left;
@@ -74,7 +74,8 @@ struct World {
 class ThreadComm final : public Comm {
  public:
   ThreadComm(World& world, int group, std::vector<int> members, int rank)
-      : world_(world), group_(group), members_(std::move(members)), rank_(rank), sent_(members_.size()), received_(members_.size()) {}
+      : world_(world), group_(group), members_(std::move(members)), rank_(rank), sent_(members_.size()),
+        received_(members_.size()) {}
 
   int rank() const override { return rank_; }
   int size() const override { return int(members_.size()); }
@@ -98,7 +99,8 @@ class ThreadComm final : public Comm {
   }
 
   void finish(Ticket ticket) override {
-    require(!inside_parallel(), "Comm::finish", "called inside a parallel region, which would keep the other ranks out of theirs");
+    require(!inside_parallel(), "Comm::finish",
+            "called inside a parallel region, which would keep the other ranks out of theirs");
     const auto found = started_.find(ticket);
     require(found != started_.end(), "Comm::finish", "a ticket that was not given, or is finished");
     const std::vector<Receive> receives = std::move(found->second);
@@ -143,8 +145,8 @@ class ThreadComm final : public Comm {
     }
     const Tensor& from = held;
     require(from.type == to.type && from.numel() == to.numel(), "Comm",
-            "rank " + std::to_string(std::get<1>(channel)) + " sends " + info(from.type).name + from.shape() + ", rank " +
-                std::to_string(std::get<2>(channel)) + " expects " + info(to.type).name + to.shape());
+            "rank " + std::to_string(std::get<1>(channel)) + " sends " + info(from.type).name + from.shape() +
+                ", rank " + std::to_string(std::get<2>(channel)) + " expects " + info(to.type).name + to.shape());
     require(from.device == to.device, "Comm", "a message between two kinds of memory");
     (to.device == Device::Cpu ? cpu_memory() : *world_.memory).move(world_.stream, from.data, to.data, from.bytes());
   }
@@ -173,9 +175,7 @@ void run_ranks(int count, const std::function<void(Comm&)>& fn, const Queue* on)
     try {
       ThreadComm comm(world, 0, everybody, rank);
       fn(comm);
-    } catch (...) {
-      thrown = std::current_exception();
-    }
+    } catch (...) { thrown = std::current_exception(); }
     world.leave(rank, thrown);
   };
   try {

@@ -16,15 +16,33 @@
 namespace heed {
 
 template <class T> struct DtypeOf;
-template <> struct DtypeOf<float> { static constexpr Dtype value = Dtype::F32; };
-template <> struct DtypeOf<double> { static constexpr Dtype value = Dtype::F64; };
-template <> struct DtypeOf<f16> { static constexpr Dtype value = Dtype::F16; };
-template <> struct DtypeOf<bf16> { static constexpr Dtype value = Dtype::BF16; };
-template <> struct DtypeOf<int8_t> { static constexpr Dtype value = Dtype::I8; };
-template <> struct DtypeOf<uint8_t> { static constexpr Dtype value = Dtype::U8; };
-template <> struct DtypeOf<int32_t> { static constexpr Dtype value = Dtype::I32; };
-template <> struct DtypeOf<int64_t> { static constexpr Dtype value = Dtype::I64; };
-template <> struct DtypeOf<uint64_t> { static constexpr Dtype value = Dtype::U64; };
+template <> struct DtypeOf<float> {
+  static constexpr Dtype value = Dtype::F32;
+};
+template <> struct DtypeOf<double> {
+  static constexpr Dtype value = Dtype::F64;
+};
+template <> struct DtypeOf<f16> {
+  static constexpr Dtype value = Dtype::F16;
+};
+template <> struct DtypeOf<bf16> {
+  static constexpr Dtype value = Dtype::BF16;
+};
+template <> struct DtypeOf<int8_t> {
+  static constexpr Dtype value = Dtype::I8;
+};
+template <> struct DtypeOf<uint8_t> {
+  static constexpr Dtype value = Dtype::U8;
+};
+template <> struct DtypeOf<int32_t> {
+  static constexpr Dtype value = Dtype::I32;
+};
+template <> struct DtypeOf<int64_t> {
+  static constexpr Dtype value = Dtype::I64;
+};
+template <> struct DtypeOf<uint64_t> {
+  static constexpr Dtype value = Dtype::U64;
+};
 
 /// A strided view of at most five dimensions. Strides are in elements; for block types the last dimension is
 /// contiguous and strides count elements too (a row of 64 Q4_0 values has stride 64 and takes 36 bytes).
@@ -60,8 +78,8 @@ struct Tensor {
   /// All elements of a contiguous view.
   template <class T> std::span<T> span() const { return {static_cast<T*>(data), size_t(numel())}; }
 
-  Tensor slice(int axis, int64_t begin, int64_t end) const;  // keeps the axis
-  Tensor select(int axis, int64_t index) const;              // drops the axis
+  Tensor slice(int axis, int64_t begin, int64_t end) const;    // keeps the axis
+  Tensor select(int axis, int64_t index) const;                // drops the axis
   Tensor reshape(std::initializer_list<int64_t> sizes) const;  // of a contiguous view
 };
 
@@ -97,9 +115,9 @@ class Buffer {
 /// offsets (I64 [segments + 1]) and ends (I64 [segments]) live on the device; the host knows only `bound`, the most
 /// rows that values can have.
 struct Ragged {
-  Tensor values;   // [rows] or [rows, width]
+  Tensor values;  // [rows] or [rows, width]
   Tensor offsets;
-  Tensor ends;     // optional
+  Tensor ends;  // optional
   int64_t heads = 1;
   int64_t bound = 0;
 

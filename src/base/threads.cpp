@@ -128,7 +128,7 @@ class Pool {
 
  private:
   struct alignas(64) Seat {
-    std::atomic<uint64_t> ticket{0};            // of the last region that took from it: its number, and how many were taken
+    std::atomic<uint64_t> ticket{0};  // of the last region that took from it: its number, and how many were taken
     alignas(64) std::atomic<uint64_t> done{0};  // items this worker has done since the pool began
   };
   struct alignas(64) Job {
@@ -168,7 +168,8 @@ class Pool {
       for (uint64_t seen = seat.load(std::memory_order_acquire);;) {
         const uint64_t first = ticket(round, 0), taken = seen < first ? 0 : seen - first;
         if (taken >= share) break;  // also of a later round
-        if (!seat.compare_exchange_weak(seen, first + taken + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        if (!seat.compare_exchange_weak(seen, first + taken + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+          continue;
         item(worker, owner + int64_t(taken) * workers, body);
         seen = first + taken + 1;
       }

@@ -75,8 +75,10 @@ void check_combine(const char* where, const Tensor& x, const Tensor& y, const Te
 void check_spread(const char* where, const Ragged& x, const Spread& how, const Tensor& out) {
   check_combine(where, x.values, {}, out);
   require(how.block >= 0 && how.first >= 0 && how.ahead >= 0, where, "block, first and ahead are not negative");
-  require(how.ahead == 0 || (how.block > 0 && how.over == Spread::Over::Block), where, "a group ahead is a block of known size");
-  require(how.of != Spread::Of::Rank || (how.over == Spread::Over::Block && how.ahead == 0), where, "ranks are those of a row's own block");
+  require(how.ahead == 0 || (how.block > 0 && how.over == Spread::Over::Block), where,
+          "a group ahead is a block of known size");
+  require(how.of != Spread::Of::Rank || (how.over == Spread::Over::Block && how.ahead == 0), where,
+          "ranks are those of a row's own block");
   require(out.data != x.values.data, where, "out is not x");
 }
 

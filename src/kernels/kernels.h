@@ -57,7 +57,7 @@ struct Mods {
   Tensor sink_logits;  // F32 [h]: one more logit in the denominator and in lse, with no value (score.md S4); it belongs
                        // to part 0; Softmax only
   Tensor until;        // key, I32: the last query position that sees the key
-  Tensor k_map, v_map; // I32 [h]: the KV head that a query head reads; absent: head / group
+  Tensor k_map, v_map;  // I32 [h]: the KV head that a query head reads; absent: head / group
   WeightFunction weight = WeightFunction::Softmax;
 };
 
@@ -65,7 +65,8 @@ struct Mods {
 struct Read {
   Plan plan;  // q_tile covers a segment's rows; form Dense, Blocks (k_tile divides 64) or Tokens
   enum class Positions : uint8_t { True, Cache } positions = Positions::True;  // Cache: entry i of a segment at i
-  const Rope* rope = nullptr;  // needed when pages.plain_keys
+  /// Needed when pages.plain_keys.
+  const Rope* rope = nullptr;
 };
 
 /// Keys to observe: a panel or a store's pages.
@@ -106,7 +107,12 @@ struct RowStats {
 };
 
 enum class PoolKind : uint8_t {
-  Mean, Min, Max, Sum, First, Last,
+  Mean,
+  Min,
+  Max,
+  Sum,
+  First,
+  Last,
   Concat,          // rows of a block side by side: [blocks, block · width], a short block padded with zeros
   ConcatReversed,  // the same padded block, last row first: zeros lead (XAttention's antidiagonal)
 };
@@ -119,7 +125,7 @@ struct Grids {
 };
 
 struct Proxy {
-  float scale = 0;     // 0 means 1/√(width)
+  float scale = 0;  // 0 means 1/√(width)
   float softcap = 0;
   bool softmax = false;
   bool causal = true;  // row i sees column j when some query of its tile sees some key of the block
@@ -149,11 +155,11 @@ struct Select {
     Threshold,  // all with score ≥ p
   } by = By::TopK;
   int64_t k = 0;
-  Tensor count = {};     // I32 [segments]: k for each segment
+  Tensor count = {};  // I32 [segments]: k for each segment
   float p = 0;
   bool crossing = true;  // TopP: an element is in while the sum before it < p · total; false: while the sum with it ≤ p · total
-  Tensor held = {};      // TopP, optional F32 [segments]: weight that entries outside the scores (forced ones) hold already: it
-                         // is part of the total and lies before the first element
+  Tensor held = {};  // TopP, optional F32 [segments]: weight that entries outside the scores (forced ones) hold already: it
+                     // is part of the total and lies before the first element
   int64_t at_least = 0;  // TopP, Threshold: the largest so many are in anyway
 };
 // Rules of select: −∞ and NaN are never chosen, +∞ always first (forced entries, no part of TopP's total, but of TopK's
@@ -175,11 +181,11 @@ struct Recur {
 
 struct RecurInputs {
   Ragged q, k, v;
-  Tensor g;     // log decay ≤ 0: row [rows] (Scalar) or [rows, d] (Vector)
-  Tensor beta;  // row: Delta
-  Tensor a, b;  // [rows, d]: LowRank
-  Tensor state; // [segments, d, d_v], optional: the state before the first row
-  Tensor z;     // [segments, d], optional with normalise
+  Tensor g;      // log decay ≤ 0: row [rows] (Scalar) or [rows, d] (Vector)
+  Tensor beta;   // row: Delta
+  Tensor a, b;   // [rows, d]: LowRank
+  Tensor state;  // [segments, d, d_v], optional: the state before the first row
+  Tensor z;      // [segments, d], optional with normalise
 };
 
 struct RecurGrads {  // each the shape of what it is the gradient of; empty: not wanted
@@ -205,9 +211,12 @@ enum class Combine : uint8_t {
 /// A statistic of a group of rows, for every row of the group and each channel on its own.
 struct Spread {
   enum class Of : uint8_t {
-    Sum, Mean, Min, Max,
+    Sum,
+    Mean,
+    Min,
+    Max,
     Deviation,  // √(Σ (x − mean)² / (rows − 1)); 0 for a single row
-    Rank,       // how many rows of the group select would take after this one; Block only, at the price of a group's square
+    Rank,  // how many rows of the group select would take after this one; Block only, at the price of a group's square
   } of = Of::Mean;
   enum class Over : uint8_t {
     Block,  // `block` rows of a segment, counted from row `first` on; 0: all of them. The last one may be short
@@ -228,8 +237,8 @@ struct Linear {
 
 /// The table. Implementations: reference/ (plain loops, the oracle), cpu/ (one instance for each instruction set).
 struct Kernels {
-  std::string name;  // "reference", "avx2", "avx512", "avx512-bf16", "amx", "neon"
-  bool v_transposed = false;  // the page layout this backend wants for V
+  std::string name;                      // "reference", "avx2", "avx512", "avx512-bf16", "amx", "neon"
+  bool v_transposed = false;             // the page layout this backend wants for V
   const Memory* memory = &cpu_memory();  // where every tensor that a kernel sees must lie
 
   /// out [rows, d_v], lse [rows]; with plan.parts > 1: out [parts, rows, d_v], lse [parts, rows]. lse may be empty.
@@ -239,8 +248,8 @@ struct Kernels {
   /// Gradients of Σ out · d_out. d_q, d_k, d_v (F32) are overwritten; d_key_bias and d_gain may be empty. out and lse
   /// are attend's own; with parts they are the merged ones (pattern.md, split-KV). Probabilities are e^(logit − lse), so an
   /// lse over more keys than the plan's (a ring of devices) gives this share of the gradients.
-  void (*attend_backward)(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&,
-                          Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
+  void (*attend_backward)(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out,
+                          Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
 
   /// attend over pages, for a few rows a sequence. Mods' key tensors are not used: bias and positions lie in the pages.
   void (*attend_store)(Queue&, const Ragged& q, const Pages&, const Read&, const Mods&, Tensor out, Tensor lse);

@@ -19,11 +19,25 @@ struct Numbers {
     Load,      // i → step.data[i]; an i outside is taken to the nearest end, and nothing lies in an empty tensor: 0
     Find,      // begin, end, x → the first i of begin … end − 1 with data[i] ≥ x, else end: data ascends there
     Has,       // begin, end, x → 1 when x is among data[begin] … data[end − 1], else 0: data ascends there
-    Add, Sub, Mul, Div, FloorDiv, Mod, Min, Max,  // a, b →; FloorDiv and Mod round towards −∞; x/0 as f64 has it, FloorDiv 0
-    Less, LessEqual, Equal,  // a, b → 1 or 0
-    Pick,                    // c, a, b → a unless c is 0, else b
-    Floor, Round,            // Round: halves away from zero
-    Exp, Log, Log1p, Sqrt, Tanh,
+    Add,
+    Sub,
+    Mul,
+    Div,
+    FloorDiv,
+    Mod,
+    Min,
+    Max,  // a, b →; FloorDiv and Mod round towards −∞; x/0 as f64 has it, FloorDiv 0
+    Less,
+    LessEqual,
+    Equal,  // a, b → 1 or 0
+    Pick,   // c, a, b → a unless c is 0, else b
+    Floor,
+    Round,  // Round: halves away from zero
+    Exp,
+    Log,
+    Log1p,
+    Sqrt,
+    Tanh,
   };
   struct Step {
     Op op = Op::Constant;

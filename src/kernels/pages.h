@@ -32,8 +32,8 @@ struct PageType {
 /// A number kept beside entries inside their page, so that it moves with them.
 struct Column {
   enum class Keeps : uint8_t {
-    User,     // written by a mechanism; `width` f32 an entry
-    KeyMin,   // the store keeps, for each block of `block` entries, the channel-wise minimum of its keys (d f32)
+    User,    // written by a mechanism; `width` f32 an entry
+    KeyMin,  // the store keeps, for each block of `block` entries, the channel-wise minimum of its keys (d f32)
     KeyMax,
     KeyMean,
   };
@@ -59,7 +59,8 @@ struct PageLayout {
 
 /// Lays out a page of d-wide keys and d_v-wide values with these columns. Throws Error(Invalid) for widths, groups or
 /// blocks that do not fit.
-PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias, const std::vector<Column>& columns);
+PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias,
+                       const std::vector<Column>& columns);
 
 /// Pages of one layout that lie free, as a stack in device memory. Each page follows 64 bytes whose first I64 counts the
 /// page lists that hold it. What needs pages finds enough of them: the host sees to that beforehand.
@@ -77,11 +78,11 @@ struct Pages {
   Tensor layout;  // U8 [segments, capacity]: which of `layouts` a page has
   Tensor length;  // I32 [segments]: entries held
   int64_t kv_heads = 1;
-  int64_t length_bound = 0;             // host: no segment is longer
-  bool plain_keys = false;              // keys are kept before rotary embedding
-  std::vector<PageLayout> layouts;      // at most 4
+  int64_t length_bound = 0;         // host: no segment is longer
+  bool plain_keys = false;          // keys are kept before rotary embedding
+  std::vector<PageLayout> layouts;  // at most 4
   const std::vector<Column>* columns = nullptr;
-  std::vector<PageSupply> supply;       // for each of layouts; only kernels that change page lists need it
+  std::vector<PageSupply> supply;  // for each of layouts; only kernels that change page lists need it
 
   int64_t segments() const { return length.size[0]; }
   // Host-visible pages only.

@@ -28,8 +28,8 @@ struct Plan {
   Tensor rowptr;  // I64 [rows + 1]: row r is entries rowptr[r] … rowptr[r + 1] of index
   Tensor count;   // optional I32 [rows]: only the first count[r] entries of row r are used (counts made on the device)
   Tensor index;
-  Tensor mask;    // optional I32 [nnz], Blocks: −1 for a whole block, else which tile of `bits`
-  Tensor bits;    // U64 [masks, q_tile, ⌈k_tile / 64⌉]: bit j of row i set when query i of the tile sees key j of the block
+  Tensor mask;  // optional I32 [nnz], Blocks: −1 for a whole block, else which tile of `bits`
+  Tensor bits;  // U64 [masks, q_tile, ⌈k_tile / 64⌉]: bit j of row i set when query i of the tile sees key j of the block
   Tensor part;    // optional I32 [nnz]: the part, 0 … parts − 1, that an entry belongs to
   int parts = 1;  // more than one: one output and one lse for each part
   int64_t nnz_bound = 0;

@@ -5,10 +5,8 @@
 namespace heed {
 
 PlanHead::PlanHead(const Plan& plan, const PlanRows& rows, const Ragged& q, const Ragged& k, int64_t s, int64_t head)
-    : n(q.length(s * q.heads + head)),
-      m(k.length(s * k.heads + head * k.heads / q.heads)),
-      q_row(q.begin(s * q.heads + head)),
-      k_row(k.begin(s * k.heads + head * k.heads / q.heads)),
+    : n(q.length(s * q.heads + head)), m(k.length(s * k.heads + head * k.heads / q.heads)),
+      q_row(q.begin(s * q.heads + head)), k_row(k.begin(s * k.heads + head * k.heads / q.heads)),
       plan_row(plan.form == Plan::Form::Dense ? 0 : rows.row(s, head, q.heads, 0, plan.q_tile)) {}
 
 Spans named_keys(const Plan& plan, int64_t row, int64_t m) {

@@ -12,12 +12,15 @@ namespace {
 
 Dtype float_type(Dtype type, const char* where) {
   if (type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16) return type;
-  throw Error(Code::Invalid, where, std::string("'") + info(type).name + "' is no type to attend in", "f32, bf16 or f16");
+  throw Error(Code::Invalid, where, std::string("'") + info(type).name + "' is no type to attend in",
+              "f32, bf16 or f16");
 }
 
 PageType page_type(Dtype type) {
   PageType page;
-  page.kind = type == Dtype::F32 ? PageType::Kind::F32 : type == Dtype::BF16 ? PageType::Kind::BF16 : PageType::Kind::F16;
+  page.kind = type == Dtype::F32    ? PageType::Kind::F32
+              : type == Dtype::BF16 ? PageType::Kind::BF16
+                                    : PageType::Kind::F16;
   return page;
 }
 
@@ -48,7 +51,8 @@ class Harness {
     for (int64_t r = 0; r < g_ * m_; ++r) k_pos.push_back(position(r % m_));
     for (int64_t r = 0; r < h_ * n_; ++r) q_pos.push_back(position(m_ - n_ + r % n_));
     q_pos_ = queue_.upload(q_pos), k_pos_ = queue_.upload(k_pos);
-    for (const auto& [name, tensor] : in.inputs) inputs_[name] = placed(tensor, real(tensor.type) ? Dtype::F32 : tensor.type);
+    for (const auto& [name, tensor] : in.inputs)
+      inputs_[name] = placed(tensor, real(tensor.type) ? Dtype::F32 : tensor.type);
 
     StoreOptions options;  // keys come as they are read: without a rotation of its own the store keeps none plain
     options.k = options.v = page_type(type);
@@ -56,7 +60,8 @@ class Harness {
     Needs types;
     for (const Composition::Part& p : composition_.parts()) {
       if (has(p.roles, Role::Drive))
-        throw Error(Code::Unsupported, "apply", p.entry->name + " feeds a model its own way", "use it with a model: heed run, heed eval");
+        throw Error(Code::Unsupported, "apply", p.entry->name + " feeds a model its own way",
+                    "use it with a model: heed run, heed eval");
       const Needs needs = p.mechanism->needs(model_);
       options.bias |= needs.bias;
       if (needs.positions != Read::Positions::True) positions_ = needs.positions;
@@ -72,13 +77,15 @@ class Harness {
   ApplyOutput run() {
     if (int p = composition_.owner(Role::State, 0); p >= 0) return recur(p);
     LayerView at = view(Phase::Prompt);
-    at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_}, at.v = {v_, k_offsets_, {}, g_, g_ * m_};
+    at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_},
+    at.v = {v_, k_offsets_, {}, g_, g_ * m_};
     at.q_pos = at.mods.q_pos = q_pos_, at.k_pos = at.mods.k_pos = k_pos_;
     at.plan.causal = in_.causal;
     at.out = queue_.scratch.take(Dtype::F32, {h_ * n_, model_.d_v}), at.lse = queue_.scratch.take(Dtype::F32, {h_ * n_});
     store_->layer(0).append(queue_, at.k, at.v, k_pos_, std::span(&m_, 1));
 
-    const int planner = composition_.owner(Role::Plan, 0), reader = composition_.owner(Role::Read, 0), keeper = composition_.owner(Role::Keep, 0);
+    const int planner = composition_.owner(Role::Plan, 0), reader = composition_.owner(Role::Read, 0),
+              keeper = composition_.owner(Role::Keep, 0);
     if (planner >= 0) {
       Plan plan = enter(at, planner).plan(at);
       plan.causal = in_.causal;
@@ -104,20 +111,29 @@ class Harness {
   static void check(const ApplyInput& in) {
     const Tensor &q = in.q, &k = in.k, &v = in.v;
     for (const auto& [name, t] : {std::pair{"--q", &q}, std::pair{"--k", &k}, std::pair{"--v", &v}}) {
-      require(t->rank == 3 && t->data && real(t->type), name, "is " + t->shape() + "; three dimensions of real numbers are needed", "heads, tokens, channels");
-      require(t->size[0] >= 1 && t->size[1] >= 1 && t->size[2] >= 1 && t->size[2] <= 4096 && t->size[0] <= 65536 && t->size[1] < (int64_t(1) << 30), name,
-              t->shape() + " is empty or too large");
+      require(t->rank == 3 && t->data && real(t->type), name,
+              "is " + t->shape() + "; three dimensions of real numbers are needed", "heads, tokens, channels");
+      require(t->size[0] >= 1 && t->size[1] >= 1 && t->size[2] >= 1 && t->size[2] <= 4096 && t->size[0] <= 65536 &&
+                  t->size[1] < (int64_t(1) << 30),
+              name, t->shape() + " is empty or too large");
     }
-    require(q.size[2] == k.size[2], "--k", "keys are " + std::to_string(k.size[2]) + " wide and queries " + std::to_string(q.size[2]));
-    require(k.size[0] == v.size[0] && k.size[1] == v.size[1], "--v", "v is " + v.shape() + " and k " + k.shape(), "the same heads and tokens are needed");
-    require(q.size[0] % k.size[0] == 0, "--q", std::to_string(q.size[0]) + " query heads are no multiple of " + std::to_string(k.size[0]) + " KV heads");
-    require(q.size[1] <= k.size[1], "--q", std::to_string(q.size[1]) + " queries over " + std::to_string(k.size[1]) + " keys", "queries are the last of the keys' positions");
+    require(q.size[2] == k.size[2], "--k",
+            "keys are " + std::to_string(k.size[2]) + " wide and queries " + std::to_string(q.size[2]));
+    require(k.size[0] == v.size[0] && k.size[1] == v.size[1], "--v", "v is " + v.shape() + " and k " + k.shape(),
+            "the same heads and tokens are needed");
+    require(q.size[0] % k.size[0] == 0, "--q",
+            std::to_string(q.size[0]) + " query heads are no multiple of " + std::to_string(k.size[0]) + " KV heads");
+    require(q.size[1] <= k.size[1], "--q",
+            std::to_string(q.size[1]) + " queries over " + std::to_string(k.size[1]) + " keys",
+            "queries are the last of the keys' positions");
     require(in.scale >= 0, "--scale", "is negative");
     const Tensor& at = in.positions;
     if (!at) return;
-    require(at.rank == 1 && at.type == Dtype::I32 && at.size[0] == k.size[1], "--positions", "is " + at.shape() + "; one 32-bit number for each of " + std::to_string(k.size[1]) + " keys is needed");
+    require(at.rank == 1 && at.type == Dtype::I32 && at.size[0] == k.size[1], "--positions",
+            "is " + at.shape() + "; one 32-bit number for each of " + std::to_string(k.size[1]) + " keys is needed");
     for (int64_t j = 0; j < at.size[0]; ++j)
-      require(at.at<int32_t>(j) >= 0 && (j == 0 || at.at<int32_t>(j) > at.at<int32_t>(j - 1)), "--positions", "positions must ascend from 0 or more");
+      require(at.at<int32_t>(j) >= 0 && (j == 0 || at.at<int32_t>(j) > at.at<int32_t>(j - 1)), "--positions",
+              "positions must ascend from 0 or more");
   }
 
   int32_t position(int64_t key) const { return in_.positions ? in_.positions.at<int32_t>(key) : int32_t(key); }
@@ -144,7 +160,8 @@ class Harness {
   ApplyOutput recur(int p) {
     require(composition_.parts().size() == 1, "apply", "a linear form stands alone");
     LayerView at = view(Phase::Prompt);
-    at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_}, at.v = {v_, k_offsets_, {}, g_, g_ * m_};
+    at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_},
+    at.v = {v_, k_offsets_, {}, g_, g_ * m_};
     at.out = queue_.scratch.take(Dtype::F32, {h_ * n_, model_.d_v});
     const Tensor state = enter(at, p).recur(at);
     add("out", Dtype::F32, {h_, n_, model_.d_v}, at.out);
@@ -169,7 +186,8 @@ class Harness {
       each_interval(plan, q, k, Mods(), 0, head, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; ++j) list.push_back(int32_t(j));
       });
-      const double pairs = in_.causal ? double(n_) * double(m_ - n_) + double(n_) * double(n_ + 1) / 2 : double(n_) * double(m_);
+      const double pairs = in_.causal ? double(n_) * double(m_ - n_) + double(n_) * double(n_ + 1) / 2
+                                      : double(n_) * double(m_);
       density_[size_t(head)] -= double(m_ - int64_t(list.size())) / pairs;
     }
     add_lists("read", tokens);
@@ -278,9 +296,7 @@ const Buffer* ApplyOutput::find(const std::string& name) const {
 Result<ApplyOutput> apply(const std::string& spec, const ApplyInput& input) {
   try {
     return Harness(spec, input).run();
-  } catch (const Error& error) {
-    return tl::unexpected(error.failure());
-  } catch (const std::bad_alloc&) {
+  } catch (const Error& error) { return tl::unexpected(error.failure()); } catch (const std::bad_alloc&) {
     return fail(Code::Memory, "apply", "not enough memory for tensors of this size");
   }
 }

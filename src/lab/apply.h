@@ -9,8 +9,8 @@
 namespace heed {
 
 struct ApplyInput {
-  Tensor q, k, v;            // [h, n, d], [g, m, d], [g, m, d_v]: any plain type, head-major, contiguous
-  Tensor positions;          // optional I32 [m]: true positions of the keys; queries are the last n
+  Tensor q, k, v;    // [h, n, d], [g, m, d], [g, m, d_v]: any plain type, head-major, contiguous
+  Tensor positions;  // optional I32 [m]: true positions of the keys; queries are the last n
   std::map<std::string, Tensor> inputs;
   bool causal = true;
   float scale = 0;

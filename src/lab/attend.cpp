@@ -53,7 +53,8 @@ Attended attend(const Tensor& q, const Tensor& k, const Tensor& v, const Plan& p
   auto placed = [&](const Tensor& t) { return host ? t : queue.upload(t); };
   const Tensor out = parts ? flat_out.reshape({used.parts, h * n, d_v}) : flat_out.reshape({h * n, d_v});
   const Tensor lse = parts ? flat_lse.reshape({used.parts, h * n}) : flat_lse.reshape({h * n});
-  queue.run->attend(queue, heads(placed(q), q_offsets), heads(placed(k), k_offsets), heads(placed(v), k_offsets), used, mods, out, lse);
+  queue.run->attend(queue, heads(placed(q), q_offsets), heads(placed(k), k_offsets), heads(placed(v), k_offsets), used,
+                    mods, out, lse);
   if (!host) queue.read_back(out, result.out->data), queue.read_back(lse, result.lse->data);
   return result;
 }

@@ -20,7 +20,9 @@ class Reads {
  public:
   explicit Reads(LayerView& at)
       : host_(at.queue), plan_(host_(at.read.plan)), q_(host_.segments(at.q)),
-        keys_(host_.segments({.values = {}, .offsets = at.store->offsets(at.queue), .ends = {}, .heads = at.model.g, .bound = at.store->entries()})) {}
+        keys_(host_.segments(
+            {.values = {}, .offsets = at.store->offsets(at.queue), .ends = {}, .heads = at.model.g, .bound = at.store->entries()})) {
+  }
   /// Calls visit(first entry, past the last) for what query head `head` of sequence 0 reads.
   template <class F>
   void each(int head, F visit) const {
@@ -123,7 +125,8 @@ void Probe::look_decode(LayerView& at) {
   const int layer = dense_->layer(at.layer), step = dense_->step(at.step);
   if (layer >= 0 && step >= 0 && record_) {
     OnHost host(at.queue);
-    const Ragged paid = at.observe(at.q, {.rows = Observe::Rows::Sum, .heads = Observe::Heads::Each}), columns = host.segments(paid);
+    const Ragged paid = at.observe(at.q, {.rows = Observe::Rows::Sum, .heads = Observe::Heads::Each}),
+                 columns = host.segments(paid);
     const int group = at.model.group();
     const Tensor weights = host(paid.values);
     const float* values = weights.as<float>();

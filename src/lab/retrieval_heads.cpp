@@ -9,7 +9,9 @@ namespace {
 
 std::set<int32_t> distinct(std::span<const int32_t> tokens) { return {tokens.begin(), tokens.end()}; }
 
-std::span<const int32_t> needle_of(const RetrievalPrompt& p) { return std::span(p.tokens).subspan(size_t(p.begin), size_t(p.end - p.begin)); }
+std::span<const int32_t> needle_of(const RetrievalPrompt& p) {
+  return std::span(p.tokens).subspan(size_t(p.begin), size_t(p.end - p.begin));
+}
 
 }  // namespace
 
@@ -21,7 +23,8 @@ std::pair<int64_t, int64_t> find_needle(std::span<const int32_t> tokens, std::sp
     if (wanted.contains(tokens[i])) ++seen[tokens[i]];
     if (i >= length)
       if (auto left = seen.find(tokens[i - length]); left != seen.end() && --left->second == 0) seen.erase(left);
-    if (i + 1 >= length && double(seen.size()) > 0.9 * double(wanted.size())) return {int64_t(i + 1 - length), int64_t(i + 1)};
+    if (i + 1 >= length && double(seen.size()) > 0.9 * double(wanted.size()))
+      return {int64_t(i + 1 - length), int64_t(i + 1)};
   }
   return {-1, -1};
 }
@@ -46,8 +49,8 @@ double recall(const RetrievalPrompt& p, std::span<const int32_t> answer) {
   return p.begin < p.end ? double(found) / double(p.end - p.begin) : 0;
 }
 
-RetrievalScores retrieval_heads(std::shared_ptr<const Model> model, std::span<const RetrievalPrompt> prompts, const RetrievalOptions& options,
-                                const std::function<void(int64_t, int64_t)>& progress) {
+RetrievalScores retrieval_heads(std::shared_ptr<const Model> model, std::span<const RetrievalPrompt> prompts,
+                                const RetrievalOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
   const ModelInfo& m = model->info();
   RetrievalScores out;
   out.layers = m.layers, out.heads = m.h;

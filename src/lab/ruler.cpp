@@ -103,7 +103,8 @@ class Maker {
  public:
   Maker(const RulerTask& task, const Tokenizer& words, int64_t length, uint64_t seed, int64_t index,
         const RulerText& text, const RulerOptions& options)
-      : task_(task), words_(words), text_(text), length_(length), depth_(options.depth), shown_(options.example || task.example) {
+      : task_(task), words_(words), text_(text), length_(length), depth_(options.depth),
+        shown_(options.example || task.example) {
     // Streams of neighbouring seeds are the same numbers one step apart: each part is mixed before the next is added.
     const uint64_t number = uint64_t(&task - ruler_tasks().data());
     seed_ = Random(Random(seed).next() + number).next() + uint64_t(index);

@@ -36,13 +36,15 @@ std::optional<Wide> read(Type type, const std::byte* bytes, uint64_t index) {
     case Type::I64: return widen<Wide, int64_t>(bytes + index * 8);
     case Type::F64: return widen<Wide, double>(bytes + index * 8);
     case Type::Bool: return Wide(bytes[index] != std::byte{0});
-    case Type::String: case Type::Array: return {};
+    case Type::String:
+    case Type::Array: return {};
   }
   return {};
 }
 
 tl::unexpected<Failure> wrong(const Gguf& file, std::string_view key, const Gguf::Value& value, const char* expected) {
-  const std::string is = value.type == Type::Array ? std::string("an array of ") + type_name(value.element) : type_name(value.type);
+  const std::string is = value.type == Type::Array ? std::string("an array of ") + type_name(value.element)
+                                                   : type_name(value.type);
   return fail(Code::Invalid, file.name(), "key " + std::string(key) + " is " + is + ", not " + expected + " that fits",
               "convert the model again");
 }
@@ -115,15 +117,13 @@ Result<std::string_view> Gguf::string(std::string_view key, std::string_view abs
 }
 
 Result<std::vector<int64_t>> Gguf::integers(std::string_view key) const {
-  return found(key).and_then([&](const Value* value) {
-    return read_all<int64_t, int64_t>(*this, key, *value, "an array of integers");
-  });
+  return found(key).and_then(
+      [&](const Value* value) { return read_all<int64_t, int64_t>(*this, key, *value, "an array of integers"); });
 }
 
 Result<std::vector<float>> Gguf::numbers(std::string_view key) const {
-  return found(key).and_then([&](const Value* value) {
-    return read_all<double, float>(*this, key, *value, "an array of numbers");
-  });
+  return found(key).and_then(
+      [&](const Value* value) { return read_all<double, float>(*this, key, *value, "an array of numbers"); });
 }
 
 Result<std::span<const std::string_view>> Gguf::strings(std::string_view key) const {
@@ -141,7 +141,8 @@ const Tensor* Gguf::tensor(std::string_view name) const {
 Result<Tensor> Gguf::tensor(std::string_view name, std::initializer_list<int64_t> sizes) const {
   const Tensor* found = tensor(name);
   if (!found) {
-    return fail(Code::NotFound, name_, "has no tensor " + std::string(name), "the model is of another kind, or incomplete");
+    return fail(Code::NotFound, name_, "has no tensor " + std::string(name),
+                "the model is of another kind, or incomplete");
   }
   const std::span<const int64_t> have(found->size.data(), size_t(found->rank));
   if (!std::ranges::equal(have, sizes)) {

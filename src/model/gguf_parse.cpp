@@ -19,14 +19,38 @@ struct KnownType {
 };
 
 constexpr KnownType known_types[] = {
-    {0, "F32", Dtype::F32},    {1, "F16", Dtype::F16},    {2, "Q4_0", Dtype::Q4_0},      {3, "Q4_1", Dtype::Q4_1},
-    {6, "Q5_0", Dtype::Q5_0},  {7, "Q5_1", Dtype::Q5_1},  {8, "Q8_0", Dtype::Q8_0},      {9, "Q8_1", {}},
-    {10, "Q2_K", Dtype::Q2_K}, {11, "Q3_K", Dtype::Q3_K}, {12, "Q4_K", Dtype::Q4_K},     {13, "Q5_K", Dtype::Q5_K},
-    {14, "Q6_K", Dtype::Q6_K}, {15, "Q8_K", {}},          {16, "IQ2_XXS", {}},           {17, "IQ2_XS", {}},
-    {18, "IQ3_XXS", {}},       {19, "IQ1_S", {}},         {20, "IQ4_NL", Dtype::IQ4_NL}, {21, "IQ3_S", {}},
-    {22, "IQ2_S", {}},         {23, "IQ4_XS", {}},        {24, "I8", Dtype::I8},         {25, "I16", {}},
-    {26, "I32", Dtype::I32},   {27, "I64", Dtype::I64},   {28, "F64", Dtype::F64},       {29, "IQ1_M", {}},
-    {30, "BF16", Dtype::BF16}, {34, "TQ1_0", {}},         {35, "TQ2_0", {}},             {39, "MXFP4", {}},
+    {0, "F32", Dtype::F32},
+    {1, "F16", Dtype::F16},
+    {2, "Q4_0", Dtype::Q4_0},
+    {3, "Q4_1", Dtype::Q4_1},
+    {6, "Q5_0", Dtype::Q5_0},
+    {7, "Q5_1", Dtype::Q5_1},
+    {8, "Q8_0", Dtype::Q8_0},
+    {9, "Q8_1", {}},
+    {10, "Q2_K", Dtype::Q2_K},
+    {11, "Q3_K", Dtype::Q3_K},
+    {12, "Q4_K", Dtype::Q4_K},
+    {13, "Q5_K", Dtype::Q5_K},
+    {14, "Q6_K", Dtype::Q6_K},
+    {15, "Q8_K", {}},
+    {16, "IQ2_XXS", {}},
+    {17, "IQ2_XS", {}},
+    {18, "IQ3_XXS", {}},
+    {19, "IQ1_S", {}},
+    {20, "IQ4_NL", Dtype::IQ4_NL},
+    {21, "IQ3_S", {}},
+    {22, "IQ2_S", {}},
+    {23, "IQ4_XS", {}},
+    {24, "I8", Dtype::I8},
+    {25, "I16", {}},
+    {26, "I32", Dtype::I32},
+    {27, "I64", Dtype::I64},
+    {28, "F64", Dtype::F64},
+    {29, "IQ1_M", {}},
+    {30, "BF16", Dtype::BF16},
+    {34, "TQ1_0", {}},
+    {35, "TQ2_0", {}},
+    {39, "MXFP4", {}},
 };
 
 constexpr int64_t kMaxDims = 4;
@@ -35,11 +59,19 @@ constexpr int kMaxNesting = 4;
 uint64_t width_of(Gguf::Type type) {
   using enum Gguf::Type;
   switch (type) {
-    case U8: case I8: case Bool: return 1;
-    case U16: case I16: return 2;
-    case U32: case I32: case F32: return 4;
-    case U64: case I64: case F64: return 8;
-    case String: case Array: break;
+    case U8:
+    case I8:
+    case Bool: return 1;
+    case U16:
+    case I16: return 2;
+    case U32:
+    case I32:
+    case F32: return 4;
+    case U64:
+    case I64:
+    case F64: return 8;
+    case String:
+    case Array: break;
   }
   return 0;
 }
@@ -68,7 +100,8 @@ class Gguf::Parser {
       stop(Code::Unsupported, "is a big-endian GGUF file", "convert the model for little-endian machines");
     }
     if (out_.version_ != 2 && out_.version_ != 3) {
-      stop(Code::Unsupported, "has GGUF version " + std::to_string(out_.version_), "convert the model to version 2 or 3");
+      stop(Code::Unsupported, "has GGUF version " + std::to_string(out_.version_),
+           "convert the model to version 2 or 3");
     }
     const auto tensors = read<uint64_t>(), keys = read<uint64_t>();
     // A key takes at least 13 bytes and a tensor's entry 32: a count that cannot fit is refused before it allocates.
@@ -198,12 +231,13 @@ class Gguf::Parser {
     const Dtype kind = dtype(name, read<uint32_t>());
     const DtypeInfo format = info(kind);
     if (sizes[dims - 1] % format.block != 0) {
-      damaged("rows of tensor " + quoted(name) + " hold " + std::to_string(sizes[dims - 1]) + " values, not a multiple of " +
-              std::to_string(format.block) + " as " + format.name + " needs");
+      damaged("rows of tensor " + quoted(name) + " hold " + std::to_string(sizes[dims - 1]) +
+              " values, not a multiple of " + std::to_string(format.block) + " as " + format.name + " needs");
     }
     const auto offset = read<uint64_t>();
     if (offset % out_.alignment_ != 0) damaged("tensor " + quoted(name) + " is not aligned");
-    if (!out_.by_name_.try_emplace(name, out_.tensors_.size()).second) damaged("tensor " + quoted(name) + " appears twice");
+    if (!out_.by_name_.try_emplace(name, out_.tensors_.size()).second)
+      damaged("tensor " + quoted(name) + " appears twice");
     out_.tensors_.push_back({name, Tensor(nullptr, kind, std::span<const int64_t>(sizes.data(), dims))});
     return offset;
   }
@@ -229,9 +263,7 @@ Result<Gguf> Gguf::parse(std::span<const std::byte> file, std::string name) {
   out.file_ = file;
   try {
     Parser(out).parse();
-  } catch (const Error& error) {
-    return tl::unexpected<Failure>(error.failure());
-  } catch (const std::bad_alloc&) {
+  } catch (const Error& error) { return tl::unexpected<Failure>(error.failure()); } catch (const std::bad_alloc&) {
     return fail(Code::Memory, out.name_, "there is not enough memory for its metadata", "close other programs");
   }
   return out;

@@ -36,7 +36,8 @@ struct ModelLoader {
   int bounded(const char* name, int64_t low, int64_t high) const {
     const int64_t x = integer(name);
     if (x < low || x > high)
-      throw Error(Code::Corrupt, file.name(), key(name) + " is " + std::to_string(x) + ", not " + std::to_string(low) + "…" + std::to_string(high));
+      throw Error(Code::Corrupt, file.name(),
+                  key(name) + " is " + std::to_string(x) + ", not " + std::to_string(low) + "…" + std::to_string(high));
     return int(x);
   }
   Tensor need(const std::string& name, std::initializer_list<int64_t> sizes) const {
@@ -47,7 +48,8 @@ struct ModelLoader {
   }
   // Norms and biases are used as f32 wherever they are; files keep them so.
   Tensor f32(Tensor t, const std::string& name) const {
-    if (t && t.type != Dtype::F32) throw Error(Code::Unsupported, file.name(), name + " is " + info(t.type).name + ", not f32");
+    if (t && t.type != Dtype::F32)
+      throw Error(Code::Unsupported, file.name(), name + " is " + info(t.type).name + ", not f32");
     return t;
   }
   Tensor vector(const std::string& name, int64_t size) const { return f32(need(name, {size}), name); }
@@ -73,7 +75,8 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
   m.h = load.bounded("attention.head_count", 1, 1 << 14);
   m.g = int(load.integer("attention.head_count_kv", m.h));
   if (m.g < 1 || m.h % m.g != 0)
-    return fail(Code::Corrupt, path, std::to_string(m.h) + " query heads do not divide over " + std::to_string(m.g) + " KV heads");
+    return fail(Code::Corrupt, path,
+                std::to_string(m.h) + " query heads do not divide over " + std::to_string(m.g) + " KV heads");
   m.d = int(load.integer("attention.key_length", m.hidden / m.h));
   m.d_v = int(load.integer("attention.value_length", m.d));
   if (m.d < 1 || m.d > 4096 || m.d_v < 1 || m.d_v > 4096)
@@ -91,11 +94,15 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
 
   // Rotary embedding: one table for all layers, and for Gemma another for its sliding-window layers.
   const int dims = int(load.integer("rope.dimension_count", m.d));
-  if (dims < 2 || dims > m.d || dims % 2) return fail(Code::Corrupt, path, "rotary embedding of " + std::to_string(dims) + " of " + std::to_string(m.d) + " channels");
+  if (dims < 2 || dims > m.d || dims % 2)
+    return fail(Code::Corrupt, path,
+                "rotary embedding of " + std::to_string(dims) + " of " + std::to_string(m.d) + " channels");
   const std::string_view scaling = value_or_throw(file.string(load.key("rope.scaling.type"), "none"));
   double scale = 1;
   if (scaling == "linear") scale = 1.0 / load.number("rope.scaling.factor", 1);
-  else if (scaling != "none") return fail(Code::Unsupported, path, "rope scaling '" + std::string(scaling) + "'", "known: none, linear, and frequency factors");
+  else if (scaling != "none")
+    return fail(Code::Unsupported, path, "rope scaling '" + std::string(scaling) + "'",
+                "known: none, linear, and frequency factors");
   const double base = load.number("rope.freq_base", 10000);
   model->rope_tables_.push_back(rope_table(dims, base, scale, load.may_vector("rope_freqs.weight", dims / 2)));
   if (gemma) model->rope_tables_.push_back(rope_table(dims, load.number("rope.freq_base_swa", 10000), 1, {}));
@@ -103,10 +110,12 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
   m.ropes.assign(size_t(m.layers), &model->ropes_[0]);
   if (gemma) {
     // Five layers of sliding windows, then one that sees everything (Gemma 3 report, 2025).
-    const int64_t window = load.integer("attention.sliding_window", 512), pattern = load.integer("attention.sliding_window_pattern", 6);
+    const int64_t window = load.integer("attention.sliding_window", 512),
+                  pattern = load.integer("attention.sliding_window_pattern", 6);
     m.windows.assign(size_t(m.layers), 0);
     for (int l = 0; l < m.layers; ++l)
-      if (pattern > 0 && l % pattern != pattern - 1) m.windows[size_t(l)] = window, m.ropes[size_t(l)] = &model->ropes_[1];
+      if (pattern > 0 && l % pattern != pattern - 1)
+        m.windows[size_t(l)] = window, m.ropes[size_t(l)] = &model->ropes_[1];
   }
 
   const Tensor* embedding = file.tensor("token_embd.weight");
@@ -149,9 +158,7 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
   const std::string_view vocabulary = value_or_throw(file.string("tokenizer.ggml.model", "none"));
   if (vocabulary != "none" && vocabulary != "no_vocab") model->tokenizer_ = value_or_throw(Tokenizer::from(file));
   return model;
-} catch (const Error& error) {
-  return tl::unexpected(error.failure());
-}
+} catch (const Error& error) { return tl::unexpected(error.failure()); }
 
 std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
   const std::lock_guard lock(placing_);
@@ -167,8 +174,8 @@ std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
   };
   for (const LayerWeights& w : layers_) {
     LayerWeights& to = out->layers.emplace_back(w);
-    for (Tensor* t : {&to.attn_norm, &to.attn_post_norm, &to.ffn_norm, &to.ffn_post_norm, &to.q, &to.k, &to.v, &to.o, &to.q_bias, &to.k_bias,
-                      &to.v_bias, &to.o_bias, &to.q_norm, &to.k_norm, &to.gate, &to.up, &to.down})
+    for (Tensor* t : {&to.attn_norm, &to.attn_post_norm, &to.ffn_norm, &to.ffn_post_norm, &to.q, &to.k, &to.v, &to.o,
+                      &to.q_bias, &to.k_bias, &to.v_bias, &to.o_bias, &to.q_norm, &to.k_norm, &to.gate, &to.up, &to.down})
       *t = place(*t);
   }
   out->embedding = place(embedding_), out->final_norm = place(final_norm_);
@@ -185,7 +192,8 @@ std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
 }
 
 std::shared_ptr<const Model> Model::random(const ModelInfo& shape, int feed_forward, Dtype type, uint64_t seed) {
-  require(type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16, "Model::random", "weights are f32, bf16 or f16");
+  require(type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16, "Model::random",
+          "weights are f32, bf16 or f16");
   auto model = std::make_shared<Model>();
   model->name_ = model->path_ = "random";
   model->info_ = shape;

@@ -18,7 +18,7 @@ struct LayerWeights {
   Tensor attn_norm, attn_post_norm, ffn_norm, ffn_post_norm;  // [hidden]
   Tensor q, k, v, o;                                          // [out, in]
   Tensor q_bias, k_bias, v_bias, o_bias;
-  Tensor q_norm, k_norm;                                      // [d]
+  Tensor q_norm, k_norm;  // [d]
   Tensor gate, up, down;
 };
 
@@ -34,8 +34,8 @@ struct Architecture {
 struct ModelWeights {
   std::vector<LayerWeights> layers;
   Tensor embedding, final_norm, output;
-  std::vector<Rope> ropes;     // for each layer
-  std::vector<Buffer> owned;   // what of it lies in no file and in no other's memory
+  std::vector<Rope> ropes;    // for each layer
+  std::vector<Buffer> owned;  // what of it lies in no file and in no other's memory
 };
 
 class Session;

@@ -38,7 +38,8 @@ void keep_top_p(std::vector<Candidate>& all, float top, double p) {
 
 Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), random_(sampling.seed) {
   const Sampling& s = sampling_;
-  require(s.temperature >= 0 && s.temperature < std::numeric_limits<float>::infinity(), "sampler", "temperature is below 0");
+  require(s.temperature >= 0 && s.temperature < std::numeric_limits<float>::infinity(), "sampler",
+          "temperature is below 0");
   require(s.top_k >= 0, "sampler", "top_k is below 0", "0 keeps all tokens");
   require(s.top_p > 0 && s.top_p <= 1, "sampler", "top_p is not in (0, 1]", "1 keeps all tokens");
   require(s.min_p >= 0 && s.min_p <= 1, "sampler", "min_p is not in [0, 1]", "0 keeps all tokens");

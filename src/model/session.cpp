@@ -40,7 +40,8 @@ bool interrupted() noexcept { return stop_requested.load(std::memory_order_relax
 const Kernels& backend(const std::string& name, int device) {
   const Kernels& table = name == "auto" || name == "cpu" ? *cpu_kernels().front() : kernels_named(name);
   if (device != 0)
-    throw Error(Code::NotFound, "--device", "there is no device " + std::to_string(device) + " of backend '" + table.name + "'", "it has one: 0");
+    throw Error(Code::NotFound, "--device",
+                "there is no device " + std::to_string(device) + " of backend '" + table.name + "'", "it has one: 0");
   return table;
 }
 
@@ -61,8 +62,8 @@ struct Session::Impl {
   int64_t step = 0;
   Times times;
   std::vector<double> dense_rows, rows;  // for each layer: prompt rows that a dense plan read, and all of them
-  Buffer shares;       // F64 [layers, h], of kernels: rows under other plans, each times the share of pairs computed
-  Buffer reads;        // F64 [layers, h], of kernels: keys read while decoding
+  Buffer shares;  // F64 [layers, h], of kernels: rows under other plans, each times the share of pairs computed
+  Buffer reads;   // F64 [layers, h], of kernels: keys read while decoding
   int64_t reads_count = 0;
   Buffer logits_out;
   Tap tap;
@@ -130,7 +131,8 @@ class SessionRun final : public Run {
 };
 
 Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions& o)
-    : model(std::move(model_in)), options(o), queue(&backend(o.backend, o.device), *backend(o.backend, o.device).memory), shape(model->info()) {
+    : model(std::move(model_in)), options(o),
+      queue(&backend(o.backend, o.device), *backend(o.backend, o.device).memory), shape(model->info()) {
   require(o.sequences >= 1 && o.sequences <= 4096, "session", "sequences: 1…4096");
   require(o.ubatch >= 1, "session", "ubatch must be at least 1");
   require(o.chunk >= 0, "session", "chunk must not be negative");
@@ -144,17 +146,21 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
   bool quantised = false;
   for (const Composition::Part& p : composition->parts()) {
     if (p.entry->kind != "mechanism")
-      throw Error(Code::Unsupported, "--attention", "'" + p.entry->name + "' is of kind " + p.entry->kind + ", not a mechanism");
+      throw Error(Code::Unsupported, "--attention",
+                  "'" + p.entry->name + "' is of kind " + p.entry->kind + ", not a mechanism");
     if (has(p.roles, Role::State))
-      throw Error(Code::Unsupported, "--attention", "'" + p.entry->name + "' is a linear layer: it needs weights trained for it", "try `heed apply`");
+      throw Error(Code::Unsupported, "--attention",
+                  "'" + p.entry->name + "' is a linear layer: it needs weights trained for it", "try `heed apply`");
     const Needs needs = p.mechanism->needs(m);
     if (!needs.inputs.empty())
-      throw Error(Code::Unsupported, "--attention", "'" + p.entry->name + "' needs tensors that no model gives: " + needs.inputs[0], "try `heed apply`");
+      throw Error(Code::Unsupported, "--attention",
+                  "'" + p.entry->name + "' needs tensors that no model gives: " + needs.inputs[0], "try `heed apply`");
     store_options.plain_keys |= needs.plain_keys;
     store_options.bias |= needs.bias;
     if (needs.positions != Read::Positions::True) positions = needs.positions;
     for (const Column& column : needs.columns)
-      if (std::none_of(store_options.columns.begin(), store_options.columns.end(), [&](const Column& c) { return c.name == column.name; }))
+      if (std::none_of(store_options.columns.begin(), store_options.columns.end(),
+                       [&](const Column& c) { return c.name == column.name; }))
         store_options.columns.push_back(column);
     if (needs.quantised) quantised = true, quantised_k = needs.quantised_k, quantised_v = needs.quantised_v;
     states.push_back(p.mechanism->open(m));
@@ -171,11 +177,12 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
 }
 
 Session::Impl::Impl(Impl& other)
-    : model(other.model), options(other.options), composition(other.composition), queue(&other.queue), weights(other.weights), shape(other.shape),
-      store(std::make_unique<Store>(queue, *other.store)), quantised_layout(other.quantised_layout), positions(other.positions), tokens(other.tokens),
-      next(other.next), prompt(other.prompt), step(other.step), times(other.times), dense_rows(other.dense_rows), rows(other.rows),
-      shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory), reads(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
-      reads_count(other.reads_count) {
+    : model(other.model), options(other.options), composition(other.composition), queue(&other.queue),
+      weights(other.weights), shape(other.shape), store(std::make_unique<Store>(queue, *other.store)),
+      quantised_layout(other.quantised_layout), positions(other.positions), tokens(other.tokens), next(other.next),
+      prompt(other.prompt), step(other.step), times(other.times), dense_rows(other.dense_rows), rows(other.rows),
+      shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
+      reads(Dtype::F64, {shape.layers, shape.h}, *queue.memory), reads_count(other.reads_count) {
   queue.move(other.shares, shares), queue.move(other.reads, reads);
   for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
 }
@@ -190,12 +197,17 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
   std::vector<int32_t> ids, places;
   std::vector<int64_t> first{0};
   for (int s = 0; s < sequences; ++s) {
-    if (m.context > 0 && positions == Read::Positions::True && next[size_t(s)] + batch.count[size_t(s)] > m.context && phase != Phase::Replay)
-      throw Error(Code::Invalid, "session", std::to_string(next[size_t(s)] + batch.count[size_t(s)]) + " tokens are more than the model's context of " + std::to_string(m.context),
+    if (m.context > 0 && positions == Read::Positions::True && next[size_t(s)] + batch.count[size_t(s)] > m.context &&
+        phase != Phase::Replay)
+      throw Error(Code::Invalid, "session",
+                  std::to_string(next[size_t(s)] + batch.count[size_t(s)]) +
+                      " tokens are more than the model's context of " + std::to_string(m.context),
                   "shorten the text with -c, or read at cache positions: --attention \"streaming-llm\"");
     for (int64_t i = 0; i < batch.count[size_t(s)]; ++i) {
       const int32_t id = fed[size_t(s)][size_t(i)];
-      if (id < 0 || id >= m.vocabulary) throw Error(Code::Invalid, "session", "token " + std::to_string(id) + " is not in the vocabulary of " + std::to_string(m.vocabulary));
+      if (id < 0 || id >= m.vocabulary)
+        throw Error(Code::Invalid, "session",
+                    "token " + std::to_string(id) + " is not in the vocabulary of " + std::to_string(m.vocabulary));
       ids.push_back(id), places.push_back(int32_t(next[size_t(s)] + i));
     }
     first.push_back(int64_t(ids.size()));
@@ -205,7 +217,8 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
   batch.ids = queue.upload(ids), batch.positions = queue.upload(places), batch.first = queue.upload(first);
   auto rows_of_heads = [&](int64_t heads, Tensor& offsets, Tensor& at) {
     const Num s = floor_div(index(), heads), begin = load(batch.first, s);
-    offsets = compute(queue, Dtype::I64, {sequences * heads + 1}, begin * heads + mod(index(), heads) * (load(batch.first, s + 1) - begin));
+    offsets = compute(queue, Dtype::I64, {sequences * heads + 1},
+                      begin * heads + mod(index(), heads) * (load(batch.first, s + 1) - begin));
     at = queue.scratch.take(Dtype::I32, {batch.total * heads});
     Ragged rows_there;
     rows_there.offsets = offsets, rows_there.heads = heads, rows_there.bound = batch.total * heads;
@@ -217,7 +230,8 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
   if (phase == Phase::Prompt || phase == Phase::Chunk)
     for (int s = 0; s < sequences; ++s) prompt[size_t(s)] += batch.count[size_t(s)];
   for (int l = 0; l < m.layers; ++l) {
-    if (phase != Phase::Decode && interrupted()) throw Error(Code::Interrupted, "session", "stopped in layer " + std::to_string(l));
+    if (phase != Phase::Decode && interrupted())
+      throw Error(Code::Interrupted, "session", "stopped in layer " + std::to_string(l));
     layer(batch, l, x);
     if (progress && phase != Phase::Decode) progress(l + 1, m.layers);
   }
@@ -244,7 +258,11 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
 
 Ragged Session::Impl::head_major(const Batch& batch, Dtype type, int64_t heads, int64_t width) {
   const int64_t all = batch.total * heads;
-  return {.values = queue.scratch.take(type, {all, width}), .offsets = heads == info().h ? batch.q_offsets : batch.kv_offsets, .ends = {}, .heads = heads, .bound = all};
+  return {.values = queue.scratch.take(type, {all, width}),
+          .offsets = heads == info().h ? batch.q_offsets : batch.kv_offsets,
+          .ends = {},
+          .heads = heads,
+          .bound = all};
 }
 
 void Session::Impl::layer(Batch& batch, int l, Tensor x) {
@@ -268,7 +286,8 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     project(queue, *weights, architecture(), l, x, options.ubatch, q_rows, k_rows, v_rows);
   }
   std::optional<Clock> clock(std::in_place, times.rest);
-  Tensor q_heads = q_rows.reshape({total, m.h, m.d}), k_heads = k_rows.reshape({total, m.g, m.d}), v_heads = v_rows.reshape({total, m.g, m.d_v});
+  Tensor q_heads = q_rows.reshape({total, m.h, m.d}), k_heads = k_rows.reshape({total, m.g, m.d}),
+         v_heads = v_rows.reshape({total, m.g, m.d_v});
   const float eps = architecture().norm_eps;
   const Rope* rope = m.rope(l);
   const bool plain_keys = store->options().plain_keys && rope;
@@ -358,7 +377,8 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
       Clock clock(times.plan);
       const Mechanism& mechanism = enter(reader);
       view.read.plan = mechanism.read(view).plan;
-      const Ragged keys{.values = {}, .offsets = view.store->offsets(queue), .ends = {}, .heads = view.model.g, .bound = view.store->entries()};
+      const Ragged keys{
+          .values = {}, .offsets = view.store->offsets(queue), .ends = {}, .heads = view.model.g, .bound = view.store->entries()};
       view.read.plan = limit_heads(view, view.read.plan, keys, view.store->longest(), mechanism.heads);
     }
     Clock clock(times.attend);
@@ -368,7 +388,8 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
     if (planner >= 0 && batch.phase != Phase::Replay) {
       Clock clock(times.plan);
       const Mechanism& mechanism = enter(planner);
-      view.plan = limit_heads(view, mechanism.plan(view), view.k, *std::max_element(view.key_rows.begin(), view.key_rows.end()), mechanism.heads);
+      view.plan = limit_heads(view, mechanism.plan(view), view.k,
+                              *std::max_element(view.key_rows.begin(), view.key_rows.end()), mechanism.heads);
     }
     {
       Clock clock(times.attend);
@@ -407,7 +428,9 @@ void Session::Impl::count_reads(LayerView& view) {
   Mods mods;
   // Plans are counted as they read, whatever a window hides of it.
   if (view.read.plan.form == Plan::Form::Dense) mods.window = view.mods.window, mods.q_pos = view.q_pos;
-  queue.run->count_pairs(queue, view.read.plan, view.q, {.panel = nullptr, .pages = &view.store->pages(), .read = &view.read}, mods, reads->select(0, view.layer));
+  queue.run->count_pairs(queue, view.read.plan, view.q,
+                         {.panel = nullptr, .pages = &view.store->pages(), .read = &view.read}, mods,
+                         reads->select(0, view.layer));
 }
 
 bool Session::Impl::due(const Batch& batch, const KeepPolicy& policy) const {
@@ -425,7 +448,10 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
   for (int64_t s = 0; s < all; ++s) {
     const int64_t length = view.store->length(s), room = coming.empty() ? 0 : coming[size_t(s / g)];
     const bool counted = !policy.unbounded() && policy.heads.holds(int(s % g), int(g));
-    const int64_t granted = counted ? std::max<int64_t>(0, policy.entries(policy.kept(), view.model, view.layer, prompt[size_t(s / g)]) - room) : length;
+    const int64_t granted = counted
+                                ? std::max<int64_t>(
+                                      0, policy.entries(policy.kept(), view.model, view.layer, prompt[size_t(s / g)]) - room)
+                                : length;
     fits &= length <= granted;
     together += std::min(length, granted) + 1;  // an allocator may round up
     most.push_back(length);
@@ -434,10 +460,18 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
   Scratch scope(queue.scratch);
   std::optional<Clock> clock(std::in_place, times.observe);
   const Ragged scores = policy.score(view);
-  Tensor counts = policy.allocate({.queue = queue, .model = view.model, .first_layer = view.layer, .scores = std::span(&scores, 1), .prompt = prompt, .budget = policy.kept()}).select(0, 0);
+  Tensor counts = policy
+                      .allocate({.queue = queue,
+                                 .model = view.model,
+                                 .first_layer = view.layer,
+                                 .scores = std::span(&scores, 1),
+                                 .prompt = prompt,
+                                 .budget = policy.kept()})
+                      .select(0, 0);
   if (!coming.empty()) {
     const Num s = floor_div(index(), g);
-    counts = compute(queue, Dtype::I32, {all}, max(0, load(counts, index()) - (load(view.first, s + 1) - load(view.first, s))));
+    counts = compute(queue, Dtype::I32, {all},
+                     max(0, load(counts, index()) - (load(view.first, s + 1) - load(view.first, s))));
   }
   clock.reset();
   Clock select(times.select);
@@ -475,11 +509,13 @@ void Session::Impl::evict_all(int p, Phase phase) {
   for (int l = 0; l < m.layers; ++l) {
     if (!policy.layers.holds(l, m.layers)) continue;
     LayerView& view = views.emplace_back(m, queue, l, phase);
-    view.step = step, view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get(), view.state = states[size_t(p)].get();
+    view.step = step, view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get(),
+    view.state = states[size_t(p)].get();
     scores.push_back(policy.score(view));
   }
   if (scores.empty()) return;
-  const Tensor counts = policy.allocate({.queue = queue, .model = m, .first_layer = views[0].layer, .scores = scores, .prompt = prompt, .budget = policy.kept()});
+  const Tensor counts = policy.allocate(
+      {.queue = queue, .model = m, .first_layer = views[0].layer, .scores = scores, .prompt = prompt, .budget = policy.kept()});
   clock.reset();
   Clock select(times.select);
   for (size_t i = 0; i < views.size(); ++i) evict(views[i], scores[i], counts.select(0, int64_t(i)), policy.heads);
@@ -514,7 +550,8 @@ void Session::Impl::emit(Batch& batch, Tensor x, Logits want, const std::functio
     return;
   }
   Scratch scope(queue.scratch);
-  if (!logits_out || logits_out->size[0] != options.sequences) logits_out = Buffer(Dtype::F32, {options.sequences, vocabulary});
+  if (!logits_out || logits_out->size[0] != options.sequences)
+    logits_out = Buffer(Dtype::F32, {options.sequences, vocabulary});
   const Tensor last = queue.scratch.take(Dtype::F32, {options.sequences, info().hidden});
   queue.fill(last, 0);
   for (int64_t s = 0, row = 0; s < options.sequences; ++s) {
@@ -532,7 +569,8 @@ Session::~Session() = default;
 Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Logits want,
                         const std::function<void(int64_t, Tensor)>& visit) {
   Impl& m = *impl_;
-  require(int(tokens.size()) == m.options.sequences, "prefill", std::to_string(tokens.size()) + " texts for " + std::to_string(m.options.sequences) + " sequences");
+  require(int(tokens.size()) == m.options.sequences, "prefill",
+          std::to_string(tokens.size()) + " texts for " + std::to_string(m.options.sequences) + " sequences");
   int64_t longest = 0;
   for (const auto& span : tokens) longest = std::max(longest, int64_t(span.size()));
   if (longest == 0) return {};
@@ -552,7 +590,8 @@ Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Log
       }
       const bool last = a + chunk >= longest;
       auto shifted = [&](int64_t first, Tensor y) { visit(rows + first, y); };
-      const std::function<void(int64_t, Tensor)> shifted_visit = visit ? std::function<void(int64_t, Tensor)>(shifted) : nullptr;
+      const std::function<void(int64_t, Tensor)> shifted_visit = visit ? std::function<void(int64_t, Tensor)>(shifted)
+                                                                       : nullptr;
       m.feed(part, fresh && a == 0 && last ? Phase::Prompt : Phase::Chunk, last, last ? want : Logits::None, shifted_visit);
       for (const auto& span : part) rows += int64_t(span.size());
     }
@@ -566,7 +605,8 @@ Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Log
 
 Tensor Session::decode(std::span<const int32_t> tokens) {
   Impl& m = *impl_;
-  require(int(tokens.size()) == m.options.sequences, "decode", std::to_string(tokens.size()) + " tokens for " + std::to_string(m.options.sequences) + " sequences");
+  require(int(tokens.size()) == m.options.sequences, "decode",
+          std::to_string(tokens.size()) + " tokens for " + std::to_string(m.options.sequences) + " sequences");
   std::vector<std::span<const int32_t>> fed;
   bool any = false;
   for (const int32_t& token : tokens) {
@@ -617,7 +657,8 @@ std::vector<std::vector<double>> Session::read_tokens() const {
   std::vector<std::vector<double>> out;
   for (int l = 0; l < m.info().layers; ++l) {
     std::vector<double>& heads = out.emplace_back();
-    for (int h = 0; h < m.info().h; ++h) heads.push_back(m.reads_count ? reads->at<double>(l, h) / double(m.options.sequences) / double(m.reads_count) : 0.0);
+    for (int h = 0; h < m.info().h; ++h)
+      heads.push_back(m.reads_count ? reads->at<double>(l, h) / double(m.options.sequences) / double(m.reads_count) : 0.0);
   }
   return out;
 }

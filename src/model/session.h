@@ -13,9 +13,9 @@ namespace heed {
 struct SessionOptions {
   std::string attention = "dense";
   int sequences = 1;
-  int64_t ubatch = 512;    // rows of a tile inside a layer: bounds scratch, changes nothing else
-  int64_t chunk = 0;       // > 0: prompts are fed in parts of so many tokens; mechanisms then plan for each part
-  PageType k = {}, v = {};  // how the store keeps entries; BF16 unless said
+  int64_t ubatch = 512;          // rows of a tile inside a layer: bounds scratch, changes nothing else
+  int64_t chunk = 0;             // > 0: prompts are fed in parts of so many tokens; mechanisms then plan for each part
+  PageType k = {}, v = {};       // how the store keeps entries; BF16 unless said
   std::string backend = "auto";  // auto, cpu, reference, or the name of a kernel table
   int device = 0;                // which of a backend's devices
 };
@@ -52,7 +52,9 @@ class Session final {
   Tensor prefill(const std::vector<std::span<const int32_t>>& tokens, Logits want = Logits::Last,
                  const std::function<void(int64_t first, Tensor logits)>& visit = {});
   /// One sequence.
-  Tensor prefill(std::span<const int32_t> tokens, Logits want = Logits::Last) { return prefill(std::vector{tokens}, want); }
+  Tensor prefill(std::span<const int32_t> tokens, Logits want = Logits::Last) {
+    return prefill(std::vector{tokens}, want);
+  }
   /// One new token for each sequence (−1: none, its row of logits is zero) → F32 [sequences, vocabulary].
   Tensor decode(std::span<const int32_t> tokens);
   Tensor decode(int32_t token) { return decode(std::span(&token, 1)); }

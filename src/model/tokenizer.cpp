@@ -137,7 +137,9 @@ int32_t Tokenizer::eot() const { return state_->vocabulary.eot; }
 int32_t Tokenizer::unknown() const { return state_->vocabulary.unknown; }
 bool Tokenizer::add_bos() const { return state_->vocabulary.add_bos; }
 bool Tokenizer::add_eos() const { return state_->vocabulary.add_eos; }
-bool Tokenizer::is_end(int32_t id) const { return id >= 0 && int64_t(id) < size() && state_->vocabulary.end[size_t(id)]; }
+bool Tokenizer::is_end(int32_t id) const {
+  return id >= 0 && int64_t(id) < size() && state_->vocabulary.end[size_t(id)];
+}
 bool Tokenizer::is_control(int32_t id) const {
   return id >= 0 && int64_t(id) < size() && state_->vocabulary.kind[size_t(id)] == TokenKind::Control;
 }

@@ -36,13 +36,13 @@ class Tokenizer {
   std::string decode(std::span<const int32_t> ids, bool special = false) const;
 
   int64_t size() const;
-  int32_t bos() const;      // −1: none, as below
+  int32_t bos() const;  // −1: none, as below
   int32_t eos() const;
-  int32_t eot() const;      // end of a turn
+  int32_t eot() const;  // end of a turn
   int32_t unknown() const;
-  bool add_bos() const;     // the model expects prompts to begin with BOS
+  bool add_bos() const;  // the model expects prompts to begin with BOS
   bool add_eos() const;
-  bool is_end(int32_t id) const;      // generation stops here
+  bool is_end(int32_t id) const;  // generation stops here
   bool is_control(int32_t id) const;
   /// The id of a token by its text as in the file (control tokens included); −1 when there is none.
   int32_t find(std::string_view text) const;

@@ -59,14 +59,16 @@ Result<Bpe> Bpe::from(const Gguf& file, const Vocabulary& vocabulary, Splitter s
   out.symbols_.reserve(vocabulary.size());
   std::string bytes, right;
   for (size_t i = 0; i < vocabulary.size(); ++i) {
-    if (vocabulary.plain(i) && bytes_of(vocabulary.text[i], bytes) && !bytes.empty()) out.symbols_.emplace(bytes, int32_t(i));
+    if (vocabulary.plain(i) && bytes_of(vocabulary.text[i], bytes) && !bytes.empty())
+      out.symbols_.emplace(bytes, int32_t(i));
   }
   for (int byte = 0; byte < 256; ++byte) out.byte_symbol_[byte] = out.symbol(std::string(1, char(byte)));
   out.merges_.reserve(merges->size());
   for (size_t rank = 0; rank < merges->size(); ++rank) {
     const std::string_view line = (*merges)[rank];
     const size_t space = line.find(' ', 1);
-    if (space == line.npos || !bytes_of(line.substr(0, space), bytes) || !bytes_of(line.substr(space + 1), right)) continue;
+    if (space == line.npos || !bytes_of(line.substr(0, space), bytes) || !bytes_of(line.substr(space + 1), right))
+      continue;
     if (bytes.empty() || right.empty()) continue;
     const Pair pair{out.symbol(bytes), out.symbol(right)};
     out.merges_.try_emplace(pair, Merge{int32_t(rank), out.symbol(bytes + right)});

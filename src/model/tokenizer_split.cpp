@@ -18,8 +18,8 @@ namespace {
 #define AFTER_LETTERS(NUMBER, MARK) \
   NUMBER "| ?[^" SPACE "\\p{L}" MARK "\\p{N}]+[\\r\\n]*|[" SPACE "]*[\\r\\n]+|" SPACES_BEFORE_WORD "|[" SPACE "]+"
 
-constexpr const char* kGpt2 =
-    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^" SPACE "\\p{L}\\p{N}]+|" SPACES_BEFORE_WORD;
+constexpr const char* kGpt2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^" SPACE
+                              "\\p{L}\\p{N}]+|" SPACES_BEFORE_WORD;
 constexpr const char* kLlama3 = CONTRACTION "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" AFTER_LETTERS("\\p{N}{1,3}", "");
 constexpr const char* kQwen2 = CONTRACTION "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" AFTER_LETTERS("\\p{N}", "");
 constexpr const char* kQwen35 = CONTRACTION "|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|" AFTER_LETTERS("\\p{N}", "\\p{M}");
@@ -33,9 +33,9 @@ struct Known {
 const std::vector<Known>& known() {
   static const std::vector<Known> all = {
       {{"default", ""}, {"[\\p{P}$+<=>^~|]+", kGpt2, "\\p{N}+", "[0-9][0-9][0-9]"}},
-      {{"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de",
-        "jina-v1-en", "jina-v2-code", "roberta-bpe", "exaone4", "modern-bert", "mellum", "a.x-4.0", "gigachat",
-        "granite-docling"},
+      {{"gpt-2",   "gpt2",        "phi-2",      "mpt",        "olmo",       "jais",           "trillion",
+        "jina-es", "jina-de",     "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code",   "roberta-bpe",
+        "exaone4", "modern-bert", "mellum",     "a.x-4.0",    "gigachat",   "granite-docling"},
        {kGpt2}},
       {{"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}, {"\\p{N}", kGpt2}},
       {{"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"}, {kLlama3}, true, true},
@@ -75,7 +75,8 @@ struct Splitter::Pattern {
   explicit Pattern(const char* text) {
     int error;
     PCRE2_SIZE at;
-    code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text), PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP, &error, &at, nullptr);
+    code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text), PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP, &error, &at,
+                         nullptr);
     if (!code) throw Error(Code::Internal, "Splitter", "pattern '" + std::string(text) + "': " + message(error));
     pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // without JIT support the interpreter does the same, slower
   }
@@ -96,7 +97,8 @@ Result<Splitter> Splitter::named(std::string_view name) {
     }
     names += (names.empty() ? "" : ", ") + std::string(entry.names[0]);
   }
-  return fail(Code::Unsupported, "tokenizer.ggml.pre", "pre-tokenizer '" + std::string(name.substr(0, 80)) + "' is not known",
+  return fail(Code::Unsupported, "tokenizer.ggml.pre",
+              "pre-tokenizer '" + std::string(name.substr(0, 80)) + "' is not known",
               "known are " + names + " and others that split alike");
 }
 
@@ -114,8 +116,8 @@ void Splitter::split(size_t stage, std::string_view text, void* memory, Function
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   size_t done = 0, from = 0;
   while (from < text.size()) {
-    const int found = pcre2_match(stages_[stage]->code, subject, text.size(), from, PCRE2_NO_UTF_CHECK, scratch.match.get(),
-                                  scratch.context.get());
+    const int found = pcre2_match(stages_[stage]->code, subject, text.size(), from, PCRE2_NO_UTF_CHECK,
+                                  scratch.match.get(), scratch.context.get());
     if (found == PCRE2_ERROR_NOMATCH) break;
     if (found < 0) throw Error(Code::Internal, "Splitter", message(found));
     const PCRE2_SIZE* range = pcre2_get_ovector_pointer(scratch.match.get());

@@ -32,7 +32,8 @@ struct Candidate {
 
 int Spm::byte_of(std::string_view text) {
   const auto digit = [](char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1; };
-  if (text.size() != 6 || !text.starts_with("<0x") || text[5] != '>' || digit(text[3]) < 0 || digit(text[4]) < 0) return -1;
+  if (text.size() != 6 || !text.starts_with("<0x") || text[5] != '>' || digit(text[3]) < 0 || digit(text[4]) < 0)
+    return -1;
   return digit(text[3]) * 16 + digit(text[4]);
 }
 
@@ -54,7 +55,8 @@ Spm::Spm(const Vocabulary& vocabulary) : vocabulary_(&vocabulary) {
 void Spm::encode(std::string_view text, bool space_before, std::vector<int32_t>& out) const {
   std::string escaped(space_before ? kSpaceMark : "");
   for (const char c : text) {
-    if (c == ' ') escaped += kSpaceMark; else escaped += c;
+    if (c == ' ') escaped += kSpaceMark;
+    else escaped += c;
   }
   require(escaped.size() < size_t(std::numeric_limits<int32_t>::max()), "Tokenizer::encode", "text of 2 GiB or more",
           "give it in parts");

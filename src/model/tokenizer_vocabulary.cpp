@@ -9,18 +9,18 @@ namespace {
 
 // Converters leave the kind of these out or wrong often enough that every engine knows them by name.
 constexpr std::string_view kTurnEnds[] = {
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
-    "<EOT>", "_<EOT>", "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>",
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>",         "<|endoftext|>",      "<|end_of_text|>",
+    "<EOT>",      "_<EOT>",     "[EOT]",   "<｜end▁of▁sentence｜>", "<end_of_utterance>",
 };
 constexpr std::string_view kOtherEnds[] = {
-    "<|eom_id|>", "<|return|>", "<|call|>", "</s>", "[EOS]", "<eos>",
-    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",                        // padding of fill-in-the-middle
+    "<|eom_id|>",   "<|return|>",    "<|call|>",   "</s>",   "[EOS]",      "<eos>",
+    "<|fim_pad|>",  "<fim-pad>",     "<fim_pad>",  "<PAD>",  "[PAD]",  // padding of fill-in-the-middle
     "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",  // a new repository or file
 };
 constexpr std::string_view kOtherControls[] = {
     "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
-    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",
-    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",
+    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>",  "<SUF>", "▁<SUF>",
+    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>",   "<MID>", "▁<MID>",
 };
 
 bool among(std::string_view text, std::span<const std::string_view> names) {
@@ -72,7 +72,11 @@ Result<Vocabulary> Vocabulary::read(const Gguf& file, bool sentencepiece, bool a
     for (size_t i = 0; i < size; ++i) out.score[i] = (*scores)[i] == (*scores)[i] ? (*scores)[i] : 0.0f;
   }
 
-  const struct { const char* key; int32_t absent; int32_t Vocabulary::*field; } ids[] = {
+  const struct {
+    const char* key;
+    int32_t absent;
+    int32_t Vocabulary::* field;
+  } ids[] = {
       {"tokenizer.ggml.bos_token_id", sentencepiece ? 1 : 11, &Vocabulary::bos},
       {"tokenizer.ggml.eos_token_id", sentencepiece ? 2 : 11, &Vocabulary::eos},
       {"tokenizer.ggml.unknown_token_id", sentencepiece ? 0 : -1, &Vocabulary::unknown},
@@ -83,7 +87,11 @@ Result<Vocabulary> Vocabulary::read(const Gguf& file, bool sentencepiece, bool a
     if (!value) return tl::unexpected<Failure>(value.error());
     out.*id.field = *value;
   }
-  const struct { const char* key; bool absent; bool Vocabulary::*field; } flags[] = {
+  const struct {
+    const char* key;
+    bool absent;
+    bool Vocabulary::* field;
+  } flags[] = {
       {"tokenizer.ggml.add_bos_token", add_bos, &Vocabulary::add_bos},
       {"tokenizer.ggml.add_eos_token", false, &Vocabulary::add_eos},
       {"tokenizer.ggml.add_space_prefix", sentencepiece, &Vocabulary::add_space_prefix},

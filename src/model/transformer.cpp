@@ -14,19 +14,22 @@ void tiles(int64_t rows, int64_t tile, Body body) {
 
 }  // namespace
 
-void project(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, Tensor x, int64_t tile, Tensor q, Tensor k, Tensor v) {
+void project(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, Tensor x,
+             int64_t tile, Tensor q, Tensor k, Tensor v) {
   const Kernels& run = *queue.run;
   const LayerWeights& w = weights.layers[size_t(layer)];
   tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
     Scratch scope(queue.scratch);
     Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
     run.rms_norm(queue, x.slice(0, a, b), w.attn_norm, architecture.norm_eps, normed);
-    const Linear each[] = {{w.q, w.q_bias, q.slice(0, a, b)}, {w.k, w.k_bias, k.slice(0, a, b)}, {w.v, w.v_bias, v.slice(0, a, b)}};
+    const Linear each[] = {
+        {w.q, w.q_bias, q.slice(0, a, b)}, {w.k, w.k_bias, k.slice(0, a, b)}, {w.v, w.v_bias, v.slice(0, a, b)}};
     run.matmul_each(queue, std::span(each), normed);
   });
 }
 
-void finish(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, const Ragged& out, Tensor first, int64_t tile, Tensor x) {
+void finish(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, const Ragged& out,
+            Tensor first, int64_t tile, Tensor x) {
   const Kernels& run = *queue.run;
   const LayerWeights& w = weights.layers[size_t(layer)];
   const float eps = architecture.norm_eps;
@@ -59,8 +62,7 @@ void logits(Queue& queue, const ModelWeights& weights, const Architecture& archi
   Tensor normed = queue.scratch.take(Dtype::F32, {x.size[0], x.size[1]});
   run.rms_norm(queue, x, weights.final_norm, architecture.norm_eps, normed);
   run.matmul(queue, weights.output, normed, {}, false, y);
-  if (const float cap = architecture.final_softcap; cap > 0)
-    compute(queue, cap * tanh(load(y, index()) / cap), y);
+  if (const float cap = architecture.final_softcap; cap > 0) compute(queue, cap * tanh(load(y, index()) / cap), y);
 }
 
 }  // namespace heed

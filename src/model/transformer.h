@@ -6,11 +6,13 @@
 namespace heed {
 
 /// q [T, h·d], k [T, g·d], v [T, g·d_v] (F32) of x [T, hidden], `tile` rows at a time.
-void project(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor x, int64_t tile, Tensor q, Tensor k, Tensor v);
+void project(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor x, int64_t tile, Tensor q, Tensor k,
+             Tensor v);
 
 /// x += the layer's output matrix · attention (head-major Ragged out, F32; first: I64 [sequences + 1] token offsets),
 /// then x += its feed-forward part.
-void finish(Queue&, const ModelWeights&, const Architecture&, int layer, const Ragged& out, Tensor first, int64_t tile, Tensor x);
+void finish(Queue&, const ModelWeights&, const Architecture&, int layer, const Ragged& out, Tensor first, int64_t tile,
+            Tensor x);
 
 /// Logits F32 [R, vocabulary] of the rows x [R, hidden].
 void logits(Queue&, const ModelWeights&, const Architecture&, Tensor x, Tensor y);

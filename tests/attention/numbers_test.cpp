@@ -67,7 +67,8 @@ TEST_P(Numbers, RowsOfSegmentsKnowWhereTheyAre) {
   for (int64_t r = 0; r < 400; ++r) {
     double want = -1;
     for (int s = 0; s < 3; ++s)
-      if (r >= offsets[size_t(s)] && r < ends[size_t(s)]) want = s * 1e6 + double(ends[size_t(s)] - offsets[size_t(s)]) * 1e3 + double(r - offsets[size_t(s)]);
+      if (r >= offsets[size_t(s)] && r < ends[size_t(s)])
+        want = s * 1e6 + double(ends[size_t(s)] - offsets[size_t(s)]) * 1e3 + double(r - offsets[size_t(s)]);
     EXPECT_EQ(got[size_t(r)], float(want)) << r;
   }
   const Tensor wide = compute(queue, Dtype::I32, {5, 300}, place() * 1000 + channel() + index() * 0);
@@ -138,7 +139,8 @@ TEST_P(Numbers, TilesReadWhatTheirQueriesDo) {
           last = entries[size_t(e)];
           for (int j = 0; j < plan.k_tile; ++j) {
             const int32_t mask = masks[size_t(e)];
-            if (mask < 0 || bits[size_t(mask) * 64 + size_t(r - first[size_t(t)])] >> j & 1) keys.insert(last * plan.k_tile + j);
+            if (mask < 0 || bits[size_t(mask) * 64 + size_t(r - first[size_t(t)])] >> j & 1)
+              keys.insert(last * plan.k_tile + j);
           }
         }
         EXPECT_EQ(keys, expected) << block << " tile " << t << " row " << r;
@@ -168,12 +170,14 @@ TEST_P(Numbers, PairsAreThoseOfThePlan) {
     for (auto scope : {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer})
       for (int64_t window : {0, 31}) {
         Plan plan;
-        plan.form = form, plan.scope = scope, plan.q_tile = 6, plan.k_tile = form == Plan::Form::Blocks ? 8 : 1, plan.causal = window == 0;
+        plan.form = form, plan.scope = scope, plan.q_tile = 6, plan.k_tile = form == Plan::Form::Blocks ? 8 : 1,
+        plan.causal = window == 0;
         const int64_t heads = scope_heads(scope, h, g), rows = heads * (4 + 0 + 2);
         std::vector<int64_t> rowptr{0};
         std::vector<int32_t> index;
         for (int64_t r = 0; r < rows && form != Plan::Form::Dense; ++r) {
-          for (int32_t j = int32_t(random.below(4)); j < (form == Plan::Form::Blocks ? 9 : 60); j += 1 + int32_t(random.below(9))) {
+          for (int32_t j = int32_t(random.below(4)); j < (form == Plan::Form::Blocks ? 9 : 60);
+               j += 1 + int32_t(random.below(9))) {
             index.push_back(j);
             if (form == Plan::Form::Interval) index.push_back(j += int32_t(random.below(6)));
           }
@@ -181,11 +185,13 @@ TEST_P(Numbers, PairsAreThoseOfThePlan) {
         }
         Mods mods;
         mods.window = window;
-        mods.q_pos = Tensor(q_pos.data(), Dtype::I32, {int64_t(q_pos.size())}), mods.k_pos = Tensor(k_pos.data(), Dtype::I32, {int64_t(k_pos.size())});
+        mods.q_pos = Tensor(q_pos.data(), Dtype::I32, {int64_t(q_pos.size())}),
+        mods.k_pos = Tensor(k_pos.data(), Dtype::I32, {int64_t(k_pos.size())});
         Plan there = plan;
         if (form != Plan::Form::Dense) {
           plan.rowptr = Tensor(rowptr.data(), Dtype::I64, {rows + 1});
-          plan.index = form == Plan::Form::Interval ? Tensor(index.data(), Dtype::I32, {rowptr.back(), 2}) : Tensor(index.data(), Dtype::I32, {rowptr.back()});
+          plan.index = form == Plan::Form::Interval ? Tensor(index.data(), Dtype::I32, {rowptr.back(), 2})
+                                                    : Tensor(index.data(), Dtype::I32, {rowptr.back()});
           there.rowptr = queue.upload(rowptr), there.index = queue.upload(plan.index);
         }
         Mods placed = mods;
@@ -197,7 +203,8 @@ TEST_P(Numbers, PairsAreThoseOfThePlan) {
         for (int64_t head = 0; head < h; ++head) {
           double expected = 0;
           for (int64_t s = 0; s < 3; ++s)
-            each_interval(plan, q, k, mods, s, head, [&](int64_t, int64_t begin, int64_t end) { expected += double(end - begin); });
+            each_interval(plan, q, k, mods, s, head,
+                          [&](int64_t, int64_t begin, int64_t end) { expected += double(end - begin); });
           EXPECT_EQ(got[size_t(head)], expected) << int(form) << " " << int(scope) << " window " << window;
         }
       }

@@ -25,7 +25,8 @@ std::string refused(const std::string& text, Code* code = nullptr) {
 }
 
 TEST(Spec, TakesTextApart) {
-  const auto specs = value_or_throw(parse_spec(" xattention( threshold = 0.9 , layers=[0-3, 7] ) +adakv(snapkv(budget=10%), alpha=0.5)+ h2o()"));
+  const auto specs = value_or_throw(
+      parse_spec(" xattention( threshold = 0.9 , layers=[0-3, 7] ) +adakv(snapkv(budget=10%), alpha=0.5)+ h2o()"));
   ASSERT_EQ(specs.size(), 3u);
   EXPECT_EQ(specs[0].name, "xattention");
   EXPECT_EQ(specs[0].settings[0].key, "threshold");
@@ -38,7 +39,8 @@ TEST(Spec, TakesTextApart) {
 }
 
 TEST(Spec, TextParsesToItself) {
-  for (const char* text : {"dense", "quest(budget=512)", "adakv(snapkv(budget=0.5,when=every(4)),alpha=0)+xattention(layers=2-)+ring(ranks=2)"}) {
+  for (const char* text : {"dense", "quest(budget=512)",
+                           "adakv(snapkv(budget=0.5,when=every(4)),alpha=0)+xattention(layers=2-)+ring(ranks=2)"}) {
     const auto once = value_or_throw(parse_spec(text));
     std::string joined;
     for (const Spec& s : once) joined += (joined.empty() ? "" : "+") + s.text();
@@ -47,11 +49,20 @@ TEST(Spec, TextParsesToItself) {
 }
 
 TEST(Spec, ErrorsPointAtTheCharacter) {
-  for (const auto& [text, at] : {std::pair{"snapkv(budget=3", 7}, {"snapkv(budget=)", 15}, {"snapkv)(", 7}, {"+snapkv", 1}, {"snapkv+", 8}, {"snapkv(=3)", 8},
-                                 {"a(b=[1,2)", 9}, {"snapkv budget", 8}, {"h2o(budget=1,)", 14}, {"h2o(\xff)", 5}}) {
+  for (const auto& [text, at] : {std::pair{"snapkv(budget=3", 7},
+                                 {"snapkv(budget=)", 15},
+                                 {"snapkv)(", 7},
+                                 {"+snapkv", 1},
+                                 {"snapkv+", 8},
+                                 {"snapkv(=3)", 8},
+                                 {"a(b=[1,2)", 9},
+                                 {"snapkv budget", 8},
+                                 {"h2o(budget=1,)", 14},
+                                 {"h2o(\xff)", 5}}) {
     const auto out = parse_spec(text);
     ASSERT_FALSE(out.has_value()) << text;
-    EXPECT_NE(out.error().where.find("character " + std::to_string(at) + " "), std::string::npos) << text << ": " << out.error().text();
+    EXPECT_NE(out.error().where.find("character " + std::to_string(at) + " "), std::string::npos)
+        << text << ": " << out.error().text();
   }
 }
 
@@ -66,12 +77,18 @@ TEST(Spec, NamesTheNearest) {
 }
 
 TEST(Spec, ValuesAreChecked) {
-  for (const auto& [text, word] : {std::pair{"snapkv(budget=0)", "budget"}, {"snapkv(budget=1.5)", "budget"}, {"snapkv(budget=-3)", "budget"}, {"snapkv(budget=1e400)", "budget"},
-                                   {"snapkv(window=0)", "window"}, {"snapkv(window=2.5)", "window"}, {"snapkv(window=nan)", "window"}, {"snapkv(pool=min)", "avg, max"},
-                                   {"snapkv(when=later)", "every(n)"}, {"snapkv(when=every(0))", "every(n)"}, {"snapkv(budget=64,budget=65)", "twice"},
-                                   {"adakv", "exactly one"}, {"adakv(snapkv,h2o)", "exactly one"}, {"adakv(quest)", "no keep policy"}, {"snapkv(h2o)", "holds no other"},
-                                   {"adakv(snapkv(layers=1))", "outermost"}, {"snapkv(layers=9)", "layer 9"}, {"snapkv(heads=2)", "KV heads"}, {"moba(heads=4)", "query heads"},
-                                   {"snapkv(layers=3-1)", "ends before"}, {"snapkv(layers=x)", "layers"}, {"quest(page=24)", "page"}, {"tova(force_last=maybe)", "true"}})
+  for (const auto& [text, word] : {std::pair{"snapkv(budget=0)", "budget"},  {"snapkv(budget=1.5)", "budget"},
+                                   {"snapkv(budget=-3)", "budget"},          {"snapkv(budget=1e400)", "budget"},
+                                   {"snapkv(window=0)", "window"},           {"snapkv(window=2.5)", "window"},
+                                   {"snapkv(window=nan)", "window"},         {"snapkv(pool=min)", "avg, max"},
+                                   {"snapkv(when=later)", "every(n)"},       {"snapkv(when=every(0))", "every(n)"},
+                                   {"snapkv(budget=64,budget=65)", "twice"}, {"adakv", "exactly one"},
+                                   {"adakv(snapkv,h2o)", "exactly one"},     {"adakv(quest)", "no keep policy"},
+                                   {"snapkv(h2o)", "holds no other"},        {"adakv(snapkv(layers=1))", "outermost"},
+                                   {"snapkv(layers=9)", "layer 9"},          {"snapkv(heads=2)", "KV heads"},
+                                   {"moba(heads=4)", "query heads"},         {"snapkv(layers=3-1)", "ends before"},
+                                   {"snapkv(layers=x)", "layers"},           {"quest(page=24)", "page"},
+                                   {"tova(force_last=maybe)", "true"}})
     EXPECT_NE(refused(text).find(word), std::string::npos) << text << " → " << refused(text);
 }
 
@@ -117,7 +134,8 @@ TEST(Spec, RangesHoldWhatTheySay) {
   EXPECT_EQ(in("last"), "000001");
   EXPECT_EQ(in("[0, 3-4,last]"), "100111");
   EXPECT_EQ(in("4-last"), "000011");
-  for (const char* bad : {"-", "[", "[]", "1--2", "1,,2", "last-2", "99999999999", "1-2-3"}) EXPECT_FALSE(Range::parse(bad).has_value()) << bad;
+  for (const char* bad : {"-", "[", "[]", "1--2", "1,,2", "last-2", "99999999999", "1-2-3"})
+    EXPECT_FALSE(Range::parse(bad).has_value()) << bad;
 }
 
 TEST(Spec, BudgetsRoundDown) {
@@ -144,7 +162,8 @@ class Profile : public testing::Test {
 
 TEST_F(Profile, NamesLayersBesideItsSpecs) {
   EXPECT_EQ(composed(write(R"j({"attention": "quest(budget=64)+snapkv"})j")).parts().size(), 2u);
-  const Composition c = composed(write(R"j({"attention": [{"spec": "snapkv(budget=64)", "layers": "0-2"}, {"spec": "h2o+quest", "layers": [3, "4-"], "heads": 1}]})j"));
+  const Composition c = composed(write(
+      R"j({"attention": [{"spec": "snapkv(budget=64)", "layers": "0-2"}, {"spec": "h2o+quest", "layers": [3, "4-"], "heads": 1}]})j"));
   EXPECT_EQ(c.owner(Role::Keep, 2), 0);
   EXPECT_EQ(c.owner(Role::Keep, 5), 1);
   EXPECT_EQ(c.owner(Role::Read, 2), -1);
@@ -154,10 +173,15 @@ TEST_F(Profile, NamesLayersBesideItsSpecs) {
 
 TEST_F(Profile, ErrorsSayWhatIsWrong) {
   EXPECT_NE(refused("@/nowhere/at/all.json").find("cannot be opened"), std::string::npos);
-  for (const auto& [text, word] : {std::pair{"{", "not JSON"}, {"[]", "attention"}, {R"j({"attention": 3})j", "neither"}, {R"j({"attention": [{}]})j", "spec"},
-                                   {R"j({"attention": "@other.json"})j", "another profile"}, {R"j({"attention": "snapvk"})j", "snapkv"},
-                                   {R"j({"attention": [{"spec": "snapkv(layers=1)", "layers": "2"}]})j", "leave one out"},
-                                   {R"j({"attention": [{"spec": "snapkv", "layers": [[1]]}]})j", "list inside a list"}})
+  for (const auto& [text, word] :
+       {std::pair{"{", "not JSON"},
+        {"[]", "attention"},
+        {R"j({"attention": 3})j", "neither"},
+        {R"j({"attention": [{}]})j", "spec"},
+        {R"j({"attention": "@other.json"})j", "another profile"},
+        {R"j({"attention": "snapvk"})j", "snapkv"},
+        {R"j({"attention": [{"spec": "snapkv(layers=1)", "layers": "2"}]})j", "leave one out"},
+        {R"j({"attention": [{"spec": "snapkv", "layers": [[1]]}]})j", "list inside a list"}})
     EXPECT_NE(refused(write(text)).find(word), std::string::npos) << text << " → " << refused(write(text));
 }
 
@@ -172,7 +196,8 @@ TEST(Registry, EveryEntryIsWhole) {
       last = e.name;
     }
     if (e.kind != "mechanism") continue;
-    auto made = make_mechanism({e.wrapper ? value_or_throw(parse_spec(e.name + "(snapkv)"))[0] : Spec{e.name, {}, {}, 0}}, registry());
+    auto made = make_mechanism(
+        {e.wrapper ? value_or_throw(parse_spec(e.name + "(snapkv)"))[0] : Spec{e.name, {}, {}, 0}}, registry());
     ASSERT_TRUE(made.has_value()) << made.error().text();
     EXPECT_TRUE(e.identity.empty() || Composition::parse(e.identity, model(), registry()).has_value()) << e.identity;
     for (const ParamInfo& p : e.params) EXPECT_FALSE(p.help.empty() || p.range.empty()) << e.name << " " << p.name;

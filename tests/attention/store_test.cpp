@@ -27,7 +27,9 @@ class Stores : public testing::TestWithParam<const char*> {
     o.k.kind = o.v.kind = PageType::Kind::F32;
     return o;
   }
-  Mirror empty() const { return {std::vector<std::vector<std::pair<int32_t, float>>>(g * sequences), std::vector<int64_t>(sequences, 0)}; }
+  Mirror empty() const {
+    return {std::vector<std::vector<std::pair<int32_t, float>>>(g * sequences), std::vector<int64_t>(sequences, 0)};
+  }
 
   void append(Queue& q, Store& store, Mirror& mirror, std::vector<int64_t> rows) {
     const Scratch scope(q.scratch);
@@ -117,7 +119,8 @@ TEST_P(Stores, HoldWhatWasLeftInThem) {
     if (round % 5 == 4) {
       store.truncate(queue, 0, mirror.next[0] - 20);
       mirror.next[0] -= 20;
-      for (int head = 0; head < g; ++head) std::erase_if(mirror.held[size_t(head)], [&](const auto& e) { return e.first >= mirror.next[0]; });
+      for (int head = 0; head < g; ++head)
+        std::erase_if(mirror.held[size_t(head)], [&](const auto& e) { return e.first >= mirror.next[0]; });
     }
     check(queue, store, mirror);
   }
@@ -146,7 +149,8 @@ TEST_P(Stores, ForksGoTheirOwnWay) {
     Store& left = original_first ? *fork : *store;
     Mirror& its = original_first ? other : mirror;
     Queue& on = original_first ? beside : queue;
-    for (int round = 0; round < 3; ++round) append(on, left, its, {90, 90, 90}), evict(on, left, its, 100), check(on, left, its);
+    for (int round = 0; round < 3; ++round)
+      append(on, left, its, {90, 90, 90}), evict(on, left, its, 100), check(on, left, its);
   }
 }
 
@@ -161,10 +165,12 @@ TEST_P(Stores, PagesTurnToAnotherLayoutAndBack) {
   append(queue, store, mirror, {300, 64, 10});
   const int64_t before = store.bytes();
   const Num old = floor_div(load(store.layer(0).pages().length, index()), 64);
-  const Tensor first = compute(queue, Dtype::I32, {g * sequences}, 0), last = compute(queue, Dtype::I32, {g * sequences}, old);
+  const Tensor first = compute(queue, Dtype::I32, {g * sequences}, 0),
+               last = compute(queue, Dtype::I32, {g * sequences}, old);
   store.layer(0).convert(queue, first, last, 1, g * 5);
   store.layer(0).convert(queue, first, last, 1, g * 5);  // twice is once
-  const int64_t turned = g * (4 + 1), exact = store.layer(0).pages().layouts[0].bytes, small = store.layer(0).pages().layouts[1].bytes;
+  const int64_t turned = g * (4 + 1), exact = store.layer(0).pages().layouts[0].bytes,
+                small = store.layer(0).pages().layouts[1].bytes;
   EXPECT_EQ(store.bytes(), before - turned * (exact - small));
   store.truncate(queue, 0, 100);
   EXPECT_EQ(store.bytes(), g * (small + exact + small + exact)) << "the page that is cut takes exact entries again";

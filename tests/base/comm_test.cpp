@@ -75,7 +75,9 @@ TEST_P(Ranks, AllToAllTransposes) {
 
 TEST_P(Ranks, AllReduceAddsInRankOrderToTheBit) {
   const int size = GetParam();
-  const auto value = [](int rank, int i) { return float(Random(uint64_t(rank * 1000 + i)).normal() * std::pow(10.0, i % 9 - 4)); };
+  const auto value = [](int rank, int i) {
+    return float(Random(uint64_t(rank * 1000 + i)).normal() * std::pow(10.0, i % 9 - 4));
+  };
   for (int count : {0, 1, 3, 64, 1001}) {
     std::atomic<int64_t> sent{0};
     run_ranks(size, [&](Comm& comm) {
@@ -182,9 +184,7 @@ TEST(Comm, OneRankThatThrowsFreesTheOthers) {
         }
       });
       FAIL() << "nothing was thrown";
-    } catch (const std::runtime_error& e) {
-      EXPECT_STREQ(e.what(), "the cause");
-    }
+    } catch (const std::runtime_error& e) { EXPECT_STREQ(e.what(), "the cause"); }
     EXPECT_EQ(told.load(), 3);
   }
 }

@@ -107,11 +107,11 @@ TEST(Ragged, EndsMayLeaveGaps) {
 }
 
 TEST(Bf16, RoundsToNearestEven) {
-  EXPECT_EQ(bf16(1.0f + 0x1.0p-8f).bits, bf16(1.0f).bits);                    // a tie goes to the even neighbour
-  EXPECT_EQ(float(bf16(1.0f + 0x3.0p-8f)), 1.0f + 0x1.0p-6f);                 // the other way round
+  EXPECT_EQ(bf16(1.0f + 0x1.0p-8f).bits, bf16(1.0f).bits);     // a tie goes to the even neighbour
+  EXPECT_EQ(float(bf16(1.0f + 0x3.0p-8f)), 1.0f + 0x1.0p-6f);  // the other way round
   EXPECT_EQ(float(bf16(1.0f + 0x1.0p-8f + 0x1.0p-20f)), 1.0f + 0x1.0p-7f);
   EXPECT_TRUE(std::isnan(float(bf16(std::numeric_limits<float>::quiet_NaN()))));
-  EXPECT_TRUE(std::isnan(float(bf16(std::bit_cast<float>(0x7f800001u)))));    // a NaN whose upper half alone is infinity
+  EXPECT_TRUE(std::isnan(float(bf16(std::bit_cast<float>(0x7f800001u)))));  // a NaN whose upper half alone is infinity
   EXPECT_TRUE(std::isinf(float(bf16(std::numeric_limits<float>::max()))));
   EXPECT_EQ(float(bf16(-0.0f)), 0.0f);
 }

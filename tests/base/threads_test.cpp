@@ -126,9 +126,10 @@ TEST_P(Threads, AnExceptionReachesTheCallerAndThePoolGoesOn) {
     parallel([&](int) { ++calls; });
     EXPECT_EQ(calls.load(), GetParam());
   }
-  EXPECT_THROW(parallel_for(100, [](int64_t i) {
-                 if (i % 7 == 3) throw std::runtime_error("index");
-               }),
+  EXPECT_THROW(parallel_for(100,
+                            [](int64_t i) {
+                              if (i % 7 == 3) throw std::runtime_error("index");
+                            }),
                std::runtime_error);
   EXPECT_THROW(parallel([](int) { parallel([](int) { throw std::logic_error("nested"); }); }), std::logic_error);
 }

@@ -28,9 +28,9 @@ TEST(Utf8, BrokenBytesAreReplaced) {
   const std::string r = "\uFFFD";
   EXPECT_EQ(valid_utf8("aé漢😀"), "aé漢😀");
   EXPECT_EQ(valid_utf8("\x80"), r);
-  EXPECT_EQ(valid_utf8("\xc0\x80"), r + r);              // overlong
-  EXPECT_EQ(valid_utf8("\xe0\x80\x80"), r + r + r);      // overlong
-  EXPECT_EQ(valid_utf8("\xed\xa0\x80"), r + r + r);      // a surrogate
+  EXPECT_EQ(valid_utf8("\xc0\x80"), r + r);                         // overlong
+  EXPECT_EQ(valid_utf8("\xe0\x80\x80"), r + r + r);                 // overlong
+  EXPECT_EQ(valid_utf8("\xed\xa0\x80"), r + r + r);                 // a surrogate
   EXPECT_EQ(valid_utf8("\xf4\x90\x80\x80x"), r + r + r + r + "x");  // past U+10FFFF
   EXPECT_EQ(valid_utf8("\xff\xfe"), r + r);
   EXPECT_EQ(valid_utf8("a\xe2\x82"), "a" + r + r);
@@ -57,7 +57,8 @@ TEST(Utf8, StreamsGiveTheSameHoweverCut) {
     for (size_t at = 0; at < text.size();) {
       const auto n = size_t(1 + random.below(5));
       const std::string part = stream.push(std::string_view(text).substr(at, n));
-      for (std::string_view rest = part; !rest.empty(); rest.remove_prefix(utf8_length(rest))) ASSERT_NE(utf8_length(rest), 0u);
+      for (std::string_view rest = part; !rest.empty(); rest.remove_prefix(utf8_length(rest)))
+        ASSERT_NE(utf8_length(rest), 0u);
       got += part;
       at += n;
     }

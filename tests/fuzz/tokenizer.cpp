@@ -43,8 +43,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string_view rest(reinterpret_cast<const char*>(data) + 1, size - 1);
   if (data[0] < 128) {
     static const Tokenizer sound[] = {
-        load("bpe.gguf", "default"), load("bpe.gguf", "gpt-2"),  load("bpe.gguf", "smollm"),        load("bpe.gguf", "llama-bpe"),
-        load("bpe.gguf", "qwen2"),   load("bpe.gguf", "qwen35"), load("bpe.gguf", "deepseek-coder"), load("spm.gguf", nullptr),
+        load("bpe.gguf", "default"),        load("bpe.gguf", "gpt-2"), load("bpe.gguf", "smollm"),
+        load("bpe.gguf", "llama-bpe"),      load("bpe.gguf", "qwen2"), load("bpe.gguf", "qwen35"),
+        load("bpe.gguf", "deepseek-coder"), load("spm.gguf", nullptr),
     };
     const size_t which = data[0] % std::size(sound);
     check(sound[which], rest, which < 7);

@@ -26,8 +26,11 @@ Gradients gradients(const Kernels& run, Queue& queue, const AttentionCase& c, co
   Poisoned out = c.out(), lse = c.lse();
   run.attend(queue, c.q, c.k, c.v, c.plan.plan, c.mods, out, lse);
   if (c.plan.plan.parts > 1) throw Error(Code::Internal, "test", "one part is meant");
-  const auto like = [](const RaggedData& of) { return Poisoned(Dtype::F32, {of.view.values.size[0], of.view.values.size[1]}); };
-  Gradients g{like(c.q), like(c.k), like(c.v), Poisoned(Dtype::F32, {c.k.view.values.size[0]}), Poisoned(Dtype::F32, {c.q.view.values.size[0]})};
+  const auto like = [](const RaggedData& of) {
+    return Poisoned(Dtype::F32, {of.view.values.size[0], of.view.values.size[1]});
+  };
+  Gradients g{like(c.q), like(c.k), like(c.v), Poisoned(Dtype::F32, {c.k.view.values.size[0]}),
+              Poisoned(Dtype::F32, {c.q.view.values.size[0]})};
   run.attend_backward(queue, c.q, c.k, c.v, c.plan.plan, c.mods, out, lse, d_out, g.q, g.k, g.v, g.bias, g.gain);
   return g;
 }
@@ -58,14 +61,16 @@ TEST_P(AttendBackward, LongSegmentsKeepTheSumsOfSoftmax) {
   Random random(32);
   const int64_t n = 700, h = 3, g = 1, d = 64;
   const RaggedData q = normal_ragged(random, Dtype::F32, std::vector<int64_t>(size_t(h), n), h, d, {});
-  const RaggedData k = normal_ragged(random, Dtype::F32, {n}, g, d, {}), v = normal_ragged(random, Dtype::F32, {n}, g, d, {});
+  const RaggedData k = normal_ragged(random, Dtype::F32, {n}, g, d, {}),
+                   v = normal_ragged(random, Dtype::F32, {n}, g, d, {});
   const Poisoned d_out = row_numbers(q, Dtype::F32, d, [&] { return random.normal(); });
   const Poisoned zero_bias = filled(Dtype::F32, {n}, [] { return 0.0; });
   Mods mods;
   mods.key_bias = zero_bias;
   for (int count : {1, 6}) {
     set_threads(count);
-    Poisoned out(Dtype::F32, {h * n, d}), lse(Dtype::F32, {h * n}), d_q = out.twin(), d_k(Dtype::F32, {n, d}), d_v = d_k.twin(), bias(Dtype::F32, {n});
+    Poisoned out(Dtype::F32, {h * n, d}), lse(Dtype::F32, {h * n}), d_q = out.twin(), d_k(Dtype::F32, {n, d}),
+                                                                    d_v = d_k.twin(), bias(Dtype::F32, {n});
     run.attend(queue, q, k, v, {}, mods, out, lse);
     run.attend_backward(queue, q, k, v, {}, mods, out, lse, d_out, d_q, d_k, d_v, bias, {});
     double total_bias = 0, size_bias = 0;

@@ -19,7 +19,8 @@ INSTANTIATE_TEST_SUITE_P(Tables, CheapScores, testing::ValuesIn(tables()), [](co
 
 std::vector<int64_t> lengths(Random& random, int64_t segments, int64_t most) {
   std::vector<int64_t> out;
-  for (int64_t s = 0; s < segments; ++s) out.push_back(chance(random, 0.15) ? 0 : chance(random, 0.1) ? 1 : random.below(most + 1));
+  for (int64_t s = 0; s < segments; ++s)
+    out.push_back(chance(random, 0.15) ? 0 : chance(random, 0.1) ? 1 : random.below(most + 1));
   return out;
 }
 
@@ -59,7 +60,9 @@ TEST_P(CheapScores, LongSmoothEqualsReference) {
   for (int i = 0; i < cases(20); ++i) {
     const PoolKind kind = chance(random, 0.5) ? PoolKind::Mean : PoolKind::Max;
     const int width = int(pick<int64_t>(random, {1, 3, 5, 7, 21, 63}));
-    const RaggedData x = normal_ragged(random, Dtype::F32, lengths(random, 1 + random.below(4), chance(random, 0.7) ? 6000 : 90), 1, 0, Layout::any(random));
+    const RaggedData x = normal_ragged(random, Dtype::F32,
+                                       lengths(random, 1 + random.below(4), chance(random, 0.7) ? 6000 : 90), 1, 0,
+                                       Layout::any(random));
     const Poisoned out(Dtype::F32, {x.view.values.size[0]}), got = out.twin();
     oracle.smooth(queue, x, kind, width, out);
     run.smooth(queue, x, kind, width, got);
@@ -81,8 +84,12 @@ TEST_P(CheapScores, WideReduceEqualsReference) {
       rows.push_back(chance(random, 0.1) ? 0 : random.below(60));
       cols.push_back(chance(random, 0.1) ? 0 : random.below(chance(random, 0.7) ? 3000 : 90));
       const bool blocks = how.to == Reduce::To::Blocks;
-      rows_out.push_back(blocks ? (rows.back() + how.row_block - 1) / how.row_block : how.to == Reduce::To::Rows ? rows.back() : 1);
-      cols_out.push_back(blocks ? (cols.back() + how.col_block - 1) / how.col_block : how.to == Reduce::To::Rows ? 1 : cols.back());
+      rows_out.push_back(blocks                       ? (rows.back() + how.row_block - 1) / how.row_block
+                         : how.to == Reduce::To::Rows ? rows.back()
+                                                      : 1);
+      cols_out.push_back(blocks                       ? (cols.back() + how.col_block - 1) / how.col_block
+                         : how.to == Reduce::To::Rows ? 1
+                                                      : cols.back());
     }
     GridData in = grids(random, rows, cols, 1), out = grids(random, rows_out, cols_out, 1);
     const double masked = random.uniform();
@@ -92,8 +99,10 @@ TEST_P(CheapScores, WideReduceEqualsReference) {
     const RaggedData got = twin(out.cells);
     oracle.reduce(queue, in.view, how, out.view);
     run.reduce(queue, in.view, how, {got, out.rows, out.cols});
-    SCOPED_TRACE("case " + std::to_string(i) + " to " + std::to_string(int(how.to)) + " kind " + std::to_string(int(how.kind)));
-    expect_close("cells", out.cells.values, got.values, how.kind == ReduceKind::Max ? 0 : 0x1p-18 * std::max(1.0, largest(out.cells.values)));
+    SCOPED_TRACE("case " + std::to_string(i) + " to " + std::to_string(int(how.to)) + " kind " +
+                 std::to_string(int(how.kind)));
+    expect_close("cells", out.cells.values, got.values,
+                 how.kind == ReduceKind::Max ? 0 : 0x1p-18 * std::max(1.0, largest(out.cells.values)));
   }
 }
 
@@ -121,14 +130,16 @@ TEST_P(CheapScores, SelectOfTroubleEqualsReference) {
         scores.values->at<float>(r) = x;
       }
     how.k = random.below(80) - 2;
-    how.p = how.by == Select::By::TopP ? pick(random, {0.0f, 0.25f, 0.5f, 0.9f, 1.0f}) : pick(random, {-INFINITY, -0.5f, 0.0f, 1.0f, INFINITY, NAN});
+    how.p = how.by == Select::By::TopP ? pick(random, {0.0f, 0.25f, 0.5f, 0.9f, 1.0f})
+                                       : pick(random, {-INFINITY, -0.5f, 0.0f, 1.0f, INFINITY, NAN});
     how.crossing = chance(random, 0.5);
     how.at_least = chance(random, 0.4) ? random.below(20) : 0;
     const Poisoned each_k = filled(Dtype::I32, {segments}, [&] { return double(random.below(60) - 1); });
     if (chance(random, 0.4)) how.count = each_k;
     const Poisoned held = filled(Dtype::F32, {segments}, [&] { return double(random.below(400)) / 64; });
     if (chance(random, 0.3)) how.held = held;
-    const Poisoned index(Dtype::I32, {segments * capacity}), count(Dtype::I32, {segments}), got_index = index.twin(), got_count = count.twin();
+    const Poisoned index(Dtype::I32, {segments * capacity}), count(Dtype::I32, {segments}), got_index = index.twin(),
+                                                                                            got_count = count.twin();
     oracle.select(queue, scores, how, capacity, index, count);
     run.select(queue, scores, how, capacity, got_index, got_count);
     SCOPED_TRACE("case " + std::to_string(i) + " by " + std::to_string(int(how.by)) + " p " + std::to_string(how.p));

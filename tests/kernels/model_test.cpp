@@ -110,7 +110,8 @@ void matmul_equals_reference(const Kernels& run, Random random) {
 void matmul_each_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
     // Matrices of one input may be of different types, as q, k and v are.
-    const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17}), count = random.below(4);
+    const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17}),
+                  count = random.below(4);
     std::vector<Weights> w;
     std::vector<Poisoned> bias, want, got;
     std::vector<Linear> oracles, runs;
@@ -124,8 +125,10 @@ void matmul_each_equals_reference(const Kernels& run, Random random) {
       oracles.push_back({w.back().view, held, want.back()});
       runs.push_back({w.back().view, held, got.back()});
     }
-    const Poisoned x = filled(Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
-    SCOPED_TRACE(std::to_string(count) + " matrices, " + std::to_string(inputs) + " inputs, " + std::to_string(tokens) + " tokens");
+    const Poisoned x = filled(
+        Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+    SCOPED_TRACE(std::to_string(count) + " matrices, " + std::to_string(inputs) + " inputs, " + std::to_string(tokens) +
+                 " tokens");
     Queue queue;
     oracle().matmul_each(queue, oracles, x);
     run.matmul_each(queue, runs, x);
@@ -140,11 +143,12 @@ void matmul_glu_equals_reference(const Kernels& run, Random random) {
     const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17}),
                   outputs = pick<int64_t>(random, {1, 3, 17, 64, 100});
     const Weights gate(random, any_type(random), outputs, inputs), up(random, any_type(random), outputs, inputs);
-    const Poisoned x = filled(Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+    const Poisoned x = filled(
+        Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
     Poisoned want(Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
     const Activation activation = chance(random, 0.5) ? Activation::Silu : Activation::GeluTanh;
-    SCOPED_TRACE(std::string(info(gate.view.type).name) + " and " + info(up.view.type).name + " " + gate.view.shape() + ", " +
-                 std::to_string(tokens) + " tokens");
+    SCOPED_TRACE(std::string(info(gate.view.type).name) + " and " + info(up.view.type).name + " " + gate.view.shape() +
+                 ", " + std::to_string(tokens) + " tokens");
     Queue queue;
     oracle().matmul_glu(queue, gate.view, up.view, x, activation, want);
     run.matmul_glu(queue, gate.view, up.view, x, activation, got);
@@ -154,7 +158,8 @@ void matmul_glu_equals_reference(const Kernels& run, Random random) {
     oracle().matmul(queue, up.view, x, {}, false, u);
     const double rms = tokens ? longest_row(x) / std::sqrt(double(inputs)) : 0;
     const auto error = [&](const Weights& w) { return product(w.view.type, rms, largest(x), w.norm(), double(inputs)); };
-    expect_close("y", want, got, 1.13 * error(gate) * (largest(u) + error(up)) + largest(g) * (error(up) + 0x1p-18 * largest(u)));
+    expect_close("y", want, got,
+                 1.13 * error(gate) * (largest(u) + error(up)) + largest(g) * (error(up) + 0x1p-18 * largest(u)));
   }
 }
 

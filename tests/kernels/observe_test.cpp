@@ -103,12 +103,8 @@ void observe_rows_equals_reference(const Kernels& run, Random random) {
       Poisoned entropy, distance, argmax, peak, lse, span;
       RowStats view(const Tensor& spans) const { return {entropy, distance, argmax, peak, lse, span, spans}; }
       explicit Results(int64_t rows)
-          : entropy(Dtype::F32, {rows}),
-            distance(Dtype::F32, {rows}),
-            argmax(Dtype::I32, {rows}),
-            peak(Dtype::F32, {rows}),
-            lse(Dtype::F32, {rows}),
-            span(Dtype::F32, {rows, 3}, 1) {}
+          : entropy(Dtype::F32, {rows}), distance(Dtype::F32, {rows}), argmax(Dtype::I32, {rows}),
+            peak(Dtype::F32, {rows}), lse(Dtype::F32, {rows}), span(Dtype::F32, {rows, 3}, 1) {}
     } want(rows), got(rows), alone(rows);
     const Plan* plan = chance(random, 0.5) ? &c.plan.plan : nullptr;
     SCOPED_TRACE("case " + std::to_string(i) + (plan ? ", planned; " : "; ") + c.text() + source.text());

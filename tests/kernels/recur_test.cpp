@@ -30,7 +30,8 @@ struct RecurCase {
   Poisoned g, beta, a, b, state, z;
   RecurInputs in;
 
-  RecurCase(Random& random, Recur how, const std::vector<int64_t>& lengths, int64_t d, int64_t d_v, Dtype type, Layout layout, double strongest)
+  RecurCase(Random& random, Recur how, const std::vector<int64_t>& lengths, int64_t d, int64_t d_v, Dtype type,
+            Layout layout, double strongest)
       : how(how), d(d), d_v(d_v) {
     const int64_t segments = int64_t(lengths.size());
     q = normal_ragged(random, type, lengths, 1, d, layout);
@@ -40,7 +41,8 @@ struct RecurCase {
     for (RaggedData* other : {&k, &v}) {
       if (!layout.gaps) continue;
       RaggedData same;
-      same.values = filled(type, {q.view.values.size[0], other == &k ? d : d_v}, [&] { return random.normal() / std::sqrt(other == &k ? double(d) : 1.0); });
+      same.values = filled(type, {q.view.values.size[0], other == &k ? d : d_v},
+                           [&] { return random.normal() / std::sqrt(other == &k ? double(d) : 1.0); });
       same.offsets = Buffer(Dtype::I64, {segments + 1});
       same.ends = Buffer(Dtype::I64, {segments});
       copy(q.offsets, same.offsets);
@@ -51,12 +53,14 @@ struct RecurCase {
     if (how.normalise)  // z · q must not vanish
       for (RaggedData* x : {&q, &k})
         for (int64_t s = 0; s < segments; ++s)
-          each(x->view.segment(s), [&](auto at) { set(x->view.segment(s), at, std::abs(number(x->view.segment(s), at)) + 0.05); });
+          each(x->view.segment(s),
+               [&](auto at) { set(x->view.segment(s), at, std::abs(number(x->view.segment(s), at)) + 0.05); });
     const auto log_decay = [&] { return chance(random, 0.05) ? -strongest : -0.2 * std::abs(random.normal()); };
     const int64_t rows = q.view.values.size[0];
     if (how.decay == Recur::Decay::Scalar) g = row_numbers(q, Dtype::F32, 0, log_decay);
     if (how.decay == Recur::Decay::Vector) g = row_numbers(q, Dtype::F32, d, log_decay);
-    if (how.correction == Recur::Correction::Delta) beta = row_numbers(q, Dtype::F32, 0, [&] { return random.uniform(); });
+    if (how.correction == Recur::Correction::Delta)
+      beta = row_numbers(q, Dtype::F32, 0, [&] { return random.uniform(); });
     if (how.correction == Recur::Correction::LowRank) {
       a = Poisoned(Dtype::F32, {rows, d});
       b = Poisoned(Dtype::F32, {rows, d});
@@ -77,13 +81,15 @@ struct RecurCase {
         }
     }
     if (chance(random, 0.7)) state = filled(Dtype::F32, {segments, d, d_v}, [&] { return random.normal(); });
-    if (how.normalise && chance(random, 0.7)) z = filled(Dtype::F32, {segments, d}, [&] { return random.uniform() + 0.1; });
+    if (how.normalise && chance(random, 0.7))
+      z = filled(Dtype::F32, {segments, d}, [&] { return random.uniform() + 0.1; });
     in = {q, k, v, g.view(), beta.view(), a.view(), b.view(), state.view(), z.view()};
   }
 
   std::string text() const {
-    return "decay " + std::to_string(int(how.decay)) + " correction " + std::to_string(int(how.correction)) + (how.normalise ? " normalised" : "") +
-           " d " + std::to_string(d) + " d_v " + std::to_string(d_v) + " " + info(q.view.values.type).name;
+    return "decay " + std::to_string(int(how.decay)) + " correction " + std::to_string(int(how.correction)) +
+           (how.normalise ? " normalised" : "") + " d " + std::to_string(d) + " d_v " + std::to_string(d_v) + " " +
+           info(q.view.values.type).name;
   }
   Poisoned out() const { return Poisoned(Dtype::F32, {q.view.values.size[0], d_v}, 0, 3); }
   Poisoned states() const { return Poisoned(Dtype::F32, {q.view.segments(), d, d_v}); }
@@ -99,11 +105,14 @@ TEST_P(Recurrent, ChunksEqualRows) {
         for (int i = 0; i < cases(3); ++i) {
           const int64_t d = pick<int64_t>(random, {1, 5, 16, 24, 64}), d_v = pick<int64_t>(random, {1, 7, 16, 33, 64, 100});
           std::vector<int64_t> lengths;
-          for (int64_t s = 1 + random.below(3); s > 0; --s) lengths.push_back(pick<int64_t>(random, {0, 1, 2, 4, 5, 16, 63, 64, 65, 130, 200}));
+          for (int64_t s = 1 + random.below(3); s > 0; --s)
+            lengths.push_back(pick<int64_t>(random, {0, 1, 2, 4, 5, 16, 63, 64, 65, 130, 200}));
           const Dtype type = pick(random, {Dtype::F32, Dtype::F32, Dtype::BF16, Dtype::F16});
-          const RecurCase c(random, {decay, correction, normalise, chance(random, 0.5) ? 0.7f : 0}, lengths, d, d_v, type, Layout::any(random), 300);
+          const RecurCase c(random, {decay, correction, normalise, chance(random, 0.5) ? 0.7f : 0}, lengths, d, d_v,
+                            type, Layout::any(random), 300);
           SCOPED_TRACE("case " + std::to_string(at++) + ": " + c.text());
-          Poisoned out = c.out(), state = c.states(), z = c.norms(), got = out.twin(), got_state = state.twin(), got_z = z.twin(), alone = out.twin();
+          Poisoned out = c.out(), state = c.states(), z = c.norms(), got = out.twin(), got_state = state.twin(),
+                   got_z = z.twin(), alone = out.twin();
           const Tensor zs = normalise ? z.view() : Tensor(), got_zs = normalise ? got_z.view() : Tensor();
           oracle.recur(queue, c.in, c.how, out, state, zs);
           run.recur(queue, c.in, c.how, got, got_state, got_zs);
@@ -124,13 +133,16 @@ TEST_P(Recurrent, CutPromptEqualsWhole) {
         const int64_t n = 40 + random.below(160), d = pick<int64_t>(random, {8, 24}), d_v = pick<int64_t>(random, {7, 32});
         const RecurCase c(random, {decay, correction, normalise, 0}, {n, n, n}, d, d_v, Dtype::F32, {}, 300);
         SCOPED_TRACE(c.text() + " n " + std::to_string(n));
-        Poisoned out = c.out(), state = c.states(), z = c.norms(), pieces = out.twin(), carried = state.twin(), carried_z = z.twin();
+        Poisoned out = c.out(), state = c.states(), z = c.norms(), pieces = out.twin(), carried = state.twin(),
+                 carried_z = z.twin();
         run.recur(queue, c.in, c.how, out, state, normalise ? z.view() : Tensor());
         std::vector<int64_t> cuts{0};
         while (cuts.back() < n) cuts.push_back(std::min(n, cuts.back() + pick<int64_t>(random, {1, 2, 17, 64, 100})));
         for (size_t p = 0; p + 1 < cuts.size(); ++p) {
-          const Buffer offsets = Buffer::of<int64_t>({4}, std::vector<int64_t>{cuts[p], n + cuts[p], 2 * n + cuts[p], 3 * n});
-          const Buffer ends = Buffer::of<int64_t>({3}, std::vector<int64_t>{cuts[p + 1], n + cuts[p + 1], 2 * n + cuts[p + 1]});
+          const Buffer offsets = Buffer::of<int64_t>(
+              {4}, std::vector<int64_t>{cuts[p], n + cuts[p], 2 * n + cuts[p], 3 * n});
+          const Buffer ends = Buffer::of<int64_t>(
+              {3}, std::vector<int64_t>{cuts[p + 1], n + cuts[p + 1], 2 * n + cuts[p + 1]});
           RecurInputs in = c.in;
           for (Ragged* r : {&in.q, &in.k, &in.v}) {
             r->offsets = offsets;
@@ -164,13 +176,15 @@ TEST_P(Recurrent, InfiniteDecayForgets) {
       in.state = {};
       run.recur(queue, in, c.how, fresh, {}, {});
       for (int64_t r = at; r < 100; ++r)
-        for (int64_t col = 0; col < 16; ++col) ASSERT_NEAR(out->at<float>(r, col), fresh->at<float>(r, col), 1e-5) << at << " " << r;
+        for (int64_t col = 0; col < 16; ++col)
+          ASSERT_NEAR(out->at<float>(r, col), fresh->at<float>(r, col), 1e-5) << at << " " << r;
     }
 }
 
 TEST_P(Recurrent, ResultsDoNotDependOnThreads) {
   Random random(24);
-  const RecurCase c(random, {Recur::Decay::Vector, Recur::Correction::LowRank, false, 0}, {150, 70}, 32, 100, Dtype::F32, {}, 10);
+  const RecurCase c(random, {Recur::Decay::Vector, Recur::Correction::LowRank, false, 0}, {150, 70}, 32, 100,
+                    Dtype::F32, {}, 10);
   Poisoned one = c.out(), many = c.out(), state_one = c.states(), state_many = c.states();
   set_threads(1);
   run.recur(queue, c.in, c.how, one, state_one, {});

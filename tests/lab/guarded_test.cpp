@@ -17,7 +17,8 @@ namespace {
 std::shared_ptr<const Model> small_model() {
   ModelInfo shape;
   shape.architecture = "llama";
-  shape.layers = 3, shape.h = 4, shape.g = 2, shape.d = shape.d_v = 16, shape.hidden = 64, shape.vocabulary = 97, shape.context = 512;
+  shape.layers = 3, shape.h = 4, shape.g = 2, shape.d = shape.d_v = 16, shape.hidden = 64, shape.vocabulary = 97,
+  shape.context = 512;
   shape.windows = {0, 24, 0};
   return Model::random(shape, 96, Dtype::F32, 5);
 }
@@ -46,7 +47,8 @@ TEST(GuardedLab, TracesAgree) {
       const Tensor &a = plain[i].second, &b = guarded[i].second;
       ASSERT_EQ(a.shape(), b.shape()) << spec << " " << plain[i].first;
       for (int64_t j = 0; j < a.numel(); ++j) {
-        if (a.type == Dtype::F32) ASSERT_NEAR(a.as<float>()[j], b.as<float>()[j], 1e-4) << spec << " " << plain[i].first;
+        if (a.type == Dtype::F32)
+          ASSERT_NEAR(a.as<float>()[j], b.as<float>()[j], 1e-4) << spec << " " << plain[i].first;
         if (a.type == Dtype::I64) ASSERT_EQ(a.as<int64_t>()[j], b.as<int64_t>()[j]) << spec << " " << plain[i].first;
         if (a.type == Dtype::I32) ASSERT_EQ(a.as<int32_t>()[j], b.as<int32_t>()[j]) << spec << " " << plain[i].first;
       }
@@ -58,7 +60,8 @@ TEST(GuardedLab, ComparisonsAgree) {
   const auto model = small_model();
   const Passage text = passage(random_text(120), 120, 20);
   CompareOptions options;
-  options.attention = {"snapkv(budget=24,window=4)", "quest(budget=16,page=4,dense=0)", "xattention(block=8,stride=4,threshold=0.5)", "moba(block=8,topk=2)"};
+  options.attention = {"snapkv(budget=24,window=4)", "quest(budget=16,page=4,dense=0)",
+                       "xattention(block=8,stride=4,threshold=0.5)", "moba(block=8,topk=2)"};
   options.details = true;
   options.session = on("cpu");
   const Comparison plain = compare(model, text, options);
@@ -116,7 +119,8 @@ TEST(GuardedLab, AttendTakesAndGivesArraysOfTheHost) {
   const Buffer rowptr = Buffer::of<int64_t>({5}, std::vector<int64_t>{0, 1, 2, 4, 6});
   const Buffer index = Buffer::of<int32_t>({6}, std::vector<int32_t>{0, 2, 0, 1, 1, 3});
   Plan blocks;
-  blocks.form = Plan::Form::Blocks, blocks.q_tile = 20, blocks.k_tile = 16, blocks.rowptr = rowptr, blocks.index = index, blocks.nnz_bound = 6;
+  blocks.form = Plan::Form::Blocks, blocks.q_tile = 20, blocks.k_tile = 16, blocks.rowptr = rowptr,
+  blocks.index = index, blocks.nnz_bound = 6;
   for (const Plan& plan : {Plan(), blocks}) {
     AttendOptions options;
     const Attended a = attend(q, k, v, plan, options);

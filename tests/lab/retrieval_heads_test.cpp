@@ -12,11 +12,14 @@ const RetrievalPrompt kPrompt{{9, 9, 5, 6, 7, 6, 9, 1}, 2, 6};  // needle 5 6 7 
 TEST(RetrievalHeads, AHeadThatLooksAtWhatIsSaidScoresOne) {
   EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{2, 3, 4, 5}, std::vector<int32_t>{5, 6, 7, 6}, false), 1);
   EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{2, 3, 4, 5}, std::vector<int32_t>{5, 6, 7, 6}, true), 1);
-  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{0, 0, 0, 0}, std::vector<int32_t>{5, 6, 7, 6}, false), 0) << "a head on the sink";
-  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{3, 2, 3, 4}, std::vector<int32_t>{5, 6, 7, 6}, false), 0) << "a token it did not say";
+  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{0, 0, 0, 0}, std::vector<int32_t>{5, 6, 7, 6}, false), 0)
+      << "a head on the sink";
+  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{3, 2, 3, 4}, std::vector<int32_t>{5, 6, 7, 6}, false), 0)
+      << "a token it did not say";
   EXPECT_NEAR(copy_score(kPrompt, std::vector<int32_t>{3, 5, 3}, std::vector<int32_t>{6, 6, 6}, false), 1.0 / 3, 1e-12);
   EXPECT_NEAR(copy_score(kPrompt, std::vector<int32_t>{3, 5, 3}, std::vector<int32_t>{6, 6, 6}, true), 3.0 / 4, 1e-12);
-  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{-1, 6}, std::vector<int32_t>{9, 9}, false), 0) << "outside the needle";
+  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{-1, 6}, std::vector<int32_t>{9, 9}, false), 0)
+      << "outside the needle";
 }
 
 TEST(RetrievalHeads, RecallCountsEachTokenAsOftenAsItStands) {

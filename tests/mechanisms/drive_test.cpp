@@ -17,7 +17,9 @@ class FakeRun final : public Run {
     std::vector<Case> layers;  // prompt and replay: q of the replay, k of both
   };
 
-  FakeRun(Setting setting, const std::string& spec, int64_t length) : length_(length), shape_{setting.h, setting.g, 1, length, 16, 16}, queue_(&backend(setting.backend), *backend(setting.backend).memory) {
+  FakeRun(Setting setting, const std::string& spec, int64_t length)
+      : length_(length), shape_{setting.h, setting.g, 1, length, 16, 16},
+        queue_(&backend(setting.backend), *backend(setting.backend).memory) {
     info_.layers = kLayers, info_.h = int(setting.h), info_.g = int(setting.g), info_.d = info_.d_v = 16;
     mechanism_ = value_or_throw(make_mechanism(value_or_throw(parse_spec(spec))[0], registry()));
     state_ = mechanism_->open(info_);
@@ -48,7 +50,8 @@ class FakeRun final : public Run {
       Shape shape = shape_;
       shape.n = n, shape.m = m;
       Case& c = feed.layers.emplace_back(shape, 100 * feeds.size() + uint64_t(l), 2.0);
-      for (int64_t kv = 0; kv < shape.g; ++kv) copy(prompt_[size_t(l)].k->select(0, kv), c.k->select(0, kv).slice(0, 0, length_));
+      for (int64_t kv = 0; kv < shape.g; ++kv)
+        copy(prompt_[size_t(l)].k->select(0, kv), c.k->select(0, kv).slice(0, 0, length_));
       append(l, c, length_, m);
       const Scratch scratch(queue_.scratch);
       LayerView at(info_, queue_, l, Phase::Replay);
@@ -77,7 +80,8 @@ class FakeRun final : public Run {
     }
     const std::vector<int64_t> prompt{length_};
     const Tensor counts = policy.allocate({queue_, info_, 0, scores, prompt, policy.kept()});
-    for (int l = 0; l < kLayers; ++l) heed::evict(views[size_t(l)], scores[size_t(l)], counts.select(0, l), policy.heads);
+    for (int l = 0; l < kLayers; ++l)
+      heed::evict(views[size_t(l)], scores[size_t(l)], counts.select(0, l), policy.heads);
     for (int l = 0; l < kLayers; ++l)
       for (int64_t kv = 0; kv < shape_.g; ++kv) kept.push_back(store_->layer(l).positions(kv));
   }
@@ -98,7 +102,8 @@ class FakeRun final : public Run {
     for (int64_t r = 0; r < g * m; ++r) positions->at<int32_t>(r) = int32_t(r % m);
     const Scratch scratch(queue_.scratch);
     const Tensor begin = queue_.upload(offsets), end = queue_.upload(ends);
-    const Ragged k{queue_.upload(c.k->reshape({g * m, 16})), begin, end, g, g * m}, v{queue_.upload(c.v->reshape({g * m, 16})), begin, end, g, g * m};
+    const Ragged k{queue_.upload(c.k->reshape({g * m, 16})), begin, end, g, g * m},
+        v{queue_.upload(c.v->reshape({g * m, 16})), begin, end, g, g * m};
     const int64_t rows = to - from;
     store_->layer(l).append(queue_, k, v, queue_.upload(positions), std::span(&rows, 1));
   }
@@ -127,7 +132,9 @@ TEST_P(Drives, KvZipRepeatsThePromptPartByPart) {
 TEST_P(Drives, KvZipKeepsWhatRepeatingLooksAt) {
   const int64_t length = 100;
   for (const auto& [share, budget] : {std::pair{"all", 0.3}, {"layer", 0.3}, {"head", 0.3}, {"all", 1.0}}) {
-    const FakeRun run(GetParam(), "kvzip(chunk=40,sinks=3,share=" + std::string(share) + ",budget=" + std::to_string(budget) + ")", length);
+    const FakeRun run(GetParam(),
+                      "kvzip(chunk=40,sinks=3,share=" + std::string(share) + ",budget=" + std::to_string(budget) + ")",
+                      length);
     const int64_t g = GetParam().g, group = GetParam().h / g;
     std::vector<std::vector<double>> scores;  // [layer · g]
     for (int l = 0; l < FakeRun::kLayers; ++l)
@@ -138,7 +145,9 @@ TEST_P(Drives, KvZipKeepsWhatRepeatingLooksAt) {
           const int64_t begin = int64_t(part) * 40, end = std::min<int64_t>(length, begin + 40);
           for (int64_t head = kv * group; head < (kv + 1) * group; ++head)
             for (int64_t i = 0; i < c.shape.n; ++i) {
-              const auto p = c.weights(head, i, [&](int64_t j) { return j < std::min<int64_t>(3, begin) || (j >= begin && j < end) || (j >= length && j <= length + i); });
+              const auto p = c.weights(head, i, [&](int64_t j) {
+                return j < std::min<int64_t>(3, begin) || (j >= begin && j < end) || (j >= length && j <= length + i);
+              });
               for (int64_t j = begin; j < end; ++j) most[size_t(j)] = std::max(most[size_t(j)], p[size_t(j)]);
             }
         }
@@ -150,7 +159,8 @@ TEST_P(Drives, KvZipKeepsWhatRepeatingLooksAt) {
     for (size_t first = 0; first < scores.size(); first += pool) {
       std::vector<double> joined;
       for (size_t s = first; s < first + pool; ++s) joined.insert(joined.end(), scores[s].begin(), scores[s].end());
-      for (int32_t i : top(joined, each * int64_t(pool))) expected[first + size_t(i / length)].push_back(int32_t(i % length));
+      for (int32_t i : top(joined, each * int64_t(pool)))
+        expected[first + size_t(i / length)].push_back(int32_t(i % length));
     }
     EXPECT_EQ(run.kept, expected) << share;
   }

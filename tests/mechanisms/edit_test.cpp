@@ -13,7 +13,8 @@ HEED_ON_ALL_SETTINGS(Edits);
 TEST_P(Edits, IdentityIsDense) {
   for (const Shape s : {shape(60, 60), shape(7, 40), shape(1, 1)}) {
     const Case c(s);
-    for (const char* spec : {"act(beta=1)", "act(threshold=1000000)", "ring(ranks=1)", "ring(ranks=3)", "ring(ranks=4)+act(beta=1)"})
+    for (const char* spec :
+         {"act(beta=1)", "act(threshold=1000000)", "ring(ranks=1)", "ring(ranks=3)", "ring(ranks=4)+act(beta=1)"})
       EXPECT_LT(c.dense_error(c.run(spec, backend())), kExact) << spec;
   }
 }
@@ -28,7 +29,8 @@ TEST_P(Edits, ActIsTheExplicitMap) {
         for (int64_t x = 0; x < s.d; ++x) c.k->at<float>(kv, j, x) = 0;
     for (int64_t head = 0; head < s.h; ++head)
       for (int64_t i = 0; i < s.n; ++i) c.q->at<float>(head, i, 0) = 5;
-    for (int64_t kv = 0; kv < s.g; ++kv) c.k->at<float>(kv, 0, 0) = c.k->at<float>(kv, 5, 0) = c.k->at<float>(kv, 17, 0) = 3;
+    for (int64_t kv = 0; kv < s.g; ++kv)
+      c.k->at<float>(kv, 0, 0) = c.k->at<float>(kv, 5, 0) = c.k->at<float>(kv, 17, 0) = 3;
     const double threshold = 0.08, beta = 0.4;
     const ApplyOutput out = c.run("act(threshold=0.08,beta=0.4)", backend());
     double worst = 0;
@@ -52,7 +54,8 @@ TEST_P(Edits, ActIsTheExplicitMap) {
         for (int64_t j : sinks) row[size_t(j)] = beta * p[size_t(i)][size_t(j)];
         EXPECT_NEAR(std::accumulate(row.begin(), row.end(), 0.0), 1, 1e-9);
         const auto expected = c.output(head, row);
-        for (int64_t x = 0; x < s.d_v; ++x) worst = std::max(worst, std::abs(double(out.find("out")->view().at<float>(head, i, x)) - expected[size_t(x)]));
+        for (int64_t x = 0; x < s.d_v; ++x)
+          worst = std::max(worst, std::abs(double(out.find("out")->view().at<float>(head, i, x)) - expected[size_t(x)]));
       }
     }
     EXPECT_GT(edited, 0) << "the case has no sinks";
@@ -66,8 +69,10 @@ TEST_P(Edits, ActLeavesOtherHeadsAlone) {
   double same = 0, other = 0;
   for (int64_t i = 0; i < 40; ++i)
     for (int64_t x = 0; x < c.shape.d_v; ++x) {
-      other = std::max(other, std::abs(double(out.find("out")->view().at<float>(0, i, x)) - double(dense.find("out")->view().at<float>(0, i, x))));
-      same = std::max(same, std::abs(double(out.find("out")->view().at<float>(1, i, x)) - double(dense.find("out")->view().at<float>(1, i, x))));
+      other = std::max(other, std::abs(double(out.find("out")->view().at<float>(0, i, x)) -
+                                       double(dense.find("out")->view().at<float>(0, i, x))));
+      same = std::max(same, std::abs(double(out.find("out")->view().at<float>(1, i, x)) -
+                                     double(dense.find("out")->view().at<float>(1, i, x))));
     }
   EXPECT_GT(other, 1e-3);
   EXPECT_LT(same, kExact);
@@ -86,7 +91,8 @@ TEST_P(Edits, RingIsExactForAnyNumberOfRanks) {
       for (int64_t head = 0; head < s.h; ++head)
         for (int64_t i = 0; i < s.n; ++i) {
           const auto expected = c.output(head, c.weights(head, i, [](int64_t) { return true; }));
-          for (int64_t x = 0; x < s.d_v; ++x) worst = std::max(worst, std::abs(double(out.find("out")->view().at<float>(head, i, x)) - expected[size_t(x)]));
+          for (int64_t x = 0; x < s.d_v; ++x)
+            worst = std::max(worst, std::abs(double(out.find("out")->view().at<float>(head, i, x)) - expected[size_t(x)]));
         }
       EXPECT_LT(worst, kExact) << spec;
     }
@@ -100,9 +106,11 @@ TEST(Ring, SendsEachShardPastEveryRank) {
     run_ranks(ranks, [&](Comm& comm) {
       Queue queue;
       queue.run = &reference_kernels();
-      Buffer q(Dtype::F32, {6, share, 16}), k(Dtype::F32, {2, share, 16}), v(Dtype::F32, {2, share, 24}), out(Dtype::F32, {6, share, 24}), lse(Dtype::F32, {6, share});
+      Buffer q(Dtype::F32, {6, share, 16}), k(Dtype::F32, {2, share, 16}), v(Dtype::F32, {2, share, 24}),
+          out(Dtype::F32, {6, share, 24}), lse(Dtype::F32, {6, share});
       const int64_t first = comm.rank() * share;
-      copy(c.q->slice(1, first, first + share), q), copy(c.k->slice(1, first, first + share), k), copy(c.v->slice(1, first, first + share), v);
+      copy(c.q->slice(1, first, first + share), q), copy(c.k->slice(1, first, first + share), k),
+          copy(c.v->slice(1, first, first + share), v);
       mechanisms::ring_attention(comm, queue, shards, q, k, v, {}, true, out, lse);
       EXPECT_EQ(comm.sent().elements, (ranks - 1) * share * 2 * (16 + 24));
       for (int64_t head = 0; head < 6; ++head)

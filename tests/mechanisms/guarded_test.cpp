@@ -10,20 +10,59 @@ namespace heed::test {
 namespace {
 
 const std::vector<std::string> kSpecs = {
-    "dense", "streaming-llm(budget=12)", "streaming-llm(window=12)", "snapkv(budget=16,window=4)", "snapkv(budget=16,window=4,heads=1,when=every(2))",
-    "pyramidkv(budget=16,window=4)", "adakv(snapkv(budget=16,window=4))", "adakv(h2o(budget=10))", "adakv(knorm(budget=16),port=true)",
-    "h2o(budget=10)", "h2o(budget=10,when=chunk)+quest(budget=8,page=4,dense=0)", "tova(budget=7)", "knorm(budget=12,sinks=2)",
-    "quest(budget=16,page=8,dense=1)", "quest(budget=0.2,page=4,heads=-1)", "tidal-decode(budget=9,selection=1,correction=2)",
-    "xattention(block=8,stride=4,threshold=0.3)", "xattention(block=8,stride=4,threshold=0.3,as_released=true,heads=0)", "moba(block=8,topk=2)",
-    "moba(block=100,topk=1)", "flexprefill(block=8,gamma=0.3,min_budget=8)", "flexprefill(block=8,gamma=0.6,min_budget=8,tau=1)",
-    "kvzip(budget=0.2,chunk=32)", "kvzip(budget=0.2,chunk=32,share=layer)", "kivi(residual=0)", "kivi(bits=4,residual=8,heads=1)",
-    "act(threshold=0.02,skip_first=0,skip_last=0)", "act(threshold=0.02,skip_first=0,skip_last=0,heads=1-2)", "ring(ranks=3)",
-    "a2sf(budget=10,alpha=0.8,window=3)", "observed-attention(budget=12)", "keydiff(budget=12)", "cur(budget=12)", "lagkv(budget=24,lag=8)",
-    "noncausal(budget=14,tile=16)", "expected-attention(budget=12)", "random(budget=12)", "duo-attention(sinks=2,recent=10,heads=1)",
-    "simlayerkv(threshold=0,recent=14)", "chunkkv(snapkv(budget=16,window=4),chunk=5)", "caote(h2o(budget=10))",
-    "dms(keydiff,threshold=0,window=8)", "headkv(snapkv(budget=20,window=4),window=4,scores=[1,3,2,2,5,1,1,1])", "twilight(p=0.7,dense=0)",
-    "recycled-attention(budget=9,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "a-shape(sinks=2,local=9)", "tri-shape(sinks=2,local=9,last=3)",
-    "triangle-mix(sinks=2,local=9,last=3,from=2)", "power(block=16,local=2)", "star(block=10,query=4)", "gna(window=8,stride=2,dilation=2)", "stochastic-sa(window=16)",
+    "dense",
+    "streaming-llm(budget=12)",
+    "streaming-llm(window=12)",
+    "snapkv(budget=16,window=4)",
+    "snapkv(budget=16,window=4,heads=1,when=every(2))",
+    "pyramidkv(budget=16,window=4)",
+    "adakv(snapkv(budget=16,window=4))",
+    "adakv(h2o(budget=10))",
+    "adakv(knorm(budget=16),port=true)",
+    "h2o(budget=10)",
+    "h2o(budget=10,when=chunk)+quest(budget=8,page=4,dense=0)",
+    "tova(budget=7)",
+    "knorm(budget=12,sinks=2)",
+    "quest(budget=16,page=8,dense=1)",
+    "quest(budget=0.2,page=4,heads=-1)",
+    "tidal-decode(budget=9,selection=1,correction=2)",
+    "xattention(block=8,stride=4,threshold=0.3)",
+    "xattention(block=8,stride=4,threshold=0.3,as_released=true,heads=0)",
+    "moba(block=8,topk=2)",
+    "moba(block=100,topk=1)",
+    "flexprefill(block=8,gamma=0.3,min_budget=8)",
+    "flexprefill(block=8,gamma=0.6,min_budget=8,tau=1)",
+    "kvzip(budget=0.2,chunk=32)",
+    "kvzip(budget=0.2,chunk=32,share=layer)",
+    "kivi(residual=0)",
+    "kivi(bits=4,residual=8,heads=1)",
+    "act(threshold=0.02,skip_first=0,skip_last=0)",
+    "act(threshold=0.02,skip_first=0,skip_last=0,heads=1-2)",
+    "ring(ranks=3)",
+    "a2sf(budget=10,alpha=0.8,window=3)",
+    "observed-attention(budget=12)",
+    "keydiff(budget=12)",
+    "cur(budget=12)",
+    "lagkv(budget=24,lag=8)",
+    "noncausal(budget=14,tile=16)",
+    "expected-attention(budget=12)",
+    "random(budget=12)",
+    "duo-attention(sinks=2,recent=10,heads=1)",
+    "simlayerkv(threshold=0,recent=14)",
+    "chunkkv(snapkv(budget=16,window=4),chunk=5)",
+    "caote(h2o(budget=10))",
+    "dms(keydiff,threshold=0,window=8)",
+    "headkv(snapkv(budget=20,window=4),window=4,scores=[1,3,2,2,5,1,1,1])",
+    "twilight(p=0.7,dense=0)",
+    "recycled-attention(budget=9,stride=4)",
+    "omnikv(budget=6,filters=1,wait=0)",
+    "a-shape(sinks=2,local=9)",
+    "tri-shape(sinks=2,local=9,last=3)",
+    "triangle-mix(sinks=2,local=9,last=3,from=2)",
+    "power(block=16,local=2)",
+    "star(block=10,query=4)",
+    "gna(window=8,stride=2,dilation=2)",
+    "stochastic-sa(window=16)",
 };
 
 std::shared_ptr<const Model> tiny() {
@@ -44,7 +83,7 @@ struct Walk {
   std::vector<float> logits;
   std::vector<int64_t> bytes;
   std::vector<std::vector<double>> density, reads;
-  int64_t waits = 0;               // inside steps, between the first layer and the last
+  int64_t waits = 0;                  // inside steps, between the first layer and the last
   int64_t launches = 0, uploads = 0;  // most between two layers of a decode step
 };
 
@@ -60,7 +99,9 @@ Walk walk(const std::shared_ptr<const Model>& model, const std::string& spec, co
   session.tap([&](LayerView& at) {
     if (at.layer > 0) {
       out.waits += at.queue.host_waits - waits;
-      if (at.decoding()) out.launches = std::max(out.launches, at.queue.launches - launches), out.uploads = std::max(out.uploads, at.queue.uploads - uploads);
+      if (at.decoding())
+        out.launches = std::max(out.launches, at.queue.launches - launches),
+        out.uploads = std::max(out.uploads, at.queue.uploads - uploads);
     }
     waits = at.queue.host_waits, launches = at.queue.launches, uploads = at.queue.uploads;
   });
@@ -70,7 +111,8 @@ Walk walk(const std::shared_ptr<const Model>& model, const std::string& spec, co
   };
   take(session.prefill({text(83, 1), text(30, 2)}));
   note(session);
-  for (int32_t i = 0; i < 4; ++i) take(session.decode(std::vector<int32_t>{(i * 13) % 61, i % 3 == 2 ? -1 : (i * 7) % 61}));
+  for (int32_t i = 0; i < 4; ++i)
+    take(session.decode(std::vector<int32_t>{(i * 13) % 61, i % 3 == 2 ? -1 : (i * 7) % 61}));
   take(session.prefill({text(9, 3), text(70, 4)}));
   auto fork = session.fork();
   take(session.decode(std::vector<int32_t>{3, 4}));
@@ -106,7 +148,8 @@ TEST(Guarded, SessionsGiveWhatTheyGiveInOrdinaryMemory) {
       ASSERT_NO_THROW(guarded = walk(model, spec, "guarded", chunk));
       ASSERT_EQ(plain.logits.size(), guarded.logits.size());
       double worst = 0;
-      for (size_t i = 0; i < plain.logits.size(); ++i) worst = std::max(worst, std::abs(double(plain.logits[i]) - double(guarded.logits[i])));
+      for (size_t i = 0; i < plain.logits.size(); ++i)
+        worst = std::max(worst, std::abs(double(plain.logits[i]) - double(guarded.logits[i])));
       EXPECT_LT(worst, 1e-5);
       EXPECT_EQ(plain.bytes, guarded.bytes);
       EXPECT_EQ(plain.reads, guarded.reads);

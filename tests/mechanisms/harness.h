@@ -28,7 +28,8 @@ struct Case {
 
   explicit Case(Shape s, uint64_t seed = 1, double sharpness = 1.5) : shape(s) {
     Random random(seed);
-    q = Buffer(Dtype::F32, {s.h, s.n, s.d}), k = Buffer(Dtype::F32, {s.g, s.m, s.d}), v = Buffer(Dtype::F32, {s.g, s.m, s.d_v});
+    q = Buffer(Dtype::F32, {s.h, s.n, s.d}), k = Buffer(Dtype::F32, {s.g, s.m, s.d}),
+    v = Buffer(Dtype::F32, {s.g, s.m, s.d_v});
     for (float& x : q->span<float>()) x = float(sharpness * random.normal());
     for (float& x : k->span<float>()) x = float(random.normal());
     for (float& x : v->span<float>()) x = float(random.normal());
@@ -38,7 +39,8 @@ struct Case {
   int64_t first() const { return shape.m - shape.n; }  // position of the first query
   double dot(int64_t head, int64_t i, int64_t j) const {
     double sum = 0;
-    for (int64_t c = 0; c < shape.d; ++c) sum += double(q->at<float>(head, i, c)) * double(k->at<float>(head / group(), j, c));
+    for (int64_t c = 0; c < shape.d; ++c)
+      sum += double(q->at<float>(head, i, c)) * double(k->at<float>(head / group(), j, c));
     return sum;
   }
   /// Softmax weights of row i of a head over the keys that `sees` admits.
@@ -59,7 +61,8 @@ struct Case {
   std::vector<double> output(int64_t head, const std::vector<double>& p) const {
     std::vector<double> out(size_t(shape.d_v), 0.0);
     for (int64_t j = 0; j < shape.m; ++j)
-      for (int64_t c = 0; c < shape.d_v; ++c) out[size_t(c)] += p[size_t(j)] * double(v->at<float>(head / group(), j, c));
+      for (int64_t c = 0; c < shape.d_v; ++c)
+        out[size_t(c)] += p[size_t(j)] * double(v->at<float>(head / group(), j, c));
     return out;
   }
 
@@ -81,7 +84,8 @@ struct Case {
     double worst = 0;
     for (int64_t head = 0; head < shape.h; ++head)
       for (int64_t i = 0; i < shape.n; ++i) {
-        const auto expected = output(head, weights(head, i, [&](int64_t j) { return j <= first() + i && sees(head, i, j); }));
+        const auto expected = output(head,
+                                     weights(head, i, [&](int64_t j) { return j <= first() + i && sees(head, i, j); }));
         for (int64_t c = 0; c < shape.d_v; ++c) {
           const double x = out.find("out")->view().at<float>(head, i, c);
           worst = std::max(worst, std::isnan(x) ? INFINITY : std::abs(x - expected[size_t(c)]));
@@ -115,7 +119,8 @@ inline std::vector<int32_t> all_of(int64_t count) {
 /// The `count` best of scores, ascending; +∞ first, of ties the lower index.
 inline std::vector<int32_t> top(const std::vector<double>& scores, int64_t count) {
   std::vector<int32_t> order = all_of(int64_t(scores.size()));
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return scores[size_t(a)] > scores[size_t(b)]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return scores[size_t(a)] > scores[size_t(b)]; });
   order.resize(size_t(std::clamp<int64_t>(count, 0, int64_t(order.size()))));
   std::sort(order.begin(), order.end());
   return order;
@@ -130,13 +135,16 @@ struct Setting {
 inline void PrintTo(const Setting& s, std::ostream* out) { *out << s.backend << " h=" << s.h << " g=" << s.g; }
 class Mechanisms : public testing::TestWithParam<Setting> {
  protected:
-  Shape shape(int64_t n, int64_t m, int64_t d = 16, int64_t d_v = 24) const { return {GetParam().h, GetParam().g, n, m, d, d_v}; }
+  Shape shape(int64_t n, int64_t m, int64_t d = 16, int64_t d_v = 24) const {
+    return {GetParam().h, GetParam().g, n, m, d, d_v};
+  }
   const std::string& backend() const { return GetParam().backend; }
 };
-#define HEED_ON_ALL_SETTINGS(SUITE)                                                                                       \
-  INSTANTIATE_TEST_SUITE_P(All, SUITE,                                                                                    \
-                           testing::Values(Setting{"reference", 2, 2}, Setting{"reference", 6, 2}, Setting{backend_or("cpu"), 2, 2}, \
-                                           Setting{backend_or("cpu"), 6, 2}, Setting{backend_or("cpu"), 8, 1}, Setting{"guarded", 6, 2}))
+#define HEED_ON_ALL_SETTINGS(SUITE)                                                                             \
+  INSTANTIATE_TEST_SUITE_P(                                                                                     \
+      All, SUITE,                                                                                               \
+      testing::Values(Setting{"reference", 2, 2}, Setting{"reference", 6, 2}, Setting{backend_or("cpu"), 2, 2}, \
+                      Setting{backend_or("cpu"), 6, 2}, Setting{backend_or("cpu"), 8, 1}, Setting{"guarded", 6, 2}))
 
 inline constexpr double kExact = 2e-5;  // f32 against f64 at these sizes
 

@@ -17,8 +17,11 @@ inline double kept_error(const Case& c, const ApplyOutput& out) {
   double worst = 0;
   for (int64_t head = 0; head < c.shape.h; ++head) {
     const auto& list = held[size_t(head / c.group())];
-    const auto expected = c.output(head, c.weights(head, c.shape.n - 1, [&](int64_t j) { return std::binary_search(list.begin(), list.end(), int32_t(j)); }));
-    for (int64_t x = 0; x < c.shape.d_v; ++x) worst = std::max(worst, std::abs(double(out.find("kept_out")->view().at<float>(head, x)) - expected[size_t(x)]));
+    const auto expected = c.output(head, c.weights(head, c.shape.n - 1, [&](int64_t j) {
+      return std::binary_search(list.begin(), list.end(), int32_t(j));
+    }));
+    for (int64_t x = 0; x < c.shape.d_v; ++x)
+      worst = std::max(worst, std::abs(double(out.find("kept_out")->view().at<float>(head, x)) - expected[size_t(x)]));
   }
   return worst;
 }
@@ -48,7 +51,8 @@ inline Rows column_sums(const Case& c, int64_t rows) {
 }
 
 /// SnapKV's scores of all keys of a KV head, +∞ for the window.
-inline std::vector<double> snapkv_scores(const Case& c, int64_t kv, int64_t window, int64_t kernel, bool max_pool = false, bool max_group = false) {
+inline std::vector<double> snapkv_scores(const Case& c, int64_t kv, int64_t window, int64_t kernel,
+                                         bool max_pool = false, bool max_group = false) {
   const auto votes = grouped(c, kv, column_sums(c, window), max_group);
   const int64_t prefix = std::max<int64_t>(0, c.shape.m - window);
   std::vector<double> out(size_t(c.shape.m), INFINITY);
@@ -64,7 +68,8 @@ inline std::vector<double> snapkv_scores(const Case& c, int64_t kv, int64_t wind
 }
 
 /// Sets of equal size may differ among scores that lie within rounding of the last one taken.
-inline void expect_top(const std::vector<int32_t>& held, const std::vector<double>& scores, int64_t count, const std::string& what) {
+inline void expect_top(const std::vector<int32_t>& held, const std::vector<double>& scores, int64_t count,
+                       const std::string& what) {
   const std::vector<int32_t> best = top(scores, count);
   ASSERT_EQ(held.size(), best.size()) << what;
   double last = INFINITY, largest = 0;

@@ -16,10 +16,20 @@ double norm(const Tensor& x, int64_t kv, int64_t j) {
   return std::sqrt(sum);
 }
 
-const char* kIdentities[] = {"a2sf(budget=1.0)", "observed-attention(budget=1.0)", "keydiff(budget=1.0)", "cur(budget=1.0)",
-                             "lagkv(budget=1.0)", "noncausal(budget=1.0)", "expected-attention(budget=1.0)", "random(budget=1.0)",
-                             "duo-attention(recent=100000)", "simlayerkv(threshold=1)", "chunkkv(snapkv(budget=1.0))",
-                             "caote(h2o(budget=1.0))", "dms(knorm)", "headkv(snapkv(budget=1.0))"};
+const char* kIdentities[] = {"a2sf(budget=1.0)",
+                             "observed-attention(budget=1.0)",
+                             "keydiff(budget=1.0)",
+                             "cur(budget=1.0)",
+                             "lagkv(budget=1.0)",
+                             "noncausal(budget=1.0)",
+                             "expected-attention(budget=1.0)",
+                             "random(budget=1.0)",
+                             "duo-attention(recent=100000)",
+                             "simlayerkv(threshold=1)",
+                             "chunkkv(snapkv(budget=1.0))",
+                             "caote(h2o(budget=1.0))",
+                             "dms(knorm)",
+                             "headkv(snapkv(budget=1.0))"};
 
 TEST_P(KeepScores, IdentityKeepsAll) {
   for (const Shape s : {shape(97, 97), shape(1, 1), shape(5, 130)}) {
@@ -37,7 +47,8 @@ TEST_P(KeepScores, A2sfFades) {
   for (const Shape s : {shape(80, 80), shape(33, 70)}) {
     const Case c(s, 6);
     for (const auto& [alpha, window] : {std::pair{0.9, 0}, {0.5, 7}, {1.0, 4}}) {
-      const std::string spec = "a2sf(budget=25,alpha=" + std::to_string(alpha) + ",window=" + std::to_string(window) + ")";
+      const std::string spec = "a2sf(budget=25,alpha=" + std::to_string(alpha) + ",window=" + std::to_string(window) +
+                               ")";
       const auto held = kept(c, spec, backend());
       for (int64_t kv = 0; kv < s.g; ++kv) {
         std::vector<double> scores(size_t(s.m), 0.0);
@@ -73,7 +84,8 @@ TEST_P(KeepScores, KeyDiffKeepsWhatIsUnlikeTheMean) {
     for (int64_t kv = 0; kv < s.g; ++kv) {
       std::vector<double> anchor(size_t(s.d), 0.0), scores;
       for (int64_t j = 0; j < s.m; ++j)
-        for (int64_t x = 0; x < s.d; ++x) anchor[size_t(x)] += double(c.k->at<float>(kv, j, x)) / norm(c.k, kv, j) / double(s.m);
+        for (int64_t x = 0; x < s.d; ++x)
+          anchor[size_t(x)] += double(c.k->at<float>(kv, j, x)) / norm(c.k, kv, j) / double(s.m);
       double length = 0;
       for (double x : anchor) length += x * x;
       for (int64_t j = 0; j < s.m; ++j) {
@@ -139,7 +151,8 @@ std::vector<double> lagkv_scores(const Case& c, int64_t kv, int64_t sinks, int64
         for (int64_t ch = 0; ch < d; ++ch) {
           double low = INFINITY, high = -INFINITY;
           for (int64_t i = first + lag; i < first + 2 * lag; ++i)
-            low = std::min(low, double(x->view().at<float>(kv, i, ch))), high = std::max(high, double(x->view().at<float>(kv, i, ch)));
+            low = std::min(low, double(x->view().at<float>(kv, i, ch))),
+            high = std::max(high, double(x->view().at<float>(kv, i, ch)));
           y.push_back((double(x->view().at<float>(kv, j, ch)) - low) / (high - low));
         }
         const double mean = std::accumulate(y.begin(), y.end(), 0.0) / double(d);
@@ -163,10 +176,12 @@ std::vector<double> lagkv_scores(const Case& c, int64_t kv, int64_t sinks, int64
 TEST_P(KeepScores, LagKvMeasuresByTheNextPartition) {
   for (const Shape s : {shape(100, 131), shape(10, 130)}) {
     const Case c(s, 4);
-    for (const auto& [spec, sinks, lag, cross, budget] :
-         {std::tuple{"lagkv(budget=70,lag=16)", 4, 16, false, 70}, {"lagkv(budget=70,lag=16,cross=true)", 4, 16, true, 70}, {"lagkv(budget=90,lag=32,sinks=2)", 2, 32, false, 90}}) {
+    for (const auto& [spec, sinks, lag, cross, budget] : {std::tuple{"lagkv(budget=70,lag=16)", 4, 16, false, 70},
+                                                          {"lagkv(budget=70,lag=16,cross=true)", 4, 16, true, 70},
+                                                          {"lagkv(budget=90,lag=32,sinks=2)", 2, 32, false, 90}}) {
       const auto held = kept(c, spec, backend());
-      for (int64_t kv = 0; kv < s.g; ++kv) expect_top(held[size_t(kv)], lagkv_scores(c, kv, sinks, lag, cross), budget, spec);
+      for (int64_t kv = 0; kv < s.g; ++kv)
+        expect_top(held[size_t(kv)], lagkv_scores(c, kv, sinks, lag, cross), budget, spec);
     }
   }
   // A prompt of less than two partitions: sinks and the latest.
@@ -179,7 +194,8 @@ TEST_P(KeepScores, LagKvMeasuresByTheNextPartition) {
 TEST_P(KeepScores, NonCausalTilesSeeThemselves) {
   for (const Shape s : {shape(100, 100), shape(64, 64)}) {
     const Case c(s, 9, 0.3);
-    for (const auto& [spec, tile, kernel, scaled] : {std::tuple{"noncausal(budget=30,tile=24)", 24, 3, false}, {"noncausal(budget=30,tile=64,kernel=1,scaled=true)", 64, 1, true}}) {
+    for (const auto& [spec, tile, kernel, scaled] : {std::tuple{"noncausal(budget=30,tile=24)", 24, 3, false},
+                                                     {"noncausal(budget=30,tile=64,kernel=1,scaled=true)", 64, 1, true}}) {
       const auto held = kept(c, spec, backend());
       for (int64_t kv = 0; kv < s.g; ++kv) {
         std::vector<double> mass(size_t(s.m), 0.0), scores;
@@ -187,14 +203,16 @@ TEST_P(KeepScores, NonCausalTilesSeeThemselves) {
           for (int64_t i = 0; i < s.n; ++i) {
             const int64_t first = i / tile * tile, last = std::min<int64_t>(s.m, first + tile);
             std::vector<double> e;
-            for (int64_t j = first; j < last; ++j) e.push_back(std::exp(c.dot(head, i, j) / (scaled ? std::sqrt(double(s.d)) : 1)));
+            for (int64_t j = first; j < last; ++j)
+              e.push_back(std::exp(c.dot(head, i, j) / (scaled ? std::sqrt(double(s.d)) : 1)));
             const double total = std::accumulate(e.begin(), e.end(), 0.0);
             for (int64_t j = first; j < last; ++j) mass[size_t(j)] += e[size_t(j - first)] / total / double(c.group());
           }
         for (int64_t j = 0; j < s.m; ++j) mass[size_t(j)] *= norm(c.v, kv, j);
         for (int64_t j = 0; j < s.m; ++j) {
           double sum = 0;
-          for (int64_t x = std::max<int64_t>(0, j - kernel / 2); x <= std::min(s.m - 1, j + kernel / 2); ++x) sum += mass[size_t(x)];
+          for (int64_t x = std::max<int64_t>(0, j - kernel / 2); x <= std::min(s.m - 1, j + kernel / 2); ++x)
+            sum += mass[size_t(x)];
           scores.push_back(sum / double(kernel));
         }
         expect_top(held[size_t(kv)], scores, 30, spec);
@@ -204,7 +222,8 @@ TEST_P(KeepScores, NonCausalTilesSeeThemselves) {
 }
 
 /// Expected attention from queries as they are before rotation, and R as a matrix.
-std::vector<double> expected_scores(const Case& c, int64_t kv, const std::vector<Rows>& plain_q, const Rows& rotation, const Rows& keys, double eps) {
+std::vector<double> expected_scores(const Case& c, int64_t kv, const std::vector<Rows>& plain_q, const Rows& rotation,
+                                    const Rows& keys, double eps) {
   const int64_t d = c.shape.d, m = c.shape.m, n = c.shape.n;
   const double scale = 1 / std::sqrt(double(d));
   std::vector<double> total(size_t(m), 0.0);
@@ -278,7 +297,8 @@ TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
   auto turned = [&](std::vector<double> x, double position) {
     for (int64_t i = 0; i < half; ++i) {
       const double angle = position * inv_freq->at<float>(i), a = x[size_t(i)], b = x[size_t(i + half)];
-      x[size_t(i)] = a * std::cos(angle) - b * std::sin(angle), x[size_t(i + half)] = a * std::sin(angle) + b * std::cos(angle);
+      x[size_t(i)] = a * std::cos(angle) - b * std::sin(angle),
+      x[size_t(i + half)] = a * std::sin(angle) + b * std::cos(angle);
     }
     return x;
   };
@@ -334,7 +354,8 @@ TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
   for (int64_t r = 0; r < k_pos->numel(); ++r) k_pos->at<int32_t>(r) = int32_t(r % s.m);
   const Tensor k_starts = queue.upload(k_offsets);
   const Ragged panel_v{queue.upload(c.v->reshape({s.g * s.m, s.d_v})), k_starts, {}, s.g, s.g * s.m};
-  store.layer(0).append(queue, {queue.upload(k), k_starts, {}, s.g, s.g * s.m}, panel_v, queue.upload(k_pos), std::span(&s.m, 1));
+  store.layer(0).append(queue, {queue.upload(k), k_starts, {}, s.g, s.g * s.m}, panel_v, queue.upload(k_pos),
+                        std::span(&s.m, 1));
   LayerView at(model, queue, 0, Phase::Prompt);
   at.prompt = {s.m}, at.rows = {s.n}, at.store = &store.layer(0), at.stores = &store;
   at.q = {queue.upload(q), queue.upload(q_offsets), {}, s.h, s.h * s.n}, at.q_pos = queue.upload(q_pos);
@@ -355,7 +376,8 @@ TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
 
 TEST_P(KeepScores, RandomIsUniformAndRepeats) {
   const Case c(shape(8, 400), 2);
-  const auto one = kept(c, "random(budget=100)", backend()), again = kept(c, "random(budget=100)", backend()), other = kept(c, "random(budget=100,seed=1)", backend());
+  const auto one = kept(c, "random(budget=100)", backend()), again = kept(c, "random(budget=100)", backend()),
+             other = kept(c, "random(budget=100,seed=1)", backend());
   EXPECT_EQ(one, again);
   EXPECT_NE(one, other);
   for (const auto& list : one) {
@@ -388,13 +410,15 @@ TEST_P(KeepScores, SimLayerKvCutsALazyLayer) {
   const std::string spec = "simlayerkv(recent=20,threshold=";
   for (const auto& list : kept(c, spec + std::to_string(mass + 1e-4) + ")", backend())) EXPECT_EQ(list, all_of(90));
   for (const auto& list : kept(c, spec + std::to_string(mass - 1e-4) + ")", backend())) EXPECT_EQ(list, lazy);
-  for (const auto& list : kept(c, "simlayerkv(recent=90,threshold=0)", backend())) EXPECT_EQ(list, all_of(90)) << "nothing to cut";
+  for (const auto& list : kept(c, "simlayerkv(recent=90,threshold=0)", backend()))
+    EXPECT_EQ(list, all_of(90)) << "nothing to cut";
 }
 
 TEST_P(KeepScores, ChunkKvKeepsWholeChunksInAllHeads) {
   const Case c(shape(107, 107), 8);
   for (const auto& [budget, chunk] : {std::pair{40, 20}, {33, 10}, {12, 1}}) {
-    const std::string spec = "chunkkv(snapkv(budget=" + std::to_string(budget) + ",window=8),chunk=" + std::to_string(chunk) + ")";
+    const std::string spec = "chunkkv(snapkv(budget=" + std::to_string(budget) +
+                             ",window=8),chunk=" + std::to_string(chunk) + ")";
     std::vector<double> sum(107, 0.0), scores(107);
     for (int64_t kv = 0; kv < c.shape.g; ++kv) {
       const auto s = snapkv_scores(c, kv, 8, 5);
@@ -412,7 +436,8 @@ TEST_P(KeepScores, CaoteIsTheOutputsMove) {
   const Case c(shape(64, 64), 10);
   const int64_t m = c.shape.m, d = c.shape.d_v;
   for (bool fast : {false, true}) {
-    const auto held = kept(c, std::string("caote(h2o(budget=20,recent=0.25),fast=") + (fast ? "true)" : "false)"), backend());
+    const auto held = kept(c, std::string("caote(h2o(budget=20,recent=0.25),fast=") + (fast ? "true)" : "false)"),
+                           backend());
     for (int64_t kv = 0; kv < c.shape.g; ++kv) {
       auto a = grouped(c, kv, column_sums(c, c.shape.n));
       std::fill(a.end() - 5, a.end(), 0.0);  // forced: no part of the output
@@ -424,7 +449,8 @@ TEST_P(KeepScores, CaoteIsTheOutputsMove) {
         for (int64_t j = 0; j < m; ++j)
           if (j != without) sum += a[size_t(j)];
         for (int64_t j = 0; j < m; ++j)
-          for (int64_t x = 0; x < d && j != without; ++x) o[size_t(x)] += a[size_t(j)] / sum * double(c.v->at<float>(kv, j, x));
+          for (int64_t x = 0; x < d && j != without; ++x)
+            o[size_t(x)] += a[size_t(j)] / sum * double(c.v->at<float>(kv, j, x));
         return o;
       };
       const auto whole = output(-1);
@@ -479,12 +505,14 @@ TEST_P(KeepScores, HeadKvSharesAPoolByScore) {
       const double sum = std::accumulate(scores.begin(), scores.end(), 0.0);
       double powers = 0;
       for (double& x : scores) powers += x = std::pow(x / sum, temperature);
-      const std::string spec = "headkv(snapkv(budget=40,window=8),window=8,scores=" + given + "],beta=" + std::to_string(beta) + ",temp=" + std::to_string(temperature) + ")";
+      const std::string spec = "headkv(snapkv(budget=40,window=8),window=8,scores=" + given +
+                               "],beta=" + std::to_string(beta) + ",temp=" + std::to_string(temperature) + ")";
       const auto held = kept(c, spec, backend());
       int64_t total = 0;
       for (int64_t kv = 0; kv < g; ++kv) {
         const double shared = std::floor(double(budget - window) / beta);
-        const int64_t count = std::llround(scores[size_t(kv)] / powers * shared * double(g) + double(budget - window) - shared) + window;
+        const int64_t count = std::llround(scores[size_t(kv)] / powers * shared * double(g) + double(budget - window) - shared) +
+                              window;
         EXPECT_EQ(held[size_t(kv)], top(snapkv_scores(c, kv, window, 5), count)) << spec;
         total += count;
       }
@@ -494,11 +522,21 @@ TEST_P(KeepScores, HeadKvSharesAPoolByScore) {
 
 TEST(KeepScorePolicies, ParametersThatCannotBeAreNamed) {
   const Case c({2, 2, 64, 64, 16, 16});
-  for (const auto& [spec, name] : {std::pair{"cur(budget=3)", "sinks"}, {"lagkv(budget=2)", "sinks"}, {"expected-attention(budget=2)", "sinks"},
-                                   {"a2sf(budget=4,window=5)", "window"}, {"random(budget=4,sinks=5)", "sinks"}, {"noncausal(kernel=2)", "kernel"},
-                                   {"expected-attention(future=500)", "future"}, {"expected-attention(when=every(1))", "when"}, {"a2sf(alpha=0)", "alpha"},
-                                   {"chunkkv(snapkv,chunk=0)", "chunk"}, {"simlayerkv(threshold=2)", "threshold"},
-                                   {"headkv(snapkv,scores=[1,2,3])", "scores"}, {"headkv(snapkv,scores=[0,0])", "scores"}, {"headkv(snapkv,scores=[a])", "scores"}, {"headkv(snapkv,scores=3)", "scores"},
+  for (const auto& [spec, name] : {std::pair{"cur(budget=3)", "sinks"},
+                                   {"lagkv(budget=2)", "sinks"},
+                                   {"expected-attention(budget=2)", "sinks"},
+                                   {"a2sf(budget=4,window=5)", "window"},
+                                   {"random(budget=4,sinks=5)", "sinks"},
+                                   {"noncausal(kernel=2)", "kernel"},
+                                   {"expected-attention(future=500)", "future"},
+                                   {"expected-attention(when=every(1))", "when"},
+                                   {"a2sf(alpha=0)", "alpha"},
+                                   {"chunkkv(snapkv,chunk=0)", "chunk"},
+                                   {"simlayerkv(threshold=2)", "threshold"},
+                                   {"headkv(snapkv,scores=[1,2,3])", "scores"},
+                                   {"headkv(snapkv,scores=[0,0])", "scores"},
+                                   {"headkv(snapkv,scores=[a])", "scores"},
+                                   {"headkv(snapkv,scores=3)", "scores"},
                                    {"headkv(knorm(budget=16))", "window"}}) {
     const auto out = apply(spec, c.input("reference"));
     ASSERT_FALSE(out.has_value()) << spec;

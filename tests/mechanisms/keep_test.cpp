@@ -11,8 +11,9 @@ HEED_ON_ALL_SETTINGS(Keep);
 TEST_P(Keep, IdentityKeepsAll) {
   for (const Shape s : {shape(97, 97), shape(1, 1), shape(5, 130)}) {
     const Case c(s);
-    for (const char* spec : {"streaming-llm(window=1000000)", "snapkv(budget=1.0)", "pyramidkv(budget=1.0)", "adakv(snapkv(budget=1.0))",
-                             "h2o(budget=1.0)", "tova(budget=1.0)", "knorm(budget=1.0)", "kivi(residual=100000)"}) {
+    for (const char* spec :
+         {"streaming-llm(window=1000000)", "snapkv(budget=1.0)", "pyramidkv(budget=1.0)", "adakv(snapkv(budget=1.0))",
+          "h2o(budget=1.0)", "tova(budget=1.0)", "knorm(budget=1.0)", "kivi(residual=100000)"}) {
       const ApplyOutput out = c.run(spec, backend());
       EXPECT_LT(c.dense_error(out), kExact) << spec;
       EXPECT_LT(kept_error(c, out), kExact) << spec;
@@ -23,7 +24,8 @@ TEST_P(Keep, IdentityKeepsAll) {
 
 TEST_P(Keep, WhatIsLeftIsReadExactly) {
   const Case c(shape(70, 133), 5);
-  for (const char* spec : {"streaming-llm(budget=40)", "snapkv(budget=40,window=8)", "adakv(snapkv(budget=40,window=8))", "h2o(budget=31)", "tova(budget=17)", "knorm(budget=17)"}) {
+  for (const char* spec : {"streaming-llm(budget=40)", "snapkv(budget=40,window=8)", "adakv(snapkv(budget=40,window=8))",
+                           "h2o(budget=31)", "tova(budget=17)", "knorm(budget=17)"}) {
     const ApplyOutput out = c.run(spec, backend());
     EXPECT_LT(kept_error(c, out), kExact) << spec;
     for (const auto& list : lists(out, "kept")) {
@@ -35,8 +37,10 @@ TEST_P(Keep, WhatIsLeftIsReadExactly) {
 
 TEST_P(Keep, StreamingKeepsSinksAndTheLatest) {
   const Case c(shape(90, 90));
-  for (const auto& [spec, sinks, recent] : {std::tuple{"streaming-llm(window=30)", 4, 30}, {"streaming-llm(sinks=0,window=7)", 0, 7},
-                                            {"streaming-llm(budget=20,sinks=3)", 3, 17}, {"streaming-llm(budget=50%)", 4, 41}}) {
+  for (const auto& [spec, sinks, recent] : {std::tuple{"streaming-llm(window=30)", 4, 30},
+                                            {"streaming-llm(sinks=0,window=7)", 0, 7},
+                                            {"streaming-llm(budget=20,sinks=3)", 3, 17},
+                                            {"streaming-llm(budget=50%)", 4, 41}}) {
     std::vector<int32_t> expected = all_of(sinks);
     for (int32_t j = 90 - recent; j < 90; ++j) expected.push_back(j);
     for (const auto& list : kept(c, spec, backend())) EXPECT_EQ(list, expected) << spec;
@@ -47,10 +51,12 @@ TEST_P(Keep, SnapKvIsTheTopOfPooledVotes) {
   for (const Shape s : {shape(120, 120), shape(11, 101)}) {
     const Case c(s, 3);
     for (const auto& [spec, window, kernel, max_pool, max_group] :
-         {std::tuple{"snapkv(budget=33,window=16)", 16, 5, false, false}, {"snapkv(budget=33,window=5,kernel=7,pool=max)", 5, 7, true, false},
+         {std::tuple{"snapkv(budget=33,window=16)", 16, 5, false, false},
+          {"snapkv(budget=33,window=5,kernel=7,pool=max)", 5, 7, true, false},
           {"snapkv(budget=33,window=9,kernel=1,group=max)", 9, 1, false, true}}) {
       const auto held = kept(c, spec, backend());
-      for (int64_t kv = 0; kv < s.g; ++kv) EXPECT_EQ(held[size_t(kv)], top(snapkv_scores(c, kv, window, kernel, max_pool, max_group), 33)) << spec;
+      for (int64_t kv = 0; kv < s.g; ++kv)
+        EXPECT_EQ(held[size_t(kv)], top(snapkv_scores(c, kv, window, kernel, max_pool, max_group), 33)) << spec;
     }
   }
 }
@@ -68,7 +74,8 @@ TEST_P(Keep, SnapKvOfOneRowIsThatRow) {
 TEST_P(Keep, KnormKeepsTheSmallestKeys) {
   for (const Shape s : {shape(120, 120), shape(11, 201, 20)}) {
     const Case c(s, 12);
-    for (const auto& [spec, budget, sinks] : {std::tuple{"knorm(budget=33)", 33, 0}, {"knorm(budget=40,sinks=5)", 40, 5}, {"knorm(budget=1)", 1, 0}}) {
+    for (const auto& [spec, budget, sinks] :
+         {std::tuple{"knorm(budget=33)", 33, 0}, {"knorm(budget=40,sinks=5)", 40, 5}, {"knorm(budget=1)", 1, 0}}) {
       const auto held = kept(c, spec, backend());
       for (int64_t kv = 0; kv < s.g; ++kv) {
         std::vector<double> scores;
@@ -105,7 +112,8 @@ TEST_P(Keep, AdaKvDividesALayersBudget) {
     for (int64_t kv = 0; kv < c.shape.g; ++kv) {
       int64_t share = -window;
       for (int32_t i : winners) share += i / c.shape.m == kv;
-      const int64_t expected = window + std::llround((1 - alpha) * double(share) + std::floor(alpha * double(budget - window)));
+      const int64_t expected = window +
+                               std::llround((1 - alpha) * double(share) + std::floor(alpha * double(budget - window)));
       EXPECT_EQ(held[size_t(kv)], top(scores[size_t(kv)], expected)) << "alpha " << alpha;
       EXPECT_GE(int64_t(held[size_t(kv)].size()), window + int64_t(alpha * double(budget - window)));
       total += int64_t(held[size_t(kv)].size());
@@ -124,7 +132,8 @@ TEST_P(Keep, AdaKvDividesALayersBudget) {
 
 TEST_P(Keep, AdaKvAroundOtherPoliciesKeepsTheTotal) {
   const Case c(shape(64, 64), 4);
-  for (const char* spec : {"adakv(h2o(budget=20),alpha=0)", "adakv(tova(budget=20),alpha=0)", "adakv(pyramidkv(budget=20,window=4),alpha=0)"}) {
+  for (const char* spec : {"adakv(h2o(budget=20),alpha=0)", "adakv(tova(budget=20),alpha=0)",
+                           "adakv(pyramidkv(budget=20,window=4),alpha=0)"}) {
     int64_t total = 0;
     for (const auto& list : kept(c, spec, backend())) total += int64_t(list.size());
     EXPECT_EQ(total, 20 * c.shape.g) << spec;
@@ -170,7 +179,8 @@ TEST_P(Keep, PositionsAreThoseGiven) {
   for (int32_t j = 0; j < 50; ++j) positions.push_back(3 * j + 7);
   ApplyInput in = c.input(backend());
   in.positions = Tensor(positions.data(), Dtype::I32, {50});
-  const auto plain = lists(c.run("snapkv(budget=14,window=4)", backend()), "kept"), moved = lists(Case::run("snapkv(budget=14,window=4)", in), "kept");
+  const auto plain = lists(c.run("snapkv(budget=14,window=4)", backend()), "kept"),
+             moved = lists(Case::run("snapkv(budget=14,window=4)", in), "kept");
   for (size_t kv = 0; kv < plain.size(); ++kv)
     for (size_t i = 0; i < plain[kv].size(); ++i) EXPECT_EQ(moved[kv][i], positions[size_t(plain[kv][i])]);
 }
@@ -178,7 +188,9 @@ TEST_P(Keep, PositionsAreThoseGiven) {
 // Old entries lie within half a step of their group, the residual exactly.
 TEST_P(Keep, KiviKeepsHalfAStep) {
   const Case c(shape(8, 300, 32, 64), 2);
-  for (const auto& [spec, bits, residual] : {std::tuple{"kivi(residual=100)", 2, 100}, {"kivi(bits=4,residual=100)", 4, 100}, {"kivi(bits=2,residual=301)", 2, 301}}) {
+  for (const auto& [spec, bits, residual] : {std::tuple{"kivi(residual=100)", 2, 100},
+                                             {"kivi(bits=4,residual=100)", 4, 100},
+                                             {"kivi(bits=2,residual=301)", 2, 301}}) {
     const ApplyOutput out = c.run(spec, backend());
     EXPECT_LT(c.dense_error(out), kExact);
     // The output over rounded entries differs from dense by no more than what half a step in each of K and V can do.
@@ -188,12 +200,14 @@ TEST_P(Keep, KiviKeepsHalfAStep) {
       for (int64_t j = 0; j < c.shape.m; ++j)
         for (int64_t x = 0; x < c.shape.d_v; x += 32) {
           double low = INFINITY, high = -INFINITY;
-          for (int64_t y = x; y < x + 32; ++y) low = std::min(low, double(c.v->at<float>(kv, j, y))), high = std::max(high, double(c.v->at<float>(kv, j, y)));
+          for (int64_t y = x; y < x + 32; ++y)
+            low = std::min(low, double(c.v->at<float>(kv, j, y))), high = std::max(high, double(c.v->at<float>(kv, j, y)));
           bound_v = std::max(bound_v, (high - low) / levels / 2);
         }
     for (int64_t head = 0; head < c.shape.h; ++head) {
       const auto expected = c.output(head, c.causal(head, c.shape.n - 1));
-      for (int64_t x = 0; x < c.shape.d_v; ++x) worst = std::max(worst, std::abs(double(out.find("kept_out")->view().at<float>(head, x)) - expected[size_t(x)]));
+      for (int64_t x = 0; x < c.shape.d_v; ++x)
+        worst = std::max(worst, std::abs(double(out.find("kept_out")->view().at<float>(head, x)) - expected[size_t(x)]));
     }
     if (residual > 300) EXPECT_LT(worst, kExact);
     else {
@@ -212,7 +226,8 @@ int64_t granted(const std::string& spec, int layer, int layers, int64_t length) 
   model.layers = layers, model.h = model.g = 2;
   const auto mechanism = value_or_throw(make_mechanism(value_or_throw(parse_spec(spec))[0], registry()));
   const auto& policy = static_cast<const KeepPolicy&>(*mechanism);
-  const Buffer offsets = Buffer::of<int64_t>({3}, std::vector<int64_t>{0, length, 2 * length}), values = Buffer::zeros(Dtype::F32, {2 * length});
+  const Buffer offsets = Buffer::of<int64_t>({3}, std::vector<int64_t>{0, length, 2 * length}),
+               values = Buffer::zeros(Dtype::F32, {2 * length});
   const Ragged scores{values, offsets, {}, 2, 2 * length};
   const std::vector<int64_t> prompt{length};
   const Tensor counts = policy.allocate({queue, model, layer, std::span(&scores, 1), prompt, policy.kept()});
@@ -221,9 +236,11 @@ int64_t granted(const std::string& spec, int layer, int layers, int64_t length) 
 }
 
 TEST(KeepPolicies, PyramidKvFallsByEqualStepsAroundItsMean) {
-  for (const auto& [length, budget, window, beta, layers] : {std::tuple{4000.0, 1000.0, 32.0, 20.0, 30}, {4000.0, 1900.0, 16.0, 10.0, 13}, {1000.0, 400.0, 8.0, 20.0, 2}}) {
+  for (const auto& [length, budget, window, beta, layers] :
+       {std::tuple{4000.0, 1000.0, 32.0, 20.0, 30}, {4000.0, 1900.0, 16.0, 10.0, 13}, {1000.0, 400.0, 8.0, 20.0, 2}}) {
     double total = 0;
-    const std::string spec = "pyramidkv(budget=" + std::to_string(int(budget)) + ",window=" + std::to_string(int(window)) + ",beta=" + std::to_string(beta);
+    const std::string spec = "pyramidkv(budget=" + std::to_string(int(budget)) +
+                             ",window=" + std::to_string(int(window)) + ",beta=" + std::to_string(beta);
     for (int l = 0; l < layers; ++l) {
       // The published library's lines, with its r chosen so that L (1 − r) is the budget.
       double low = budget / beta, high = budget * 2 - low;
@@ -235,18 +252,22 @@ TEST(KeepPolicies, PyramidKvFallsByEqualStepsAroundItsMean) {
     }
     EXPECT_NEAR(total / layers, budget, 0.5);
   }
-  EXPECT_EQ(granted("pyramidkv(budget=200,window=32)", 0, 30, 4000), 200) << "the last layer would not hold its window: all alike";
+  EXPECT_EQ(granted("pyramidkv(budget=200,window=32)", 0, 30, 4000), 200)
+      << "the last layer would not hold its window: all alike";
   EXPECT_EQ(granted("pyramidkv(budget=1000,beta=1)", 29, 30, 4000), 1000) << "beta 1 is even";
   // The authors' numbers by hand: T = 480, lo = 24, hi = 936, step ⌊912 / 31⌋ = 29, and the window on top.
   EXPECT_EQ(granted("pyramidkv(budget=512,window=32,rule=authors)", 0, 32, 4000), 936 + 32);
   EXPECT_EQ(granted("pyramidkv(budget=512,window=32,rule=authors)", 31, 32, 4000), 936 - 31 * 29 + 32);
-  EXPECT_EQ(granted("pyramidkv(budget=512,window=32,rule=authors)", 31, 32, 800), 512) << "between C and 2 T: no pyramid";
+  EXPECT_EQ(granted("pyramidkv(budget=512,window=32,rule=authors)", 31, 32, 800), 512)
+      << "between C and 2 T: no pyramid";
 }
 
 // Entries read back: half a step of their group for old pages, not a bit for the residual. Scales are rounded to f16.
 TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
   const Case c(shape(1, 333, 40, 24), 12);
-  for (const auto& [spec, bits, group, residual] : {std::tuple{"kivi(residual=70)", 2, 32, 70}, {"kivi(bits=4,group=16,residual=0)", 4, 16, 0}, {"kivi(bits=8,group=64,residual=130)", 8, 64, 130}}) {
+  for (const auto& [spec, bits, group, residual] : {std::tuple{"kivi(residual=70)", 2, 32, 70},
+                                                    {"kivi(bits=4,group=16,residual=0)", 4, 16, 0},
+                                                    {"kivi(bits=8,group=64,residual=130)", 8, 64, 130}}) {
     const int64_t g = c.shape.g, m = c.shape.m;
     Queue queue = queue_on(heed::backend(backend()));
     ModelInfo model;
@@ -258,12 +279,14 @@ TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
     Store store(queue, std::span(&layer, 1), options);
     const Needs needs = mechanism->needs(model);
     EXPECT_EQ(store.add_layout(needs.quantised_k, needs.quantised_v), 1);
-    Buffer offsets(Dtype::I64, {g + 1}), positions(Dtype::I32, {g * m}), k(Dtype::F32, {g * m, 40}), v(Dtype::F32, {g * m, 24});
+    Buffer offsets(Dtype::I64, {g + 1}), positions(Dtype::I32, {g * m}), k(Dtype::F32, {g * m, 40}),
+        v(Dtype::F32, {g * m, 24});
     for (int64_t s = 0; s <= g; ++s) offsets->at<int64_t>(s) = s * m;
     for (int64_t r = 0; r < g * m; ++r) positions->at<int32_t>(r) = int32_t(r % m);
     const Tensor there = queue.upload(offsets);
-    store.layer(0).append(queue, {queue.upload(c.k->reshape({g * m, 40})), there, {}, g, g * m}, {queue.upload(c.v->reshape({g * m, 24})), there, {}, g, g * m},
-                          queue.upload(positions), std::span(&m, 1));
+    store.layer(0).append(queue, {queue.upload(c.k->reshape({g * m, 40})), there, {}, g, g * m},
+                          {queue.upload(c.v->reshape({g * m, 24})), there, {}, g, g * m}, queue.upload(positions),
+                          std::span(&m, 1));
     const int64_t bytes = store.bytes();
     LayerView at(model, queue, 0, Phase::Prompt);
     at.store = &store.layer(0), at.stores = &store;
@@ -273,7 +296,8 @@ TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
     EXPECT_LT(store.bytes(), bytes);
     std::fill_n(k->as<float>(), k->numel(), NAN), std::fill_n(v->as<float>(), v->numel(), NAN);
     const Tensor read_k = queue.upload(k), read_v = queue.upload(v);
-    queue.run->page_read(queue, store.layer(0).pages(), nullptr, {read_k, there, {}, g, g * m}, {read_v, there, {}, g, g * m}, {});
+    queue.run->page_read(queue, store.layer(0).pages(), nullptr, {read_k, there, {}, g, g * m},
+                         {read_v, there, {}, g, g * m}, {});
     queue.read_back(read_k, k->data), queue.read_back(read_v, v->data);
     const int64_t old = (m - residual) / 64 * 64;
     const double levels = (1 << bits) - 1;
@@ -286,12 +310,14 @@ TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
       for (int64_t j = 0; j < m; ++j) {
         for (int64_t x = 0; x < 40; ++x) {  // keys: `group` entries of a channel
           double low = INFINITY, high = -INFINITY;
-          for (int64_t y = j / group * group; y < std::min(m, (j / group + 1) * group); ++y) low = std::min(low, double(c.k->at<float>(kv, y, x))), high = std::max(high, double(c.k->at<float>(kv, y, x)));
+          for (int64_t y = j / group * group; y < std::min(m, (j / group + 1) * group); ++y)
+            low = std::min(low, double(c.k->at<float>(kv, y, x))), high = std::max(high, double(c.k->at<float>(kv, y, x)));
           check(k->at<float>(kv * m + j, x), c.k->at<float>(kv, j, x), low, high, j < old);
         }
         for (int64_t x = 0; x < 24; ++x) {  // values: `group` channels of an entry
           double low = INFINITY, high = -INFINITY;
-          for (int64_t y = x / group * group; y < std::min<int64_t>(24, (x / group + 1) * group); ++y) low = std::min(low, double(c.v->at<float>(kv, j, y))), high = std::max(high, double(c.v->at<float>(kv, j, y)));
+          for (int64_t y = x / group * group; y < std::min<int64_t>(24, (x / group + 1) * group); ++y)
+            low = std::min(low, double(c.v->at<float>(kv, j, y))), high = std::max(high, double(c.v->at<float>(kv, j, y)));
           check(v->at<float>(kv * m + j, x), c.v->at<float>(kv, j, x), low, high, j < old);
         }
       }
@@ -301,8 +327,12 @@ TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
 
 TEST(KeepPolicies, ABudgetBelowWhatIsForcedNamesTheParameter) {
   const Case c({2, 2, 64, 64, 16, 16});
-  for (const auto& [spec, name] : {std::pair{"snapkv(budget=16)", "window"}, {"pyramidkv(budget=16)", "window"}, {"streaming-llm(budget=4)", "sinks"},
-                                   {"adakv(snapkv(budget=31))", "window"}, {"snapkv(kernel=4)", "kernel"}, {"kivi(bits=3)", "bits"}}) {
+  for (const auto& [spec, name] : {std::pair{"snapkv(budget=16)", "window"},
+                                   {"pyramidkv(budget=16)", "window"},
+                                   {"streaming-llm(budget=4)", "sinks"},
+                                   {"adakv(snapkv(budget=31))", "window"},
+                                   {"snapkv(kernel=4)", "kernel"},
+                                   {"kivi(bits=3)", "bits"}}) {
     const auto out = apply(spec, c.input("reference"));
     ASSERT_FALSE(out.has_value()) << spec;
     EXPECT_EQ(out.error().code, Code::Invalid);

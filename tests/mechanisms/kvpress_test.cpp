@@ -18,10 +18,17 @@ TEST_P(Kvpress, KeepsWhatTheLibraryScoresHighest) {
   Case c({6, 2, 150, 150, 16, 16});
   copy(read(owned, "q"), c.q), copy(read(owned, "k"), c.k), copy(read(owned, "v"), c.v);
   for (const int64_t budget : {90, 60, 110})
-    for (const auto& [name, parameters] :
-         {std::pair{"knorm", ""}, {"keydiff", ""}, {"cur", ""}, {"lagkv", ",lag=32"}, {"lagkv_cross", ",lag=32,cross=true"}, {"noncausal", ",tile=50"},
-          {"expected_attention", ""}, {"expected_attention_eps", ",eps=0.01"}, {"observed_attention", ""}, {"snapkv", ",window=32"},
-          {"tova", ",force_last=true"}}) {
+    for (const auto& [name, parameters] : {std::pair{"knorm", ""},
+                                           {"keydiff", ""},
+                                           {"cur", ""},
+                                           {"lagkv", ",lag=32"},
+                                           {"lagkv_cross", ",lag=32,cross=true"},
+                                           {"noncausal", ",tile=50"},
+                                           {"expected_attention", ""},
+                                           {"expected_attention_eps", ",eps=0.01"},
+                                           {"observed_attention", ""},
+                                           {"snapkv", ",window=32"},
+                                           {"tova", ",force_last=true"}}) {
       std::string slug = name;
       if (slug == "lagkv_cross") slug = "lagkv";
       if (slug == "expected_attention_eps" || slug == "expected_attention") slug = "expected-attention";

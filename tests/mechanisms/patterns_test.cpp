@@ -20,8 +20,10 @@ void expect_mask(const Case& c, const std::string& spec, const std::string& back
 TEST_P(Patterns, IdentityIsDense) {
   for (const Shape s : {shape(150, 150), shape(1, 1), shape(70, 200)}) {
     const Case c(s);
-    for (const char* spec : {"a-shape(local=1000000000)", "tri-shape(local=1000000000)", "triangle-mix(local=1000000000)", "triangle-mix(from=1)", "power(local=1000000000)",
-                             "star(block=1000000000)", "gna(window=1000000000)", "gna(window=300,stride=300)", "stochastic-sa(window=1000000000)", "stochastic-sa(window=400)"})
+    for (const char* spec :
+         {"a-shape(local=1000000000)", "tri-shape(local=1000000000)", "triangle-mix(local=1000000000)",
+          "triangle-mix(from=1)", "power(local=1000000000)", "star(block=1000000000)", "gna(window=1000000000)",
+          "gna(window=300,stride=300)", "stochastic-sa(window=1000000000)", "stochastic-sa(window=400)"})
       EXPECT_LT(c.dense_error(c.run(spec, backend())), kExact) << spec;
   }
 }
@@ -44,8 +46,10 @@ TEST_P(Patterns, PowerSeesPowersOfTwo) {
   for (const Shape s : {shape(300, 300), shape(50, 260)}) {
     const Case c(s, 3);
     for (const auto& [block, local, sinks] : {std::tuple{16, 2, 1}, {7, 1, 0}, {1, 3, 2}})
-      expect_mask(c, "power(block=" + std::to_string(block) + ",local=" + std::to_string(local) + ",sinks=" + std::to_string(sinks) + ")", backend(),
-                  [block = block, local = local, sinks = sinks](int64_t i, int64_t j) {
+      expect_mask(c,
+                  "power(block=" + std::to_string(block) + ",local=" + std::to_string(local) +
+                      ",sinks=" + std::to_string(sinks) + ")",
+                  backend(), [block = block, local = local, sinks = sinks](int64_t i, int64_t j) {
                     const int64_t x = i / block - j / block;
                     return x == 0 || std::has_single_bit(uint64_t(x)) || x < local || j / block < sinks;
                   });
@@ -56,8 +60,12 @@ TEST_P(Patterns, StarSeesAnchorAndBlock) {
   for (const Shape s : {shape(210, 210), shape(33, 150)}) {
     const Case c(s, 4);
     for (const auto& [block, anchor, query] : {std::tuple{50, 0, 0}, {50, 9, 20}, {64, 64, 1}})
-      expect_mask(c, "star(block=" + std::to_string(block) + ",anchor=" + std::to_string(anchor) + ",query=" + std::to_string(query) + ")", backend(),
-                  [&s, block = block, anchor = anchor ? anchor : block, query = query](int64_t i, int64_t j) { return j < anchor || j >= i / block * block || i >= s.m - query; });
+      expect_mask(c,
+                  "star(block=" + std::to_string(block) + ",anchor=" + std::to_string(anchor) +
+                      ",query=" + std::to_string(query) + ")",
+                  backend(), [&s, block = block, anchor = anchor ? anchor : block, query = query](int64_t i, int64_t j) {
+                    return j < anchor || j >= i / block * block || i >= s.m - query;
+                  });
   }
 }
 
@@ -65,8 +73,10 @@ TEST_P(Patterns, GnaIsItsCausalAxis) {
   for (const Shape s : {shape(200, 200), shape(40, 171)}) {
     const Case c(s, 5);
     for (const auto& [window, stride, dilation] : {std::tuple{16, 1, 1}, {16, 16, 1}, {20, 6, 1}, {9, 1, 3}, {8, 3, 5}})
-      expect_mask(c, "gna(window=" + std::to_string(window) + ",stride=" + std::to_string(stride) + ",dilation=" + std::to_string(dilation) + ")", backend(),
-                  [&s, window = window, stride = stride, dilation = dilation](int64_t i, int64_t j) {
+      expect_mask(c,
+                  "gna(window=" + std::to_string(window) + ",stride=" + std::to_string(stride) +
+                      ",dilation=" + std::to_string(dilation) + ")",
+                  backend(), [&s, window = window, stride = stride, dilation = dilation](int64_t i, int64_t j) {
                     if (i % dilation != j % dilation) return false;
                     int64_t length = 0;  // of the group, counted
                     for (int64_t x = i % dilation; x < s.m; x += dilation) ++length;
@@ -88,7 +98,8 @@ TEST_P(Patterns, StochasticSeesWithinAWindowOfAShuffledOrder) {
       Random random(uint64_t(seed) * 1000003u);  // of layer 0; a Fisher–Yates shuffle from the end
       for (int64_t i = s.m; i > 1; --i) std::swap(order[size_t(i - 1)], order[size_t(random.below(i))]);
       for (int64_t r = 0; r < s.m; ++r) rank[size_t(order[size_t(r)])] = r;
-      const std::string spec = "stochastic-sa(window=" + std::to_string(window) + ",seed=" + std::to_string(seed) + (left ? ",side=left" : "") + (circular ? ",circular=true)" : ")");
+      const std::string spec = "stochastic-sa(window=" + std::to_string(window) + ",seed=" + std::to_string(seed) +
+                               (left ? ",side=left" : "") + (circular ? ",circular=true)" : ")");
       expect_mask(c, spec, backend(), [&, window = window, left = left, circular = circular](int64_t i, int64_t j) {
         const int64_t behind = rank[size_t(i)] - rank[size_t(j)], around = ((behind % s.m) + s.m) % s.m;
         if (left) return circular ? around < window : behind >= 0 && behind < window;

@@ -7,7 +7,8 @@ class Plans : public Mechanisms {};
 HEED_ON_ALL_SETTINGS(Plans);
 
 /// The blocks that each query block reads, checked: ascending, causal, and that out is exactly attention over them.
-std::vector<std::vector<int32_t>> planned(const Case& c, const std::string& spec, const std::string& backend, int64_t rows, int64_t cols) {
+std::vector<std::vector<int32_t>> planned(const Case& c, const std::string& spec, const std::string& backend,
+                                          int64_t rows, int64_t cols) {
   const ApplyOutput out = c.run(spec, backend);
   EXPECT_EQ(out.find("plan_block")->view().at<int32_t>(0), rows);
   EXPECT_EQ(out.find("plan_block")->view().at<int32_t>(1), cols);
@@ -21,12 +22,16 @@ std::vector<std::vector<int32_t>> planned(const Case& c, const std::string& spec
       EXPECT_TRUE(std::is_sorted(list.begin(), list.end()) && std::adjacent_find(list.begin(), list.end()) == list.end());
       const int64_t last = list.empty() ? 0 : list.back() * cols;
       EXPECT_LE(last, c.first() + std::min(c.shape.n, (i / rows + 1) * rows) - 1) << "a block nobody sees";
-      for (int64_t j = 0; head == 0 && j <= c.first() + i; ++j) pairs += std::binary_search(list.begin(), list.end(), int32_t(j / cols)), ++all;
+      for (int64_t j = 0; head == 0 && j <= c.first() + i; ++j)
+        pairs += std::binary_search(list.begin(), list.end(), int32_t(j / cols)), ++all;
     }
-  EXPECT_LT(c.error(out, [&](int64_t head, int64_t i, int64_t j) {
-              const auto& list = plan[size_t(head * tiles + i / rows)];
-              return std::binary_search(list.begin(), list.end(), int32_t(j / cols));
-            }), kExact) << spec;
+  EXPECT_LT(c.error(out,
+                    [&](int64_t head, int64_t i, int64_t j) {
+                      const auto& list = plan[size_t(head * tiles + i / rows)];
+                      return std::binary_search(list.begin(), list.end(), int32_t(j / cols));
+                    }),
+            kExact)
+      << spec;
   EXPECT_NEAR(out.find("density")->view().at<float>(0), pairs / all, 1e-5);
   return plan;
 }
@@ -34,8 +39,9 @@ std::vector<std::vector<int32_t>> planned(const Case& c, const std::string& spec
 TEST_P(Plans, IdentityIsDense) {
   for (const Shape s : {shape(100, 100), shape(33, 97), shape(1, 1)}) {
     const Case c(s);
-    for (const char* spec : {"xattention(threshold=1,block=16)", "moba(topk=1000000,block=16)", "flexprefill(gamma=1,block=16)", "dense",
-                             "xattention(threshold=1)+snapkv(budget=1.0)+quest(budget=1.0)"})
+    for (const char* spec :
+         {"xattention(threshold=1,block=16)", "moba(topk=1000000,block=16)", "flexprefill(gamma=1,block=16)", "dense",
+          "xattention(threshold=1)+snapkv(budget=1.0)+quest(budget=1.0)"})
       EXPECT_LT(c.dense_error(c.run(spec, backend())), kExact) << spec;
   }
 }
@@ -43,7 +49,8 @@ TEST_P(Plans, IdentityIsDense) {
 TEST_P(Plans, MobaIsItsNaiveMask) {
   for (const auto& [s, block, k] : {std::tuple{shape(90, 90), 16, 3}, {shape(40, 101), 8, 4}, {shape(64, 64), 13, 1}}) {
     const Case c(s, 4);
-    const auto plan = planned(c, "moba(block=" + std::to_string(block) + ",topk=" + std::to_string(k) + ")", backend(), 1, 1);  // tiles with masks are listed key by key
+    const auto plan = planned(c, "moba(block=" + std::to_string(block) + ",topk=" + std::to_string(k) + ")", backend(),
+                              1, 1);  // tiles with masks are listed key by key
     for (int64_t head = 0; head < s.h; ++head)
       for (int64_t i = 0; i < s.n; ++i) {
         const int64_t own = (c.first() + i) / block;
@@ -82,35 +89,46 @@ Rows antidiagonal_mass(const Case& c, int64_t head, int64_t stride, int64_t bloc
     const double most = *std::max_element(score.begin(), score.end());
     double total = 0;
     for (double& x : score) total += x = std::exp(x - most);
-    for (size_t g = 0; g < score.size(); ++g) mass[size_t(a * stride / block)][g * size_t(stride) / size_t(block)] += score[g] / total;
+    for (size_t g = 0; g < score.size(); ++g)
+      mass[size_t(a * stride / block)][g * size_t(stride) / size_t(block)] += score[g] / total;
   }
   return mass;
 }
 
 TEST_P(Plans, XAttentionHoldsItsShareOfTheEstimate) {
-  for (const auto& [s, stride, block, threshold] : {std::tuple{shape(160, 160), 8, 16, 0.7}, {shape(101, 101), 4, 16, 0.5}, {shape(48, 112), 8, 16, 0.8}, {shape(90, 90), 1, 8, 0.6}, {shape(40, 73), 4, 8, 0.6}}) {
+  for (const auto& [s, stride, block, threshold] : {std::tuple{shape(160, 160), 8, 16, 0.7},
+                                                    {shape(101, 101), 4, 16, 0.5},
+                                                    {shape(48, 112), 8, 16, 0.8},
+                                                    {shape(90, 90), 1, 8, 0.6},
+                                                    {shape(40, 73), 4, 8, 0.6}}) {
     const Case c(s, 6, 2.5);
-    const auto plan = planned(c, "xattention(stride=" + std::to_string(stride) + ",block=" + std::to_string(block) + ",threshold=" + std::to_string(threshold) + ")", backend(), block, block);
+    const auto plan = planned(c,
+                              "xattention(stride=" + std::to_string(stride) + ",block=" + std::to_string(block) +
+                                  ",threshold=" + std::to_string(threshold) + ")",
+                              backend(), block, block);
     const int64_t tiles = (s.n + block - 1) / block;
     for (int64_t head = 0; head < s.h; ++head) {
       const Rows mass = antidiagonal_mass(c, head, stride, block);
       for (int64_t t = 0; t < tiles; ++t) {
         const auto& row = mass[size_t(t)];
-        const int64_t first = (c.first() + t * block) / block, last = (c.first() + std::min((t + 1) * block, s.n) - 1) / block;
+        const int64_t first = (c.first() + t * block) / block,
+                      last = (c.first() + std::min((t + 1) * block, s.n) - 1) / block;
         std::set<int32_t> expected{0};
         for (int64_t j = first; j <= last; ++j) expected.insert(int32_t(j));
         const double total = std::accumulate(row.begin(), row.begin() + last + 1, 0.0);
         double held = 0;
         for (int32_t j : expected) held += row[size_t(j)];
         std::vector<int32_t> order = all_of(last + 1);
-        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row[size_t(a)] > row[size_t(b)]; });
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return row[size_t(a)] > row[size_t(b)]; });
         for (int32_t j : order) {
           if (expected.contains(j)) continue;
           if (held >= double(float(threshold)) * total) break;
           expected.insert(j);
           held += row[size_t(j)];
         }
-        EXPECT_EQ(plan[size_t(head * tiles + t)], std::vector<int32_t>(expected.begin(), expected.end())) << "head " << head << " block " << t;
+        EXPECT_EQ(plan[size_t(head * tiles + t)], std::vector<int32_t>(expected.begin(), expected.end()))
+            << "head " << head << " block " << t;
       }
     }
   }
@@ -131,7 +149,8 @@ TEST_P(Plans, XAttentionAsReleased) {
       for (size_t i = 0; i + 2 < order.size(); ++i) before.push_back(before.back() + row[size_t(order[i])]);
       std::set<int32_t> expected{int32_t(t)};
       for (size_t i = 0; i < order.size() && before[i] < double(0.6f) * total; ++i) expected.insert(order[i]);
-      EXPECT_EQ(plan[size_t(head * 7 + t)], std::vector<int32_t>(expected.begin(), expected.end())) << "head " << head << " block " << t;
+      EXPECT_EQ(plan[size_t(head * 7 + t)], std::vector<int32_t>(expected.begin(), expected.end()))
+          << "head " << head << " block " << t;
     }
   }
 }
@@ -145,7 +164,8 @@ TEST_P(Plans, XAttentionOfStrideOneIsExact) {
       double kept = 0;
       for (int64_t i = t * 16; i < (t + 1) * 16; ++i) {
         const auto p = c.causal(head, i);
-        for (int32_t b : plan[size_t(head * 6 + t)]) kept += std::accumulate(p.begin() + b * 16, p.begin() + (b + 1) * 16, 0.0);
+        for (int32_t b : plan[size_t(head * 6 + t)])
+          kept += std::accumulate(p.begin() + b * 16, p.begin() + (b + 1) * 16, 0.0);
       }
       EXPECT_GE(kept / 16, 0.9 - 1e-5);
     }
@@ -155,7 +175,8 @@ TEST_P(Plans, XAttentionWithoutCausality) {
   const Case c(shape(64, 64), 8, 2.0);
   ApplyInput in = c.input(backend());
   in.causal = false;
-  const ApplyOutput out = Case::run("xattention(stride=4,block=16,threshold=0.5)", in), all = Case::run("xattention(threshold=1,block=16)", in);
+  const ApplyOutput out = Case::run("xattention(stride=4,block=16,threshold=0.5)", in),
+                    all = Case::run("xattention(threshold=1,block=16)", in);
   const auto plan = lists(out, "plan");
   bool later = false;
   double worst = 0;
@@ -163,7 +184,9 @@ TEST_P(Plans, XAttentionWithoutCausality) {
     for (int64_t i = 0; i < 64; ++i) {
       const auto& list = plan[size_t(head * 4 + i / 16)];
       later |= list.back() > i / 16;
-      const auto some = c.output(head, c.weights(head, i, [&](int64_t j) { return std::binary_search(list.begin(), list.end(), int32_t(j / 16)); }));
+      const auto some = c.output(head, c.weights(head, i, [&](int64_t j) {
+        return std::binary_search(list.begin(), list.end(), int32_t(j / 16));
+      }));
       const auto dense = c.output(head, c.weights(head, i, [](int64_t) { return true; }));
       for (int64_t x = 0; x < c.shape.d_v; ++x) {
         worst = std::max(worst, std::abs(some[size_t(x)] - double(out.find("out")->view().at<float>(head, i, x))));
@@ -179,20 +202,23 @@ TEST_P(Plans, AHigherThresholdReadsMore) {
   std::vector<std::vector<int32_t>> before;
   for (double threshold : {0.1, 0.5, 0.8, 0.95}) {
     const auto now = planned(c, "xattention(block=16,threshold=" + std::to_string(threshold) + ")", backend(), 16, 16);
-    for (size_t r = 0; r < before.size(); ++r) EXPECT_TRUE(std::includes(now[r].begin(), now[r].end(), before[r].begin(), before[r].end()));
+    for (size_t r = 0; r < before.size(); ++r)
+      EXPECT_TRUE(std::includes(now[r].begin(), now[r].end(), before[r].begin(), before[r].end()));
     before = now;
   }
 }
 
 /// FlexPrefill's plan of one head, from the catalogue's steps.
-std::vector<std::set<int32_t>> flexprefill(const Case& c, int64_t head, int64_t b, double gamma, double tau, int64_t min_budget, bool* query_aware) {
+std::vector<std::set<int32_t>> flexprefill(const Case& c, int64_t head, int64_t b, double gamma, double tau,
+                                           int64_t min_budget, bool* query_aware) {
   const Shape& s = c.shape;
   const int64_t n = s.n, m = s.m, nb = (m + b - 1) / b;
   const double scale = 1 / std::sqrt(double(s.d));
   std::vector<double> columns(size_t(m), 0.0), offsets(size_t(m), 0.0);
   for (int64_t i = n - b; i < n; ++i) {
     const auto p = c.causal(head, i);
-    for (int64_t j = 0; j <= c.first() + i; ++j) columns[size_t(j)] += p[size_t(j)] / double(b), offsets[size_t(c.first() + i - j)] += p[size_t(j)] / double(b);
+    for (int64_t j = 0; j <= c.first() + i; ++j)
+      columns[size_t(j)] += p[size_t(j)] / double(b), offsets[size_t(c.first() + i - j)] += p[size_t(j)] / double(b);
   }
   auto mean_dot = [&](int64_t q0, int64_t q1, int64_t k0, int64_t k1) {
     double sum = 0;
@@ -242,7 +268,8 @@ std::vector<std::set<int32_t>> flexprefill(const Case& c, int64_t head, int64_t 
     std::vector<std::pair<double, int64_t>> flat;
     for (int64_t row = 0; row < tiles; ++row) {
       std::vector<double> x;
-      for (int64_t k = 0; k <= row; ++k) x.push_back(mean_dot(row * b, std::min(n, (row + 1) * b), k * b, std::min(m, (k + 1) * b)));
+      for (int64_t k = 0; k <= row; ++k)
+        x.push_back(mean_dot(row * b, std::min(n, (row + 1) * b), k * b, std::min(m, (k + 1) * b)));
       x = softmax(x);
       for (int64_t k = 0; k <= row; ++k) flat.emplace_back(x[size_t(k)], row * nb + k);
     }
@@ -260,14 +287,16 @@ TEST_P(Plans, FlexPrefillFollowsItsSteps) {
   int aware = 0, slashed = 0;
   for (const auto& [n, sharpness, tau] : {std::tuple{160, 1.5, 0.1}, {149, 3.0, 0.25}, {160, 0.3, 0.6}, {133, 2.0, 0.0}}) {
     const Case c(shape(n, n), 11, sharpness);
-    const auto plan = planned(c, "flexprefill(block=16,gamma=0.6,min_budget=32,tau=" + std::to_string(tau) + ")", backend(), 16, 16);
+    const auto plan = planned(c, "flexprefill(block=16,gamma=0.6,min_budget=32,tau=" + std::to_string(tau) + ")",
+                              backend(), 16, 16);
     const int64_t tiles = (n + 15) / 16;
     for (int64_t head = 0; head < c.shape.h; ++head) {
       bool query_aware = false;
       const auto expected = flexprefill(c, head, 16, double(0.6f), tau, 32, &query_aware);
       (query_aware ? aware : slashed) += 1;
       for (int64_t t = 0; t < tiles; ++t)
-        EXPECT_EQ(plan[size_t(head * tiles + t)], std::vector<int32_t>(expected[size_t(t)].begin(), expected[size_t(t)].end())) << "head " << head << " block " << t << " aware " << query_aware;
+        EXPECT_EQ(plan[size_t(head * tiles + t)], std::vector<int32_t>(expected[size_t(t)].begin(), expected[size_t(t)].end()))
+            << "head " << head << " block " << t << " aware " << query_aware;
     }
   }
   EXPECT_GT(aware, 0);

@@ -10,17 +10,22 @@ HEED_ON_ALL_SETTINGS(Reads);
 std::vector<std::vector<int32_t>> read(const Case& c, const std::string& spec, const std::string& backend) {
   const ApplyOutput out = c.run(spec, backend);
   const auto tokens = lists(out, "read");
-  EXPECT_LT(c.error(out, [&](int64_t head, int64_t i, int64_t j) {
-              const auto& list = tokens[size_t(head)];
-              return i + 1 < c.shape.n || std::binary_search(list.begin(), list.end(), int32_t(j));
-            }), kExact) << spec;
+  EXPECT_LT(c.error(out,
+                    [&](int64_t head, int64_t i, int64_t j) {
+                      const auto& list = tokens[size_t(head)];
+                      return i + 1 < c.shape.n || std::binary_search(list.begin(), list.end(), int32_t(j));
+                    }),
+            kExact)
+      << spec;
   return tokens;
 }
 
 TEST_P(Reads, IdentityReadsAll) {
   for (const Shape s : {shape(1, 200), shape(40, 40), shape(3, 129), shape(1, 1)}) {
     const Case c(s);
-    for (const char* spec : {"quest(budget=1.0)", "quest(budget=100000)", "tidal-decode(budget=1.0)", "recycled-attention(stride=1)", "recycled-attention(budget=1.0)", "omnikv(budget=1.0)", "twilight(p=1)"})
+    for (const char* spec :
+         {"quest(budget=1.0)", "quest(budget=100000)", "tidal-decode(budget=1.0)", "recycled-attention(stride=1)",
+          "recycled-attention(budget=1.0)", "omnikv(budget=1.0)", "twilight(p=1)"})
       for (const auto& list : read(c, spec, backend())) EXPECT_EQ(list, all_of(s.m)) << spec;
   }
 }
@@ -37,10 +42,12 @@ TEST_P(Reads, QuestReadsThePagesOfTheHighestBound) {
         for (int64_t x = 0; x < c.shape.d; ++x) {
           const double q = c.q->at<float>(head, 1, x);
           double best = -INFINITY;
-          for (int64_t j = p * page; j < std::min<int64_t>(203, (p + 1) * page); ++j) best = std::max(best, q * double(c.k->at<float>(head / c.group(), j, x)));
+          for (int64_t j = p * page; j < std::min<int64_t>(203, (p + 1) * page); ++j)
+            best = std::max(best, q * double(c.k->at<float>(head / c.group(), j, x)));
           bound[size_t(p)] += best;
         }
-        for (int64_t j = p * page; j < std::min<int64_t>(203, (p + 1) * page); ++j) most = std::max(most, c.dot(head, 1, j));
+        for (int64_t j = p * page; j < std::min<int64_t>(203, (p + 1) * page); ++j)
+          most = std::max(most, c.dot(head, 1, j));
         EXPECT_LE(most, bound[size_t(p)] + 1e-9);
       }
       bound.back() = INFINITY;
@@ -74,7 +81,8 @@ TEST_P(Reads, RecycledAttentionReadsWhatTheLastRowPaid) {
         for (size_t j = 0; j < 150; ++j) most[j] = std::max(most[j], p[j]);
       }
       for (int64_t j = 0; j < 150; ++j)
-        scores.push_back(*std::max_element(most.begin() + std::max<int64_t>(0, j - kernel / 2), most.begin() + std::min<int64_t>(150, j + kernel / 2 + 1)));
+        scores.push_back(*std::max_element(most.begin() + std::max<int64_t>(0, j - kernel / 2),
+                                           most.begin() + std::min<int64_t>(150, j + kernel / 2 + 1)));
       EXPECT_EQ(tokens[size_t(head)], top(scores, 33));
     }
   }

@@ -1,7 +1,7 @@
 // Every mechanism inside sessions: its identity is dense in all phases, and small budgets run on what nobody tuned for.
+#include "model/session.h"
 #include "harness.h"
 #include "mechanisms/registry.h"
-#include "model/session.h"
 
 namespace heed::test {
 namespace {
@@ -61,15 +61,53 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
   const auto model = tiny(6, 2);
   for (int64_t chunk : {0, 25}) {
     const auto dense = logits(model, "dense", chunk);
-    for (const char* spec : {"streaming-llm(window=12)", "snapkv(budget=16,window=4)", "snapkv(budget=0.1)", "pyramidkv(budget=16,window=4)", "pyramidkv(budget=20,window=4,rule=authors)",
-                             "adakv(snapkv(budget=16,window=4))", "adakv(pyramidkv(budget=16,window=4),port=true)", "adakv(h2o(budget=10))", "h2o(budget=10)", "h2o(budget=10,when=chunk)+quest(budget=8,page=4,dense=0)",
-                             "tova(budget=7)", "quest(budget=16,page=8,dense=1)", "tidal-decode(budget=9,selection=1,correction=2)", "xattention(block=8,stride=4,threshold=0.3)", "moba(block=8,topk=2)",
-                             "flexprefill(block=8,gamma=0.3,min_budget=8)", "kvzip(budget=0.2,chunk=32)", "kvzip(budget=0.2,chunk=32,share=layer)", "kivi(residual=0)", "act(threshold=0.02,skip_first=0,skip_last=0)",
-                             "a2sf(budget=10)", "observed-attention(budget=10)", "keydiff(budget=10)", "cur(budget=10)", "lagkv(budget=12,lag=4)", "noncausal(budget=10,tile=8)", "expected-attention(budget=10)",
-                             "random(budget=10)", "duo-attention(sinks=2,recent=6)", "simlayerkv(threshold=0,recent=6)", "chunkkv(tova(budget=10),chunk=4)", "caote(tova(budget=7))", "dms(keydiff,threshold=0,window=4)",
-                             "adakv(expected-attention(budget=12,eps=0.01))", "recycled-attention(budget=8,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "twilight(p=0.6,dense=1)", "headkv(snapkv(budget=16,window=4),window=4,scores=[1,2,3,4,5,6,7,8])", "a-shape(sinks=2,local=9)", "tri-shape(sinks=2,local=9,last=3)",
-                             "triangle-mix(sinks=2,local=9,last=3,from=2)", "power(block=4,local=1)", "star(block=10,query=4)", "gna(window=8,stride=2,dilation=2)", "stochastic-sa(window=16)",
-                             "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
+    for (const char* spec : {"streaming-llm(window=12)",
+                             "snapkv(budget=16,window=4)",
+                             "snapkv(budget=0.1)",
+                             "pyramidkv(budget=16,window=4)",
+                             "pyramidkv(budget=20,window=4,rule=authors)",
+                             "adakv(snapkv(budget=16,window=4))",
+                             "adakv(pyramidkv(budget=16,window=4),port=true)",
+                             "adakv(h2o(budget=10))",
+                             "h2o(budget=10)",
+                             "h2o(budget=10,when=chunk)+quest(budget=8,page=4,dense=0)",
+                             "tova(budget=7)",
+                             "quest(budget=16,page=8,dense=1)",
+                             "tidal-decode(budget=9,selection=1,correction=2)",
+                             "xattention(block=8,stride=4,threshold=0.3)",
+                             "moba(block=8,topk=2)",
+                             "flexprefill(block=8,gamma=0.3,min_budget=8)",
+                             "kvzip(budget=0.2,chunk=32)",
+                             "kvzip(budget=0.2,chunk=32,share=layer)",
+                             "kivi(residual=0)",
+                             "act(threshold=0.02,skip_first=0,skip_last=0)",
+                             "a2sf(budget=10)",
+                             "observed-attention(budget=10)",
+                             "keydiff(budget=10)",
+                             "cur(budget=10)",
+                             "lagkv(budget=12,lag=4)",
+                             "noncausal(budget=10,tile=8)",
+                             "expected-attention(budget=10)",
+                             "random(budget=10)",
+                             "duo-attention(sinks=2,recent=6)",
+                             "simlayerkv(threshold=0,recent=6)",
+                             "chunkkv(tova(budget=10),chunk=4)",
+                             "caote(tova(budget=7))",
+                             "dms(keydiff,threshold=0,window=4)",
+                             "adakv(expected-attention(budget=12,eps=0.01))",
+                             "recycled-attention(budget=8,stride=4)",
+                             "omnikv(budget=6,filters=1,wait=0)",
+                             "twilight(p=0.6,dense=1)",
+                             "headkv(snapkv(budget=16,window=4),window=4,scores=[1,2,3,4,5,6,7,8])",
+                             "a-shape(sinks=2,local=9)",
+                             "tri-shape(sinks=2,local=9,last=3)",
+                             "triangle-mix(sinks=2,local=9,last=3,from=2)",
+                             "power(block=4,local=1)",
+                             "star(block=10,query=4)",
+                             "gna(window=8,stride=2,dilation=2)",
+                             "stochastic-sa(window=16)",
+                             "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+"
+                             "h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
       const double changed = distance(dense, logits(model, spec, chunk));
       EXPECT_GT(changed, 1e-4) << spec << " chunk " << chunk;
       EXPECT_LT(changed, 100) << spec << " chunk " << chunk;
@@ -79,8 +117,10 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
 
 TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
   const auto model = tiny(6, 2);
-  for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)", "quest(budget=8,page=4,dense=0)", "a2sf(budget=10)",
-                           "recycled-attention(budget=8,stride=4)", "omnikv(budget=6,filters=1,wait=0)", "caote(h2o(budget=10))", "random(budget=10,when=every(2))"}) {
+  for (const char* spec :
+       {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)",
+        "quest(budget=8,page=4,dense=0)", "a2sf(budget=10)", "recycled-attention(budget=8,stride=4)",
+        "omnikv(budget=6,filters=1,wait=0)", "caote(h2o(budget=10))", "random(budget=10,when=every(2))"}) {
     SessionOptions o;
     o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);
@@ -157,7 +197,8 @@ TEST(Sessions, OmniKvHandsTheFiltersChoiceOn) {
       most.assign(size_t(length), 0.0);
       for (int64_t s = 0; s < each.segments(); ++s)
         for (int64_t j = 0; j < length; ++j)
-          for (int64_t member = 0; member < group; ++member) most[size_t(j)] = std::max(most[size_t(j)], double(each.values.at<float>(each.begin(s) + j, member)));
+          for (int64_t member = 0; member < group; ++member)
+            most[size_t(j)] = std::max(most[size_t(j)], double(each.values.at<float>(each.begin(s) + j, member)));
       for (int64_t j = 50; j < length; ++j) most[size_t(j)] = INFINITY;  // generated
     }
     if (at.layer < 2) return;

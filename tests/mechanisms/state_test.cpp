@@ -8,7 +8,8 @@ HEED_ON_ALL_SETTINGS(States);
 
 struct Gates {
   Buffer g, beta, state;
-  Gates(const Shape& s, uint64_t seed) : g(Dtype::F32, {s.h, s.n}), beta(Dtype::F32, {s.h, s.n}), state(Dtype::F32, {s.h, s.d, s.d_v}) {
+  Gates(const Shape& s, uint64_t seed)
+      : g(Dtype::F32, {s.h, s.n}), beta(Dtype::F32, {s.h, s.n}), state(Dtype::F32, {s.h, s.d, s.d_v}) {
     Random random(seed);
     for (float& x : g->span<float>()) x = float(-random.uniform());
     for (float& x : beta->span<float>()) x = float(random.uniform());
@@ -57,7 +58,9 @@ TEST_P(States, GdnIsTheLiteralRecurrence) {
             }
           }
           for (int64_t a = 0; a < s.d; ++a)
-            for (int64_t b = 0; b < s.d_v; ++b) worst = std::max(worst, std::abs(state[size_t(a)][size_t(b)] - double(out.find("state")->view().at<float>(head, a, b))));
+            for (int64_t b = 0; b < s.d_v; ++b)
+              worst = std::max(
+                  worst, std::abs(state[size_t(a)][size_t(b)] - double(out.find("state")->view().at<float>(head, a, b))));
         }
         EXPECT_LT(worst, 2e-4 * size) << "l2norm " << norm << " state " << given;
         EXPECT_EQ(out.find("lse"), nullptr);
@@ -87,7 +90,8 @@ TEST_P(States, GdnGoesOnFromAState) {
   for (int64_t head = 0; head < s.h; ++head)
     for (int64_t a = 0; a < s.d; ++a)
       for (int64_t b = 0; b < s.d_v; ++b)
-        ASSERT_NEAR(whole.find("state")->view().at<float>(head, a, b), second.find("state")->view().at<float>(head, a, b), 1e-4);
+        ASSERT_NEAR(whole.find("state")->view().at<float>(head, a, b),
+                    second.find("state")->view().at<float>(head, a, b), 1e-4);
 }
 
 TEST(StateErrors, NameTheInput) {

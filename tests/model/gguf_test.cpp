@@ -166,9 +166,12 @@ TEST(Gguf, RefusesMetadataThatLies) {
   EXPECT_NE(refusal(Bytes{}.head(0, 1).put(~0ull).put(~0ull)).find("remain"), std::string::npos);
   EXPECT_NE(refusal(Bytes{}.head(0, 1).text("k").put(99u).put(0ull)).find("unknown type 99"), std::string::npos);
   EXPECT_NE(refusal(Bytes{}.head(0, 1).text("k").put(string).put(1ull << 63)).find("remain"), std::string::npos);
-  EXPECT_NE(refusal(Bytes{}.head(0, 1).text("k").put(array).put(u32).put(1ull << 62)).find("does not fit"), std::string::npos);
-  EXPECT_NE(refusal(Bytes{}.head(0, 1).text("k").put(array).put(string).put(1ull << 61)).find("does not fit"), std::string::npos);
-  EXPECT_NE(refusal(Bytes{}.head(0, 2).text("k").put(u32).put(1u).text("k").put(u32).put(1u)).find("twice"), std::string::npos);
+  EXPECT_NE(refusal(Bytes{}.head(0, 1).text("k").put(array).put(u32).put(1ull << 62)).find("does not fit"),
+            std::string::npos);
+  EXPECT_NE(refusal(Bytes{}.head(0, 1).text("k").put(array).put(string).put(1ull << 61)).find("does not fit"),
+            std::string::npos);
+  EXPECT_NE(refusal(Bytes{}.head(0, 2).text("k").put(u32).put(1u).text("k").put(u32).put(1u)).find("twice"),
+            std::string::npos);
   for (const uint32_t alignment : {0u, 1u, 4u, 33u, 48u}) {
     const auto bytes = Bytes{}.head(0, 1).text("general.alignment").put(u32).put(alignment);
     EXPECT_NE(refusal(bytes).find("power of two"), std::string::npos);
@@ -198,7 +201,8 @@ TEST(Gguf, RefusesTensorsThatLie) {
   EXPECT_NE(refusal(one({32}, 23, 0), Code::Unsupported).find("IQ4_XS"), std::string::npos);
   EXPECT_NE(refusal(one({32}, 77, 0), Code::Unsupported).find("77"), std::string::npos);
   EXPECT_TRUE(parse(one({4, 2}, 0, 32).data));
-  EXPECT_NE(refusal(Bytes{}.head(2, 0).tensor("t", {4}, 0, 0).tensor("t", {4}, 0, 0).pad(256)).find("twice"), std::string::npos);
+  EXPECT_NE(refusal(Bytes{}.head(2, 0).tensor("t", {4}, 0, 0).tensor("t", {4}, 0, 0).pad(256)).find("twice"),
+            std::string::npos);
 }
 
 TEST(Gguf, OpensRealModels) {

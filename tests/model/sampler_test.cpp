@@ -114,7 +114,8 @@ TEST(Sampler, LargeVocabulariesKeepTheOrder) {
   for (float& x : logits) x = float(random.below(500)) / 50;
   std::vector<int32_t> order(logits.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[size_t(a)] > logits[size_t(b)]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return logits[size_t(a)] > logits[size_t(b)]; });
   for (const Sampling& sampling : {Sampling{.temperature = 1, .top_k = 700}, Sampling{.temperature = 1, .top_p = 0.3f},
                                    Sampling{.temperature = 1, .min_p = 0.5f}, Sampling{.temperature = 1}}) {
     const std::vector<int32_t> kept = ids(Sampler(sampling), logits);
@@ -124,9 +125,9 @@ TEST(Sampler, LargeVocabulariesKeepTheOrder) {
 }
 
 TEST(Sampler, RefusesNumbersOutOfRange) {
-  for (const Sampling& bad :
-       {Sampling{.temperature = -1}, Sampling{.temperature = kNan}, Sampling{.temperature = kInfinity}, Sampling{.top_k = -1},
-        Sampling{.top_p = 0}, Sampling{.top_p = 1.5f}, Sampling{.top_p = kNan}, Sampling{.min_p = -0.1f}, Sampling{.min_p = 2}}) {
+  for (const Sampling& bad : {Sampling{.temperature = -1}, Sampling{.temperature = kNan}, Sampling{.temperature = kInfinity},
+                              Sampling{.top_k = -1}, Sampling{.top_p = 0}, Sampling{.top_p = 1.5f},
+                              Sampling{.top_p = kNan}, Sampling{.min_p = -0.1f}, Sampling{.min_p = 2}}) {
     EXPECT_THROW(Sampler{bad}, Error);
   }
 }

@@ -16,7 +16,8 @@ namespace {
 
 std::shared_ptr<const Model> tiny(std::vector<int64_t> windows = {0, 24, 0}, int h = 6, int g = 2) {
   ModelInfo shape;
-  shape.layers = int(windows.size()), shape.h = h, shape.g = g, shape.d = shape.d_v = 16, shape.hidden = 48, shape.vocabulary = 97;
+  shape.layers = int(windows.size()), shape.h = h, shape.g = g, shape.d = shape.d_v = 16, shape.hidden = 48,
+  shape.vocabulary = 97;
   shape.windows = windows;
   return Model::random(shape, 64, Dtype::F32, 7);
 }
@@ -79,13 +80,16 @@ std::vector<std::vector<float>> recompute(const Model& model, const std::vector<
   };
   for (int l = 0; l < m.layers; ++l) {
     Buffer q(Dtype::F32, {n, m.h, m.d}), k(Dtype::F32, {n, m.g, m.d}), v(Dtype::F32, {n, m.g, m.d});
-    project(queue, *weights, model.architecture(), l, x, n, q->reshape({n, m.h * m.d}), k->reshape({n, m.g * m.d}), v->reshape({n, m.g * m.d}));
-    Buffer qh(Dtype::F32, {m.h * n, m.d}), kh(Dtype::F32, {m.g * n, m.d}), vh(Dtype::F32, {m.g * n, m.d}), out(Dtype::F32, {m.h * n, m.d});
+    project(queue, *weights, model.architecture(), l, x, n, q->reshape({n, m.h * m.d}), k->reshape({n, m.g * m.d}),
+            v->reshape({n, m.g * m.d}));
+    Buffer qh(Dtype::F32, {m.h * n, m.d}), kh(Dtype::F32, {m.g * n, m.d}), vh(Dtype::F32, {m.g * n, m.d}),
+        out(Dtype::F32, {m.h * n, m.d});
     queue.run->split_heads(queue, q, ends, {}, 0, m.rope(l), at, heads(m.h, qh));
     queue.run->split_heads(queue, k, ends, {}, 0, m.rope(l), at, heads(m.g, kh));
     queue.run->split_heads(queue, v, ends, {}, 0, nullptr, {}, heads(m.g, vh));
     std::vector<int32_t> seen;
-    for (int g = 0; g < m.g; ++g) seen.insert(seen.end(), until[size_t(l)][size_t(g)].begin(), until[size_t(l)][size_t(g)].end());
+    for (int g = 0; g < m.g; ++g)
+      seen.insert(seen.end(), until[size_t(l)][size_t(g)].begin(), until[size_t(l)][size_t(g)].end());
     Mods mods;
     mods.window = m.window(l);
     mods.until = Tensor(seen.data(), Dtype::I32, {m.g * n});
@@ -138,26 +142,36 @@ TEST_P(EvictionTest, EqualsTheUntilMask) {
     EXPECT_TRUE(shorter) << "nothing was evicted";
     const auto expected = recompute(*model, ids, until);
     for (size_t i = 0; i < got.size(); ++i)
-      ASSERT_LT(distance(got[i], expected[size_t(prefix) - 1 + i]), 2e-4) << GetParam().attention << " on " << backend << ", row " << i;
+      ASSERT_LT(distance(got[i], expected[size_t(prefix) - 1 + i]), 2e-4)
+          << GetParam().attention << " on " << backend << ", row " << i;
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Policies, EvictionTest, testing::Values(
-    Case{"snapkv(budget=20,window=4)"}, Case{"snapkv(budget=20,window=4,when=every(3))"}, Case{"snapkv(budget=24,window=4,when=chunk)", 30},
-    Case{"pyramidkv(budget=20,window=4)"}, Case{"adakv(snapkv(budget=20,window=4))"}, Case{"h2o(budget=16)"}, Case{"h2o(budget=16)", 25},
-    Case{"knorm(budget=16)"}, Case{"knorm(budget=20,sinks=2,when=every(1))", 33}, Case{"adakv(knorm(budget=20))"},
-    Case{"a2sf(budget=16)"}, Case{"a2sf(budget=16,alpha=0.8,window=3)", 25}, Case{"observed-attention(budget=16)"}, Case{"observed-attention(budget=16,when=every(2))", 25},
-    Case{"keydiff(budget=16)"}, Case{"keydiff(budget=20,when=chunk)", 25}, Case{"cur(budget=16)"}, Case{"lagkv(budget=30,lag=12)"},
-    Case{"noncausal(budget=20,tile=16)"}, Case{"noncausal(budget=20,tile=16)", 30}, Case{"expected-attention(budget=16)"},
-    Case{"expected-attention(budget=20,when=chunk)", 30}, Case{"random(budget=16)"}, Case{"random(budget=16,when=every(3))"},
-    Case{"duo-attention(sinks=2,recent=12)"}, Case{"duo-attention(sinks=2,recent=12,heads=1)", 25}, Case{"simlayerkv(threshold=0,recent=14)"},
-    Case{"chunkkv(snapkv(budget=20,window=4),chunk=5)"}, Case{"caote(h2o(budget=16))"}, Case{"caote(snapkv(budget=20,window=4))"},
-    Case{"dms(keydiff,threshold=0,window=8)"}, Case{"adakv(keydiff(budget=20))"}, Case{"headkv(snapkv(budget=20,window=4),window=4,scores=[1,3,2,2,5,1])"},
-    Case{"tova(budget=16)"}, Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"}, Case{"snapkv(budget=20,window=4,layers=1-)"},
-    Case{"kvzip(budget=20,chunk=32,sinks=2)"}, Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
+INSTANTIATE_TEST_SUITE_P(
+    Policies, EvictionTest,
+    testing::Values(Case{"snapkv(budget=20,window=4)"}, Case{"snapkv(budget=20,window=4,when=every(3))"},
+                    Case{"snapkv(budget=24,window=4,when=chunk)", 30}, Case{"pyramidkv(budget=20,window=4)"},
+                    Case{"adakv(snapkv(budget=20,window=4))"}, Case{"h2o(budget=16)"}, Case{"h2o(budget=16)", 25},
+                    Case{"knorm(budget=16)"}, Case{"knorm(budget=20,sinks=2,when=every(1))", 33},
+                    Case{"adakv(knorm(budget=20))"}, Case{"a2sf(budget=16)"},
+                    Case{"a2sf(budget=16,alpha=0.8,window=3)", 25}, Case{"observed-attention(budget=16)"},
+                    Case{"observed-attention(budget=16,when=every(2))", 25}, Case{"keydiff(budget=16)"},
+                    Case{"keydiff(budget=20,when=chunk)", 25}, Case{"cur(budget=16)"}, Case{"lagkv(budget=30,lag=12)"},
+                    Case{"noncausal(budget=20,tile=16)"}, Case{"noncausal(budget=20,tile=16)", 30},
+                    Case{"expected-attention(budget=16)"}, Case{"expected-attention(budget=20,when=chunk)", 30},
+                    Case{"random(budget=16)"}, Case{"random(budget=16,when=every(3))"},
+                    Case{"duo-attention(sinks=2,recent=12)"}, Case{"duo-attention(sinks=2,recent=12,heads=1)", 25},
+                    Case{"simlayerkv(threshold=0,recent=14)"}, Case{"chunkkv(snapkv(budget=20,window=4),chunk=5)"},
+                    Case{"caote(h2o(budget=16))"}, Case{"caote(snapkv(budget=20,window=4))"},
+                    Case{"dms(keydiff,threshold=0,window=8)"}, Case{"adakv(keydiff(budget=20))"},
+                    Case{"headkv(snapkv(budget=20,window=4),window=4,scores=[1,3,2,2,5,1])"}, Case{"tova(budget=16)"},
+                    Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"},
+                    Case{"snapkv(budget=20,window=4,layers=1-)"}, Case{"kvzip(budget=20,chunk=32,sinks=2)"},
+                    Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
     [](const auto& info) {
       std::string name = info.param.attention + (info.param.chunk ? "_chunk" : "");
-      for (char& c : name) if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
+      for (char& c : name)
+        if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
       return name;
     });
 
@@ -174,7 +188,8 @@ struct CacheOracle {
   int64_t fed = 0;
 
   CacheOracle(const Model& m, int64_t sinks, int64_t budget)
-      : model(m), sinks(sinks), budget(budget), cache(size_t(m.info().layers), std::vector(size_t(m.info().g), std::vector<Entry>())) {}
+      : model(m), sinks(sinks), budget(budget),
+        cache(size_t(m.info().layers), std::vector(size_t(m.info().g), std::vector<Entry>())) {}
 
   void cut(std::vector<Entry>& entries, int64_t count) const {
     if (int64_t(entries.size()) > count) entries.erase(entries.begin() + sinks, entries.end() - (count - sinks));
@@ -182,8 +197,10 @@ struct CacheOracle {
   std::vector<double> turned(std::vector<double> x, int64_t place) const {
     const Rope& rope = *model.info().rope(0);
     for (int i = 0; i < rope.dims / 2; ++i) {
-      const double angle = double(place) * double(rope.inv_freq.at<float>(i)), a = x[size_t(i)], b = x[size_t(i + rope.dims / 2)];
-      x[size_t(i)] = a * std::cos(angle) - b * std::sin(angle), x[size_t(i + rope.dims / 2)] = a * std::sin(angle) + b * std::cos(angle);
+      const double angle = double(place) * double(rope.inv_freq.at<float>(i)), a = x[size_t(i)],
+                   b = x[size_t(i + rope.dims / 2)];
+      x[size_t(i)] = a * std::cos(angle) - b * std::sin(angle),
+      x[size_t(i + rope.dims / 2)] = a * std::sin(angle) + b * std::cos(angle);
     }
     return x;
   }
@@ -206,13 +223,15 @@ struct CacheOracle {
     Buffer x(Dtype::F32, {n, m.hidden});
     queue.run->embed(queue, weights->embedding, Tensor(tokens.data(), Dtype::I32, {n}), 1, x);
     for (int l = 0; l < m.layers; ++l) {
-      Buffer q(Dtype::F32, {n, m.h * d}), k(Dtype::F32, {n, m.g * d}), v(Dtype::F32, {n, m.g * d}), out(Dtype::F32, {m.h * n, d});
+      Buffer q(Dtype::F32, {n, m.h * d}), k(Dtype::F32, {n, m.g * d}), v(Dtype::F32, {n, m.g * d}),
+          out(Dtype::F32, {m.h * n, d});
       project(queue, *weights, model.architecture(), l, x, n, q, k, v);
       for (int g = 0; g < m.g; ++g) {
         auto& entries = cache[size_t(l)][size_t(g)];
         if (!prompt) cut(entries, budget - n);
         const int64_t held = int64_t(entries.size());
-        for (int64_t i = 0; i < n; ++i) entries.push_back({int32_t(fed + i), numbers(k, i, g * d, d), numbers(v, i, g * d, d)});
+        for (int64_t i = 0; i < n; ++i)
+          entries.push_back({int32_t(fed + i), numbers(k, i, g * d, d), numbers(v, i, g * d, d)});
         for (int h = g * m.group(); h < (g + 1) * m.group(); ++h)
           for (int64_t i = 0; i < n; ++i) {
             const auto query = turned(numbers(q, i, h * d, d), held + i);
@@ -232,7 +251,8 @@ struct CacheOracle {
           }
         cut(entries, budget);
       }
-      finish(queue, *weights, model.architecture(), l, Ragged{out, Tensor(offsets.data(), Dtype::I64, {m.h + 1}), {}, m.h, m.h * n}, ends, n, x);
+      finish(queue, *weights, model.architecture(), l,
+             Ragged{out, Tensor(offsets.data(), Dtype::I64, {m.h + 1}), {}, m.h, m.h * n}, ends, n, x);
     }
     fed += n;
     Buffer y(Dtype::F32, {n, m.vocabulary});
@@ -248,9 +268,12 @@ TEST(Session, CachePositionsAreThoseOfTheCache) {
       const std::vector<int32_t> ids = text(int64_t(prompt) + 24);
       CacheOracle oracle(*model, 3, budget);
       Session session(model, options("streaming-llm(sinks=3,budget=" + std::to_string(budget) + ")"));
-      EXPECT_LT(distance(row(session.prefill(std::span(ids).first(size_t(prompt))), 0), oracle.feed({ids.begin(), ids.begin() + prompt}, true)), 2e-4);
+      EXPECT_LT(distance(row(session.prefill(std::span(ids).first(size_t(prompt))), 0),
+                         oracle.feed({ids.begin(), ids.begin() + prompt}, true)),
+                2e-4);
       for (size_t i = size_t(prompt); i < ids.size(); ++i)
-        ASSERT_LT(distance(row(session.decode(ids[i]), 0), oracle.feed({ids[i]}, false)), 2e-4) << h << " " << g << " " << prompt << " " << i;
+        ASSERT_LT(distance(row(session.decode(ids[i]), 0), oracle.feed({ids[i]}, false)), 2e-4)
+            << h << " " << g << " " << prompt << " " << i;
     }
   }
 }
@@ -313,7 +336,8 @@ TEST(Session, ForkGoesItsOwnWay) {
     auto copy = again.fork();
     EXPECT_EQ(distance(row(copy->decode(3), 0), other), 0);
     EXPECT_EQ(distance(row(again.decode(2), 0), here), 0);
-    EXPECT_EQ(distance(row(session.decode(9), 0), row(again.decode(9), 0)), 0) << attention << ": the fork wrote into its origin";
+    EXPECT_EQ(distance(row(session.decode(9), 0), row(again.decode(9), 0)), 0)
+        << attention << ": the fork wrote into its origin";
   }
 }
 
@@ -363,7 +387,9 @@ TEST(Session, InterruptionRestores) {
   Session session(model, options("h2o(budget=20)"));
   session.prefill(ids);
   auto untouched = session.fork();
-  session.progress([](int64_t done, int64_t) { if (done == 2) interrupt(); });
+  session.progress([](int64_t done, int64_t) {
+    if (done == 2) interrupt();
+  });
   EXPECT_THROW(session.prefill(ids), Error);
   clear_interrupt();
   session.progress({});

@@ -33,7 +33,8 @@ std::string bpe_file(const std::string& pre) {
   const std::string key = "tokenizer.ggml.pre";
   const size_t at = file.find(key) + key.size() + sizeof(uint32_t);
   const uint64_t length = pre.size();
-  file.replace(at, sizeof length + std::strlen("default"), std::string(reinterpret_cast<const char*>(&length), sizeof length) + pre);
+  file.replace(at, sizeof length + std::strlen("default"),
+               std::string(reinterpret_cast<const char*>(&length), sizeof length) + pre);
   return file;
 }
 
@@ -45,8 +46,8 @@ std::vector<int32_t> golden(const std::map<std::string, Buffer>& all, const std:
 /// Equal, or where they part: a difference of two long vectors says nothing.
 void expect_ids(const std::vector<int32_t>& got, const std::vector<int32_t>& want, const std::string& what) {
   const auto [a, b] = std::mismatch(got.begin(), got.end(), want.begin(), want.end());
-  EXPECT_TRUE(a == got.end() && b == want.end())
-      << what << ": " << got.size() << " ids, " << want.size() << " wanted, the first different is number " << a - got.begin();
+  EXPECT_TRUE(a == got.end() && b == want.end()) << what << ": " << got.size() << " ids, " << want.size()
+                                                 << " wanted, the first different is number " << a - got.begin();
 }
 
 /// `text` with a space for every U+2581.
@@ -73,10 +74,12 @@ TEST(Tokenizer, SmallVocabulariesGiveLlamaCppsIds) {
   ASSERT_TRUE(all) << all.error().text();
   const std::string text = read("hostile.txt");
   ASSERT_GT(text.size(), 10000u);
-  for (const char* pre : {"default", "gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "falcon", "deepseek-coder", "dbrx"}) {
+  for (const char* pre :
+       {"default", "gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "falcon", "deepseek-coder", "dbrx"}) {
     expect_ids(tokenizer(bpe_file(pre)).encode(text), golden(*all, pre), pre);
   }
-  expect_ids(tokenizer(read("bpe.gguf")).encode(text, {.special = true}), golden(*all, "default_special"), "default, special");
+  expect_ids(tokenizer(read("bpe.gguf")).encode(text, {.special = true}), golden(*all, "default_special"),
+             "default, special");
   const Tokenizer spm = tokenizer(read("spm.gguf"));
   expect_ids(spm.encode(text), golden(*all, "spm"), "spm");
   expect_ids(spm.encode(text, {.special = true}), golden(*all, "spm_special"), "spm, special");
@@ -148,7 +151,8 @@ TEST(Tokenizer, ControlTokensNeedAskingFor) {
 
 TEST(Tokenizer, LongRunsOfOneThingComeBack) {
   // Texts on which a quadratic step would not end: no word boundary, no merge, no newline, only newlines.
-  const Tokenizer bpe = tokenizer(bpe_file("llama-bpe")), gpt = tokenizer(bpe_file("gpt-2")), spm = tokenizer(read("spm.gguf"));
+  const Tokenizer bpe = tokenizer(bpe_file("llama-bpe")), gpt = tokenizer(bpe_file("gpt-2")),
+                  spm = tokenizer(read("spm.gguf"));
   for (const std::string unit : {"a", " ", "\n", "!", "9", "\t ", "'s", "é", "\xff", "ab\n", "\u0301"}) {
     std::string text;
     while (text.size() < 150000) text += unit;

@@ -36,7 +36,8 @@ class Attend {
     shape_.dots = source_.dots(q_.values.type, shape_.d);
     tasks_ = tile_tasks(plan_, q_, source_.heads(), source_.v_heads(), mods_, true);
     cut();
-    parallel_tiles(queue_, shape_, int64_t(pieces_.size()), [&](Tile& tile, int64_t i) { work(tile, pieces_[size_t(i)]); });
+    parallel_tiles(queue_, shape_, int64_t(pieces_.size()),
+                   [&](Tile& tile, int64_t i) { work(tile, pieces_[size_t(i)]); });
   }
 
  private:
@@ -54,13 +55,17 @@ class Attend {
       const KeyView keys = source_.view(task, mods_);
       const Lanes lanes = lanes_of(task, q_, keys.size(), mods_, plan_.causal);
       const KeyRange range = visible(lanes, keys, mods_, plan_.causal);
-      const bool dense = plan_.form == Plan::Form::Dense, counted = plan_.form == Plan::Form::Blocks || plan_.form == Plan::Form::Tokens;
-      const int64_t planned = std::min(planned_keys(plan_, task.plan_row, keys.size()), std::max<int64_t>(range.high - range.low, 0));
+      const bool dense = plan_.form == Plan::Form::Dense,
+                 counted = plan_.form == Plan::Form::Blocks || plan_.form == Plan::Form::Tokens;
+      const int64_t planned = std::min(planned_keys(plan_, task.plan_row, keys.size()),
+                                       std::max<int64_t>(range.high - range.low, 0));
       // The number of pieces follows from the shapes alone, never from the number of threads.
       const bool few = q_.length(task.sequence * q_.heads + task.head) <= kTile && plan_.parts == 1 && (dense || counted);
       const int64_t per_entry = plan_.form == Plan::Form::Blocks ? plan_.k_tile : 1;
       const int64_t begin = dense ? range.low : 0;
-      const int64_t units = dense ? std::max<int64_t>(range.high - range.low, 0) : counted ? plan_.end(task.plan_row) - plan_.begin(task.plan_row) : 0;
+      const int64_t units = dense     ? std::max<int64_t>(range.high - range.low, 0)
+                            : counted ? plan_.end(task.plan_row) - plan_.begin(task.plan_row)
+                                      : 0;
       const int64_t step = std::max<int64_t>(1, kSplit / per_entry);
       const int64_t pieces = few ? std::max<int64_t>(1, (units + step - 1) / step) : 1;
       for (int part = 0; part < plan_.parts; ++part) {
@@ -102,14 +107,16 @@ class Attend {
     clear(state, shape_.d_v, lanes.width, mods_.weight);
     if (!skipped(lanes)) fill(tile, piece, task, keys, lanes, state);
     if (!shared) return finish(lanes, piece.part, state);
-    if (std::atomic_ref<int64_t>(done_[piece.first_piece]).fetch_add(1, std::memory_order_acq_rel) + 1 < piece.pieces) return;
+    if (std::atomic_ref<int64_t>(done_[piece.first_piece]).fetch_add(1, std::memory_order_acq_rel) + 1 < piece.pieces)
+      return;
     const TileState all = TileState::at(shared, shape_.d_v, lanes.width);
     for (int64_t i = 1; i < piece.pieces; ++i)
       absorb(all, TileState::at(shared + i * floats, shape_.d_v, lanes.width), shape_.d_v, lanes.width);
     finish(lanes, piece.part, all);
   }
 
-  void fill(Tile& tile, const Piece& piece, const TileTask& task, const KeyView& keys, const Lanes& lanes, TileState state) const {
+  void fill(Tile& tile, const Piece& piece, const TileTask& task, const KeyView& keys, const Lanes& lanes,
+            TileState state) const {
     const LogitRule rule = logit_rule(plan_, mods_, keys, plan_.causal);
     KeyRange range = visible(lanes, keys, mods_, plan_.causal);
     const bool dense = plan_.form == Plan::Form::Dense;
@@ -148,7 +155,9 @@ class Attend {
     }
   }
 
-  struct Offset { int64_t floats; };
+  struct Offset {
+    int64_t floats;
+  };
 
   Queue& queue_;
   const Ragged& q_;
@@ -178,7 +187,8 @@ void check_outputs(const char* where, const Ragged& q, const Plan& plan, int64_t
 
 }  // namespace
 
-void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out, Tensor lse) {
+void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
+            Tensor out, Tensor lse) {
   check_attention("attend", q, k, v, &plan, mods);
   require(bool(v.values), "attend", "there are no values");
   check_outputs("attend", q, plan, v.values.size[1], out, lse);
@@ -190,15 +200,19 @@ void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, con
   Attend(queue, q, source, plan, mods, {out, lse, plan.parts > 1}).run(int(v.values.size[1]));
 }
 
-void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out, Tensor lse) {
+void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods, Tensor out,
+                  Tensor lse) {
   constexpr const char* where = "attend_store";
   require(read.plan.form != Plan::Form::Interval, where, "a read is dense, of blocks or of tokens");
   require(!pages.layouts.empty(), where, "the store has no layouts");
   require(!pages.plain_keys || read.rope, where, "the store keeps plain keys, and the read has no rope to turn them");
   const int64_t d = pages.layouts[0].d, d_v = pages.layouts[0].d_v;
-  require(q.values.rank == 2 && is_float(q.values.type) && q.values.size[1] == d, where, "q and the store's keys differ in width");
-  require(q.sequences() * pages.kv_heads == pages.segments(), where, "q and the store hold different numbers of sequences");
-  require(mods.k_map || q.heads % pages.kv_heads == 0, where, "the store's heads do not divide the query heads", "give k_map and v_map");
+  require(q.values.rank == 2 && is_float(q.values.type) && q.values.size[1] == d, where,
+          "q and the store's keys differ in width");
+  require(q.sequences() * pages.kv_heads == pages.segments(), where,
+          "q and the store hold different numbers of sequences");
+  require(mods.k_map || q.heads % pages.kv_heads == 0, where, "the store's heads do not divide the query heads",
+          "give k_map and v_map");
   check_plan(read.plan, where);
   check_outputs(where, q, read.plan, d_v, out, lse);
   const Scratch scratch(queue.scratch);

@@ -24,7 +24,9 @@ struct Gradient {
 
   bool softmax() const { return mods.weight == WeightFunction::Softmax; }
   int64_t key_head(int64_t head) const { return mods.k_map ? mods.k_map.at<int32_t>(head) : head * k.heads / q.heads; }
-  int64_t value_head(int64_t head) const { return mods.v_map ? mods.v_map.at<int32_t>(head) : head * v.heads / q.heads; }
+  int64_t value_head(int64_t head) const {
+    return mods.v_map ? mods.v_map.at<int32_t>(head) : head * v.heads / q.heads;
+  }
 };
 
 /// Which gradients a piece of work adds up: dQ needs all keys of a row, dK and dV all rows of a key.
@@ -37,8 +39,8 @@ class Tiles {
  public:
   static int64_t floats(const Gradient& g) {
     const int64_t square = kKeys * kQueries;
-    return 3 * kQueries * g.wide + 3 * kQueries * g.wide_v + kKeys * (2 * g.wide + 2 * g.wide_v) + 4 * square + (8 + g.factors) * kQueries +
-           4 * kKeys;
+    return 3 * kQueries * g.wide + 3 * kQueries * g.wide_v + kKeys * (2 * g.wide + 2 * g.wide_v) + 4 * square +
+           (8 + g.factors) * kQueries + 4 * kKeys;
   }
 
   Tiles(const Gradient& g, float* memory) : g_(g) {
@@ -73,7 +75,8 @@ class Tiles {
   void run(int64_t sequence, int64_t head, int64_t low, int64_t high, Want want) {
     want_ = want;
     const int64_t q_segment = sequence * g_.q.heads + head;
-    const int64_t k_segment = sequence * g_.k.heads + g_.key_head(head), v_segment = sequence * g_.v.heads + g_.value_head(head);
+    const int64_t k_segment = sequence * g_.k.heads + g_.key_head(head),
+                  v_segment = sequence * g_.v.heads + g_.value_head(head);
     q_begin_ = g_.q.begin(q_segment);
     k_begin_ = g_.k.begin(k_segment);
     v_begin_ = g_.v.begin(v_segment);
@@ -254,8 +257,8 @@ class Tiles {
 
   const Gradient& g_;
   Want want_{};
-  float *query_, *query_t_, *sum_q_, *grad_, *grad_t_, *seen_, *key_, *sum_k_, *value_, *sum_v_, *p_, *ds_, *tanh_, *hidden_, *lse_, *dot_,
-      *slope_, *factor_;
+  float *query_, *query_t_, *sum_q_, *grad_, *grad_t_, *seen_, *key_, *sum_k_, *value_, *sum_v_, *p_, *ds_, *tanh_,
+      *hidden_, *lse_, *dot_, *slope_, *factor_;
   int32_t *position_, *index_;
   const uint64_t* bits_[kKeys];
   int shift_[kKeys];
@@ -270,8 +273,9 @@ void clear_rows(const Ragged& of, int64_t segment, int64_t low, int64_t high, co
 
 }  // namespace
 
-void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods, Tensor out,
-                     Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain) {
+void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan,
+                     const Mods& mods, Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v,
+                     Tensor d_key_bias, Tensor d_gain) {
   constexpr const char* where = "attend_backward";
   check_attention(where, q, k, v, &plan, mods);
   const int64_t rows = q.values.size[0], keys = k.values.size[0], width_k = q.values.size[1], width_v = v.values.size[1];
@@ -284,15 +288,34 @@ void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragge
   check_tensor(where, "d_key_bias", d_key_bias, {keys}, true);
   check_tensor(where, "d_gain", d_gain, {rows}, true);
   const float scale = mods.scale != 0 ? mods.scale : 1 / std::sqrt(float(width_k));
-  const Gradient g{q, k, v, plan, mods, out, lse, d_out, d_q, d_k, d_v, d_key_bias, d_gain, PlanRows(plan, q, k.heads), scale,
-                   width_k, width_v, padded(width_k), padded(width_v), mods.row_factor ? mods.row_factor.size[1] : 0};
+  const Gradient g{q,
+                   k,
+                   v,
+                   plan,
+                   mods,
+                   out,
+                   lse,
+                   d_out,
+                   d_q,
+                   d_k,
+                   d_v,
+                   d_key_bias,
+                   d_gain,
+                   PlanRows(plan, q, k.heads),
+                   scale,
+                   width_k,
+                   width_v,
+                   padded(width_k),
+                   padded(width_v),
+                   mods.row_factor ? mods.row_factor.size[1] : 0};
   if (plan.form != Plan::Form::Dense)
-    require(plan.rows() >= g.plan_rows.starts.back(), where, "the plan has " + std::to_string(plan.rows()) + " rows, the queries have " +
-            std::to_string(g.plan_rows.starts.back()) + " tiles");
+    require(plan.rows() >= g.plan_rows.starts.back(), where,
+            "the plan has " + std::to_string(plan.rows()) + " rows, the queries have " +
+                std::to_string(g.plan_rows.starts.back()) + " tiles");
   for (int64_t s = 0; s < q.segments(); ++s) {
     const int64_t sequence = s / q.heads, head = s % q.heads;
-    require(g.key_head(head) >= 0 && g.key_head(head) < k.heads && g.value_head(head) >= 0 && g.value_head(head) < v.heads, where,
-            "a map names a KV head that is not there");
+    require(g.key_head(head) >= 0 && g.key_head(head) < k.heads && g.value_head(head) >= 0 && g.value_head(head) < v.heads,
+            where, "a map names a KV head that is not there");
     require(k.length(sequence * k.heads + g.key_head(head)) == v.length(sequence * v.heads + g.value_head(head)), where,
             "a segment of v is not as long as its keys");
   }
@@ -309,8 +332,11 @@ void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragge
       Tiles(g, scratch).run(s / q.heads, s % q.heads, 0, INT64_MAX, {true, false, false});
     });
 
-  struct Part { bool keys, values; };
-  const std::vector<Part> parts = paired ? std::vector<Part>{{true, true}} : std::vector<Part>{{true, false}, {false, true}};
+  struct Part {
+    bool keys, values;
+  };
+  const std::vector<Part> parts = paired ? std::vector<Part>{{true, true}}
+                                         : std::vector<Part>{{true, false}, {false, true}};
   for (const Part part : parts) {
     const Ragged& of = part.keys ? k : v;
     constexpr int64_t narrowest = 256;

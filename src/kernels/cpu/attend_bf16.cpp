@@ -72,11 +72,8 @@ bool gathers_queries(const Plan& plan, const Ragged& q, const Ragged& k, const M
 class AttendBf16 : Bf16Tiles {
  public:
   AttendBf16(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods, Outputs to)
-      : Bf16Tiles(queue, q, k, v, plan, mods),
-        to_(to),
-        by_row_(gathers_queries(plan, q, k, mods)),
-        plan_rows_(plan, q, k.heads),
-        d_v_(v ? int(v->values.size[1]) : 0) {}
+      : Bf16Tiles(queue, q, k, v, plan, mods), to_(to), by_row_(gathers_queries(plan, q, k, mods)),
+        plan_rows_(plan, q, k.heads), d_v_(v ? int(v->values.size[1]) : 0) {}
 
   void run() {
     // A row's result does not depend on the tile it lies in, so tiles may be as small as sharing them out asks for. Large

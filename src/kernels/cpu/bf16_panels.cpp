@@ -22,11 +22,7 @@ void copy_row(const bf16* from, int d, int width, bf16* to) {
 }  // namespace
 
 Bf16Panels::Bf16Panels(Queue& queue, const Ragged& k, const Ragged* v, bool made)
-    : k_(k),
-      v_(v),
-      d_(int(k.values.size[1])),
-      d_v_(v ? int(v->values.size[1]) : 0),
-      steps_((d_ + 31) / 32),
+    : k_(k), v_(v), d_(int(k.values.size[1])), d_v_(v ? int(v->values.size[1]) : 0), steps_((d_ + 31) / 32),
       channel_tiles_((d_v_ + 15) / 16) {
   const int64_t row_bytes = k.values.stride[0] * int64_t(sizeof(bf16));
   in_place_ = d_ % 32 == 0 && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(k.values.data) % 64 == 0;

@@ -80,12 +80,7 @@ class Bf16Tiles {
  public:
   /// v null: no values.
   Bf16Tiles(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods)
-      : queue_(queue),
-        q_(q),
-        plan_(plan),
-        mods_(mods),
-        gathered_(gathers(plan)),
-        panels_(queue, k, v, !gathers(plan)),
+      : queue_(queue), q_(q), plan_(plan), mods_(mods), gathered_(gathers(plan)), panels_(queue, k, v, !gathers(plan)),
         d_(int(q.values.size[1])) {
     source_.k = &k;
     source_.v = v;

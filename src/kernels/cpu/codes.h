@@ -35,8 +35,8 @@ HEED_INLINE Codes add_fifth(Codes c, uint32_t bits) {
 #if defined(__AVX512VL__)
   return _mm256_mask_add_epi8(c, bits, c, _mm256_set1_epi8(16));
 #else
-  const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(int(bits)),
-                                             _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+  const __m256i spread = _mm256_shuffle_epi8(
+      _mm256_set1_epi32(int(bits)), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
   const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
   const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
   return _mm256_or_si256(c, _mm256_and_si256(is_set, _mm256_set1_epi8(16)));
@@ -99,7 +99,8 @@ template <bool Signed>
 HEED_INLINE void widen(Codes c, F f[32 / kLanes]) {
   const __m128i half[2] = {_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1)};
 #if defined(__AVX512F__)
-  for (int i = 0; i < 2; ++i) f[i] = _mm512_cvtepi32_ps(Signed ? _mm512_cvtepi8_epi32(half[i]) : _mm512_cvtepu8_epi32(half[i]));
+  for (int i = 0; i < 2; ++i)
+    f[i] = _mm512_cvtepi32_ps(Signed ? _mm512_cvtepi8_epi32(half[i]) : _mm512_cvtepu8_epi32(half[i]));
 #else
   for (int i = 0; i < 4; ++i) {
     const __m128i eight = i % 2 ? _mm_srli_si128(half[i / 2], 8) : half[i / 2];

@@ -12,8 +12,8 @@ namespace heed::HEED_ISA {
 const Kernels& table();
 
 /// Each sets the entries that its file names; an entry nobody sets stays the reference's.
-void fill_attention(Kernels&);   // attention.cpp: attend, attend_store, merge, observe*, page_*, column_*
-void fill_planning(Kernels&);    // planning.cpp: attend_backward, pool, smooth, proxy, reduce, select, scan, combine, spread
+void fill_attention(Kernels&);  // attention.cpp: attend, attend_store, merge, observe*, page_*, column_*
+void fill_planning(Kernels&);  // planning.cpp: attend_backward, pool, smooth, proxy, reduce, select, scan, combine, spread
 void fill_recurrence(Kernels&);  // recurrence.cpp: recur, recur_backward
 void fill_model(Kernels&);       // model.cpp: matmul, embed, norms, heads, glu, add, dequantise
 

@@ -131,7 +131,8 @@ void dots(const Entries& e, const Entries* next, int d, int shift, const float* 
         const int64_t scale = Row::by_channel ? c : (c / kPair) >> shift;
         for (int i = 0; i < 4; ++i) {
           F a, b;
-          Row::load(e.k[at[i]], c, Row::quantised ? e.k_scale[at[i]] + scale : nullptr, Row::quantised ? e.k_low[at[i]] + scale : nullptr, a, b);
+          Row::load(e.k[at[i]], c, Row::quantised ? e.k_scale[at[i]] + scale : nullptr,
+                    Row::quantised ? e.k_low[at[i]] + scale : nullptr, a, b);
           for (int r = 0; r < R; ++r) {
             sum[r][i] = fma(a, load(q + r * step + c), sum[r][i]);
             sum[r][i] = fma(b, load(q + r * step + c + kLanes), sum[r][i]);
@@ -154,7 +155,8 @@ HEED_INLINE void add_values(const Entries& e, int64_t c, int shift, const float*
     for (int u = 0; u < Pairs; ++u) {
       const int64_t at = c + u * kPair, scale = Row::by_channel ? at : (at / kPair) >> shift;
       F a, b;
-      Row::load(e.v[j], at, Row::quantised ? e.v_scale[j] + scale : nullptr, Row::quantised ? e.v_low[j] + scale : nullptr, a, b);
+      Row::load(e.v[j], at, Row::quantised ? e.v_scale[j] + scale : nullptr,
+                Row::quantised ? e.v_low[j] + scale : nullptr, a, b);
       for (int r = 0; r < R; ++r) {
         const F weight = set(p[r * kPage + j]);
         sum[r][2 * u] = fma(weight, a, sum[r][2 * u]);
@@ -176,7 +178,8 @@ void values(const Entries& e, const Entries* next, int d_v, int shift, const flo
   if (next)
     for (int j = 0; j < next->count; ++j) prefetch(next->v[j], row_bytes(next->layout->v, d_v));
   int64_t c = 0;
-  for (; c + kValuePairs * kPair <= d_v; c += kValuePairs * kPair) add_values<Row, R, kValuePairs>(e, c, shift, p, keep, d_v, out);
+  for (; c + kValuePairs * kPair <= d_v; c += kValuePairs * kPair)
+    add_values<Row, R, kValuePairs>(e, c, shift, p, keep, d_v, out);
   for (; c < d_v; c += kPair) add_values<Row, R, 1>(e, c, shift, p, keep, d_v, out);
 }
 
@@ -188,7 +191,7 @@ void over_rows(int rows, Fn&& f) {
   switch (rows - r) {
     case 1: return f.template operator()<1>(r);
     case 2: return f.template operator()<2>(r);
-    case 3: return f.template operator()<kRowBlock == 4 ? 3 : 1>(r);
+    case 3: return f.template operator() < kRowBlock == 4 ? 3 : 1 > (r);
     default: return;
   }
 }
@@ -196,7 +199,8 @@ void over_rows(int rows, Fn&& f) {
 class Decode {
  public:
   Decode(Queue& queue, const Ragged& q, const Pages& pages, const Plan& plan, const Mods& mods)
-      : queue_(queue), q_(q), pages_(pages), plan_(plan), mods_(mods), d_(pages.layouts[0].d), d_v_(pages.layouts[0].d_v) {}
+      : queue_(queue), q_(q), pages_(pages), plan_(plan), mods_(mods), d_(pages.layouts[0].d),
+        d_v_(pages.layouts[0].d_v) {}
 
   /// Cuts the work into pieces; false when a KV head has too many rows.
   bool plan() {
@@ -311,8 +315,10 @@ class Decode {
         e.v[at + i] = page + layout.v_at + (first + i) * v_bytes;
         e.key[at + i] = int32_t(run.first + i);
       }
-      if (layout.k.quantised()) batch.k_scales.add(PageSide::keys(layout, page), first, count, e.k_scale + at, e.k_low + at);
-      if (layout.v.quantised()) batch.v_scales.add(PageSide::values(layout, page), first, count, e.v_scale + at, e.v_low + at);
+      if (layout.k.quantised())
+        batch.k_scales.add(PageSide::keys(layout, page), first, count, e.k_scale + at, e.k_low + at);
+      if (layout.v.quantised())
+        batch.v_scales.add(PageSide::values(layout, page), first, count, e.v_scale + at, e.v_low + at);
       if (mods_.window > 0) {
         const auto* from = reinterpret_cast<const int32_t*>(page + layout.position_at) + first;
         for (int i = 0; i < count; ++i) {
@@ -320,7 +326,8 @@ class Decode {
           e.position_low = std::min(e.position_low, float(from[i]));
         }
       }
-      if (layout.bias_at >= 0) std::copy_n(reinterpret_cast<const float*>(page + layout.bias_at) + first, count, e.bias + at);
+      if (layout.bias_at >= 0)
+        std::copy_n(reinterpret_cast<const float*>(page + layout.bias_at) + first, count, e.bias + at);
       else if (has_bias_) std::fill_n(e.bias + at, count, 0.0f);
       e.count += count;
       run.first += count;
@@ -383,7 +390,8 @@ class Decode {
       weigh(s, e, scores, state, keep);
       with_rows(e.layout->v, [&]<class Row>() {
         over_rows(s.rows, [&]<int R>(int r) {
-          values<Row, R>(e, r == 0 ? next : nullptr, d_v_, shift(e.layout->v), scores + r * kPage, keep + r, state.out + int64_t(r) * d_v_);
+          values<Row, R>(e, r == 0 ? next : nullptr, d_v_, shift(e.layout->v), scores + r * kPage, keep + r,
+                         state.out + int64_t(r) * d_v_);
         });
       });
       if (!next) return;
@@ -411,7 +419,8 @@ class Decode {
         if (has_bias_) logit = logit + load(e.bias + j);
         logit = logit * set(kLog2e);
         if (causal) logit = where(less_equal(load(e.key + j), set(s.limit[r])), logit, hidden);
-        if (window) logit = where(less(set(s.position[r]) - load(e.position + j), set(float(mods_.window))), logit, hidden);
+        if (window)
+          logit = where(less(set(s.position[r]) - load(e.position + j), set(float(mods_.window))), logit, hidden);
         if (e.count - j < kLanes) logit = where(first(e.count - j), logit, hidden);
         store(x + j, logit);
         top = max(top, logit);
@@ -455,7 +464,8 @@ class Decode {
         const F scale = set(gain / sum);
         for (int c = 0; c < d_v_; c += kLanes) store(out + c, load(out + c) * scale);
       }
-      if (lse_) lse_.as<float>()[s.row[r] * lse_.stride[0]] = high > -kInfinity ? (high + std::log2(sum)) / kLog2e : -kInfinity;
+      if (lse_)
+        lse_.as<float>()[s.row[r] * lse_.stride[0]] = high > -kInfinity ? (high + std::log2(sum)) / kLog2e : -kInfinity;
     }
   }
 
@@ -483,7 +493,8 @@ bool in_pairs(const PageType& type, int width) {
 }  // namespace
 
 bool decode(Queue& queue, const Ragged& q, const Pages& pages, const Plan& plan, const Mods& mods, Tensor out, Tensor lse) {
-  if (mods.weight != WeightFunction::Softmax || mods.k_map || mods.v_map || pages.plain_keys || plan.mask || plan.parts > 1) return false;
+  if (mods.weight != WeightFunction::Softmax || mods.k_map || mods.v_map || pages.plain_keys || plan.mask || plan.parts > 1)
+    return false;
   for (const PageLayout& layout : pages.layouts)
     if (layout.v_transposed || !in_pairs(layout.k, layout.d) || !in_pairs(layout.v, layout.d_v)) return false;
   const Scratch scratch(queue.scratch);

@@ -47,7 +47,9 @@ struct Turn {
 template <class T>
 void write_head(const float* x, int64_t d, float factor, const float* norm, const Turn& turn, T* out) {
   const F f = set(factor);
-  const auto value = [&](int64_t i, auto part) { return norm ? part.get(x + i) * f * part.get(norm + i) : part.get(x + i) * f; };
+  const auto value = [&](int64_t i, auto part) {
+    return norm ? part.get(x + i) * f * part.get(norm + i) : part.get(x + i) * f;
+  };
   if (turn.neox) {
     const int half = turn.dims / 2;
     over_lanes(half, [&](int64_t i, auto part) {
@@ -88,7 +90,8 @@ void with_float(const char* where, Dtype type, Fn&& f) {
 
 }  // namespace
 
-void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions, Ragged out) {
+void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions,
+                 Ragged out) {
   constexpr const char* where = "split_heads";
   require(x.rank == 3, where, "x is [T, heads, d], got " + x.shape());
   const int64_t tokens = x.size[0], heads = x.size[1], d = x.size[2], sequences = first.size[0] - 1;
@@ -98,7 +101,8 @@ void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, c
   check_tensor(where, "out", out.values, {out.values.size[0], d}, false, out.values.type);
   require(out.heads == heads && out.segments() == sequences * heads, where, "out has x's heads and sequences");
   if (rope) {
-    require(rope->dims > 0 && rope->dims % 2 == 0 && rope->dims <= d, where, "rope turns an even number of channels, at most d");
+    require(rope->dims > 0 && rope->dims % 2 == 0 && rope->dims <= d, where,
+            "rope turns an even number of channels, at most d");
     check_tensor(where, "inv_freq", rope->inv_freq, {rope->dims / 2});
     if (positions.rank == 2) check_tensor(where, "positions", positions, {tokens, heads}, false, Dtype::I32);
     else check_tensor(where, "positions", positions, {tokens}, false, Dtype::I32);
@@ -120,7 +124,8 @@ void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, c
           const float* in = x.as<float>() + t * x.stride[0] + head * x.stride[1];
           const float factor = norm ? rms_factor(in, d, eps) : 1;
           if (each) turns(*rope, positions.at<int32_t>(t, head), table, table + dims / 2);
-          write_head(in, d, factor, norm.as<float>(), turn, out.values.as<T>() + (out.begin(s * heads + head) + i) * out.values.stride[0]);
+          write_head(in, d, factor, norm.as<float>(), turn,
+                     out.values.as<T>() + (out.begin(s * heads + head) + i) * out.values.stride[0]);
         }
       });
     });

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "kernels/cpu/page_side.h"
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/page_side.h"
 
 namespace heed::HEED_ISA {
 namespace {
@@ -120,7 +120,8 @@ void KeyView::prefetch(const Chunk& chunk, const TileShape& shape) const {
     const char* page = entry_page(*pages_, k_segment_, key);
     const int64_t k_bytes = int64_t(shape.d) * layout.k.bits() / 8, v_bytes = int64_t(shape.d_v) * layout.v.bits() / 8;
     const char* k = page + layout.k_at + key % kPage * k_bytes;
-    const char* v = (v_segment_ == k_segment_ ? page : entry_page(*pages_, v_segment_, key)) + layout.v_at + key % kPage * v_bytes;
+    const char* v = (v_segment_ == k_segment_ ? page : entry_page(*pages_, v_segment_, key)) + layout.v_at +
+                    key % kPage * v_bytes;
     for (int64_t at = 0; at < k_bytes; at += 64) __builtin_prefetch(k + at, 0, 2);
     for (int64_t at = 0; at < v_bytes; at += 64) __builtin_prefetch(v + at, 0, 2);
   }
@@ -143,7 +144,8 @@ void KeyView::open_panel(Tile& tile, Chunk& chunk, bool values) const {
                 reinterpret_cast<uint32_t*>(tile.v_rows) + int64_t(j / 2) * d_v);
     return;
   }
-  for (int j = 0; j < count; ++j) chunk.k[j] = widen_row(k_ + chunk.key[j] * k_step_, k_type_, d, tile.k_rows + int64_t(j) * d);
+  for (int j = 0; j < count; ++j)
+    chunk.k[j] = widen_row(k_ + chunk.key[j] * k_step_, k_type_, d, tile.k_rows + int64_t(j) * d);
   if (!values) return;
   for (int j = 0; j < count; ++j)
     chunk.v[j] = widen_row(v_ + chunk.key[j] * v_step_, v_type_, d_v, tile.v_rows + int64_t(j) * d_v);
@@ -151,7 +153,9 @@ void KeyView::open_panel(Tile& tile, Chunk& chunk, bool values) const {
 
 void KeyView::open_pages(Tile& tile, Chunk& chunk, bool values) const {
   const int d = tile.shape.d, d_v = tile.shape.d_v, count = chunk.count;
-  auto keys_of = [&](int64_t key) { return PageSide::keys(pages_->layout_of(k_segment_, key / kPage), entry_page(*pages_, k_segment_, key)); };
+  auto keys_of = [&](int64_t key) {
+    return PageSide::keys(pages_->layout_of(k_segment_, key / kPage), entry_page(*pages_, k_segment_, key));
+  };
   auto values_of = [&](int64_t key) {
     return PageSide::values(pages_->layout_of(v_segment_, key / kPage), entry_page(*pages_, v_segment_, key));
   };

@@ -36,7 +36,8 @@ void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x) {
     return;
   }
   std::vector<Product> products;
-  for (const Linear& linear : each) products.push_back(product_of("matmul_each", linear.w, x, linear.bias, linear.y, false));
+  for (const Linear& linear : each)
+    products.push_back(product_of("matmul_each", linear.w, x, linear.bias, linear.y, false));
   if (x.size[0] > 0 && !products.empty()) multiply_few(queue.scratch, products);
 }
 

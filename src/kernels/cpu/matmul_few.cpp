@@ -84,7 +84,8 @@ void row_times_tokens(const char* row, int64_t width, const Rounded* x, float* r
       for (int64_t b = 0; b < n; ++b) Q::scales(blocks[b], scale + b * groups, low + b * groups);
       store(scale + n_groups, zero());
       store(low + n_groups, zero());
-      for (int64_t g = 0; g < n_groups; g += kSums) prepare(g, load_sums(scale + g), Q::has_low ? load_sums(low + g) : no_sum(), 0);
+      for (int64_t g = 0; g < n_groups; g += kSums)
+        prepare(g, load_sums(scale + g), Q::has_low ? load_sums(low + g) : no_sum(), 0);
     }
     const auto unit = [&]<int i, int chain>(int64_t b) {
       const Codes w = Q::template codes<i>(blocks[b]);
@@ -104,8 +105,9 @@ void row_times_tokens(const char* row, int64_t width, const Rounded* x, float* r
       }
     }
     for (; b < n; ++b) {
-      [&]<int... i>(std::integer_sequence<int, i...>) { (unit.template operator()<i, i>(b), ...); }
-      (std::make_integer_sequence<int, units>());
+      [&]<int... i>(std::integer_sequence<int, i...>) {
+        (unit.template operator()<i, i>(b), ...);
+      }(std::make_integer_sequence<int, units>());
     }
     blocks += n;
   }
@@ -176,11 +178,13 @@ class Inputs {
     if (rounded_[group == 32]) return;
     const int64_t width = p.w.width, groups = width / group + 16;
     const Tensor codes = scratch.take(Dtype::I8, {tokens_, width}), scale = scratch.take(Dtype::F32, {tokens_, groups}),
-                 sum = scratch.take(Dtype::F32, {tokens_, groups}), rows = scratch.take(Dtype::U8, {tokens_ * int64_t(sizeof(Rounded))});
+                 sum = scratch.take(Dtype::F32, {tokens_, groups}),
+                 rows = scratch.take(Dtype::U8, {tokens_ * int64_t(sizeof(Rounded))});
     Rounded* x = rounded_[group == 32] = rows.as<Rounded>();
     for (int64_t t = 0; t < tokens_; ++t) {
       x[t] = {codes.as<int8_t>() + t * width, scale.as<float>() + t * groups, sum.as<float>() + t * groups};
-      round_to_8_bits<group>(p.x_row(t), width, codes.as<int8_t>() + t * width, scale.as<float>() + t * groups, sum.as<float>() + t * groups);
+      round_to_8_bits<group>(p.x_row(t), width, codes.as<int8_t>() + t * width, scale.as<float>() + t * groups,
+                             sum.as<float>() + t * groups);
     }
   }
 

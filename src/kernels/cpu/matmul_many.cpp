@@ -59,7 +59,8 @@ void pack(const Product& p, int64_t first_token, int64_t group, const Packed<Til
 }
 
 template <class Tile>
-void unpack_panel(const Product& p, int64_t first_row, int64_t rows, int64_t begin, int64_t depth, typename Tile::Number* panel) {
+void unpack_panel(const Product& p, int64_t first_row, int64_t rows, int64_t begin, int64_t depth,
+                  typename Tile::Number* panel) {
   using Number = typename Tile::Number;
   const int64_t there = std::min(p.w.width - begin, depth), padded = ceil_div(rows, Tile::rows) * Tile::rows;
   for (int64_t r = 0; r < padded; ++r) {
@@ -78,7 +79,8 @@ void finish(const Product& p, int64_t first_row, int64_t rows, int64_t first_tok
     for (int64_t r = 0; r < rows; r += kSquare) {
       if (t + kSquare > tokens || r + kSquare > rows) {
         for (int64_t i = r; i < std::min(rows, r + kSquare); ++i)
-          for (int64_t j = t; j < std::min(tokens, t + kSquare); ++j) p.put(first_token + j, first_row + i, sums[i * stride + j]);
+          for (int64_t j = t; j < std::min(tokens, t + kSquare); ++j)
+            p.put(first_token + j, first_row + i, sums[i * stride + j]);
         continue;
       }
       Lane square[kSquare];
@@ -109,9 +111,12 @@ void multiply_task(const Product& p, const Packed<Tile>& x, int64_t first_row, i
         const auto* w = panel + r * Tile::panel_stride;
         float* c = out + r * stride;
         if (width == 1) Tile::template multiply<1>(w, in, words, c, stride, begin == 0);
-        if constexpr (Tile::groups > 1) if (width == 2) Tile::template multiply<2>(w, in, words, c, stride, begin == 0);
-        if constexpr (Tile::groups > 2) if (width == 3) Tile::template multiply<3>(w, in, words, c, stride, begin == 0);
-        if constexpr (Tile::groups > 3) if (width == 4) Tile::template multiply<4>(w, in, words, c, stride, begin == 0);
+        if constexpr (Tile::groups > 1)
+          if (width == 2) Tile::template multiply<2>(w, in, words, c, stride, begin == 0);
+        if constexpr (Tile::groups > 2)
+          if (width == 3) Tile::template multiply<3>(w, in, words, c, stride, begin == 0);
+        if constexpr (Tile::groups > 3)
+          if (width == 4) Tile::template multiply<4>(w, in, words, c, stride, begin == 0);
       }
     }
   }
@@ -122,15 +127,16 @@ template <class Tile>
 void multiply(Arena& arena, const Product& p) {
   using Number = typename Tile::Number;
   const Scratch give_back(arena);
-  const int64_t depth = ceil_div(p.w.width, Tile::align) * Tile::align / Tile::pair, all_groups = ceil_div(p.tokens(), kGroup);
+  const int64_t depth = ceil_div(p.w.width, Tile::align) * Tile::align / Tile::pair,
+                all_groups = ceil_div(p.tokens(), kGroup);
   const int64_t most = std::min(all_groups, kPackedGroups), task_groups = std::min(most, kTaskGroups);
   const Tensor packed = arena.take(Dtype::F32, {most * kGroup * depth});
 
   // About four tasks for each worker even out what else the machine does; each should still use a panel well.
   const int workers = threads();
   const int64_t tiles = ceil_div(p.w.rows, Tile::rows), token_tasks = ceil_div(all_groups, kTaskGroups);
-  const int64_t panel_rows = Tile::rows * std::clamp<int64_t>(tiles * token_tasks / (4 * workers), ceil_div(24, Tile::rows),
-                                                              Tile::most_rows / Tile::rows);
+  const int64_t panel_rows = Tile::rows * std::clamp<int64_t>(tiles * token_tasks / (4 * workers),
+                                                              ceil_div(24, Tile::rows), Tile::most_rows / Tile::rows);
   const int64_t panels = ceil_div(p.w.rows, panel_rows);
   const int64_t panel_numbers = panel_rows * Tile::panel_stride, sums = panel_rows * task_groups * kGroup;
   const Tensor panel_room = arena.take(Dtype::U8, {workers, panel_numbers * int64_t(sizeof(Number))});

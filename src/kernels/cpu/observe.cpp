@@ -15,7 +15,8 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// Scores of a chunk → what the statistic is made of: probabilities (0 where hidden) or logits (−∞ where hidden).
-void values_of(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, const float* log_sums, bool logits, WeightFunction weight) {
+void values_of(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, const float* log_sums, bool logits,
+               WeightFunction weight) {
   for (int w = 0; w < lanes.width; w += kLanes) {
     const F factor = made ? set(1) : load(lanes.factor + w) * set(kLog2e), shift = load(log_sums + w);
     for (int j = 0; j < chunk.count; ++j) {
@@ -46,12 +47,14 @@ class Observation {
  public:
   /// fast: null, or what takes the place of from's tiles.
   Observation(Queue& queue, const Observed& from, const ObservedBf16* fast, const Observe& how, const Ragged& columns)
-      : queue_(queue), from_(from), fast_(fast), tasks_(fast ? fast->tasks() : from.tasks()), how_(how), columns_(columns),
-        peaks_(how.rows == Observe::Rows::Max || how.rows == Observe::Rows::Last), nothing_(how.logits && peaks_ ? -kInfinity : 0) {
+      : queue_(queue), from_(from), fast_(fast), tasks_(fast ? fast->tasks() : from.tasks()), how_(how),
+        columns_(columns), peaks_(how.rows == Observe::Rows::Max || how.rows == Observe::Rows::Last),
+        nothing_(how.logits && peaks_ ? -kInfinity : 0) {
     // The tasks of a KV head, in the order of their rows.
     const int64_t segments = columns.segments();
     by_segment_.resize(size_t(segments));
-    for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) by_segment_[size_t(tasks_[size_t(t)].k_segment)].tasks.push_back({t});
+    for (int64_t t = 0; t < int64_t(tasks_.size()); ++t)
+      by_segment_[size_t(tasks_[size_t(t)].k_segment)].tasks.push_back({t});
     heads_.resize(size_t(segments));
     for (int64_t s = 0; s < segments; ++s) {
       const int64_t kv_head = s % from.source().heads();
@@ -62,11 +65,14 @@ class Observation {
   }
 
   void run() {
-    struct Piece { int64_t segment, range; };
+    struct Piece {
+      int64_t segment, range;
+    };
     std::vector<Piece> pieces;
     for (int64_t s = 0; s < columns_.segments(); ++s)
       for (int64_t r = 0; r * kObservedRange < size_of(s); ++r) pieces.push_back({s, r});
-    const int64_t tile_bytes = fast_ ? fast_->bytes(kObservedRange) : Tile::bytes(from_.shape()), floats = most_heads_ * kObservedRange;
+    const int64_t tile_bytes = fast_ ? fast_->bytes(kObservedRange) : Tile::bytes(from_.shape()),
+                  floats = most_heads_ * kObservedRange;
     parallel_with(queue_, tile_bytes + 2 * floats * 4, int64_t(pieces.size()), [&](char* memory, int64_t i) {
       auto* sum = reinterpret_cast<float*>(memory + tile_bytes);
       range(memory, {sum, sum + floats}, pieces[size_t(i)].segment, pieces[size_t(i)].range);
@@ -75,9 +81,15 @@ class Observation {
   }
 
  private:
-  struct Index { int64_t i; };
-  struct Tasks { std::vector<Index> tasks; };
-  struct Heads { std::vector<Index> heads; };
+  struct Index {
+    int64_t i;
+  };
+  struct Tasks {
+    std::vector<Index> tasks;
+  };
+  struct Heads {
+    std::vector<Index> heads;
+  };
 
   int64_t kv_head_of(int64_t head) const {
     return from_.mods().k_map ? from_.mods().k_map.as<int32_t>()[head] : head * from_.source().heads() / from_.q().heads;
@@ -109,7 +121,8 @@ class Observation {
       add(tile, made, index.i, low, high);
     }
     for (int64_t i = 0; i < heads; ++i) {
-      const int64_t n = from_.q().length(segment / from_.source().heads() * from_.q().heads + heads_[size_t(segment)].heads[size_t(i)].i);
+      const int64_t n = from_.q().length(segment / from_.source().heads() * from_.q().heads +
+                                         heads_[size_t(segment)].heads[size_t(i)].i);
       float* sum = made.sum + i * kObservedRange;
       const float* seen = made.seen + i * kObservedRange;
       if (how_.rows == Observe::Rows::Mean && n > 0)
@@ -131,8 +144,11 @@ class Observation {
     alignas(64) float log_sums[kTile], weights[kTile];
     from_.log_sums(t, lanes, log_sums);
     for (int lane = 0; lane < lanes.width; ++lane) {
-      if (log_sums[lane] == -kInfinity) log_sums[lane] = kInfinity;  // of a row that sees nothing: all its weights are 0
-      weights[lane] = lane >= lanes.count ? 0 : how_.rows == Observe::Rows::Decayed ? std::pow(how_.decay, float(n - 1 - lanes.query[lane])) : 1;
+      if (log_sums[lane] == -kInfinity)
+        log_sums[lane] = kInfinity;  // of a row that sees nothing: all its weights are 0
+      weights[lane] = lane >= lanes.count                   ? 0
+                      : how_.rows == Observe::Rows::Decayed ? std::pow(how_.decay, float(n - 1 - lanes.query[lane]))
+                                                            : 1;
     }
     const int64_t base = slot(task.k_segment, task.head) * kObservedRange - low;
     from_.each_chunk(tile, task, keys, lanes, low, high, [&](const Chunk& chunk, bool logits_made) {
@@ -142,7 +158,8 @@ class Observation {
         const float* x = tile.s + int64_t(j) * lanes.width;
         const int64_t at = base + chunk.key[j];
         if (last) {
-          for (int64_t head = 0; head < task.heads; ++head) made.fold(how_, at + head * kObservedRange, x[(head + 1) * task.rows - 1]);
+          for (int64_t head = 0; head < task.heads; ++head)
+            made.fold(how_, at + head * kObservedRange, x[(head + 1) * task.rows - 1]);
         } else if (task.heads == 1 && sums) {
           F sum = zero();
           for (int w = 0; w < lanes.width; w += kLanes) {
@@ -157,7 +174,8 @@ class Observation {
         } else {
           for (int64_t head = 0; head < task.heads; ++head)
             for (int64_t lane = head * task.rows; lane < (head + 1) * task.rows; ++lane) {
-              if (x[lane] > -kInfinity) made.fold(how_, at + head * kObservedRange, sums ? x[lane] * weights[lane] : x[lane]);
+              if (x[lane] > -kInfinity)
+                made.fold(how_, at + head * kObservedRange, sums ? x[lane] * weights[lane] : x[lane]);
             }
         }
       }
@@ -168,7 +186,8 @@ class Observation {
   static void count(const Tile& tile, const Lanes& lanes, const TileTask& task, const Chunk& chunk, bool made, float* seen) {
     for (int j = 0; j < chunk.count; ++j)
       for (int lane = 0; lane < lanes.count; ++lane)
-        if (!made || tile.s[int64_t(j) * lanes.width + lane] > -kInfinity) seen[lane / task.rows * kObservedRange + chunk.key[j]] += 1;
+        if (!made || tile.s[int64_t(j) * lanes.width + lane] > -kInfinity)
+          seen[lane / task.rows * kObservedRange + chunk.key[j]] += 1;
   }
 
   void write(Columns made, int64_t segment, int64_t heads, int64_t low, int64_t high) const {
@@ -224,7 +243,8 @@ class Observation {
 
 }  // namespace
 
-void observe(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how, Ragged columns) {
+void observe(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how,
+             Ragged columns) {
   constexpr const char* where = "observe";
   const Scratch scratch(queue.scratch);
   int64_t rows = 0;

@@ -9,9 +9,7 @@ namespace heed::HEED_ISA {
 class ObservedBf16::Tiles : Bf16Tiles {
  public:
   Tiles(Queue& queue, const Ragged& q, const Ragged& k, const Plan& plan, const Mods& mods, const Observe& how, Tensor lse)
-      : Bf16Tiles(queue, q, k, nullptr, plan, mods),
-        how_(how),
-        lse_(lse),
+      : Bf16Tiles(queue, q, k, nullptr, plan, mods), how_(how), lse_(lse),
         tasks_(tile_tasks(plan, q, k.heads, k.heads, mods, false, kMost)) {}
 
   const std::vector<TileTask>& tasks() const { return tasks_; }

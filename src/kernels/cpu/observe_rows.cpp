@@ -16,11 +16,13 @@ struct Sums {
   float *entropy, *distance, *best, *best_key;  // [kTile]; best in log2
   float* span;                                  // [spans][kTile]
   static int64_t floats(int64_t spans) { return (4 + spans) * kTile; }
-  explicit Sums(float* memory) : entropy(memory), distance(memory + kTile), best(memory + 2 * kTile), best_key(memory + 3 * kTile), span(memory + 4 * kTile) {}
+  explicit Sums(float* memory)
+      : entropy(memory), distance(memory + kTile), best(memory + 2 * kTile), best_key(memory + 3 * kTile),
+        span(memory + 4 * kTile) {}
 };
 
-void add(const Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, const KeyView& keys, const float* log_sums,
-         WeightFunction weight, const RowStats& stats, const Sums& sums) {
+void add(const Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, const KeyView& keys,
+         const float* log_sums, WeightFunction weight, const RowStats& stats, const Sums& sums) {
   const bool sigmoid = weight == WeightFunction::Sigmoid;
   const int64_t spans = stats.span && stats.spans ? stats.spans.size[0] : 0;
   for (int j = 0; j < chunk.count; ++j) {
@@ -47,7 +49,9 @@ void add(const Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, co
       const F best = load(sums.best + w);
       // Keys come in ascending order within a part, but parts may interleave: the lower key of equals wins.
       const F best_key = load(sums.best_key + w);
-      const F nearer = where(less(best, x), number, where(less_equal(best, x), where(less_equal(set(0), best_key), min(best_key, number), number), best_key));
+      const F nearer = where(
+          less(best, x), number,
+          where(less_equal(best, x), where(less_equal(set(0), best_key), min(best_key, number), number), best_key));
       store(sums.best_key + w, where(shown, nearer, best_key));
       store(sums.best + w, where(shown, max(best, x), best));
       for (int64_t i = 0; i < spans; ++i) {
@@ -99,7 +103,9 @@ void observe_rows(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
       if (stats.distance) stats.distance.as<float>()[row] = sums.distance[lane];
       if (stats.argmax) stats.argmax.as<int32_t>()[row] = int32_t(sums.best_key[lane]);
       if (stats.peak)
-        stats.peak.as<float>()[row] = sums.best_key[lane] < 0 ? 0 : sigmoid ? 1 / (1 + std::exp2(-best)) : std::exp2(best - log_sums[lane]);
+        stats.peak.as<float>()[row] = sums.best_key[lane] < 0 ? 0
+                                      : sigmoid               ? 1 / (1 + std::exp2(-best))
+                                                              : std::exp2(best - log_sums[lane]);
       if (stats.lse) stats.lse.as<float>()[row] = from.lse(t, lanes, lane);
       for (int64_t i = 0; stats.span && i < spans; ++i)
         stats.span.as<float>()[row * stats.span.stride[0] + i * stats.span.stride[1]] = sums.span[i * kTile + lane];

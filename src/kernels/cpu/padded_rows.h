@@ -32,7 +32,8 @@ struct Rows {
 
   Rows() = default;
   explicit Rows(const Tensor& t)
-      : data(static_cast<const char*>(t.data)), stride(t.stride[0] * info(t.type).bytes), width(t.rank > 1 ? t.size[1] : 1), type(t.type) {}
+      : data(static_cast<const char*>(t.data)), stride(t.stride[0] * info(t.type).bytes),
+        width(t.rank > 1 ? t.size[1] : 1), type(t.type) {}
 
   /// Row `row` times `by` into `to`, which has padded(width) floats.
   void read(int64_t row, float* to, float by = 1) const { read_part(row, 0, width, to, by); }
@@ -56,7 +57,9 @@ class Pieces {
   /// The next segment has `count` pieces.
   void add(int64_t count) { starts_.push_back(starts_.back() + count); }
   int64_t count() const { return starts_.back(); }
-  struct Place { int64_t segment, piece; };
+  struct Place {
+    int64_t segment, piece;
+  };
   Place operator[](int64_t i) const {
     const int64_t s = std::upper_bound(starts_.begin(), starts_.end(), i) - starts_.begin() - 1;
     return {s, i - starts_[size_t(s)]};

@@ -4,9 +4,9 @@
 
 #include "base/threads.h"
 #include "kernels/check.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/page_side.h"
-#include "kernels/cpu/convert.h"
 #include "kernels/cpu/workers.h"
 
 namespace heed::HEED_ISA {
@@ -32,7 +32,10 @@ void refresh_columns(const Pages& pages, const PageLayout& layout, char* page, i
         for (int at = 0; at < layout.d; at += kLanes) {
           const int n = std::min(kLanes, layout.d - at);
           const F x = load_part(key + at, n), old = e == first ? x : load_part(to + at, n);
-          F made = c.keeps == Column::Keeps::KeyMin ? min(old, x) : c.keeps == Column::Keeps::KeyMax ? max(old, x) : e == first ? x : old + x;
+          F made = c.keeps == Column::Keeps::KeyMin   ? min(old, x)
+                   : c.keeps == Column::Keeps::KeyMax ? max(old, x)
+                   : e == first                       ? x
+                                                      : old + x;
           if (c.keeps == Column::Keeps::KeyMean && e + 1 == last) made = made * set(1 / float(last - first));
           store_part(to + at, made, n);
         }
@@ -49,7 +52,8 @@ void check_column(const char* where, const Pages& pages, int column, const Ragge
   require(c.keeps == Column::Keeps::User, where, "column '" + c.name + "' is kept by the store");
   require(values.segments() == pages.segments(), where, "values have the store's segments");
   const int64_t width = values.values.rank > 1 ? values.values.size[1] : 1;
-  require(values.values.type == Dtype::F32 && width == c.width, where, "values are F32 [keys, " + std::to_string(c.width) + "]");
+  require(values.values.type == Dtype::F32 && width == c.width, where,
+          "values are F32 [keys, " + std::to_string(c.width) + "]");
 }
 
 /// Calls body(the page's numbers, the values' row, how many entries) for every page that holds entries.
@@ -69,7 +73,8 @@ void column_read(Queue&, const Pages& pages, int column, Ragged values) {
   check_column("column_read", pages, column, values);
   const int64_t width = (*pages.columns)[size_t(column)].width, step = values.values.stride[0];
   each_column(pages, column, values, [&](const float* from, int64_t row, int64_t count) {
-    for (int64_t e = 0; e < count; ++e) std::copy_n(from + e * width, width, values.values.as<float>() + (row + e) * step);
+    for (int64_t e = 0; e < count; ++e)
+      std::copy_n(from + e * width, width, values.values.as<float>() + (row + e) * step);
   });
 }
 
@@ -77,13 +82,16 @@ void column_write(Queue&, const Pages& pages, int column, const Ragged& values) 
   check_column("column_write", pages, column, values);
   const int64_t width = (*pages.columns)[size_t(column)].width, step = values.values.stride[0];
   each_column(pages, column, values, [&](float* to, int64_t row, int64_t count) {
-    for (int64_t e = 0; e < count; ++e) std::copy_n(values.values.as<float>() + (row + e) * step, width, to + e * width);
+    for (int64_t e = 0; e < count; ++e)
+      std::copy_n(values.values.as<float>() + (row + e) * step, width, to + e * width);
   });
 }
 
 void page_score(Queue& queue, const Ragged& q, const Pages& pages, int low, int high, Ragged scores) {
   constexpr const char* where = "page_score";
-  auto is_block = [&](int i) { return i >= 0 && i < column_count(pages) && (*pages.columns)[size_t(i)].keeps != Column::Keeps::User; };
+  auto is_block = [&](int i) {
+    return i >= 0 && i < column_count(pages) && (*pages.columns)[size_t(i)].keeps != Column::Keeps::User;
+  };
   require(is_block(low) && is_block(high), where, "low and high name columns that the store keeps for blocks");
   const int block = (*pages.columns)[size_t(low)].block;
   require((*pages.columns)[size_t(high)].block == block, where, "the two columns have blocks of one size");
@@ -92,7 +100,8 @@ void page_score(Queue& queue, const Ragged& q, const Pages& pages, int low, int 
           "q and scores have a segment for each sequence and query head");
   require(is_float(q.values.type) && scores.values.type == Dtype::F32, where, "q is a plain type and scores are F32");
   for (int64_t s = 0; s < q.segments(); ++s) require(q.length(s) <= 1, where, "q has at most one row a segment");
-  for (const PageLayout& layout : pages.layouts) require(q.values.size[1] == layout.d, where, "q and the store's keys differ in width");
+  for (const PageLayout& layout : pages.layouts)
+    require(q.values.size[1] == layout.d, where, "q and the store's keys differ in width");
   const Scratch scratch(queue.scratch);
   const int64_t d = q.values.size[1], step = scores.values.stride[0];
   parallel_with(queue, d * int64_t(sizeof(float)), q.segments(), [&](char* memory, int64_t s) {

@@ -54,11 +54,14 @@ void with_rows(const PageType& type, Fn&& f) {
     case Kind::BF16: return f.template operator()<RowOf<Kind::BF16, Axis::Token>>();
     case Kind::F16: return f.template operator()<RowOf<Kind::F16, Axis::Token>>();
     case Kind::Q8:
-      return by_channel ? f.template operator()<RowOf<Kind::Q8, Axis::Channel>>() : f.template operator()<RowOf<Kind::Q8, Axis::Token>>();
+      return by_channel ? f.template operator()<RowOf<Kind::Q8, Axis::Channel>>()
+                        : f.template operator()<RowOf<Kind::Q8, Axis::Token>>();
     case Kind::Q4:
-      return by_channel ? f.template operator()<RowOf<Kind::Q4, Axis::Channel>>() : f.template operator()<RowOf<Kind::Q4, Axis::Token>>();
+      return by_channel ? f.template operator()<RowOf<Kind::Q4, Axis::Channel>>()
+                        : f.template operator()<RowOf<Kind::Q4, Axis::Token>>();
     case Kind::Q2:
-      return by_channel ? f.template operator()<RowOf<Kind::Q2, Axis::Channel>>() : f.template operator()<RowOf<Kind::Q2, Axis::Token>>();
+      return by_channel ? f.template operator()<RowOf<Kind::Q2, Axis::Channel>>()
+                        : f.template operator()<RowOf<Kind::Q2, Axis::Token>>();
   }
 }
 

@@ -119,7 +119,8 @@ void write_entries(const PageSide& side, int begin, int count, const float* rows
     const int group = side.type->group;
     if (side.type->axis == PageType::Axis::Token) {
       for (int e = 0; e < count; ++e)
-        for (int c = 0; c < n; c += group) quantise(side, begin + e, 1, c, std::min(group, n - c), rows + e * step, step);
+        for (int c = 0; c < n; c += group)
+          quantise(side, begin + e, 1, c, std::min(group, n - c), rows + e * step, step);
       return;
     }
     for (int e = 0; e < count; e += group)

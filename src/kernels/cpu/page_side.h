@@ -11,7 +11,9 @@ struct PageSide {
   int width;
   bool transposed;
 
-  static PageSide keys(const PageLayout& layout, char* page) { return {page + layout.k_at, &layout.k, layout.d, false}; }
+  static PageSide keys(const PageLayout& layout, char* page) {
+    return {page + layout.k_at, &layout.k, layout.d, false};
+  }
   static PageSide values(const PageLayout& layout, char* page) {
     return {page + layout.v_at, &layout.v, layout.d_v, layout.v_transposed};
   }
@@ -20,7 +22,9 @@ struct PageSide {
     if (transposed || type->quantised()) return nullptr;
     return data + int64_t(entry) * width * (type->bits() / 8);
   }
-  int64_t place(int entry, int channel) const { return transposed ? int64_t(channel) * kPage + entry : int64_t(entry) * width + channel; }
+  int64_t place(int entry, int channel) const {
+    return transposed ? int64_t(channel) * kPage + entry : int64_t(entry) * width + channel;
+  }
   f16* scales() const { return reinterpret_cast<f16*>(data + int64_t(kPage) * width * type->bits() / 8); }
   f16* zeros() const { return scales() + type->groups(width); }
   /// Of the scale and zero of one number.

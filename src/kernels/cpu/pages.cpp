@@ -2,11 +2,11 @@
 #include <algorithm>
 
 #include "kernels/check.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/page_columns.h"
 #include "kernels/cpu/page_side.h"
 #include "kernels/cpu/rotate.h"
-#include "kernels/cpu/convert.h"
 #include "kernels/cpu/workers.h"
 
 namespace heed::HEED_ISA {
@@ -21,8 +21,8 @@ int64_t widest(const Pages& pages) {
 }
 
 void check_capacity(const char* where, const Pages& pages, int64_t segment, int64_t entries) {
-  require(entries <= pages.table.size[1] * kPage, where, "segment " + std::to_string(segment) + " has no pages for " +
-          std::to_string(entries) + " entries");
+  require(entries <= pages.table.size[1] * kPage, where,
+          "segment " + std::to_string(segment) + " has no pages for " + std::to_string(entries) + " entries");
 }
 
 void check_side(const char* where, const Pages& pages, const Ragged& x, bool keys) {
@@ -45,7 +45,9 @@ std::vector<Piece> pieces_of(const Pages& pages, Begin&& begin, End&& end) {
   return out;
 }
 
-int32_t* positions_of(const PageLayout& layout, char* page) { return reinterpret_cast<int32_t*>(page + layout.position_at); }
+int32_t* positions_of(const PageLayout& layout, char* page) {
+  return reinterpret_cast<int32_t*>(page + layout.position_at);
+}
 float* bias_of(const PageLayout& layout, char* page) { return reinterpret_cast<float*>(page + layout.bias_at); }
 
 /// `count` rows of x from `row` into entries `begin` … of one side.
@@ -76,9 +78,10 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
     for (int64_t p = begin(s) / kPage; k.length(s) > 0 && p * kPage < end(s); ++p) {
       const PageLayout& layout = pages.layout_of(s, p);
       for (const PageType* type : {&layout.k, &layout.v})
-        require(!type->quantised() || type->axis != PageType::Axis::Channel || begin(s) % type->group == 0, where,
-                "entry " + std::to_string(begin(s)) + " is inside a group of " + std::to_string(type->group) + " entries",
-                "write whole groups");
+        require(
+            !type->quantised() || type->axis != PageType::Axis::Channel || begin(s) % type->group == 0, where,
+            "entry " + std::to_string(begin(s)) + " is inside a group of " + std::to_string(type->group) + " entries",
+            "write whole groups");
     }
   }
   const std::vector<Piece> pieces = pieces_of(pages, begin, [&](int64_t s) { return k.length(s) ? end(s) : 0; });
@@ -89,17 +92,21 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
     const PageLayout& layout = pages.layout_of(s, p);
     char* page = pages.page(s, p);
     auto* rows = reinterpret_cast<float*>(memory);
-    const int from = int(std::max(begin(s) - p * kPage, int64_t(0))), to = int(std::min<int64_t>(end(s) - p * kPage, kPage));
+    const int from = int(std::max(begin(s) - p * kPage, int64_t(0))),
+              to = int(std::min<int64_t>(end(s) - p * kPage, kPage));
     const int64_t skipped = p * kPage + from - begin(s);
     put(PageSide::keys(layout, page), from, to - from, k.values, k.begin(s) + skipped, rows);
     put(PageSide::values(layout, page), from, to - from, v.values, v.begin(s) + skipped, rows);
-    for (int e = from; e < to; ++e) positions_of(layout, page)[e] = positions.as<int32_t>()[k.begin(s) + skipped + e - from];
+    for (int e = from; e < to; ++e)
+      positions_of(layout, page)[e] = positions.as<int32_t>()[k.begin(s) + skipped + e - from];
     if (layout.bias_at >= 0) std::fill(bias_of(layout, page) + from, bias_of(layout, page) + to, 0.0f);
     fill_columns(pages, layout, page, from, to);
-    refresh_columns(pages, layout, page, from, to, int(std::min<int64_t>(kPage, std::max(held(pages, s), end(s)) - p * kPage)), rows);
+    refresh_columns(pages, layout, page, from, to,
+                    int(std::min<int64_t>(kPage, std::max(held(pages, s), end(s)) - p * kPage)), rows);
   };
   // The few rows of a decode step are written before a region would have begun.
-  if (k.values.size[0] * (k.values.size[1] + v.values.size[1]) > 8192) return parallel_with(queue, bytes, int64_t(pieces.size()), write);
+  if (k.values.size[0] * (k.values.size[1] + v.values.size[1]) > 8192)
+    return parallel_with(queue, bytes, int64_t(pieces.size()), write);
   char* memory = queue.scratch.take(Dtype::U8, {bytes}).as<char>();
   for (size_t i = 0; i < pieces.size(); ++i) write(memory, int64_t(i));
 }
@@ -107,7 +114,8 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
 void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged& k, const Ragged& v, Tensor positions) {
   constexpr const char* where = "page_read";
   const Rope* rope = pages.plain_keys && read ? read->rope : nullptr;
-  require(!pages.plain_keys || !read || rope, where, "the store keeps plain keys, and the read has no rope to turn them");
+  require(!pages.plain_keys || !read || rope, where,
+          "the store keeps plain keys, and the read has no rope to turn them");
   if (k.values) check_side(where, pages, k, true);
   if (v.values) check_side(where, pages, v, false);
   const Scratch scratch(queue.scratch);
@@ -117,7 +125,8 @@ void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged&
     turns_of(*rope, each);
     turns = {rope, each};
   }
-  const std::vector<Piece> pieces = pieces_of(pages, [](int64_t) { return int64_t(0); }, [&](int64_t s) { return held(pages, s); });
+  const std::vector<Piece> pieces = pieces_of(
+      pages, [](int64_t) { return int64_t(0); }, [&](int64_t s) { return held(pages, s); });
   parallel_with(queue, widest(pages) * int64_t(sizeof(float)), int64_t(pieces.size()), [&](char* memory, int64_t i) {
     const auto [s, p] = pieces[size_t(i)];
     const PageLayout& layout = pages.layout_of(s, p);
@@ -182,7 +191,8 @@ struct Moving {
 };
 
 /// Moves one side of the entries index[0 … count) to entries 0 … of a page.
-void move_side(const Pages& from, int64_t s, const int32_t* index, int count, const PageSide& to, bool keys, const Moving& moving) {
+void move_side(const Pages& from, int64_t s, const int32_t* index, int count, const PageSide& to, bool keys,
+               const Moving& moving) {
   bool raw[kPage], all_raw = true;
   for (int i = 0; i < count; ++i) {
     const int64_t page = index[i] / kPage;

@@ -5,9 +5,15 @@
 namespace heed::HEED_ISA {
 namespace {
 
-struct Add { static F run(F a, F b) { return a + b; } };
-struct Low { static F run(F a, F b) { return min(a, b); } };
-struct High { static F run(F a, F b) { return max(a, b); } };
+struct Add {
+  static F run(F a, F b) { return a + b; }
+};
+struct Low {
+  static F run(F a, F b) { return min(a, b); }
+};
+struct High {
+  static F run(F a, F b) { return max(a, b); }
+};
 
 /// to = fold of `count` rows, over `divisor`.
 template <class Fold, class T>

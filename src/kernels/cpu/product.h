@@ -64,7 +64,8 @@ void product_rows(Left a, const float* b, int64_t ldb, int64_t m, int64_t depth,
 template <Into into = Into::Set>
 void product(Left a, const float* b, int64_t ldb, int64_t m, int64_t n, int64_t depth, float* c, int64_t ldc) {
   int64_t j = 0;
-  for (; j + kSumVectors * kLanes <= n; j += kSumVectors * kLanes) product_rows<kSumVectors, into>(a, b + j, ldb, m, depth, c + j, ldc);
+  for (; j + kSumVectors * kLanes <= n; j += kSumVectors * kLanes)
+    product_rows<kSumVectors, into>(a, b + j, ldb, m, depth, c + j, ldc);
   if constexpr (kSumVectors == 4) {
     if (j + 2 * kLanes <= n) product_rows<2, into>(a, b + j, ldb, m, depth, c + j, ldc), j += 2 * kLanes;
   }

@@ -100,9 +100,11 @@ struct MatrixTile {
     if (first) {
       asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
     } else {
-      asm volatile("tileloadd (%0,%2,1), %%tmm0\n\ttileloadd (%1,%2,1), %%tmm2" ::"r"(c0), "r"(c1), "r"(c_bytes) : "memory");
+      asm volatile("tileloadd (%0,%2,1), %%tmm0\n\ttileloadd (%1,%2,1), %%tmm2" ::"r"(c0), "r"(c1), "r"(c_bytes)
+                   : "memory");
       if constexpr (Groups == 2)
-        asm volatile("tileloadd 64(%0,%2,1), %%tmm1\n\ttileloadd 64(%1,%2,1), %%tmm3" ::"r"(c0), "r"(c1), "r"(c_bytes) : "memory");
+        asm volatile("tileloadd 64(%0,%2,1), %%tmm1\n\ttileloadd 64(%1,%2,1), %%tmm3" ::"r"(c0), "r"(c1), "r"(c_bytes)
+                     : "memory");
     }
     const Number *w0 = w, *w1 = w + 16 * panel_stride;
     for (int64_t i = 0; i < words; i += 16, w0 += 32, w1 += 32, x += Groups * 256) {
@@ -115,19 +117,25 @@ struct MatrixTile {
             "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
             "tileloadd (%1,%3,1), %%tmm5\n\t"
             "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
-            "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(w0), "r"(w1), "r"(x), "r"(w_bytes), "r"(line) : "memory");
+            "tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(w0),
+            "r"(w1), "r"(x), "r"(w_bytes), "r"(line)
+            : "memory");
       } else {
         asm volatile(
             "tileloadd (%0,%3,1), %%tmm4\n\t"
             "tileloadd (%2,%4,1), %%tmm6\n\t"
             "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
             "tileloadd (%1,%3,1), %%tmm5\n\t"
-            "tdpbf16ps %%tmm6, %%tmm5, %%tmm2" ::"r"(w0), "r"(w1), "r"(x), "r"(w_bytes), "r"(line) : "memory");
+            "tdpbf16ps %%tmm6, %%tmm5, %%tmm2" ::"r"(w0),
+            "r"(w1), "r"(x), "r"(w_bytes), "r"(line)
+            : "memory");
       }
     }
-    asm volatile("tilestored %%tmm0, (%0,%2,1)\n\ttilestored %%tmm2, (%1,%2,1)" ::"r"(c0), "r"(c1), "r"(c_bytes) : "memory");
+    asm volatile("tilestored %%tmm0, (%0,%2,1)\n\ttilestored %%tmm2, (%1,%2,1)" ::"r"(c0), "r"(c1), "r"(c_bytes)
+                 : "memory");
     if constexpr (Groups == 2)
-      asm volatile("tilestored %%tmm1, 64(%0,%2,1)\n\ttilestored %%tmm3, 64(%1,%2,1)" ::"r"(c0), "r"(c1), "r"(c_bytes) : "memory");
+      asm volatile("tilestored %%tmm1, 64(%0,%2,1)\n\ttilestored %%tmm3, 64(%1,%2,1)" ::"r"(c0), "r"(c1), "r"(c_bytes)
+                   : "memory");
   }
 };
 using BestTile = MatrixTile;

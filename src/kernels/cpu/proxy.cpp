@@ -1,7 +1,7 @@
 #include "kernels/check.h"
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/product.h"
 #include "kernels/cpu/padded_rows.h"
+#include "kernels/cpu/product.h"
 
 namespace heed::HEED_ISA {
 namespace {
@@ -57,7 +57,8 @@ void softmax(float* x, int64_t seen, int64_t cols) {
 void proxy(Queue& queue, const Ragged& q, const Ragged& k, const Proxy& how, Grids out) {
   constexpr const char* where = "proxy";
   const int64_t h = q.heads, g = k.heads, w = width_of(q.values);
-  require(is_float(q.values.type) && is_float(k.values.type) && width_of(k.values) == w, where, "q and k are F32, BF16 or F16 of one width");
+  require(is_float(q.values.type) && is_float(k.values.type) && width_of(k.values) == w, where,
+          "q and k are F32, BF16 or F16 of one width");
   require(h % g == 0 && q.sequences() == k.sequences() && out.cells.segments() == q.segments(), where,
           "q's heads are a multiple of k's, and out has q's segments");
   require(how.q_tile >= 1 && how.k_tile >= 1, where, "tiles have at least one row");
@@ -81,10 +82,10 @@ void proxy(Queue& queue, const Ragged& q, const Ragged& k, const Proxy& how, Gri
   const int64_t floats = wide * (2 * kCols + kRows) + kRows * kCols + kCols + kRows;
   for_each(queue, tiles.count(), floats, [&](int64_t piece, float* scratch) {
     const auto [kv, tile] = tiles[piece];
-    float* keys = scratch;                       // [width][64]
-    float* queries = keys + wide * kCols;        // [48][width]
-    float* loose = queries + wide * kRows;       // [64][width]
-    float* cells = loose + wide * kCols;         // [48][64]
+    float* keys = scratch;                  // [width][64]
+    float* queries = keys + wide * kCols;   // [48][width]
+    float* loose = queries + wide * kRows;  // [64][width]
+    float* cells = loose + wide * kCols;    // [48][64]
     float* k_scale = cells + kRows * kCols;
     float* q_scale = k_scale + kCols;
     const int64_t first = tile * kCols, count = std::min(kCols, k.length(kv) - first);

@@ -51,7 +51,9 @@ template <>
 struct Quant<Dtype::Q5_0> : QuantOf32 {
   using Block = BlockQ5_0;
   static constexpr int offset = 16;
-  template <int> HEED_INLINE static Codes codes(const Block& b) { return add_fifth(load_halves(b.qs), load_bits(b.qh)); }
+  template <int> HEED_INLINE static Codes codes(const Block& b) {
+    return add_fifth(load_halves(b.qs), load_bits(b.qh));
+  }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) { *scale = float(b.d); }
 };
 
@@ -59,7 +61,9 @@ template <>
 struct Quant<Dtype::Q5_1> : QuantOf32 {
   using Block = BlockQ5_1;
   static constexpr bool has_low = true;
-  template <int> HEED_INLINE static Codes codes(const Block& b) { return add_fifth(load_halves(b.qs), load_bits(b.qh)); }
+  template <int> HEED_INLINE static Codes codes(const Block& b) {
+    return add_fifth(load_halves(b.qs), load_bits(b.qh));
+  }
   HEED_INLINE static void scales(const Block& b, float* scale, float* low) {
     *scale = float(b.d);
     *low = float(b.m);

@@ -7,9 +7,9 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 4;            // at most so many rows step
-constexpr int64_t kStrip = 4 * kLanes;     // value columns of a step
-constexpr int64_t kNarrowest = 32;         // value columns of a block of the chunked form
+constexpr int64_t kFewRows = 4;         // at most so many rows step
+constexpr int64_t kStrip = 4 * kLanes;  // value columns of a step
+constexpr int64_t kNarrowest = 32;      // value columns of a block of the chunked form
 
 /// Row r of matrix s of [segments, rows, width].
 float* matrix_row(const Tensor& t, int64_t s, int64_t r) { return t.as<float>() + s * t.stride[0] + r * t.stride[1]; }
@@ -53,7 +53,9 @@ void Recurrence::step(int64_t s, int64_t first, float* scratch) const {
   float *q = scratch, *k = q + wide, *a = k + wide, *b = a + wide, *e = b + wide, *norm = e + wide, *own = norm + wide;
   constexpr int V = int(kStrip / kLanes);
   const auto lanes = [&](int v) { return int(std::clamp<int64_t>(columns - v * kLanes, 0, kLanes)); };
-  const auto get = [&](const float* at, int v) { return lanes(v) == kLanes ? load(at + v * kLanes) : load_part(at + v * kLanes, lanes(v)); };
+  const auto get = [&](const float* at, int v) {
+    return lanes(v) == kLanes ? load(at + v * kLanes) : load_part(at + v * kLanes, lanes(v));
+  };
   const auto put = [&](float* at, int v, F x) {
     if (lanes(v) == kLanes) store(at + v * kLanes, x);
     else if (lanes(v) > 0) store_part(at + v * kLanes, x, lanes(v));
@@ -116,7 +118,8 @@ void Recurrence::step(int64_t s, int64_t first, float* scratch) const {
 template <Into into>
 void triangle(const float* matrix, const float* x, int64_t columns, int64_t rows, float* to) {
   for (int64_t top = 0; top < rows; top += kSubRows)
-    product<into>({matrix + top * kChunkRows, kChunkRows}, x, columns, kSubRows, columns, top + kSubRows, to + top * columns, columns);
+    product<into>({matrix + top * kChunkRows, kChunkRows}, x, columns, kSubRows, columns, top + kSubRows,
+                  to + top * columns, columns);
 }
 
 /// One chunk, whose rows begin at `row` of the segment, for value columns first … first + columns; held [wide, padded].
@@ -206,20 +209,25 @@ void recur(Queue& queue, const RecurInputs& in, const Recur& how, Tensor out, Te
   float* memory = queue.scratch.take(Dtype::F32, {active * group * chunk_floats}).as<float>();
   const int64_t walk_floats = 3 * kChunkRows * width + kChunkRows;
   for (int64_t start = 0; start < longest; start += group * kChunkRows) {
-    const auto rows_of = [&](int64_t s, int64_t c) { return std::clamp<int64_t>(in.q.length(s) - start - c * kChunkRows, 0, kChunkRows); };
+    const auto rows_of = [&](int64_t s, int64_t c) {
+      return std::clamp<int64_t>(in.q.length(s) - start - c * kChunkRows, 0, kChunkRows);
+    };
     std::vector<RecurChunk> chunks;
     for (int64_t i = 0; i < active * group; ++i) chunks.emplace_back(run.shape, memory + i * chunk_floats);
     for_each(queue, active * group, RecurChunk::scratch_floats(run.shape), [&](int64_t i, float* scratch) {
       const int64_t s = many[size_t(i / group)], rows = rows_of(s, i % group);
-      if (rows > 0) chunks[size_t(i)].make(run.shape, RecurSource(in, how, s), start + i % group * kChunkRows, rows, scratch);
+      if (rows > 0)
+        chunks[size_t(i)].make(run.shape, RecurSource(in, how, s), start + i % group * kChunkRows, rows, scratch);
     });
     for_each(queue, active * count, walk_floats, [&](int64_t i, float* scratch) {
-      const int64_t s = many[size_t(i / count)], first = i % count * width, columns = std::min(width, d_v - first), step = padded(columns);
+      const int64_t s = many[size_t(i / count)], first = i % count * width, columns = std::min(width, d_v - first),
+                    step = padded(columns);
       float *mine = held + i * held_floats, *norm = mine + wide * width;
       const RecurSource from(in, how, s);
       if (start == 0) {
         std::fill_n(mine, wide * width, 0.0f);
-        for (int64_t r = 0; r < d && in.state; ++r) std::copy_n(matrix_row(in.state, s, r) + first, columns, mine + r * step);
+        for (int64_t r = 0; r < d && in.state; ++r)
+          std::copy_n(matrix_row(in.state, s, r) + first, columns, mine + r * step);
         run.read_z(s, norm);
       }
       for (int64_t c = 0; c < group && rows_of(s, c) > 0; ++c)

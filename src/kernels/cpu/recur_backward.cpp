@@ -15,16 +15,20 @@ void solve_transposed(const float* n, int64_t rows, float* x, int64_t width) {
   for (int64_t j = rows - 1; j > 0; --j)
     for (int64_t i = 0; i < j; ++i) {
       const F by = set(n[j * C + i]);
-      for (int64_t c = 0; c < width; c += kLanes) store(x + i * width + c, load(x + i * width + c) - by * load(x + j * width + c));
+      for (int64_t c = 0; c < width; c += kLanes)
+        store(x + i * width + c, load(x + i * width + c) - by * load(x + j * width + c));
     }
 }
 
 /// One worker's memory and one segment's work.
 class Backward {
  public:
-  Backward(const RecurInputs& in, const Recur& how, const Tensor& d_out, const Tensor& d_state, const RecurGrads& grads, int64_t longest)
-      : in_(in), how_(how), d_out_(d_out), d_state_(d_state), grads_(grads), delta_(how.correction == Recur::Correction::Delta) {
-    shape_ = {how, width_of(in.q.values), width_of(in.v.values), how.scale != 0 ? how.scale : 1 / std::sqrt(float(width_of(in.q.values)))};
+  Backward(const RecurInputs& in, const Recur& how, const Tensor& d_out, const Tensor& d_state, const RecurGrads& grads,
+           int64_t longest)
+      : in_(in), how_(how), d_out_(d_out), d_state_(d_state), grads_(grads),
+        delta_(how.correction == Recur::Correction::Delta) {
+    shape_ = {how, width_of(in.q.values), width_of(in.v.values),
+              how.scale != 0 ? how.scale : 1 / std::sqrt(float(width_of(in.q.values)))};
     if (delta_) shape_.how.correction = Recur::Correction::LowRank;
     shape_.keep = shape_.low_rank();
     wide_ = shape_.wide();
@@ -34,8 +38,8 @@ class Backward {
   }
 
   int64_t floats() const {
-    return 15 * C * wide_ + 7 * C * wide_v_ + 4 * C * C + 3 * wide_ * wide_v_ + RecurChunk::floats(shape_) + RecurChunk::scratch_floats(shape_) +
-           borders_ * wide_ * wide_v_ + (delta_ ? 3 * longest_ * wide_ : 0) + 2 * wide_;
+    return 15 * C * wide_ + 7 * C * wide_v_ + 4 * C * C + 3 * wide_ * wide_v_ + RecurChunk::floats(shape_) +
+           RecurChunk::scratch_floats(shape_) + borders_ * wide_ * wide_v_ + (delta_ ? 3 * longest_ * wide_ : 0) + 2 * wide_;
   }
 
   void run(int64_t segment, float* memory) const {
@@ -47,17 +51,18 @@ class Backward {
   struct Work {
     const Backward& of;
     const int64_t wide, wide_v, d, d_v;
-    float *q, *k, *a, *b, *e, *dq, *dk, *da, *db;               // [64, wide]
-    float *v, *y, *dy, *dv, *d_o;                               // [64, wide_v]
-    float *v_t, *y_t;                                           // [wide_v, 64]
-    float *d_qk, *d_qb, *d_ab, *d_ak;                           // [64, 64]
-    float *ds;                                                  // [d, wide_v]: the gradient of the state after the chunk, then before
-    float *s_t, *ds_t;                                          // [wide_v, wide]
-    float *states;                                              // at each chunk border
-    float *own_k, *own_a, *own_b;                               // [rows, wide]: Delta's, in low-rank form
+    float *q, *k, *a, *b, *e, *dq, *dk, *da, *db;  // [64, wide]
+    float *v, *y, *dy, *dv, *d_o;                  // [64, wide_v]
+    float *v_t, *y_t;                              // [wide_v, 64]
+    float *d_qk, *d_qb, *d_ab, *d_ak;              // [64, 64]
+    float* ds;                     // [d, wide_v]: the gradient of the state after the chunk, then before
+    float *s_t, *ds_t;             // [wide_v, wide]
+    float* states;                 // at each chunk border
+    float *own_k, *own_a, *own_b;  // [rows, wide]: Delta's, in low-rank form
     float *chunk_memory, *chunk_scratch;
 
-    Work(const Backward& of, float* memory) : of(of), wide(of.wide_), wide_v(of.wide_v_), d(of.shape_.d), d_v(of.shape_.d_v) {
+    Work(const Backward& of, float* memory)
+        : of(of), wide(of.wide_), wide_v(of.wide_v_), d(of.shape_.d), d_v(of.shape_.d_v) {
       const auto take = [&](int64_t count) {
         float* at = memory;
         memory += count;
@@ -126,7 +131,8 @@ class Backward {
       if (of.delta_) lower(from, rows);
       std::fill_n(border(0), wide * wide_v, 0.0f);
       for (int64_t r = 0; r < d && of.in_.state; ++r)
-        std::copy_n(of.in_.state.as<float>() + segment * of.in_.state.stride[0] + r * of.in_.state.stride[1], d_v, border(0) + r * wide_v);
+        std::copy_n(of.in_.state.as<float>() + segment * of.in_.state.stride[0] + r * of.in_.state.stride[1], d_v,
+                    border(0) + r * wide_v);
       RecurChunk chunk(of.shape_, chunk_memory);
       for (int64_t c = 0; c < chunks; ++c) {
         chunk.make(of.shape_, from, c * C, std::min(C, rows - c * C), chunk_scratch);
@@ -134,20 +140,24 @@ class Backward {
         correct(chunk, border(c));
         float* next = border(c + 1);
         for (int64_t r = 0; r < d; ++r)
-          for (int64_t x = 0; x < wide_v; x += kLanes) store(next + r * wide_v + x, load(border(c) + r * wide_v + x) * set(chunk.decay[r]));
+          for (int64_t x = 0; x < wide_v; x += kLanes)
+            store(next + r * wide_v + x, load(border(c) + r * wide_v + x) * set(chunk.decay[r]));
         product<Into::Add>({chunk.k, C}, v, wide_v, d, wide_v, chunk.padded_rows, next, wide_v);
-        if (of.shape_.low_rank()) product<Into::Add>({chunk.b, C}, y, wide_v, d, wide_v, chunk.padded_rows, next, wide_v);
+        if (of.shape_.low_rank())
+          product<Into::Add>({chunk.b, C}, y, wide_v, d, wide_v, chunk.padded_rows, next, wide_v);
       }
       std::fill_n(ds, wide * wide_v, 0.0f);
       for (int64_t r = 0; r < d && of.d_state_; ++r)
-        std::copy_n(of.d_state_.as<float>() + segment * of.d_state_.stride[0] + r * of.d_state_.stride[1], d_v, ds + r * wide_v);
+        std::copy_n(of.d_state_.as<float>() + segment * of.d_state_.stride[0] + r * of.d_state_.stride[1], d_v,
+                    ds + r * wide_v);
       for (int64_t c = chunks - 1; c >= 0; --c) {
         chunk.make(of.shape_, from, c * C, std::min(C, rows - c * C), chunk_scratch);
         step(from, chunk, c);
         write(given, c * C, chunk.rows);
       }
       for (int64_t r = 0; r < d && of.grads_.state; ++r)
-        std::copy_n(ds + r * wide_v, d_v, of.grads_.state.as<float>() + segment * of.grads_.state.stride[0] + r * of.grads_.state.stride[1]);
+        std::copy_n(ds + r * wide_v, d_v,
+                    of.grads_.state.as<float>() + segment * of.grads_.state.stride[0] + r * of.grads_.state.stride[1]);
     }
 
     void step(const RecurSource& from, const RecurChunk& chunk, int64_t c) {
@@ -204,14 +214,16 @@ class Backward {
       const float* after = border(c + 1);
       for (int64_t r = 0; r < d; ++r) {
         F sum = zero();
-        for (int64_t x = 0; x < wide_v; x += kLanes) sum = fma(load(after + r * wide_v + x), load(ds + r * wide_v + x), sum);
+        for (int64_t x = 0; x < wide_v; x += kLanes)
+          sum = fma(load(after + r * wide_v + x), load(ds + r * wide_v + x), sum);
         through_end()[r] = hsum(sum);
       }
       for (int64_t x = 0; x < wide; x += kLanes) low ? channels<true>(rows, x) : channels<false>(rows, x);
 
       // The state before the chunk.
       for (int64_t r = 0; r < d; ++r)
-        for (int64_t x = 0; x < wide_v; x += kLanes) store(ds + r * wide_v + x, load(ds + r * wide_v + x) * set(chunk.decay[r]));
+        for (int64_t x = 0; x < wide_v; x += kLanes)
+          store(ds + r * wide_v + x, load(ds + r * wide_v + x) * set(chunk.decay[r]));
       product<Into::Add>({chunk.q, 1, wide}, d_o, wide_v, d, wide_v, rows, ds, wide_v);
       if (low) product<Into::Add>({chunk.left, 1, wide}, dy, wide_v, d, wide_v, rows, ds, wide_v);
     }
@@ -230,7 +242,8 @@ class Backward {
         const F decay = load(at(e, i));
         if constexpr (Low) {
           F sum = load(at(da, i)) * sofar;
-          for (int64_t j = 0; j < i; ++j) sum = fma(set(d_ak[i * C + j]), moving[j], fma(set(d_ab[i * C + j]), moving_low[j], sum));
+          for (int64_t j = 0; j < i; ++j)
+            sum = fma(set(d_ak[i * C + j]), moving[j], fma(set(d_ab[i * C + j]), moving_low[j], sum));
           store(at(da, i), sum);
         }
         sofar = sofar * decay;
@@ -339,11 +352,13 @@ class Backward {
 
 }  // namespace
 
-void recur_backward(Queue& queue, const RecurInputs& in, const Recur& how, Tensor d_out, Tensor d_state, const RecurGrads& grads) {
+void recur_backward(Queue& queue, const RecurInputs& in, const Recur& how, Tensor d_out, Tensor d_state,
+                    const RecurGrads& grads) {
   constexpr const char* where = "recur_backward";
   check_recur(where, in, how);
   require(!how.normalise, where, "there is no gradient of the normalised form");
-  const int64_t segments = in.q.segments(), rows = in.q.values.size[0], d = width_of(in.q.values), d_v = width_of(in.v.values);
+  const int64_t segments = in.q.segments(), rows = in.q.values.size[0], d = width_of(in.q.values),
+                d_v = width_of(in.v.values);
   check_tensor(where, "d_out", d_out, {rows, d_v});
   check_tensor(where, "d_state", d_state, {segments, d, d_v}, true);
   for (const Tensor& t : {grads.q, grads.a, grads.b}) check_tensor(where, "a gradient", t, {rows, d}, true);

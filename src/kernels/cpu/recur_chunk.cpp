@@ -30,18 +30,21 @@ struct Pair {
 void solve(const float* n, int64_t rows, float* x, int64_t width, bool square) {
   for (int64_t top = 0; top < rows; top += B) {
     const int64_t columns = square ? top + B : width;
-    if (top > 0) product<Into::Subtract>({n + top * C, C}, x, width, B, square ? top : columns, top, x + top * width, width);
+    if (top > 0)
+      product<Into::Subtract>({n + top * C, C}, x, width, B, square ? top : columns, top, x + top * width, width);
     for (int64_t i = top + 1; i < top + B; ++i)
       for (int64_t j = top; j < i; ++j) {
         const F by = set(n[i * C + j]);
-        for (int64_t c = 0; c < columns; c += kLanes) store(x + i * width + c, load(x + i * width + c) - by * load(x + j * width + c));
+        for (int64_t c = 0; c < columns; c += kLanes)
+          store(x + i * width + c, load(x + i * width + c) - by * load(x + j * width + c));
       }
   }
 }
 
 /// Decays that are the same for all channels: whole products, then each cell times its decay. Columns end decayed to the
 /// end of the chunk; between[i] is e^G of row i.
-void pairs_with_scalar_decay(std::span<const Pair> pairs, const float* decay, int64_t rows, int64_t wide, float* steps, float* between) {
+void pairs_with_scalar_decay(std::span<const Pair> pairs, const float* decay, int64_t rows, int64_t wide, float* steps,
+                             float* between) {
   float* d = steps;  // [64, 64]: e^(G_i − G_j), 0 above the diagonal
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < i; ++j) d[i * C + j] = d[(i - 1) * C + j] * decay[i];
@@ -56,7 +59,8 @@ void pairs_with_scalar_decay(std::span<const Pair> pairs, const float* decay, in
         float* to = p.to + i * C;
         const float* by = d + (p.before ? i - 1 : i) * C;
         if (p.before && i == 0) std::fill_n(to, top + B, 0.0f);
-        else for (int64_t j = 0; j < top + B; j += kLanes) store(to + j, load(to + j) * load(by + j));
+        else
+          for (int64_t j = 0; j < top + B; j += kLanes) store(to + j, load(to + j) * load(by + j));
         if (!p.diagonal) to[i] = 0;
       }
     }
@@ -93,16 +97,19 @@ void diagonal_block(std::span<const Pair> pairs, float* column, const float* dec
         float* at = column + c * C + top + v * kLanes;
         const F before = load(at), after = before * where(earlier[v], set(e[c]), set(1));
         store(at, after);
-        for (int p = 0; p < count; ++p) sum[p][v] = fma(set(left[p][c]), of[size_t(p)]->before ? before : after, sum[p][v]);
+        for (int p = 0; p < count; ++p)
+          sum[p][v] = fma(set(left[p][c]), of[size_t(p)]->before ? before : after, sum[p][v]);
       }
     for (int p = 0; p < count; ++p)
       for (int v = 0; v < V; ++v)
-        store(of[size_t(p)]->to + (top + i) * C + top + v * kLanes, where(of[size_t(p)]->diagonal ? upto[v] : earlier[v], sum[p][v], zero()));
+        store(of[size_t(p)]->to + (top + i) * C + top + v * kLanes,
+              where(of[size_t(p)]->diagonal ? upto[v] : earlier[v], sum[p][v], zero()));
   }
 }
 
 /// Decays of their own for each channel. `decay` [64, wide]; `inside` and `outside` [16, wide] and `sofar` [wide] are scratch.
-void pairs_with_vector_decay(std::span<const Pair> pairs, const float* decay, int64_t rows, int64_t wide, float* inside, float* sofar) {
+void pairs_with_vector_decay(std::span<const Pair> pairs, const float* decay, int64_t rows, int64_t wide, float* inside,
+                             float* sofar) {
   for (int64_t top = 0; top < rows; top += B) {
     if (top > 0)
       for (const Pair& p : pairs) {
@@ -133,8 +140,10 @@ void pairs_with_vector_decay(std::span<const Pair> pairs, const float* decay, in
 }  // namespace
 
 void check_recur(const char* where, const RecurInputs& in, const Recur& how) {
-  const int64_t segments = in.q.segments(), d = width_of(in.q.values), d_v = width_of(in.v.values), rows = in.q.values.size[0];
-  require(is_float(in.q.values.type) && is_float(in.k.values.type) && is_float(in.v.values.type), where, "q, k and v are F32, BF16 or F16");
+  const int64_t segments = in.q.segments(), d = width_of(in.q.values), d_v = width_of(in.v.values),
+                rows = in.q.values.size[0];
+  require(is_float(in.q.values.type) && is_float(in.k.values.type) && is_float(in.v.values.type), where,
+          "q, k and v are F32, BF16 or F16");
   require(in.k.segments() == segments && in.v.segments() == segments, where, "q, k and v have the same segments");
   require(width_of(in.k.values) == d, where, "q and k differ in width");
   if (how.decay == Recur::Decay::Scalar) check_tensor(where, "g", in.g, {rows});
@@ -147,7 +156,8 @@ void check_recur(const char* where, const RecurInputs& in, const Recur& how) {
   check_tensor(where, "state", in.state, {segments, d, d_v}, true);
   check_tensor(where, "z", in.z, {segments, d}, true);
   for (int64_t s = 0; s < segments; ++s)
-    require(in.k.length(s) == in.q.length(s) && in.v.length(s) == in.q.length(s), where, "segments of q, k and v differ in length");
+    require(in.k.length(s) == in.q.length(s) && in.v.length(s) == in.q.length(s), where,
+            "segments of q, k and v differ in length");
 }
 
 RecurChunk::RecurChunk(const RecurShape& shape, float* memory) {

@@ -84,7 +84,8 @@ struct RecurChunk {
   RecurChunk(const RecurShape& shape, float* memory);
 
   static int64_t scratch_floats(const RecurShape& shape) {
-    return 5 * kChunkRows * shape.wide() + 3 * kChunkRows * kChunkRows + 2 * shape.wide() + 3 * kChunkRows + 3 * kSubRows * shape.wide();
+    return 5 * kChunkRows * shape.wide() + 3 * kChunkRows * kChunkRows + 2 * shape.wide() + 3 * kChunkRows +
+           3 * kSubRows * shape.wide();
   }
   /// Rows first … first + rows of a segment.
   void make(const RecurShape& shape, const RecurSource& from, int64_t first, int64_t rows, float* scratch);

@@ -67,10 +67,13 @@ void reduce(Queue& queue, const Grids& in, const Reduce& how, Grids out) {
   require(out.cells.segments() == segments, where, "out has in's segments");
   for (const Tensor& t : {in.cells.values, out.cells.values})
     require(t.type == Dtype::F32 && t.contiguous(), where, "cells are F32 and contiguous");
-  for (const Tensor& t : {in.rows, in.cols, out.rows, out.cols}) check_tensor(where, "rows and cols", t, {segments}, false, Dtype::I64);
+  for (const Tensor& t : {in.rows, in.cols, out.rows, out.cols})
+    check_tensor(where, "rows and cols", t, {segments}, false, Dtype::I64);
 
   // Columns are blocks as tall as the grid, rows are blocks as wide; each piece is a band of columns of one block row.
-  struct Shape { int64_t rows, cols, row_block, col_block, rows_out, cols_out, band, bands; };
+  struct Shape {
+    int64_t rows, cols, row_block, col_block, rows_out, cols_out, band, bands;
+  };
   std::vector<Shape> shapes;
   Pieces pieces;
   for (int64_t s = 0; s < segments; ++s) {
@@ -116,7 +119,8 @@ void reduce(Queue& queue, const Grids& in, const Reduce& how, Grids out) {
       to[0] = held.result(0, g.cols);
       return;
     }
-    for (int64_t c = first; c < last; c += g.col_block) to[c / g.col_block] = held.result(c - first, std::min(g.col_block, last - c));
+    for (int64_t c = first; c < last; c += g.col_block)
+      to[c / g.col_block] = held.result(c - first, std::min(g.col_block, last - c));
   });
 }
 

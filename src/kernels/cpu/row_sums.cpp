@@ -7,7 +7,8 @@
 
 namespace heed::HEED_ISA {
 
-Observed::Observed(const char* where, Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, bool share)
+Observed::Observed(const char* where, Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan,
+                   const Mods& mods, bool share)
     : queue_(queue), q_(q), mods_(mods), plan_(plan ? *plan : Plan{}) {
   require(!keys.panel != !keys.pages, where, "keys come from a panel or from pages");
   if (keys.panel) {
@@ -16,10 +17,14 @@ Observed::Observed(const char* where, Queue& queue, const Ragged& q, const Keys&
   } else {
     const Pages& pages = *keys.pages;
     require(!pages.layouts.empty(), where, "the store has no layouts");
-    require(!pages.plain_keys || (keys.read && keys.read->rope), where, "the store keeps plain keys, and the read has no rope to turn them");
-    require(q.values.rank == 2 && is_float(q.values.type) && q.values.size[1] == pages.layouts[0].d, where, "q and the store's keys differ in width");
-    require(q.sequences() * pages.kv_heads == pages.segments(), where, "q and the store hold different numbers of sequences");
-    require(mods.k_map || q.heads % pages.kv_heads == 0, where, "the store's heads do not divide the query heads", "give k_map");
+    require(!pages.plain_keys || (keys.read && keys.read->rope), where,
+            "the store keeps plain keys, and the read has no rope to turn them");
+    require(q.values.rank == 2 && is_float(q.values.type) && q.values.size[1] == pages.layouts[0].d, where,
+            "q and the store's keys differ in width");
+    require(q.sequences() * pages.kv_heads == pages.segments(), where,
+            "q and the store hold different numbers of sequences");
+    require(mods.k_map || q.heads % pages.kv_heads == 0, where, "the store's heads do not divide the query heads",
+            "give k_map");
     if (plan) check_plan(*plan, where);
     mods_.until = mods_.key_factor = mods_.row_factor = mods_.key_bias = mods_.k_pos = {};
     source_.pages = &pages;
@@ -44,7 +49,9 @@ TileState Observed::sums(int64_t task, int64_t range, int width) const {
 void Observed::sum_rows(Tensor lse) {
   lse_ = lse;
   if (lse_) return;
-  struct Piece { int64_t task, range; };
+  struct Piece {
+    int64_t task, range;
+  };
   std::vector<Piece> pieces;
   for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) {
     const int64_t size = source_.view(tasks_[size_t(t)], mods_).size();
@@ -60,9 +67,8 @@ void Observed::sum_rows(Tensor lse) {
     const Lanes at = lanes(task, keys);
     const TileState state = sums(t, r, at.width);
     clear(state, 0, at.width, mods_.weight);
-    each_chunk(tile, task, keys, at, r * kObservedRange, (r + 1) * kObservedRange, [&](const Chunk& chunk, bool made) {
-      absorb(tile, at, chunk, made, mods_.weight, state, false);
-    });
+    each_chunk(tile, task, keys, at, r * kObservedRange, (r + 1) * kObservedRange,
+               [&](const Chunk& chunk, bool made) { absorb(tile, at, chunk, made, mods_.weight, state, false); });
   });
 }
 

@@ -19,7 +19,9 @@ class Observed {
   const KeySource& source() const { return source_; }
   const TileShape& shape() const { return shape_; }
   const std::vector<TileTask>& tasks() const { return tasks_; }
-  Lanes lanes(const TileTask& task, const KeyView& keys) const { return lanes_of(task, q_, keys.size(), mods_, plan_.causal); }
+  Lanes lanes(const TileTask& task, const KeyView& keys) const {
+    return lanes_of(task, q_, keys.size(), mods_, plan_.causal);
+  }
 
   /// Fills the sums of all tasks, or takes them from `lse` (row) when that is there. Call once.
   void sum_rows(Tensor lse);
@@ -33,7 +35,8 @@ class Observed {
   /// Calls body(chunk, made) for each chunk of the task's keys with low ≤ key < high: tile.s holds its scores, as
   /// logits() left them. Queries are packed when there is a first chunk.
   template <class Body>
-  void each_chunk(Tile& tile, const TileTask& task, const KeyView& keys, const Lanes& lanes, int64_t low, int64_t high, Body&& body) const {
+  void each_chunk(Tile& tile, const TileTask& task, const KeyView& keys, const Lanes& lanes, int64_t low, int64_t high,
+                  Body&& body) const {
     const LogitRule rule = logit_rule(plan_, mods_, keys, plan_.causal);
     const KeyRange range = visible(lanes, keys, mods_, plan_.causal);
     Walk walk(plan_, task.plan_row, -1, std::max(low, range.low), std::min(high, range.high));
@@ -58,7 +61,9 @@ class Observed {
   KeySource source_;
   TileShape shape_;
   std::vector<TileTask> tasks_;
-  struct Place { int64_t first, ranges; };
+  struct Place {
+    int64_t first, ranges;
+  };
   std::vector<Place> places_;  // of each task's sums
   float* sums_ = nullptr;
   Tensor lse_;

@@ -1,8 +1,8 @@
 // What a layer does to rows of activations between its products: rms_norm, glu, add.
+#include "kernels/cpu/rows.h"
 #include "kernels/check.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/parts.h"
-#include "kernels/cpu/rows.h"
 
 namespace heed::HEED_ISA {
 namespace {
@@ -28,7 +28,8 @@ void rms_norm(Queue&, Tensor x, Tensor weight, float eps, Tensor y) {
     const float *in = row_of(x, t), *w = weight.as<float>();
     float* out = row_of(y, t);
     const F factor = set(rms_factor(in, width, eps));
-    if (w) over_lanes(width, [&](int64_t i, auto part) { part.put(out + i, part.get(in + i) * factor * part.get(w + i)); });
+    if (w)
+      over_lanes(width, [&](int64_t i, auto part) { part.put(out + i, part.get(in + i) * factor * part.get(w + i)); });
     else over_lanes(width, [&](int64_t i, auto part) { part.put(out + i, part.get(in + i) * factor); });
   });
 }

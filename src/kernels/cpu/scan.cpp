@@ -8,8 +8,8 @@ namespace {
 constexpr int64_t kStrip = 4 * kLanes;  // channels that a piece walks down side by side
 
 /// One segment, `width` channels from `first` on. `held` carries the fold, `sum` what Lse needs besides.
-void scan_strip(ScanKind kind, const Rows& x, const Rows& a, int64_t begin, int64_t end, int64_t first, int64_t width, Tensor out,
-                float* held, float* sum) {
+void scan_strip(ScanKind kind, const Rows& x, const Rows& a, int64_t begin, int64_t end, int64_t first, int64_t width,
+                Tensor out, float* held, float* sum) {
   for (int64_t c = 0; c < width; ++c) held[c] = sum[c] = 0;
   for (int64_t r = begin; r < end; ++r) {
     const float* in = reinterpret_cast<const float*>(x.data + r * x.stride) + first;
@@ -58,7 +58,8 @@ void scan(Queue& queue, const Ragged& x, Tensor a, ScanKind kind, Tensor out) {
   const int64_t strips = (width + kStrip - 1) / kStrip;
   for_each(queue, x.segments() * strips, 2 * kStrip, [&](int64_t i, float* scratch) {
     const int64_t s = i / strips, first = i % strips * kStrip;
-    scan_strip(kind, rows, factors, x.begin(s), x.end(s), first, std::min(kStrip, width - first), out, scratch, scratch + kStrip);
+    scan_strip(kind, rows, factors, x.begin(s), x.end(s), first, std::min(kStrip, width - first), out, scratch,
+               scratch + kStrip);
   });
 }
 

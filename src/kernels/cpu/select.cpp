@@ -189,7 +189,8 @@ void write(const Key* keys, int64_t n, const Cut& cut, int32_t* index) {
 void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capacity, Tensor index, Tensor count) {
   constexpr const char* where = "select";
   const int64_t segments = scores.segments();
-  require(scores.values.type == Dtype::F32 && scores.values.rank == 1 && scores.values.contiguous(), where, "scores are F32 [rows]");
+  require(scores.values.type == Dtype::F32 && scores.values.rank == 1 && scores.values.contiguous(), where,
+          "scores are F32 [rows]");
   require(capacity >= 0, where, "a negative capacity");
   check_tensor(where, "index", index, {segments * capacity}, false, Dtype::I32);
   check_tensor(where, "count", count, {segments}, false, Dtype::I32);

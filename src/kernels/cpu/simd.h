@@ -59,8 +59,12 @@ HEED_INLINE F load(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 HEED_INLINE F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-HEED_INLINE F load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
-HEED_INLINE F load(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+HEED_INLINE F load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+HEED_INLINE F load(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 HEED_INLINE F load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 HEED_INLINE F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 
@@ -85,7 +89,8 @@ HEED_INLINE F fraction(F x) { return _mm512_reduce_ps(x, 0x09); }
 HEED_INLINE F scale_exponent(F y, F x) { return _mm512_scalef_ps(y, x); }
 
 HEED_INLINE F sum_quads(F a, F b, F c, F d) {
-  const F ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const F ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b),
+          cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
   return _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
 }
 HEED_INLINE F sum_fours(const F x[4]) {
@@ -159,8 +164,12 @@ HEED_INLINE F load(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 HEED_INLINE F load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-HEED_INLINE F load(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
-HEED_INLINE F load(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+HEED_INLINE F load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+HEED_INLINE F load(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 HEED_INLINE F load(const int32_t* p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)p)); }
 HEED_INLINE F load_part(const float* p, int n) { return _mm256_maskload_ps(p, _mm256_castps_si256(first(n))); }
 
@@ -189,7 +198,8 @@ HEED_INLINE F scale_exponent(F y, F x) {
 }
 
 HEED_INLINE F sum_quads(F a, F b, F c, F d) {
-  const F ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b), cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  const F ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b),
+          cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
   return _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
 }
 HEED_INLINE F sum_fours(const F x[2]) {

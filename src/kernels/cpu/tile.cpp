@@ -83,7 +83,8 @@ bool logits(Tile& tile, const Lanes& lanes, const Chunk& chunk, const LogitRule&
       F x = load(s + w) * load(lanes.factor + w);
       if (cap) x = set(mods.softcap) * tanh(x * set(1 / mods.softcap));
       if (rule.keyed_bias) x = x + set(chunk.bias[j]);
-      for (int r = 0; r < tile.shape.factors; ++r) x = fma(load(tile.factors + r * width + w), set(chunk.factor[j][r]), x);
+      for (int r = 0; r < tile.shape.factors; ++r)
+        x = fma(load(tile.factors + r * width + w), set(chunk.factor[j][r]), x);
       x = x * to_log2;
       const F position = load(lanes.position + w);
       if (causal) x = where(less_equal(set(key), load(lanes.limit + w)), x, hidden);
@@ -184,7 +185,8 @@ void weigh_sigmoid(Tile& tile, const Lanes& lanes, int count, bool made, TileSta
 
 }  // namespace
 
-void absorb(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, WeightFunction weight, TileState state, bool values) {
+void absorb(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, WeightFunction weight, TileState state,
+            bool values) {
   alignas(64) float keep[kTile];
   const int width = lanes.width, count = chunk.count, d_v = tile.shape.d_v;
   if (weight == WeightFunction::Sigmoid) weigh_sigmoid(tile, lanes, count, made, state, keep);
@@ -194,8 +196,8 @@ void absorb(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, Weigh
   if (!values) return;
 #if defined(HEED_BF16_DOT)
   if (tile.shape.dots)
-    return value_tile<PairMath>(tile.p, width, (count + 1) / 2, reinterpret_cast<const uint32_t*>(tile.v_rows), d_v, nullptr,
-                                d_v, keep, state.out);
+    return value_tile<PairMath>(tile.p, width, (count + 1) / 2, reinterpret_cast<const uint32_t*>(tile.v_rows), d_v,
+                                nullptr, d_v, keep, state.out);
 #endif
   value_tile<PlainMath>(tile.s, width, count, nullptr, 0, chunk.v, d_v, keep, state.out);
 }

@@ -22,7 +22,7 @@ struct Lanes {
   int count = 0, width = 0;  // width: count rounded up to whole vectors
   int64_t row[kTile];        // in q.values
   int32_t head[kTile];
-  int32_t query[kTile];      // which of its segment's queries
+  int32_t query[kTile];               // which of its segment's queries
   alignas(64) float limit[kTile];     // the last key that causality shows
   alignas(64) float position[kTile];  // exact below 2^24
   alignas(64) float factor[kTile];    // scale · temperature
@@ -36,11 +36,11 @@ struct Chunk {
   bool masked = false;  // some `bits` are set
   float position_low, until_low;
   int32_t key[kChunk];
-  const void* k[kChunk];        // rows of bf16 (dots) or f32
-  const float* v[kChunk];       // rows; not with dots, which takes pairs
+  const void* k[kChunk];   // rows of bf16 (dots) or f32
+  const float* v[kChunk];  // rows; not with dots, which takes pairs
   float position[kChunk], until[kChunk], bias[kChunk];
-  const float* factor[kChunk];  // rows of key_factor
-  const uint64_t* bits[kChunk]; // the word of query 0 of the plan's tile that has the key's bit; null: no mask
+  const float* factor[kChunk];   // rows of key_factor
+  const uint64_t* bits[kChunk];  // the word of query 0 of the plan's tile that has the key's bit; null: no mask
   uint8_t bit[kChunk];
 };
 
@@ -56,14 +56,14 @@ struct TileState {
 /// The memory of one worker.
 struct Tile {
   TileShape shape;
-  float* q;          // [d][width], or pairs of bf16 [d / 2][width]
-  float* s;          // [kChunk][width]
-  uint32_t* p;       // pairs [kChunk / 2][width]
-  float* k_rows;     // [kChunk][d]: keys that had to be converted
-  float* v_rows;     // [kChunk][d_v], or pairs [kChunk / 2][d_v]
-  float* factors;    // [r][width]
+  float* q;        // [d][width], or pairs of bf16 [d / 2][width]
+  float* s;        // [kChunk][width]
+  uint32_t* p;     // pairs [kChunk / 2][width]
+  float* k_rows;   // [kChunk][d]: keys that had to be converted
+  float* v_rows;   // [kChunk][d_v], or pairs [kChunk / 2][d_v]
+  float* factors;  // [r][width]
   float* state;
-  float* row;        // the longer of d and d_v
+  float* row;  // the longer of d and d_v
 
   static int64_t bytes(const TileShape& shape);
   Tile(const TileShape& shape, char* memory);
@@ -73,10 +73,10 @@ struct Tile {
 struct LogitRule {
   const Mods* mods;
   bool causal;
-  int q_tile;            // of the plan, and
-  int64_t bits_stride;   // words between its queries' masks
-  bool keyed_bias;       // chunk.bias is filled
-  bool keyed_until;      // chunk.until is filled
+  int q_tile;           // of the plan, and
+  int64_t bits_stride;  // words between its queries' masks
+  bool keyed_bias;      // chunk.bias is filled
+  bool keyed_until;     // chunk.until is filled
 };
 
 /// Packs the lanes' rows of q into tile.q.
@@ -92,7 +92,8 @@ bool logits(Tile& tile, const Lanes& lanes, const Chunk& chunk, const LogitRule&
 void clear(TileState state, int d_v, int width, WeightFunction weight);
 
 /// Adds a chunk to the softmax: `made` is what logits() returned. Without values only high and sum are kept.
-void absorb(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, WeightFunction weight, TileState state, bool values);
+void absorb(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, WeightFunction weight, TileState state,
+            bool values);
 
 /// Adds the state of other keys.
 void absorb(TileState into, TileState from, int d_v, int width);

@@ -69,9 +69,8 @@ void value_block(const typename Math::Element* p, int width, int count, const ty
                  const float* const* v_rows, int first, const float* keep, float* out) {
   using E = typename Math::Element;
   F sum[R * W];
-  unrolled<R * W>([&](auto i) HEED_LAMBDA {
-    sum[i] = load(out + i / W * width + i % W * kLanes) * load(keep + i % W * kLanes);
-  });
+  unrolled<R * W>([&](auto i)
+                      HEED_LAMBDA { sum[i] = load(out + i / W * width + i % W * kLanes) * load(keep + i % W * kLanes); });
   for (int j = 0; j < count; ++j, p += width) {
     const E* row = v_rows ? reinterpret_cast<const E*>(v_rows[j] + first) : v + j * step + first;
     decltype(Math::lanes(p)) x[W];
@@ -85,7 +84,8 @@ void value_block(const typename Math::Element* p, int width, int count, const ty
 template <class Math, int W>
 void score_columns(const Chunk& chunk, const typename Math::Element* q, int width, int depth, float* s) {
   constexpr int R = block_rows(W);
-  for (int j = 0; j < chunk.count; j += R) score_block<Math, R, W>(chunk.k + j, q, width, depth, s + int64_t(j) * width);
+  for (int j = 0; j < chunk.count; j += R)
+    score_block<Math, R, W>(chunk.k + j, q, width, depth, s + int64_t(j) * width);
 }
 
 template <class Math>
@@ -111,7 +111,8 @@ void value_columns(const typename Math::Element* p, int width, int count, const 
   int c = 0;
   auto block = [&](auto rows) {
     constexpr int n = decltype(rows)::value;
-    for (; c + n <= d_v; c += n) value_block<Math, n, W>(p, width, count, v, step, v_rows, c, keep, out + int64_t(c) * width);
+    for (; c + n <= d_v; c += n)
+      value_block<Math, n, W>(p, width, count, v, step, v_rows, c, keep, out + int64_t(c) * width);
   };
   block(std::integral_constant<int, R>());
   block(std::integral_constant<int, 4>());

@@ -4,13 +4,14 @@
 
 namespace heed::HEED_ISA {
 
-std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_heads, int64_t v_heads, const Mods& mods, bool share,
-                                 int64_t most) {
+std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_heads, int64_t v_heads, const Mods& mods,
+                                 bool share, int64_t most) {
   const bool dense = plan.form == Plan::Form::Dense;
   const PlanRows plan_rows(plan, q, kv_heads);
   if (!dense)
-    require(plan.rows() >= plan_rows.starts.back(), "attend", "the plan has " + std::to_string(plan.rows()) + " rows, the queries have " +
-            std::to_string(plan_rows.starts.back()) + " tiles");
+    require(plan.rows() >= plan_rows.starts.back(), "attend",
+            "the plan has " + std::to_string(plan.rows()) + " rows, the queries have " +
+                std::to_string(plan_rows.starts.back()) + " tiles");
   const int64_t h = q.heads, group = std::max<int64_t>(1, h / kv_heads);
   share = share && !mods.k_map && !mods.v_map && v_heads == kv_heads && (dense || plan.scope != Plan::Scope::QueryHead);
   std::vector<TileTask> out;
@@ -46,7 +47,8 @@ Lanes lanes_of(const TileTask& task, const Ragged& q, int64_t keys, const Mods& 
   const float scale = mods.scale != 0 ? mods.scale : float(1 / std::sqrt(double(q.values.size[1])));
   for (int lane = 0; lane < lanes.width; ++lane) {
     const int64_t at = lane < lanes.count ? lane : 0;
-    const int64_t head = task.head + at / task.rows, i = task.first + at % task.rows, segment = task.sequence * q.heads + head;
+    const int64_t head = task.head + at / task.rows, i = task.first + at % task.rows,
+                  segment = task.sequence * q.heads + head;
     const int64_t row = q.begin(segment) + i, last = keys - q.length(segment) + i;
     lanes.row[lane] = row;
     lanes.head[lane] = int32_t(head);
@@ -92,7 +94,8 @@ bool KeySource::dots(Dtype queries, int d) const {
   if (!pages) return k->values.type == Dtype::BF16 && (!v || v->values.type == Dtype::BF16);
   if (turns.rope) return false;
   for (const PageLayout& layout : pages->layouts)
-    if (layout.k.kind != PageType::Kind::BF16 || layout.v.kind != PageType::Kind::BF16 || layout.v_transposed) return false;
+    if (layout.k.kind != PageType::Kind::BF16 || layout.v.kind != PageType::Kind::BF16 || layout.v_transposed)
+      return false;
   return !pages->layouts.empty();
 #else
   (void)queries, (void)d;

@@ -17,14 +17,16 @@ struct TileTask {
 
 /// The tiles of all rows, sequence by sequence and head by head. With `share`, heads of a group whose rows read the same
 /// keys lie side by side when they fit, so that keys are read once for all. `most`: rows of a tile, of all its heads.
-std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_heads, int64_t v_heads, const Mods& mods, bool share,
-                                 int64_t most = kTile);
+std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_heads, int64_t v_heads, const Mods& mods,
+                                 bool share, int64_t most = kTile);
 
 /// The lanes of a task. `keys` is the length of its segment.
 Lanes lanes_of(const TileTask& task, const Ragged& q, int64_t keys, const Mods& mods, bool causal);
 
 /// The keys, low inclusive and high exclusive, that causality and the window leave to some lane.
-struct KeyRange { int64_t low, high; };
+struct KeyRange {
+  int64_t low, high;
+};
 KeyRange visible(const Lanes& lanes, const KeyView& keys, const Mods& mods, bool causal);
 
 LogitRule logit_rule(const Plan& plan, const Mods& mods, const KeyView& keys, bool causal);

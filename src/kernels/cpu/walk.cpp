@@ -86,7 +86,8 @@ int64_t planned_keys(const Plan& plan, int64_t row, int64_t keys) {
   if (plan.form == Plan::Form::Blocks) return (end - begin) * plan.k_tile;
   int64_t total = 0;
   for (int64_t e = begin; e < end; ++e)
-    total += std::max<int64_t>(0, std::min<int64_t>(plan.index.at<int32_t>(e, 1), keys) - std::max(plan.index.at<int32_t>(e, 0), 0));
+    total += std::max<int64_t>(
+        0, std::min<int64_t>(plan.index.at<int32_t>(e, 1), keys) - std::max(plan.index.at<int32_t>(e, 0), 0));
   return total;
 }
 

@@ -6,8 +6,8 @@ namespace heed::HEED_ISA {
 
 Weights::Weights(const Tensor& w, const char* where) : data(w.as<const char>()), type(w.type) {
   const DtypeInfo i = info(type);
-  require(w.rank == 2 && w.size[1] % i.block == 0 && w.stride[0] % i.block == 0 && (w.stride[1] == 1 || w.size[1] <= 1), where,
-          "weights are [rows, width] with contiguous rows of whole blocks, got " + w.shape() + " of " + i.name);
+  require(w.rank == 2 && w.size[1] % i.block == 0 && w.stride[0] % i.block == 0 && (w.stride[1] == 1 || w.size[1] <= 1),
+          where, "weights are [rows, width] with contiguous rows of whole blocks, got " + w.shape() + " of " + i.name);
   rows = w.size[0];
   width = w.size[1];
   row_bytes = w.stride[0] / i.block * i.bytes;
@@ -33,8 +33,9 @@ void unpack_quant(const char* from, int64_t count, Out* out) {
         store(out + 32 * i + v * kLanes, fma(f[v], set(scale[g]), set(shift)));
       }
     };
-    [&]<int... i>(std::integer_sequence<int, i...>) { (unit.template operator()<i>(), ...); }
-    (std::make_integer_sequence<int, per_block / 32>());
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      (unit.template operator()<i>(), ...);
+    }(std::make_integer_sequence<int, per_block / 32>());
   }
 }
 

@@ -16,7 +16,9 @@ struct Weights {
   /// Throws Error(Invalid) unless w is [rows, width], its rows contiguous and whole blocks.
   Weights(const Tensor& w, const char* where);
   /// Whether this is a type that files keep weights in; others are left to the reference.
-  static bool holds(Dtype type) { return is_block(type) || type == Dtype::F32 || type == Dtype::F16 || type == Dtype::BF16; }
+  static bool holds(Dtype type) {
+    return is_block(type) || type == Dtype::F32 || type == Dtype::F16 || type == Dtype::BF16;
+  }
   /// Where value `column` of row `row` lies; column is a multiple of the type's block.
   const char* at(int64_t row, int64_t column) const {
     const DtypeInfo i = info(type);

@@ -24,15 +24,9 @@ const Plan& checked(const char* where, const Ragged& q, const Ragged& k, const R
 }  // namespace
 
 Attention::Attention(const char* where, const Ragged& q, const Ragged& k, const Ragged& v, const Plan* plan, const Mods& mods)
-    : q_(q),
-      k_(k),
-      v_(v),
-      plan_(checked(where, q, k, v, plan, mods)),
-      mods_(mods),
-      plan_rows_(plan_, q, k.heads),
+    : q_(q), k_(k), v_(v), plan_(checked(where, q, k, v, plan, mods)), mods_(mods), plan_rows_(plan_, q, k.heads),
       scale_(mods.scale != 0 ? double(mods.scale) : 1 / std::sqrt(double(q.values.size[1]))),
-      q_values_(widen(q.values)),
-      k_values_(widen(k.values)) {
+      q_values_(widen(q.values)), k_values_(widen(k.values)) {
   if (plan_.form != Plan::Form::Dense)
     require(plan_.rows() >= plan_rows_.starts.back(), where,
             "the plan has " + std::to_string(plan_.rows()) + " rows, the queries have " +

@@ -65,9 +65,7 @@ void evaluate(const Numbers& what, const Run& run, int n, double (*stack)[kRun])
       case Op::Place: fill(run.place, run.by_row); break;
       case Op::Length: fill(run.length, 0); break;
       case Op::Channel: fill(run.channel, !run.by_row); break;
-      case Op::Load:
-        with_type(s.type, [&]<class T>(T) { unary([&](double i) { return element<T>(s, i); }); });
-        break;
+      case Op::Load: with_type(s.type, [&]<class T>(T) { unary([&](double i) { return element<T>(s, i); }); }); break;
       case Op::Find:
       case Op::Has:
         top -= 2;
@@ -130,7 +128,8 @@ void rows(const Numbers& what, Tensor out, int64_t segment, int64_t begin, int64
     for (int64_t row = first; row < last; ++row)
       for (int64_t c = 0; c < wide; c += kRun) {
         const int n = int(std::min<int64_t>(kRun, wide - c));
-        evaluate(what, {double(row * wide + c), double(segment), double(row - begin), double(length), double(c), false}, n, stack);
+        evaluate(what, {double(row * wide + c), double(segment), double(row - begin), double(length), double(c), false},
+                 n, stack);
         write(offset(out, row, c), n);
       }
   });
@@ -146,18 +145,21 @@ void compute(Queue&, const Numbers& what, const Ragged* over, Tensor out) {
     const int64_t all = out.size[0], part = std::max<int64_t>(1, enough / std::max<int64_t>(1, wide));
     auto piece = [&](int64_t p) { rows(what, out, 0, 0, all, p * part, std::min(all, (p + 1) * part)); };
     const int64_t pieces = (all + part - 1) / part;
-    if (pieces <= 1 || inside_parallel()) for (int64_t p = 0; p < pieces; ++p) piece(p);
+    if (pieces <= 1 || inside_parallel())
+      for (int64_t p = 0; p < pieces; ++p) piece(p);
     else parallel_for(pieces, piece);
     return;
   }
   auto segment = [&](int64_t s) { rows(what, out, s, over->begin(s), over->length(s), over->begin(s), over->end(s)); };
-  if (over->bound * wide < enough || inside_parallel()) for (int64_t s = 0; s < over->segments(); ++s) segment(s);
+  if (over->bound * wide < enough || inside_parallel())
+    for (int64_t s = 0; s < over->segments(); ++s) segment(s);
   else parallel_for(over->segments(), segment);
 }
 
 void offsets(Queue&, Tensor lengths, Tensor out) {
   const int64_t count = lengths.size[0];
-  require(lengths.rank == 1 && (lengths.type == Dtype::I32 || lengths.type == Dtype::I64) && out.type == Dtype::I64 && out.size[0] == count + 1,
+  require(lengths.rank == 1 && (lengths.type == Dtype::I32 || lengths.type == Dtype::I64) && out.type == Dtype::I64 &&
+              out.size[0] == count + 1,
           "offsets", "I32 or I64 [n] lengths give I64 [n + 1] offsets");
   int64_t at = 0;
   for (int64_t i = 0; i < count; ++i) {

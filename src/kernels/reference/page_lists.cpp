@@ -22,7 +22,9 @@ void let_go(const PageSupply& supply, char* page) {
   if (--holders(page) == 0) supply.free.at<uint64_t>(supply.top.at<int32_t>(0)++) = reinterpret_cast<uint64_t>(page);
 }
 
-const PageSupply& supply_of(const Pages& pages, int64_t s, int64_t p) { return pages.supply[pages.layout.at<uint8_t>(s, p)]; }
+const PageSupply& supply_of(const Pages& pages, int64_t s, int64_t p) {
+  return pages.supply[pages.layout.at<uint8_t>(s, p)];
+}
 
 void own(const Pages& pages, int64_t s, int64_t p) {
   char* page = pages.page(s, p);
@@ -59,7 +61,8 @@ void page_grow(Queue&, const Pages& pages, const Ragged& rows, Tensor first) {
     first.at<int32_t>(s) = length;
     const int64_t count = rows.length(s), end = length + count;
     if (count == 0) continue;
-    require(pages_for(end) <= pages.table.size[1], "page_grow", "the table is too narrow for " + std::to_string(end) + " entries");
+    require(pages_for(end) <= pages.table.size[1], "page_grow",
+            "the table is too narrow for " + std::to_string(end) + " entries");
     if (length % kPage != 0) own(pages, s, length / kPage);
     for (int64_t p = pages_for(length); p < pages_for(end); ++p) {
       pages.table.at<uint64_t>(s, p) = reinterpret_cast<uint64_t>(take(pages.supply[0]));
@@ -72,7 +75,8 @@ void page_grow(Queue&, const Pages& pages, const Ragged& rows, Tensor first) {
 void page_own(Queue&, const Pages& pages, Tensor until) {
   check_segments("page_own", pages, until);
   for (int64_t s = 0; s < pages.segments(); ++s)
-    for (int64_t p = 0; p < pages_for(std::min(until.at<int32_t>(s), pages.length.at<int32_t>(s))); ++p) own(pages, s, p);
+    for (int64_t p = 0; p < pages_for(std::min(until.at<int32_t>(s), pages.length.at<int32_t>(s))); ++p)
+      own(pages, s, p);
 }
 
 void page_shrink(Queue&, const Pages& pages, Tensor to) {

@@ -24,7 +24,8 @@ struct Seen {
     for (int64_t s = 0; s < pages.segments(); ++s) {
       const int64_t length = pages.length.at<int32_t>(s);
       offsets.push_back(offsets.back() + length);
-      for (int64_t e = 0; mods.window > 0 && e < length; ++e) positions.push_back(Page(pages, s, e / kPage).position(int(e % kPage)));
+      for (int64_t e = 0; mods.window > 0 && e < length; ++e)
+        positions.push_back(Page(pages, s, e / kPage).position(int(e % kPage)));
     }
     keys.offsets = Tensor(offsets.data(), Dtype::I64, {int64_t(offsets.size())});
     keys.heads = pages.kv_heads, keys.bound = offsets.back();
@@ -36,7 +37,8 @@ double overlap(std::pair<int64_t, int64_t> a, int64_t begin, int64_t end) {
   return double(std::max<int64_t>(0, std::min(end, a.second) - std::max(begin, a.first)));
 }
 
-double pairs_of(const Plan& plan, const PlanRows& rows, const Ragged& q, const Ragged& k, const Mods& mods, int64_t s, int64_t number) {
+double pairs_of(const Plan& plan, const PlanRows& rows, const Ragged& q, const Ragged& k, const Mods& mods, int64_t s,
+                int64_t number) {
   const PlanHead head(plan, rows, q, k, s, number);
   const bool dense = plan.form == Plan::Form::Dense;
   const int64_t tile = dense ? std::max<int64_t>(1, head.n) : plan.q_tile, words = (plan.k_tile + 63) / 64;
@@ -103,18 +105,23 @@ void count_pairs(Queue&, const Plan& plan, const Ragged& q, const Keys& keys, co
   const Seen seen(keys, mods);
   const PlanRows rows(plan, q, seen.keys.heads);
   auto head = [&](int64_t h) {
-    for (int64_t s = 0; s < q.sequences(); ++s) pairs.at<double>(h) += pairs_of(plan, rows, q, seen.keys, seen.mods, s, h);
+    for (int64_t s = 0; s < q.sequences(); ++s)
+      pairs.at<double>(h) += pairs_of(plan, rows, q, seen.keys, seen.mods, s, h);
   };
-  if (keys.pages || inside_parallel()) for (int64_t h = 0; h < q.heads; ++h) head(h);  // a few rows: not worth waking threads
+  if (keys.pages || inside_parallel())
+    for (int64_t h = 0; h < q.heads; ++h) head(h);  // a few rows: not worth waking threads
   else parallel_for(q.heads, head);
 }
 
 void tile_blocks(Queue&, Tensor index, Tensor count, int64_t capacity, Tensor first, int split, Plan out) {
   constexpr const char* where = "tile_blocks";
   const int64_t tiles = first.size[0] - 1;
-  require(split >= 1 && out.q_tile >= 1 && out.q_tile <= 64 && out.k_tile <= 64, where, "tiles of 1…64 queries and 1…64 keys");
-  require(index.type == Dtype::I32 && index.numel() >= count.numel() * capacity, where, "index is I32 [rows · capacity]");
-  require(out.rows() == tiles && out.count && out.mask && out.bits, where, "the plan has a row, a count, masks and bits for each tile");
+  require(split >= 1 && out.q_tile >= 1 && out.q_tile <= 64 && out.k_tile <= 64, where,
+          "tiles of 1…64 queries and 1…64 keys");
+  require(index.type == Dtype::I32 && index.numel() >= count.numel() * capacity, where,
+          "index is I32 [rows · capacity]");
+  require(out.rows() == tiles && out.count && out.mask && out.bits, where,
+          "the plan has a row, a count, masks and bits for each tile");
   auto tile = [&](int64_t t) {
     const int64_t begin = first.at<int64_t>(t), rows = first.at<int64_t>(t + 1) - begin;
     std::vector<int32_t> next(static_cast<size_t>(rows), 0);
@@ -142,7 +149,8 @@ void tile_blocks(Queue&, Tensor index, Tensor count, int64_t capacity, Tensor fi
     }
     out.count.at<int32_t>(t) = int32_t(written);
   };
-  if (inside_parallel()) for (int64_t t = 0; t < tiles; ++t) tile(t);
+  if (inside_parallel())
+    for (int64_t t = 0; t < tiles; ++t) tile(t);
   else parallel_for(tiles, tile);
 }
 

@@ -16,11 +16,14 @@ struct KVzip final : KeepPolicy {
 
   static std::vector<ParamInfo> params() {
     using M = KVzip;
-    return keep_params<M>("0.3", "prompt", {
-        param(&M::chunk, "chunk", 2048, 16, 1 << 20, "tokens repeated at a time"),
-        param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that always stay, and that each repetition sees"),
-        param(&M::share, "share", {"all", "layer", "head"}, 0, "what divides the budget: all layers, each layer's heads, or each head alone"),
-    });
+    return keep_params<M>(
+        "0.3", "prompt",
+        {
+            param(&M::chunk, "chunk", 2048, 16, 1 << 20, "tokens repeated at a time"),
+            param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that always stay, and that each repetition sees"),
+            param(&M::share, "share", {"all", "layer", "head"}, 0,
+                  "what divides the budget: all layers, each layer's heads, or each head alone"),
+        });
   }
   std::string check() const override { return too_small(budget, sinks, "sinks"); }
 
@@ -117,8 +120,11 @@ struct KVzip final : KeepPolicy {
 }  // namespace
 
 Entry kvzip() {
-  Entry e = entry<KVzip>("kvzip", "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", "Kim et al., 2025, arXiv 2505.23416", 2025, Role::Keep | Role::Drive);
-  e.equation = "s_j = max over rows of the repeated chunk and the group of softmax over [sinks, chunk, repetition]; keep the best of all layers and heads";
+  Entry e = entry<KVzip>("kvzip", "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction",
+                         "Kim et al., 2025, arXiv 2505.23416", 2025, Role::Keep | Role::Drive);
+  e.equation =
+      "s_j = max over rows of the repeated chunk and the group of softmax over [sinks, chunk, repetition]; keep the "
+      "best of all layers and heads";
   e.needs = "the prompt fed again, part by part: two to three times its cost";
   e.identity = "kvzip(budget=1.0)";
   e.verified = {"identity", "formula", "model"};

@@ -18,9 +18,11 @@ struct Act final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = Act;
     return {
-        param(&M::threshold, "threshold", 0.1, 0, 1e6, "mean attention above which a key is a sink (the released scripts: 0.1 and 0.15)"),
+        param(&M::threshold, "threshold", 0.1, 0, 1e6,
+              "mean attention above which a key is a sink (the released scripts: 0.1 and 0.15)"),
         param(&M::beta, "beta", 0.4, 0, 1, "what is left of a sink's weight; 1: nothing changes"),
-        param(&M::skip_first, "skip_first", 2, 0, 1 << 20, "first layers left alone (in a model with more layers than are left alone)"),
+        param(&M::skip_first, "skip_first", 2, 0, 1 << 20,
+              "first layers left alone (in a model with more layers than are left alone)"),
         param(&M::skip_last, "skip_last", 1, 0, 1 << 20, "last layers left alone"),
     };
   }
@@ -32,7 +34,8 @@ struct Act final : Mechanism {
     const Sinks sinks = find_sinks(at);
     const Plan parts = two_parts(at, sinks);
     const int64_t rows = at.out.size[0], width = at.out.size[1];
-    const Tensor outs = at.queue.scratch.take(Dtype::F32, {2, rows, width}), lse = at.queue.scratch.take(Dtype::F32, {2, rows});
+    const Tensor outs = at.queue.scratch.take(Dtype::F32, {2, rows, width}),
+                 lse = at.queue.scratch.take(Dtype::F32, {2, rows});
     // Heads without sinks keep what they have: no work for their rows.
     const Num calibrated = load(sinks.others, segment()) > 0;
     Mods mods = at.mods;
@@ -46,7 +49,8 @@ struct Act final : Mechanism {
     const Tensor weights = at.queue.scratch.take(Dtype::F32, {2, rows});
     compute(at.queue, at.q, pick(both, log1p(-beta * load(mass, index())), rest), weights.select(0, 0));
     compute(at.queue, at.q, pick(both, log(beta * load(mass, index())), sink), weights.select(0, 1));
-    const Tensor merged = at.queue.scratch.take(Dtype::F32, {rows, width}), out = at.queue.scratch.take(Dtype::F32, {rows, width});
+    const Tensor merged = at.queue.scratch.take(Dtype::F32, {rows, width}),
+                 out = at.queue.scratch.take(Dtype::F32, {rows, width});
     at.run().merge(at.queue, outs, weights, merged, {});
     compute(at.queue, at.q, pick(calibrated, load(merged, index()), load(at.out, index())), out);
     return out;
@@ -64,7 +68,8 @@ struct Act final : Mechanism {
     how.rows = Observe::Rows::Seen, how.heads = Observe::Heads::Each;
     const Ragged means = by_query_head(at.queue, at.observe(at.q, how, &at.plan), at.model.group());
     const int64_t all = at.q.segments(), h = at.q.heads, capacity = std::max<int64_t>(1, longest_keys(at));
-    const Tensor which = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
+    const Tensor which = at.queue.scratch.take(Dtype::I32, {all * capacity}),
+                 count = at.queue.scratch.take(Dtype::I32, {all});
     Select above;
     above.by = Select::By::Threshold, above.p = std::nextafter(float(threshold), INFINITY);
     at.run().select(at.queue, means, above, capacity, which, count);
@@ -86,7 +91,8 @@ struct Act final : Mechanism {
     plan.rowptr = compute(at.queue, Dtype::I64, {rows + 1}, index() * wide);
     const Tensor of = compute(at.queue, Dtype::I32, {rows}, query_segment(at, index()));
     plan.count = compute(at.queue, Dtype::I32, {rows}, 2 * load(sinks.others, load(of, index())) + 1);
-    plan.index = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound, 2}), plan.part = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound});
+    plan.index = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound, 2}),
+    plan.part = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound});
     Ragged listed;
     listed.offsets = plan.rowptr, listed.bound = plan.nnz_bound;
     listed.ends = compute(at.queue, Dtype::I64, {rows}, index() * wide + load(plan.count, index()));
@@ -104,7 +110,10 @@ struct Act final : Mechanism {
 }  // namespace
 
 Entry act() {
-  Entry e = entry<Act>("act", "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention Calibration", "Yu et al., 2024, arXiv 2406.15765", 2024, uint8_t(Role::Edit));
+  Entry e = entry<Act>("act",
+                       "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without "
+                       "Training through Attention Calibration",
+                       "Yu et al., 2024, arXiv 2406.15765", 2024, uint8_t(Role::Edit));
   e.equation = "A_ij ← β A_ij for j in S = {c_j > thr} minus its first; the rest takes what is freed in proportion";
   e.needs = "column means of the prompt; a second, two-part attention; choose heads with heads= and layers=";
   e.identity = "act(beta=1)";

@@ -20,7 +20,8 @@ Ragged rows(Queue& queue, const Tensor& values, int64_t heads, int64_t stride, i
 
 }  // namespace
 
-void ring_attention(Comm& comm, Queue& queue, const Shards& shards, Tensor q, Tensor k, Tensor v, const Mods& mods, bool causal, Tensor out, Tensor lse) {
+void ring_attention(Comm& comm, Queue& queue, const Shards& shards, Tensor q, Tensor k, Tensor v, const Mods& mods,
+                    bool causal, Tensor out, Tensor lse) {
   const int ranks = comm.size(), me = comm.rank();
   const int64_t h = q.size[0], n = q.size[1], g = k.size[0], c = k.size[1], d_v = v.size[2], before = shards.m - shards.n;
   const int64_t first = shards.q_begin(me);
@@ -77,14 +78,17 @@ namespace {
 struct Ring final : Mechanism {
   int ranks;
 
-  static std::vector<ParamInfo> params() { return {param(&Ring::ranks, "ranks", 4, 1, 256, "ranks, each a thread with its own shard")}; }
+  static std::vector<ParamInfo> params() {
+    return {param(&Ring::ranks, "ranks", 4, 1, 256, "ranks, each a thread with its own shard")};
+  }
 
   // The layer's attention once more, by ranks that see only what the ring brings them.
   Tensor edit(LayerView& at) const override {
     if (at.decoding() || at.phase == Phase::Replay) return at.out;
     const Mods& mods = at.mods;
-    require(!mods.key_bias && !mods.row_factor && !mods.temperature && !mods.gain && !mods.sink_logits && !mods.until && !mods.k_map, "ring",
-            "logit biases, gains and maps do not travel around the ring");
+    require(!mods.key_bias && !mods.row_factor && !mods.temperature && !mods.gain && !mods.sink_logits && !mods.until &&
+                !mods.k_map,
+            "ring", "logit biases, gains and maps do not travel around the ring");
     const Tensor out = at.queue.scratch.take(Dtype::F32, {at.out.size[0], at.out.size[1]});
     // Heads may hold different numbers of entries, so each KV head takes its own turn around the ring.
     int64_t key = 0;
@@ -93,36 +97,48 @@ struct Ring final : Mechanism {
   }
 
   void around(LayerView& at, int64_t kv, int64_t key, const Tensor& out) const {
-    const int64_t group = at.q.heads / at.k.heads, d = at.q.values.size[1], d_v = at.v.values.size[1], sequence = kv / at.k.heads;
+    const int64_t group = at.q.heads / at.k.heads, d = at.q.values.size[1], d_v = at.v.values.size[1],
+                  sequence = kv / at.k.heads;
     Shards shards{at.rows[size_t(sequence)], at.key_rows[size_t(kv)], ranks};
     if (shards.n == 0) return;
     int64_t row = kv % at.k.heads * group * shards.n;  // of the first query
     for (int64_t s = 0; s < sequence; ++s) row += at.q.heads * at.rows[size_t(s)];
-    const Tensor queries = at.q.values.slice(0, row, row + group * shards.n), outputs = out.slice(0, row, row + group * shards.n);
+    const Tensor queries = at.q.values.slice(0, row, row + group * shards.n),
+                 outputs = out.slice(0, row, row + group * shards.n);
     const Tensor keys = at.k.values.slice(0, key, key + shards.m), values = at.v.values.slice(0, key, key + shards.m);
     shards.q_pos = at.q_pos.slice(0, row, row + shards.n), shards.k_pos = at.k_pos.slice(0, key, key + shards.m);
     const int64_t c = (shards.m + ranks - 1) / ranks;
-    run_ranks(ranks, [&](Comm& comm) {
-      const int r = comm.rank();
-      const int64_t from = shards.q_begin(r), n = shards.q_begin(r + 1) - from, begin = shards.k_begin(r), end = shards.k_begin(r + 1);
-      Queue queue(&at.queue);
-      const Tensor q = queue.scratch.take(Dtype::F32, {group, n, d}), k = queue.scratch.take(at.k.values.type, {1, c, d}), v = queue.scratch.take(at.v.values.type, {1, c, d_v});
-      const Tensor part = queue.scratch.take(Dtype::F32, {group, n, d_v}), lse = queue.scratch.take(Dtype::F32, {group, n});
-      // A short last shard is padded with rows that no one attends to.
-      queue.fill(k, 0), queue.fill(v, 0);
-      for (int64_t i = 0; i < group; ++i) queue.move(queries.slice(0, i * shards.n + from, i * shards.n + from + n), q.select(0, i));
-      queue.move(keys.slice(0, begin, end), k.select(0, 0).slice(0, 0, end - begin));
-      queue.move(values.slice(0, begin, end), v.select(0, 0).slice(0, 0, end - begin));
-      ring_attention(comm, queue, shards, q, k, v, at.mods, at.plan.causal, part, lse);
-      for (int64_t i = 0; i < group; ++i) queue.move(part.select(0, i), outputs.slice(0, i * shards.n + from, i * shards.n + from + n));
-    }, &at.queue);
+    run_ranks(
+        ranks,
+        [&](Comm& comm) {
+          const int r = comm.rank();
+          const int64_t from = shards.q_begin(r), n = shards.q_begin(r + 1) - from, begin = shards.k_begin(r),
+                        end = shards.k_begin(r + 1);
+          Queue queue(&at.queue);
+          const Tensor q = queue.scratch.take(Dtype::F32, {group, n, d}),
+                       k = queue.scratch.take(at.k.values.type, {1, c, d}),
+                       v = queue.scratch.take(at.v.values.type, {1, c, d_v});
+          const Tensor part = queue.scratch.take(Dtype::F32, {group, n, d_v}),
+                       lse = queue.scratch.take(Dtype::F32, {group, n});
+          // A short last shard is padded with rows that no one attends to.
+          queue.fill(k, 0), queue.fill(v, 0);
+          for (int64_t i = 0; i < group; ++i)
+            queue.move(queries.slice(0, i * shards.n + from, i * shards.n + from + n), q.select(0, i));
+          queue.move(keys.slice(0, begin, end), k.select(0, 0).slice(0, 0, end - begin));
+          queue.move(values.slice(0, begin, end), v.select(0, 0).slice(0, 0, end - begin));
+          ring_attention(comm, queue, shards, q, k, v, at.mods, at.plan.causal, part, lse);
+          for (int64_t i = 0; i < group; ++i)
+            queue.move(part.select(0, i), outputs.slice(0, i * shards.n + from, i * shards.n + from + n));
+        },
+        &at.queue);
   }
 };
 
 }  // namespace
 
 Entry ring() {
-  Entry e = entry<Ring>("ring", "Ring Attention with Blockwise Transformers for Near-Infinite Context", "Liu et al., 2023, arXiv 2310.01889", 2023, uint8_t(Role::Edit));
+  Entry e = entry<Ring>("ring", "Ring Attention with Blockwise Transformers for Near-Infinite Context",
+                        "Liu et al., 2023, arXiv 2310.01889", 2023, uint8_t(Role::Edit));
   e.equation = "rank r: merge over s of attend(Q_r, K_(r−s), V_(r−s)), keys and values passed on at each step";
   e.needs = "nothing; prompts only";
   e.identity = "ring(ranks=4)";

@@ -20,6 +20,7 @@ struct Shards {
 /// [g, c, d_v] of any one plain type, where n_r is the rank's number of queries and c = ⌈m / ranks⌉ whatever the shard
 /// holds; out F32 [h, n_r, d_v], lse F32 [h, n_r]. Keys and values go around the ring, the others' arriving while the
 /// last are worked on; each rank sends (ranks − 1) · g · c · (d + d_v) elements. Of mods, scale, softcap and window count.
-void ring_attention(Comm&, Queue&, const Shards&, Tensor q, Tensor k, Tensor v, const Mods&, bool causal, Tensor out, Tensor lse);
+void ring_attention(Comm&, Queue&, const Shards&, Tensor q, Tensor k, Tensor v, const Mods&, bool causal, Tensor out,
+                    Tensor lse);
 
 }  // namespace heed::mechanisms

@@ -37,7 +37,8 @@ struct AdaKV final : KeepWrapper {
       const Num share = max(0, load(won.select(0, l), index()) - forced), budget = granted - forced;
       const Num mix = forced + round((1 - alpha) * share + floor(alpha * budget));
       // Room for all: nothing to divide.
-      compute(a.queue, pick(granted >= length_of(scores, index()), load(won.select(0, l), index()), mix), counts.select(0, l));
+      compute(a.queue, pick(granted >= length_of(scores, index()), load(won.select(0, l), index()), mix),
+              counts.select(0, l));
     }
     return counts;
   }
@@ -49,7 +50,8 @@ struct AdaKV final : KeepWrapper {
       const int64_t all = scores.segments(), capacity = most(a, scores);
       Select own;
       own.count = compute(a.queue, Dtype::I32, {all}, max(1, floor(alpha * load(even.select(0, int64_t(l)), index()))));
-      const Tensor best = a.queue.scratch.take(Dtype::I32, {all * capacity}), count = a.queue.scratch.take(Dtype::I32, {all});
+      const Tensor best = a.queue.scratch.take(Dtype::I32, {all * capacity}),
+                   count = a.queue.scratch.take(Dtype::I32, {all});
       a.queue.run->select(a.queue, scores, own, capacity, best, count);
       Ragged copied = scores;
       copied.values = a.queue.scratch.take(Dtype::F32, {scores.values.size[0]});
@@ -66,7 +68,8 @@ struct AdaKV final : KeepWrapper {
     Select forced;
     forced.by = Select::By::Threshold;
     forced.p = std::numeric_limits<float>::infinity();
-    const Tensor which = a.queue.scratch.take(Dtype::I32, {all * capacity}), count = a.queue.scratch.take(Dtype::I32, {all});
+    const Tensor which = a.queue.scratch.take(Dtype::I32, {all * capacity}),
+                 count = a.queue.scratch.take(Dtype::I32, {all});
     a.queue.run->select(a.queue, scores, forced, capacity, which, count);
     return count;
   }
@@ -78,7 +81,8 @@ struct AdaKV final : KeepWrapper {
 }  // namespace
 
 Entry adakv() {
-  Entry e = entry<AdaKV>("adakv", "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation", "Feng et al., 2024, arXiv 2407.11550", 2024, uint8_t(Role::Keep));
+  Entry e = entry<AdaKV>("adakv", "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation",
+                         "Feng et al., 2024, arXiv 2407.11550", 2024, uint8_t(Role::Keep));
   e.equation = "B_i = round((1 − α) c_i + ⌊α B⌋), c_i = how many of the layer's g·B best scores lie in head i";
   e.needs = "a keep policy inside";
   e.identity = "adakv(snapkv(budget=1.0))";

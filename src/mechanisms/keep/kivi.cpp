@@ -27,7 +27,9 @@ struct Kivi final : KeepPolicy {
   Needs needs(const ModelInfo&) const override {
     Needs n;
     n.quantised = true;
-    n.quantised_k.kind = n.quantised_v.kind = bits == 2 ? PageType::Kind::Q2 : bits == 4 ? PageType::Kind::Q4 : PageType::Kind::Q8;
+    n.quantised_k.kind = n.quantised_v.kind = bits == 2   ? PageType::Kind::Q2
+                                              : bits == 4 ? PageType::Kind::Q4
+                                                          : PageType::Kind::Q8;
     n.quantised_k.axis = PageType::Axis::Channel;
     n.quantised_v.axis = PageType::Axis::Token;
     n.quantised_k.group = n.quantised_v.group = group;
@@ -60,7 +62,8 @@ struct Kivi final : KeepPolicy {
 }  // namespace
 
 Entry kivi() {
-  Entry e = entry<Kivi>("kivi", "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", "Liu et al., 2024, arXiv 2402.02750", 2024, uint8_t(Role::Keep));
+  Entry e = entry<Kivi>("kivi", "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+                        "Liu et al., 2024, arXiv 2402.02750", 2024, uint8_t(Role::Keep));
   e.equation = "code = round((x − min) / s), s = (max − min) / (2^b − 1); keys by channel, values by entry";
   e.needs = "a second layout of pages";
   e.identity = "kivi(residual=1000000000)";

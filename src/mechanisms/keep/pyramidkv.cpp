@@ -17,7 +17,8 @@ struct PyramidKV final : SnapKV {
   static std::vector<ParamInfo> params() {
     using M = PyramidKV;
     std::vector<ParamInfo> all = SnapKV::params();
-    all.push_back(param(&M::beta, "beta", 20, 1, 1e6, "the last layer gets about 1 / beta of the mean; 1: all layers alike"));
+    all.push_back(
+        param(&M::beta, "beta", 20, 1, 1e6, "the last layer gets about 1 / beta of the mean; 1: all layers alike"));
     all.push_back(param(&M::rule, "rule", {"library", "authors"}, 0, "how layer budgets are rounded and bounded"));
     return all;
   }
@@ -35,7 +36,8 @@ struct PyramidKV final : SnapKV {
     }
     double low = mean / beta, high = 2 * mean - low;
     if (high >= l - w) high = l - w, low = 2 * mean - high;
-    if (!(l >= high && high >= low && low >= w) || layers < 2) return std::max<int64_t>(1, int64_t(std::nearbyint(mean)));
+    if (!(l >= high && high >= low && low >= w) || layers < 2)
+      return std::max<int64_t>(1, int64_t(std::nearbyint(mean)));
     return int64_t(std::nearbyint(high - layer * (high - low) / (layers - 1)));
   }
 };
@@ -43,7 +45,9 @@ struct PyramidKV final : SnapKV {
 }  // namespace
 
 Entry pyramidkv() {
-  Entry e = entry<PyramidKV>("pyramidkv", "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", "Cai et al., 2024, arXiv 2406.02069", 2024, uint8_t(Role::Keep));
+  Entry e = entry<PyramidKV>("pyramidkv",
+                             "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
+                             "Cai et al., 2024, arXiv 2406.02069", 2024, uint8_t(Role::Keep));
   e.equation = "snapkv, with n_l = round(hi − l (hi − lo) / (N − 1)), lo = B / β, hi = 2 B − lo";
   e.needs = "nothing";
   e.identity = "pyramidkv(budget=1.0)";

@@ -36,7 +36,9 @@ struct StreamingLLM final : KeepPolicy {
   // Age itself is the score.
   Ragged score(LayerView& at) const override { return by_age(at, sinks); }
 
-  int64_t entries(const Budget& kept, const ModelInfo&, int, int64_t length) const override { return window > 0 ? sinks + window : kept.entries(length); }
+  int64_t entries(const Budget& kept, const ModelInfo&, int, int64_t length) const override {
+    return window > 0 ? sinks + window : kept.entries(length);
+  }
 };
 
 }  // namespace

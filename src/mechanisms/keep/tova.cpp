@@ -12,7 +12,8 @@ struct Tova final : KeepPolicy {
 
   static std::vector<ParamInfo> params() {
     using M = Tova;
-    return keep_params<M>("1024", "every(1)", {param(&M::force_newest, "force_last", false, "the newest entry always stays")});
+    return keep_params<M>("1024", "every(1)",
+                          {param(&M::force_newest, "force_last", false, "the newest entry always stays")});
   }
 
   Ragged score(LayerView& at) const override {
@@ -26,7 +27,8 @@ struct Tova final : KeepPolicy {
 }  // namespace
 
 Entry tova() {
-  Entry e = entry<Tova>("tova", "Transformers are Multi-State RNNs", "Oren et al., 2024, arXiv 2401.06104", 2024, uint8_t(Role::Keep));
+  Entry e = entry<Tova>("tova", "Transformers are Multi-State RNNs", "Oren et al., 2024, arXiv 2401.06104", 2024,
+                        uint8_t(Role::Keep));
   e.equation = "keep the top B of mean over heads of P_last,j";
   e.needs = "nothing";
   e.identity = "tova(budget=1.0,when=prompt)";

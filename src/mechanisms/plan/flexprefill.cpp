@@ -21,7 +21,8 @@ struct FlexPrefill final : Mechanism {
         param(&M::gamma, "gamma", 0.9, 0, 1, "share of the attention mass to keep"),
         param(&M::tau, "tau", 0.1, 0, 1, "heads whose estimate is nearer than this are query-aware"),
         param(&M::block, "block", 128, 8, 4096, "queries and keys of a block"),
-        param(&M::min_budget, "min_budget", 1024, 0, 1000000000, "tokens of columns, and of diagonals, that a head reads at least"),
+        param(&M::min_budget, "min_budget", 1024, 0, 1000000000,
+              "tokens of columns, and of diagonals, that a head reads at least"),
         param(&M::max_budget, "max_budget", 0, 0, 1000000000, "and at most; 0: no bound"),
     };
   }
@@ -32,13 +33,15 @@ struct FlexPrefill final : Mechanism {
   }
 
   Plan plan(LayerView& at) const override {
-    if (!at.plan.causal) throw Error(Code::Unsupported, "flexprefill", "plans for causal attention only", "leave out --no-causal");
+    if (!at.plan.causal)
+      throw Error(Code::Unsupported, "flexprefill", "plans for causal attention only", "leave out --no-causal");
     const int64_t least = std::max<int64_t>(2 * block, (min_budget + block - 1) / block * block);
     const int64_t shortest = *std::min_element(at.rows.begin(), at.rows.end());
     // Short prompts and parts of one read everything; so do layers whose sliding window already bounds what is read.
     if (gamma >= 1 || shortest <= least || at.mods.window > 0) return dense_plan(block, block);
     const int64_t rows = plan_rows(at, block), capacity = (longest_keys(at) + block - 1) / block;
-    const Tensor listed = at.queue.scratch.take(Dtype::I32, {rows * capacity}), count = at.queue.scratch.take(Dtype::I32, {rows});
+    const Tensor listed = at.queue.scratch.take(Dtype::I32, {rows * capacity}),
+                 count = at.queue.scratch.take(Dtype::I32, {rows});
     each_slice(at, block, [&](const Slice& s) {
       const int64_t end = s.row + s.q.heads * s.tiles;
       plan_slice(at, s, capacity, listed.slice(0, s.row * capacity, end * capacity), count.slice(0, s.row, end));
@@ -77,7 +80,8 @@ struct FlexPrefill final : Mechanism {
     // 128 whatever the block, as released.
     auto blocks_of = [&](const Ragged& mass) {
       const Num holding = floor_div(load(holding_gamma(queue, mass, s.m).count, index()) + 1, 128) + 1;
-      return compute(queue, Dtype::I32, {heads}, min(clamp(pick(query_aware(index()), fewest, holding), low, high), k_blocks));
+      return compute(queue, Dtype::I32, {heads},
+                     min(clamp(pick(query_aware(index()), fewest, holding), low, high), k_blocks));
     };
     const List verticals = best(queue, force(queue, last.blocks.cells, 1, 0), blocks_of(last.columns.cells), k_blocks);
     const List slashes = best(queue, force(queue, last.slashes, 0, 1), blocks_of(last.diagonals.cells), k_blocks);
@@ -87,9 +91,12 @@ struct FlexPrefill final : Mechanism {
     // earlier text may straddle two blocks of keys, `first` and `end`.
     const Grids chosen = grids(queue, heads, q_blocks, k_blocks);
     const Num t = floor_div(place(), k_blocks), j = mod(place(), k_blocks);
-    const Num first = floor_div(s.m - s.n + t * block, block), end = floor_div(s.m - s.n + min((t + 1) * block, s.n) - 1, block);
+    const Num first = floor_div(s.m - s.n + t * block, block),
+              end = floor_div(s.m - s.n + min((t + 1) * block, s.n) - 1, block);
     auto on_diagonal = [&](const Num& row) { return slashes.has(segment(), k_blocks - 1 - row + j); };
-    auto add = [&](const Num& also) { compute(queue, chosen.cells, max(load(chosen.cells.values, index()), also), chosen.cells.values); };
+    auto add = [&](const Num& also) {
+      compute(queue, chosen.cells, max(load(chosen.cells.values, index()), also), chosen.cells.values);
+    };
     compute(queue, chosen.cells, j <= end && verticals.has(segment(), j), chosen.cells.values);
     add(on_diagonal(first)), add(on_diagonal(end));
     add(query_aware(segment()) && cells.has(segment(), place()));
@@ -103,7 +110,9 @@ struct FlexPrefill final : Mechanism {
   struct List {
     Tensor index, count;  // I32 [heads · capacity], [heads]
     int64_t capacity;
-    Num has(const Num& head, const Num& number) const { return holds(index, head * capacity, head * capacity + load(count, head), number); }
+    Num has(const Num& head, const Num& number) const {
+      return holds(index, head * capacity, head * capacity + load(count, head), number);
+    }
   };
 
   static List best(Queue& queue, const Ragged& scores, const Tensor& count, int64_t capacity) {
@@ -128,7 +137,8 @@ struct FlexPrefill final : Mechanism {
   static Ragged tail_of(Queue& queue, const Ragged& q, int64_t rows) {
     Ragged out = q;
     const int64_t all = q.segments();
-    out.offsets = compute(queue, Dtype::I64, {all + 1}, pick(index() < all, max(begin_of(q, index()), end_of(q, index()) - rows), end_of(q, all - 1)));
+    out.offsets = compute(queue, Dtype::I64, {all + 1},
+                          pick(index() < all, max(begin_of(q, index()), end_of(q, index()) - rows), end_of(q, all - 1)));
     out.ends = compute(queue, Dtype::I64, {all}, end_of(q, index()));
     return out;
   }
@@ -161,7 +171,9 @@ struct FlexPrefill final : Mechanism {
     const std::vector<int64_t> groups(static_cast<size_t>(heads), k_blocks);
     out.slashes = numbers(at.queue, groups, heads);
     const Num last = k_blocks - 1, group = place();
-    compute(at.queue, out.slashes, pick(group == last, load(first.values, segment()), load(others.values, segment() * last + last - 1 - group)), out.slashes.values);
+    compute(at.queue, out.slashes,
+            pick(group == last, load(first.values, segment()), load(others.values, segment() * last + last - 1 - group)),
+            out.slashes.values);
     return out;
   }
 
@@ -195,8 +207,12 @@ struct FlexPrefill final : Mechanism {
 }  // namespace
 
 Entry flexprefill() {
-  Entry e = entry<FlexPrefill>("flexprefill", "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference", "Lai et al., 2025, arXiv 2502.20766", 2025, uint8_t(Role::Plan));
-  e.equation = "√JS(mean estimate, last block's masses) < τ: blocks of mean maps that hold γ; else columns and diagonals that hold γ";
+  Entry e = entry<FlexPrefill>(
+      "flexprefill", "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference",
+      "Lai et al., 2025, arXiv 2502.20766", 2025, uint8_t(Role::Plan));
+  e.equation =
+      "√JS(mean estimate, last block's masses) < τ: blocks of mean maps that hold γ; else columns and diagonals that "
+      "hold γ";
   e.needs = "the whole prompt";
   e.identity = "flexprefill(gamma=1)";
   e.verified = {"identity", "formula", "model"};

@@ -25,11 +25,14 @@ struct Moba final : Mechanism {
   }
 
   Plan plan(LayerView& at) const override {
-    if (!at.plan.causal) throw Error(Code::Unsupported, "moba", "plans for causal attention only", "leave out --no-causal");
-    const int64_t most = (longest_keys(at) + block - 1) / block, capacity = std::min<int64_t>(topk, most), rows = plan_rows(at, 1);
+    if (!at.plan.causal)
+      throw Error(Code::Unsupported, "moba", "plans for causal attention only", "leave out --no-causal");
+    const int64_t most = (longest_keys(at) + block - 1) / block, capacity = std::min<int64_t>(topk, most),
+                  rows = plan_rows(at, 1);
     // A sliding window already bounds what is read.
     if (at.mods.window > 0 || capacity == most) return dense_plan(1, block);
-    const Tensor index = at.queue.scratch.take(Dtype::I32, {rows * capacity}), count = at.queue.scratch.take(Dtype::I32, {rows});
+    const Tensor index = at.queue.scratch.take(Dtype::I32, {rows * capacity}),
+                 count = at.queue.scratch.take(Dtype::I32, {rows});
     each_slice(at, 1, [&](const Slice& s) {
       const int64_t blocks = (s.m + block - 1) / block;
       const Ragged means = numbers(at.queue, std::span(&blocks, 1), 1, s.k.values.size[1]);
@@ -45,7 +48,8 @@ struct Moba final : Mechanism {
       Select best;
       best.k = topk;
       const int64_t end = s.row + s.q.heads * s.tiles;
-      at.run().select(at.queue, queries, best, capacity, index.slice(0, s.row * capacity, end * capacity), count.slice(0, s.row, end));
+      at.run().select(at.queue, queries, best, capacity, index.slice(0, s.row * capacity, end * capacity),
+                      count.slice(0, s.row, end));
     });
     return tiled_blocks(at, block, index, count, capacity, most);
   }
@@ -54,7 +58,8 @@ struct Moba final : Mechanism {
 }  // namespace
 
 Entry moba() {
-  Entry e = entry<Moba>("moba", "MoBA: Mixture of Block Attention for Long-Context LLMs", "Lu et al., 2025, arXiv 2502.13189", 2025, uint8_t(Role::Plan));
+  Entry e = entry<Moba>("moba", "MoBA: Mixture of Block Attention for Long-Context LLMs",
+                        "Lu et al., 2025, arXiv 2502.13189", 2025, uint8_t(Role::Plan));
   e.equation = "gate(i, J) = q_i · mean(k_J); read the own block and the best topk − 1 earlier ones";
   e.needs = "the whole prompt";
   e.identity = "moba(topk=1000000)";

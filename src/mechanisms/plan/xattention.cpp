@@ -22,7 +22,8 @@ struct XAttention final : Mechanism {
         param(&M::stride, "stride", 8, 1, 128, "side of the tiles whose antidiagonals are summed; divides block"),
         param(&M::threshold, "threshold", 0.9, 0, 1, "share of a row's estimated mass that is read"),
         param(&M::block, "block", 128, 1, 1 << 16, "queries and keys of a block"),
-        param(&M::as_released, "as_released", false, "the released code's first chunk: block 0 competes, and one block more is read"),
+        param(&M::as_released, "as_released", false,
+              "the released code's first chunk: block 0 competes, and one block more is read"),
     };
   }
   std::string check() const override {
@@ -38,19 +39,22 @@ struct XAttention final : Mechanism {
     // A sliding window already bounds what is read.
     if (at.mods.window > 0 || threshold >= 1) return dense_plan(block, block);
     const int64_t capacity = (longest_keys(at) + block - 1) / block, all = plan_rows(at, block);
-    const Tensor listed = at.queue.scratch.take(Dtype::I32, {all * capacity}), count = at.queue.scratch.take(Dtype::I32, {all});
+    const Tensor listed = at.queue.scratch.take(Dtype::I32, {all * capacity}),
+                 count = at.queue.scratch.take(Dtype::I32, {all});
     const bool causal = at.plan.causal;
     each_slice(at, block, [&](const Slice& s) {
       const Grids mass = block_mass(at, s);
       const int64_t before = s.m - s.n;
       std::vector<int64_t> visible;
-      for (int64_t t = 0; t < s.tiles; ++t) visible.push_back(((causal ? before + std::min((t + 1) * block, s.n) : s.m) - 1) / block + 1);
+      for (int64_t t = 0; t < s.tiles; ++t)
+        visible.push_back(((causal ? before + std::min((t + 1) * block, s.n) : s.m) - 1) / block + 1);
       const Ragged rows = rows_of(at.queue, mass, visible);
       // Block 0 and the diagonal leave the competition; their mass counts. A tile behind an earlier text may straddle two.
       const int64_t all_rows = rows.segments();
       const Num r = index(), tile = mod(r, s.tiles);
       const Tensor own = compute(at.queue, Dtype::I32, {all_rows}, floor_div(before + tile * block, block));
-      const Tensor last = compute(at.queue, Dtype::I32, {all_rows}, floor_div(before + min((tile + 1) * block, s.n) - 1, block));
+      const Tensor last = compute(at.queue, Dtype::I32, {all_rows},
+                                  floor_div(before + min((tile + 1) * block, s.n) - 1, block));
       const Tensor first = compute(at.queue, Dtype::I32, {all_rows}, pick(released(before, tile), -1, 0));  // −1: block 0 competes
       const auto mass_of = [&](const Tensor& block) {
         const Num x = load(rows.values, begin_of(rows, r) + load(block, r));
@@ -82,7 +86,8 @@ struct XAttention final : Mechanism {
     const int64_t heads = s.q.heads, d = s.k.values.size[1];
     const int64_t q_groups = (s.n + stride - 1) / stride, k_groups = (s.m + stride - 1) / stride;
     const std::vector<int64_t> q_lengths(static_cast<size_t>(heads), q_groups);
-    const Ragged q = numbers(at.queue, q_lengths, heads, stride * d), k = numbers(at.queue, std::span(&k_groups, 1), 1, stride * d);
+    const Ragged q = numbers(at.queue, q_lengths, heads, stride * d),
+                 k = numbers(at.queue, std::span(&k_groups, 1), 1, stride * d);
     at.run().pool(at.queue, s.q, PoolKind::ConcatReversed, stride, q);
     at.run().pool(at.queue, s.k, PoolKind::Concat, stride, k);
     Proxy anti;
@@ -103,8 +108,10 @@ struct XAttention final : Mechanism {
 }  // namespace
 
 Entry xattention() {
-  Entry e = entry<XAttention>("xattention", "XAttention: Block Sparse Attention with Antidiagonal Scoring", "Xu et al., 2025, arXiv 2503.16428", 2025, uint8_t(Role::Plan));
-  e.equation = "M[I, J] = Σ softmax_c(Σ_u q_{aS+S−1−u} · k_{cS+u} s / S); read the largest M of a row until they hold τ of it";
+  Entry e = entry<XAttention>("xattention", "XAttention: Block Sparse Attention with Antidiagonal Scoring",
+                              "Xu et al., 2025, arXiv 2503.16428", 2025, uint8_t(Role::Plan));
+  e.equation =
+      "M[I, J] = Σ softmax_c(Σ_u q_{aS+S−1−u} · k_{cS+u} s / S); read the largest M of a row until they hold τ of it";
   e.needs = "the whole prompt";
   e.identity = "xattention(threshold=1)";
   e.verified = {"identity", "formula", "model"};

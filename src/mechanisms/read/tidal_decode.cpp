@@ -15,9 +15,11 @@ struct TidalDecode final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = TidalDecode;
     return {
-        param(&M::budget, "budget", "budget", "1024", "entries ≥ 1, or a fraction: 0.1, 10%", "entries read by each query head"),
+        param(&M::budget, "budget", "budget", "1024", "entries ≥ 1, or a fraction: 0.1, 10%",
+              "entries read by each query head"),
         param(&M::selection, "selection", 2, 0, 1 << 20, "layer that selects; those before it are dense"),
-        param(&M::correction, "correction", 13, 0, 1 << 20, "later layer that selects anew (13 suits 32 layers); none if the model has no such layer"),
+        param(&M::correction, "correction", 13, 0, 1 << 20,
+              "later layer that selects anew (13 suits 32 layers); none if the model has no such layer"),
     };
   }
 
@@ -44,7 +46,8 @@ struct TidalDecode final : Mechanism {
     if ((selects && !shallow) || at.mods.window > 0) return {};
     Read read;
     const int64_t rows = plan_rows(at, 1);
-    read.plan = tokens_plan(at.queue, Plan::Scope::QueryHead, 1, chosen.index->slice(0, 0, rows * chosen.capacity), chosen.count->slice(0, 0, rows), chosen.capacity);
+    read.plan = tokens_plan(at.queue, Plan::Scope::QueryHead, 1, chosen.index->slice(0, 0, rows * chosen.capacity),
+                            chosen.count->slice(0, 0, rows), chosen.capacity);
     return read;
   }
 
@@ -59,7 +62,8 @@ struct TidalDecode final : Mechanism {
     best.count = compute(at.queue, Dtype::I32, {rows.segments()}, granted(budget, held));
     chosen.capacity = std::max<int64_t>(1, std::min(budget.entries(longest), longest));
     grow(at, chosen.index, rows.segments() * chosen.capacity), grow(at, chosen.count, rows.segments());
-    at.run().select(at.queue, rows, best, chosen.capacity, chosen.index->slice(0, 0, rows.segments() * chosen.capacity), chosen.count->slice(0, 0, rows.segments()));
+    at.run().select(at.queue, rows, best, chosen.capacity, chosen.index->slice(0, 0, rows.segments() * chosen.capacity),
+                    chosen.count->slice(0, 0, rows.segments()));
   }
 
   static void grow(LayerView& at, Buffer& buffer, int64_t size) {
@@ -70,7 +74,9 @@ struct TidalDecode final : Mechanism {
 }  // namespace
 
 Entry tidal_decode() {
-  Entry e = entry<TidalDecode>("tidal-decode", "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention", "Yang et al., 2024, arXiv 2410.05076", 2024, uint8_t(Role::Read));
+  Entry e = entry<TidalDecode>("tidal-decode",
+                               "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention",
+                               "Yang et al., 2024, arXiv 2410.05076", 2024, uint8_t(Role::Read));
   e.equation = "layer 2 and a correction layer: dense, and I_h = top-B_j of q·k_j; other layers: attend over I_h";
   e.needs = "all entries in all layers: goes with no policy that drops some";
   e.identity = "tidal-decode(budget=1.0)";

@@ -12,16 +12,20 @@ namespace {
 struct Gdn final : Mechanism {
   bool l2norm;
 
-  static std::vector<ParamInfo> params() { return {param(&Gdn::l2norm, "l2norm", true, "divide q and k by √(Σ x² + 1e-6)")}; }
+  static std::vector<ParamInfo> params() {
+    return {param(&Gdn::l2norm, "l2norm", true, "divide q and k by √(Σ x² + 1e-6)")};
+  }
 
   Needs needs(const ModelInfo&) const override {
     Needs n;
-    n.inputs = {"g [h, n]: log decay ≤ 0", "beta [h, n]: step in (0, 1)", "state [h, d, d_v]: optional, before the first row"};
+    n.inputs = {"g [h, n]: log decay ≤ 0", "beta [h, n]: step in (0, 1)",
+                "state [h, d, d_v]: optional, before the first row"};
     return n;
   }
 
   Tensor recur(LayerView& at) const override {
-    const int64_t h = at.q.heads, all = at.q.segments(), rows = at.q.values.size[0], d = at.q.values.size[1], d_v = at.v.values.size[1];
+    const int64_t h = at.q.heads, all = at.q.segments(), rows = at.q.values.size[0], d = at.q.values.size[1],
+                  d_v = at.v.values.size[1];
     const std::string shape = "[h, n]";
     RecurInputs in;
     in.q = at.q;
@@ -30,12 +34,14 @@ struct Gdn final : Mechanism {
     in.k.values = normal(at, in.k.values);
     in.g = at.input("g", shape), in.beta = at.input("beta", shape);
     for (const auto& [name, tensor] : {std::pair{"g", &in.g}, std::pair{"beta", &in.beta}}) {
-      require(tensor->numel() == rows && tensor->type == Dtype::F32, "--input", std::string(name) + " is " + tensor->shape() + ", not [h, n]");
+      require(tensor->numel() == rows && tensor->type == Dtype::F32, "--input",
+              std::string(name) + " is " + tensor->shape() + ", not [h, n]");
       *tensor = tensor->reshape({rows});
     }
     if (at.inputs && at.inputs->contains("state")) {
       in.state = at.input("state", "[h, d, d_v]");
-      require(in.state.numel() == h * d * d_v && all == h && in.state.type == Dtype::F32, "--input", "state is " + in.state.shape() + ", not [h, d, d_v]");
+      require(in.state.numel() == h * d * d_v && all == h && in.state.type == Dtype::F32, "--input",
+              "state is " + in.state.shape() + ", not [h, d, d_v]");
       in.state = in.state.reshape({h, d, d_v});
     }
     Recur how;
@@ -73,7 +79,8 @@ struct Gdn final : Mechanism {
 }  // namespace
 
 Entry gdn() {
-  Entry e = entry<Gdn>("gdn", "Gated Delta Networks: Improving Mamba2 with Delta Rule", "Yang et al., 2024, arXiv 2412.06464", 2024, uint8_t(Role::State));
+  Entry e = entry<Gdn>("gdn", "Gated Delta Networks: Improving Mamba2 with Delta Rule",
+                       "Yang et al., 2024, arXiv 2412.06464", 2024, uint8_t(Role::State));
   e.equation = "S' = e^g S; S = S' + k (β (v − S'ᵀ k))ᵀ; o = Sᵀ q / √d";
   e.needs = "g and beta of a trained layer: --input g=…, --input beta=…";
   e.no_identity = "a recurrence with a bounded state cannot equal softmax attention";
