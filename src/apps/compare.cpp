@@ -39,6 +39,7 @@ Json to_json(const Row& row, int64_t tokens) {
           {"mass_decode", row.mass_decode},
           {"prefill_seconds", to_json(row.prefill_times)},
           {"decode_seconds", to_json(row.decode_times)},
+          {"seconds", row.seconds},
           {"not_exercised", idle.empty() ? Json(nullptr) : Json(idle)}};
 }
 
@@ -50,6 +51,11 @@ class Compare final : public Command {
     app.add_option("--attention", attention_, "a mechanism; once for each. dense comes first in any case")
         ->type_name("SPEC")
         ->allow_extra_args(false);
+    app.add_flag("--all", all_, "every mechanism that this model can run, at each budget of --budget");
+    app.add_option("--budget", budgets_, "with --all: entries for each KV head, or shares of the prompt")
+        ->type_name("LIST")
+        ->delimiter(',')
+        ->capture_default_str();
     app.add_option("-c,--ctx-size", context_,
                    "tokens of the text in all (0: 8192, or what the text or the model's context has)")
         ->type_name("N")
@@ -77,7 +83,8 @@ class Compare final : public Command {
         "Examples:\n"
         "  heed compare -m model.gguf -f book.txt -c 8192 --attention \"streaming-llm(window=1020)\" --attention "
         "\"quest(budget=512)\"\n"
-        "  heed compare -m model.gguf -f book.txt -c 16384 --attention \"snapkv(budget=1024)\" --report out.html");
+        "  heed compare -m model.gguf -f book.txt -c 16384 --attention \"snapkv(budget=1024)\" --report out.html\n"
+        "  heed compare -m model.gguf -f book.txt -c 8192 --all --budget 5%,20% --report all.html");
   }
 
   int run() override {
@@ -94,20 +101,31 @@ class Compare final : public Command {
     options.tasks = tasks_;
     options.seed = seed_;
     options.details = !report_.empty();
+    if (all_) {
+      const Everything every = every_mechanism(model, options.session, budgets_);
+      for (const auto& [spec, reason] : every.left_out) std::cerr << "left out: " << spec << ": " << reason << '\n';
+      options.attention.insert(options.attention.end(), every.specs.begin(), every.specs.end());
+    }
     Progress progress("compare");
     const Comparison result = compare(model, text, options,
                                       [&](double share, const std::string& name) { progress.at(share, name); });
     progress.clear();
 
+    const auto by_memory = pareto_front(result.rows, [](const Row& r) { return double(r.kv_bytes); });
+    const auto by_time = pareto_front(result.rows, [](const Row& r) { return r.seconds; });
     Json rows = Json::array();
-    for (const Row& row : result.rows) rows.push_back(to_json(row, context));
+    for (size_t i = 0; i < result.rows.size(); ++i) {
+      rows.push_back(to_json(result.rows[i], context));
+      rows.back()["front_memory"] = bool(by_memory[i]), rows.back()["front_time"] = bool(by_time[i]);
+    }
     json_ || format_ == "json" ? print(rows) : show(*model, result, context);
     if (!report_.empty() && !result.rows.empty()) {
       value_or_throw(write_file(
           report_, report(*model, result, file_, rows.dump(-1, ' ', false, Json::error_handler_t::replace))));
       std::cerr << "report: " << report_ << '\n';
     }
-    if (!result.interrupted) return 0;
+    for (const auto& [spec, reason] : result.failed) std::cerr << "heed: " << spec << " failed: " << reason << '\n';
+    if (!result.interrupted) return result.failed.empty() ? 0 : 1;
     std::cerr << "heed: interrupted; " << result.rows.size() << " of the mechanisms were finished\n";
     return 130;
   }
@@ -165,11 +183,11 @@ class Compare final : public Command {
 
   ModelFlags flags_;
   std::string file_, report_, format_ = "md";
-  std::vector<std::string> attention_, tasks_;
+  std::vector<std::string> attention_, tasks_, budgets_ = {"5%", "10%", "20%", "50%"};
   int64_t context_ = 0, score_ = 0;
   int repetitions_ = 1;
   uint64_t seed_ = 0;
-  bool json_ = false;
+  bool all_ = false, json_ = false;
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include <iostream>
 
 #include "apps/catalogue.h"
+#include "apps/catalogue_page.h"
 #include "mechanisms/registry.h"
 
 namespace heed::apps {
@@ -22,10 +23,23 @@ class List final : public Command {
     add_json(app, json_);
     app.add_option("--role", role_, "only mechanisms with this role: plan, keep, read, edit, state, drive, weights")
         ->check(CLI::IsMember({"plan", "keep", "read", "edit", "state", "drive", "weights"}));
-    app.footer("Examples:\n  heed list\n  heed list --role keep\n  heed list --json");
+    app.add_flag("--page", page_, "the whole catalogue as Markdown, as in docs/mechanisms.md");
+    app.add_option("--results", results_, "with --page: files that `heed compare --json` wrote")->type_name("FILE");
+    app.footer(
+        "Examples:\n"
+        "  heed list\n"
+        "  heed list --role keep\n"
+        "  heed list --json\n"
+        "  heed list --page --results docs/results/*.json > docs/mechanisms.md");
   }
 
   int run() override {
+    if (page_) {
+      std::vector<Measured> results;
+      for (const std::string& path : results_) results.push_back(measured(path));
+      std::cout << catalogue_page(registry(), results);
+      return 0;
+    }
     Json all = Json::array();
     std::vector<std::vector<std::string>> rows;
     for (const Entry& e : registry()) {
@@ -47,8 +61,9 @@ class List final : public Command {
   }
 
  private:
-  bool json_ = false;
+  bool json_ = false, page_ = false;
   std::string role_;
+  std::vector<std::string> results_;
 };
 
 }  // namespace

@@ -195,7 +195,7 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
 
   Comparison out{.rows = {}, .prompt = passage.prompt, .scored = passage.scored()};
   Bench bench(model, passage, options);
-  std::vector<std::vector<Timing>> timings(names.size());
+  std::vector<std::vector<Timing>> timings;  // of each row
   const double runs = double(names.size()) * std::max(1, options.repetitions);
   double done = 0;
   std::string current;
@@ -206,21 +206,26 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
     for (size_t i = 0; i < names.size(); ++i) {
       current = names[i];
       Timing timing;
-      Row row = bench.quality(names[i], timing);
-      run_tasks(model, passage, options, row);
-      out.rows.push_back(std::move(row));
-      timings[i].push_back(timing);
+      try {
+        Row row = bench.quality(names[i], timing);
+        run_tasks(model, passage, options, row);
+        out.rows.push_back(std::move(row));
+        timings.push_back({timing});
+      } catch (const Error& e) {
+        if (i == 0 || e.failure().code == Code::Interrupted) throw;
+        out.failed.emplace_back(names[i], e.what());
+      }
       ++done;
     }
     // Further repetitions in an order of their own each time, so that no mechanism always runs on a warmer machine.
     Random random(options.seed);
     for (int r = 1; r < options.repetitions; ++r) {
-      std::vector<size_t> order(names.size());
+      std::vector<size_t> order(out.rows.size());
       std::iota(order.begin(), order.end(), size_t(0));
       for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[size_t(random.below(int64_t(i)))]);
       for (size_t i : order) {
-        current = names[i];
-        timings[i].push_back(bench.again(names[i], out.rows[i]));
+        current = out.rows[i].attention;
+        timings[i].push_back(bench.again(current, out.rows[i]));
         ++done;
       }
     }
@@ -231,9 +236,46 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
   for (size_t i = 0; i < out.rows.size(); ++i) {
     std::vector<double> prefill, decode;
     for (const Timing& t : timings[i]) prefill.push_back(t.prefill), decode.push_back(t.decode);
-    out.rows[i].prefill_tps = double(passage.prompt) / std::max(1e-9, quantile(prefill, 0.5));
-    out.rows[i].decode_tps = passage.scored() > 1 ? double(passage.scored() - 1) / std::max(1e-9, quantile(decode, 0.5)) : 0;
+    Row& row = out.rows[i];
+    const double prefilled = std::max(1e-9, quantile(prefill, 0.5)), decoded = std::max(1e-9, quantile(decode, 0.5));
+    row.prefill_tps = double(passage.prompt) / prefilled;
+    row.decode_tps = passage.scored() > 1 ? double(passage.scored() - 1) / decoded : 0;
+    row.seconds = prefilled + (passage.scored() > 1 ? decoded : 0);
   }
+  return out;
+}
+
+Everything every_mechanism(std::shared_ptr<const Model> model, const SessionOptions& options,
+                           std::span<const std::string> budgets) {
+  Everything out;
+  const auto offer = [&](const std::string& spec) {
+    try {
+      SessionOptions trial = options;
+      trial.attention = spec;
+      Session session(model, trial);
+      out.specs.push_back(spec);
+    } catch (const Error& e) { out.left_out.emplace_back(spec, e.what()); }
+  };
+  for (const Entry& e : registry()) {
+    if (e.kind != "mechanism") continue;
+    const bool budgeted = std::any_of(e.params.begin(), e.params.end(),
+                                      [](const ParamInfo& p) { return p.name == std::string("budget"); });
+    if (!e.wrapper && !budgeted) {
+      offer(e.name);
+      continue;
+    }
+    for (const std::string& budget : budgets)
+      offer(e.wrapper ? e.name + "(snapkv(budget=" + budget + "))" : e.name + "(budget=" + budget + ")");
+  }
+  return out;
+}
+
+std::vector<bool> pareto_front(const std::vector<Row>& rows, const std::function<double(const Row&)>& cost) {
+  std::vector<bool> out;
+  for (const Row& row : rows)
+    out.push_back(std::none_of(rows.begin(), rows.end(), [&](const Row& other) {
+      return cost(other) <= cost(row) && other.ppl <= row.ppl && (cost(other) < cost(row) || other.ppl < row.ppl);
+    }));
   return out;
 }
 

@@ -36,6 +36,7 @@ struct Row {
   double kv_share = 1;         // kv_bytes, against dense
   double mass_prefill = 1, mass_decode = 1;
   Times prefill_times, decode_times;  // of the last repetition
+  double seconds = 0;                 // of the whole passage, prefill and decode
   std::map<std::string, NiahScore> tasks;
 
   std::vector<int> probed_layers;                                // that the next two tell of
@@ -63,15 +64,29 @@ struct CompareOptions {
 
 struct Comparison {
   std::vector<Row> rows;
+  std::vector<std::pair<std::string, std::string>> failed;  // mechanisms that stopped with an error, and what it said
   int64_t prompt = 0, scored = 0;
   bool interrupted = false;  // rows are those that were finished
 };
 
 inline constexpr int kKeptBins = 96;
 
-/// `progress(share, name)`. Throws Error for bad specs before any work is done.
+/// Specs of every mechanism of the registry that a session of this model can open. One that takes a budget, itself or as a
+/// wrapper (around SnapKV), stands there once for each budget; the others once, with their defaults.
+struct Everything {
+  std::vector<std::string> specs;
+  std::vector<std::pair<std::string, std::string>> left_out;  // a spec, and why it cannot run
+};
+Everything every_mechanism(std::shared_ptr<const Model> model, const SessionOptions& options,
+                           std::span<const std::string> budgets);
+
+/// `progress(share, name)`. Throws Error for bad specs before any work is done, and when dense itself fails; another
+/// mechanism that fails later is told of in `failed`, and the rest go on.
 Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, const CompareOptions& options,
                    const std::function<void(double, const std::string&)>& progress = {});
+
+/// Which rows no other row beats: none has at most their cost and at most their perplexity, and less of one of the two.
+std::vector<bool> pareto_front(const std::vector<Row>& rows, const std::function<double(const Row&)>& cost);
 
 /// Why a row's quality says little: "density 0.72" (and no fewer bytes) or "4096 tokens"; empty when the mechanism was
 /// truly at work.

@@ -304,6 +304,32 @@ TEST_F(OnModel, CompareGivesOneObjectAMechanism) {
   EXPECT_EQ(html.find("src=\"http"), std::string::npos);
 }
 
+TEST_F(OnModel, CompareAllRunsWhatTheModelCanRun) {
+  const Outcome outcome = heed(
+      {"compare", "-m", model_, "-f", text_, "-c", "160", "--score", "8", "--all", "--budget", "40,50%", "--json"});
+  const auto rows = outcome.json();
+  std::map<std::string, int> seen;
+  int on_memory = 0;
+  for (const auto& row : rows) {
+    const std::string spec = row["attention"];
+    ++seen[spec.substr(0, spec.find('('))];
+    on_memory += row["front_memory"].get<bool>();
+    EXPECT_TRUE(std::isfinite(row["ppl"].get<double>())) << spec;
+  }
+  EXPECT_EQ(seen["dense"], 1);
+  EXPECT_EQ(seen["snapkv"], 2);
+  EXPECT_EQ(seen["adakv"], 2);  // a wrapper stands around SnapKV
+  EXPECT_EQ(seen["moba"], 1);   // no budget: its defaults
+  EXPECT_GE(on_memory, 1);
+  // Every mechanism of the catalogue is there or is told of.
+  for (const auto& entry : heed({"list", "--json"}).json()) {
+    if (entry["kind"] != "mechanism") continue;
+    const std::string name = entry["name"];
+    EXPECT_TRUE(seen.count(name) || outcome.err.find(name) != std::string::npos) << name;
+  }
+  EXPECT_NE(outcome.err.find("left out: gdn"), std::string::npos) << outcome.err;
+}
+
 TEST_F(OnModel, TraceWritesTheArrays) {
   const std::string out = path("t.npz");
   const Outcome outcome = heed({"trace", "-m", model_, "-f", text_, "-c", "100", "--prefill", "80", "--attention",

@@ -1,4 +1,6 @@
 // What needs no model: help, the catalogue, and command lines that are wrong.
+#include <set>
+
 #include "apps/program.h"
 
 namespace heed {
@@ -55,6 +57,46 @@ TEST_F(Usage, ListGivesTheFieldsPromised) {
     for (const auto& p : entry["parameters"])
       for (const char* field : {"name", "type", "default", "range", "help"}) EXPECT_TRUE(p.contains(field)) << field;
   }
+}
+
+TEST_F(Usage, ThePageTellsEveryMechanismAndItsRows) {
+  const std::string rows =
+      R"json([{"attention": "dense", "ppl": 2.5}, {"attention": "adakv(snapkv(budget=5%))", "ppl": 2.75, "kv_bytes": 1048576},
+          {"attention": "tova(budget=9)", "ppl": 2.625, "front_memory": true, "not_exercised": null}])json";
+  const Outcome outcome = heed({"list", "--page", "--results", write("small.json", rows)});
+  ASSERT_EQ(outcome.status, 0) << outcome.err;
+  const std::string& page = outcome.out;
+  const auto section = [&](const std::string& name) {
+    const size_t at = page.find("\n## " + name + "\n");
+    EXPECT_NE(at, std::string::npos) << name;
+    return at == std::string::npos ? "" : page.substr(at, page.find("\n## ", at + 1) - at);
+  };
+  for (const auto& entry : heed({"list", "--json"}).json()) {
+    const std::string text = section(entry["name"]);
+    for (const auto& p : entry["parameters"]) {
+      const std::string name = p["name"];
+      if (name == "layers" || name == "heads") continue;
+      EXPECT_NE(text.find("| `" + name + "` |"), std::string::npos) << entry["name"] << " " << name;
+    }
+  }
+  EXPECT_NE(section("snapkv").find("`adakv(snapkv(budget=5%))` | 2.750"), std::string::npos);
+  EXPECT_NE(section("adakv").find("1.0 MiB"), std::string::npos);
+  EXPECT_EQ(section("kvzip").find("budget=5%"), std::string::npos);
+  EXPECT_LT(page.find("`tova(budget=9)`"), page.find("`adakv(snapkv(budget=5%))`"));  // by perplexity
+  expect_complaint(heed({"list", "--page", "--results", write("other.json", "{}")}), 2, "other.json");
+  expect_complaint(heed({"list", "--page", "--results", path("none.json")}), 2, "none.json");
+}
+
+// `heed list --page --results docs/results/*.json > docs/mechanisms.md` makes it.
+TEST_F(Usage, TheCommittedPageIsTheCataloguesOwn) {
+  const std::filesystem::path docs = std::filesystem::path(HEED_TEST_DATA) / "../../docs";
+  std::vector<std::string> arguments = {"list", "--page"};
+  std::set<std::string> results;
+  if (std::filesystem::exists(docs / "results"))
+    for (const auto& file : std::filesystem::directory_iterator(docs / "results"))
+      if (file.path().extension() == ".json") results.insert(file.path().string());
+  for (const std::string& file : results) arguments.insert(arguments.end(), {"--results", file});
+  EXPECT_EQ(read((docs / "mechanisms.md").string()), heed(arguments).out);
 }
 
 TEST_F(Usage, InfoTellsAMechanismAndTheMachine) {

@@ -47,10 +47,13 @@ TEST(GuardedLab, TracesAgree) {
       const Tensor &a = plain[i].second, &b = guarded[i].second;
       ASSERT_EQ(a.shape(), b.shape()) << spec << " " << plain[i].first;
       for (int64_t j = 0; j < a.numel(); ++j) {
-        if (a.type == Dtype::F32)
-          ASSERT_NEAR(a.as<float>()[j], b.as<float>()[j], 1e-4) << spec << " " << plain[i].first;
-        if (a.type == Dtype::I64) ASSERT_EQ(a.as<int64_t>()[j], b.as<int64_t>()[j]) << spec << " " << plain[i].first;
-        if (a.type == Dtype::I32) ASSERT_EQ(a.as<int32_t>()[j], b.as<int32_t>()[j]) << spec << " " << plain[i].first;
+        const std::string where = std::string(spec) + " " + plain[i].first;
+        switch (a.type) {
+          case Dtype::F32: ASSERT_NEAR(a.as<float>()[j], b.as<float>()[j], 1e-4) << where; break;
+          case Dtype::I64: ASSERT_EQ(a.as<int64_t>()[j], b.as<int64_t>()[j]) << where; break;
+          case Dtype::I32: ASSERT_EQ(a.as<int32_t>()[j], b.as<int32_t>()[j]) << where; break;
+          default: FAIL() << where << " is " << a.shape();
+        }
       }
     }
   }

@@ -186,6 +186,29 @@ TEST(Compare, BadSpecsFailBeforeAnyWork) {
   EXPECT_THROW(compare(small_model(), passage(random_text(64), 64, 8), options), Error);
 }
 
+TEST(Compare, AMechanismThatFailsLeavesTheOthersTheirRows) {
+  CompareOptions options;
+  options.attention = {"snapkv(budget=10%,window=32)", "knorm(budget=10%)"};  // 10 % of 56 is less than the window
+  const Comparison result = compare(small_model(), passage(random_text(64), 64, 8), options);
+  ASSERT_EQ(result.rows.size(), 2u);
+  EXPECT_EQ(result.rows[1].attention, "knorm(budget=10%)");
+  EXPECT_GT(result.rows[1].decode_tps, 0);
+  ASSERT_EQ(result.failed.size(), 1u);
+  EXPECT_EQ(result.failed[0].first, options.attention[0]);
+  EXPECT_NE(result.failed[0].second.find("window"), std::string::npos) << result.failed[0].second;
+}
+
+TEST(Compare, TheFrontIsWhatNothingBeats) {
+  const auto row = [](double ppl, int64_t bytes) {
+    Row r;
+    r.ppl = ppl, r.kv_bytes = bytes;
+    return r;
+  };
+  const std::vector<Row> rows = {row(2, 100), row(3, 10), row(3, 20), row(2.5, 20), row(2, 100), row(4, 9), row(4, 10)};
+  const std::vector<bool> front = {true, true, false, true, true, true, false};
+  EXPECT_EQ(pareto_front(rows, [](const Row& r) { return double(r.kv_bytes); }), front);
+}
+
 TEST(Compare, KeepsRowsDoneWhenStopped) {
   CompareOptions options;
   options.attention = {"streaming-llm(sinks=4,window=12)"};

@@ -21,7 +21,6 @@
     e.append(...children);
     return e;
   };
-  const seconds = (row) => data.prompt / row.prefill_tps + (row.decode_tps > 0 ? (data.scored - 1) / row.decode_tps : 0);
 
   $('about').textContent = `${data.model} on ${data.text}: ${data.prompt.toLocaleString('en')} tokens prefilled, ` +
     `${data.scored.toLocaleString('en')} fed one by one and scored. ${data.machine}.`;
@@ -80,6 +79,7 @@
       ctx.font = '12px system-ui, sans-serif';
       ctx.textBaseline = 'middle';
       c.data.datasets.forEach((set, i) => {
+        if (!set.label) return;
         const point = points[i];
         let text = set.label;
         while (text.length > 6 && ctx.measureText(text).width > area.width * 0.55) text = text.slice(0, -2).replace(/…?$/, '…');
@@ -98,10 +98,14 @@
     },
   };
 
-  function scatter(id, title, get, show) {
+  // A line without a name joins the rows that no other beats.
+  function scatter(id, title, get, show, front) {
+    const best = rows.filter((r) => r[front]).map((r) => ({ x: get(r), y: r.ppl })).sort((a, b) => a.x - b.x || b.y - a.y);
+    const line = { label: '', data: best, showLine: true, stepped: 'before', borderColor: css('--soft'), borderWidth: 1, pointRadius: 0, pointHitRadius: 0 };
+    const points = rows.map((r, i) => ({ label: r.attention, data: [{ x: get(r), y: r.ppl }], backgroundColor: colour(i), pointRadius: 5.5, pointHoverRadius: 7 }));
     chart(id, {
       type: 'scatter',
-      data: { datasets: rows.map((r, i) => ({ label: r.attention, data: [{ x: get(r), y: r.ppl }], backgroundColor: colour(i), pointRadius: 5.5, pointHoverRadius: 7 })) },
+      data: { datasets: [...points, line] },
       plugins: [names],
       options: {
         layout: { padding: { right: 8 } },
@@ -198,8 +202,8 @@
   function draw() {
     charts.splice(0).forEach((c) => c.destroy());
     table();
-    scatter('memory', 'KV cache, MiB', (r) => r.kv_bytes / 1048576, (x) => String(Number(x.toFixed(x < 10 ? 1 : 0))));
-    scatter('speed', 'seconds', seconds, (x) => String(Number(x.toFixed(x < 10 ? 1 : 0))));
+    scatter('memory', 'KV cache, MiB', (r) => r.kv_bytes / 1048576, (x) => String(Number(x.toFixed(x < 10 ? 1 : 0))), 'front_memory');
+    scatter('speed', 'seconds', (r) => r.seconds, (x) => String(Number(x.toFixed(x < 10 ? 1 : 0))), 'front_time');
     losses();
     times('prefilltime', 'prefill', 'prefill_seconds');
     times('decodetime', 'decode', 'decode_seconds');
