@@ -1,7 +1,8 @@
 """count.py RESULTS: adds up what a test run left behind and prints "N passed, N failed" last; exits 1 on any failure.
 
-RESULTS holds, for each stage, STAGE.xml (ctest's JUnit file: one entry a program) and STAGE/test_NAME.json (GoogleTest's
-own report), and `checks` with a line "NAME ok|failed" for each check that is not a test program.
+RESULTS holds `stages`, the names of those that were begun; for each of them STAGE.xml (ctest's JUnit file: one entry a
+program) and STAGE/test_NAME.json (GoogleTest's own report); and `checks` with a line "NAME ok|failed" for each check
+that is not a test program.
 """
 import json
 import pathlib
@@ -36,6 +37,11 @@ for report in sorted(root.glob("*.xml")):
             passed += 1
         if broken and len(failures) == before:
             failures.append(f"{stage}: {name} crashed, hung or could not start")
+
+begun = root / "stages"
+for stage in begun.read_text().split() if begun.exists() else []:
+    if not (root / f"{stage}.xml").exists():
+        failures.append(f"{stage}: did not end")
 
 checks = root / "checks"
 for line in checks.read_text().splitlines() if checks.exists() else []:

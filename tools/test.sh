@@ -30,6 +30,15 @@ note() {
   say "$2: $1"
 }
 
+# Tests seldom keep all cores at work and compiling does, so a stage's tests run while the next stage is built; what they
+# say is shown when they end.
+pending=()
+meanwhile() {
+  { "$@" >"$results/$2.log" 2>&1 || true; cat "$results/$2.log"; } &
+  pending+=($!)
+}
+trap 'kill "${pending[@]}" 2>/dev/null || true' EXIT
+
 # suites STAGE PRESET [CTEST ARGUMENTS]: runs ctest; tools/count.py reads what the programs wrote.
 suites() {
   local stage=$1 tree
@@ -37,18 +46,32 @@ suites() {
   shift 2
   say "$stage: tests ($((SECONDS - start)) s since the start)"
   mkdir -p "$results/$stage"
+  echo "$stage" >>"$results/stages"
   GTEST_OUTPUT="json:$results/$stage/" ctest --test-dir "$tree" --output-on-failure --timeout 900 \
     --output-junit "$results/$stage.xml" "$@" || true
+  say "$stage: tests ended ($((SECONDS - start)) s since the start)"
 }
 
 # compiled STAGE PRESET TARGET...: whether it builds; a build that fails is a failed check and its tests do not run.
 compiled() {
   local stage=$1
   shift
+  say "$stage: build ($((SECONDS - start)) s since the start)"
   build_tree "$@" || { note "$stage-build" failed; return 1; }
 }
 
-if compiled release release all; then suites release release; fi
+# The sanitizers' tests, then each fuzz target: its kept inputs and a few seconds of new ones.
+sanitized() {
+  GTEST_FILTER='-*RealModel.*:*GreedyTest.*' HEED_CASES=0.1 suites "$1" fuzz -E '^(apps|lab)$'
+  local program target
+  for program in build-fuzz/fuzz_*; do
+    [ -x "$program" ] || continue
+    target=${program##*/fuzz_}
+    if tools/fuzz.sh --built "$target" 8; then note "fuzz-$target" ok; else note "fuzz-$target" failed; fi
+  done
+}
+
+if compiled release release all; then meanwhile suites release release; fi
 
 if [ $quick = no ]; then
   export ASAN_OPTIONS=detect_stack_use_after_return=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
@@ -61,21 +84,15 @@ if [ $quick = no ]; then
     folder=$(basename "$(dirname "$source")")
     case " data fuzz apps lab ${targets[*]} " in *" $folder "* | *" test_$folder "*) ;; *) targets+=("test_$folder") ;; esac
   done
-  if compiled sanitizers fuzz "${targets[@]}"; then
-    GTEST_FILTER='-*RealModel.*:*GreedyTest.*' HEED_CASES=0.1 suites sanitizers fuzz -E '^(apps|lab)$'
-    for program in build-fuzz/fuzz_*; do
-      [ -x "$program" ] || continue
-      target=${program##*/fuzz_}
-      if tools/fuzz.sh --built "$target" 8; then note "fuzz-$target" ok; else note "fuzz-$target" failed; fi
-    done
-  fi
+  if compiled sanitizers fuzz "${targets[@]}"; then meanwhile sanitized sanitizers; fi
 
   # Data races: what shares memory between threads.
-  if compiled threads tsan tests; then HEED_CASES=0.03 suites threads tsan; fi
+  if compiled threads tsan tests; then HEED_CASES=0.03 meanwhile suites threads tsan; fi
 
   # Arm kernels, emulated: about fifty times slower than this machine, so a twentieth of the cases.
-  if compiled arm aarch64 tests; then HEED_CASES=0.05 suites arm aarch64; fi
+  if compiled arm aarch64 tests; then HEED_CASES=0.05 meanwhile suites arm aarch64; fi
 fi
+wait
 
 say "took $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
 python3 tools/count.py "$results"

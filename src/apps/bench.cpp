@@ -1,5 +1,6 @@
 #include "lab/bench.h"
 
+#include <algorithm>
 #include <ctime>
 #include <iostream>
 
@@ -9,6 +10,7 @@
 #include "lab/files.h"
 #include "lab/machine.h"
 #include "lab/progress.h"
+#include "lab/shapes.h"
 
 namespace heed::apps {
 namespace {
@@ -44,7 +46,8 @@ Json to_json(const Model& model, const ModelFlags& flags, const std::string& att
           {"avg_ts", r.mean_ts()},
           {"stddev_ts", r.deviation_ts()},
           {"samples_ns", samples_ns},
-          {"samples_ts", r.rates()}};
+          {"samples_ts", r.rates()},
+          {"seconds", apps::to_json(r.times)}};
 }
 
 std::string utc_now() {
@@ -87,6 +90,9 @@ class BenchCommand final : public Command {
     app.add_option("--attention", attention_, "a mechanism; once for each")->type_name("SPEC")->allow_extra_args(false)->capture_default_str();
     app.add_option("-o,--output", format_, "md, json or csv")->check(CLI::IsMember({"md", "json", "csv"}))->capture_default_str();
     app.add_option("-s,--seed", seed_, "of the tokens")->type_name("N");
+    app.add_option("--shape", shape_, "instead of a model, its shape with random weights: llama-1b, llama-8b, llama-70b")
+        ->type_name("NAME");
+    app.add_option("--weights", weights_, "with --shape: their type, as in GGUF files")->type_name("TYPE")->capture_default_str();
     app.add_option("what", what_, "kernels: every kernel of this machine's instruction sets beside the machine's limits")
         ->check(CLI::IsMember({"kernels"}));
     app.add_option("--kernel", kernel_, "kernels: only those whose name begins so")->type_name("NAME");
@@ -96,14 +102,17 @@ class BenchCommand final : public Command {
         "Examples:\n"
         "  heed bench -m model.gguf -p 512 -n 128 -d 0,4096,16384\n"
         "  heed bench -m model.gguf -p 0 -n 64 -d 16384 --attention dense --attention \"quest(budget=1024)\" -o json\n"
+        "  heed bench --shape llama-8b --weights q4_k -p 512 -n 32 -d 0,8192\n"
         "  heed bench kernels --kernel attend");
   }
 
   int run() override {
     if (json_) format_ = "json";
     if (what_ == "kernels") return bench_kernels(kernel_, flags_.threads, format_);
-    require(!flags_.model.empty(), "bench", "--model is required", "give -m FILE, or say `heed bench kernels`");
-    const auto model = flags_.load();
+    require(flags_.model.empty() != shape_.empty(), "bench", "either --model or --shape is required",
+            "give -m FILE, --shape llama-8b, or say `heed bench kernels`");
+    flags_.prepare();
+    const auto model = shape_.empty() ? flags_.load() : random_model(shape_, weights_);
     std::vector<BenchTest> tests;
     for (int64_t depth : depths_) {
       for (int64_t n : prompts_)
@@ -145,7 +154,7 @@ class BenchCommand final : public Command {
     for (size_t i = 0; i < results.size(); ++i) {
       std::string names, values;
       for (const auto& [name, value] : results[i].items()) {
-        if (name.rfind("samples_", 0) == 0) continue;
+        if (value.is_structured()) continue;
         names += (names.empty() ? "" : ",") + name;
         values += (values.empty() ? "" : ",") + csv_field(value);
       }
@@ -155,7 +164,7 @@ class BenchCommand final : public Command {
   }
 
   static void markdown(const Json& results) {
-    std::vector<std::vector<std::string>> rows;
+    std::vector<std::vector<std::string>> rows, parts;
     for (const Json& r : results) {
       const int64_t prompt = r["n_prompt"], depth = r["n_depth"];
       std::string test = prompt > 0 ? "pp" + std::to_string(prompt) : "tg" + std::to_string(r["n_gen"].get<int64_t>());
@@ -164,14 +173,21 @@ class BenchCommand final : public Command {
                       fixed(r["model_n_params"].get<double>() / 1e6, 2) + " M", r["backends"],
                       std::to_string(r["n_threads"].get<int>()), r["attention"], test,
                       fixed(r["avg_ts"], 2) + " ± " + fixed(r["stddev_ts"], 2)});
+      double total = 0;
+      for (const auto& [part, seconds] : r["seconds"].items()) total += seconds.get<double>();
+      parts.push_back({r["attention"], test});
+      for (const auto& [part, seconds] : r["seconds"].items())
+        parts.back().push_back(fixed(100 * seconds.get<double>() / std::max(1e-12, total), 1) + " %");
     }
-    std::cout << table({"<model", "size", "params", "<backend", "threads", "<attention", "test", "t/s"}, rows);
+    std::cout << table({"<model", "size", "params", "<backend", "threads", "<attention", "test", "t/s"}, rows)
+              << "\nWhere the last repetition's time went:\n\n"
+              << table({"<attention", "<test", "plan", "observe", "select", "attend", "products", "rest"}, parts);
   }
 
   ModelFlags flags_;
   std::vector<int64_t> prompts_ = {512}, generates_ = {128}, depths_ = {0};
   std::vector<std::string> attention_;
-  std::string format_ = "md", what_, kernel_;
+  std::string format_ = "md", what_, kernel_, shape_, weights_ = "bf16";
   int repetitions_ = 5;
   uint64_t seed_ = 0;
   bool json_ = false;

@@ -37,7 +37,9 @@ struct ModelFlags {
   int64_t ubatch = 512, chunk = 0;
 
   void declare(CLI::App& app, bool required = true);
-  /// Sets the number of threads and loads the model. Throws Error.
+  /// Sets the number of threads and checks what needs no model. Throws Error.
+  void prepare() const;
+  /// prepare(), and loads the model. Throws Error.
   std::shared_ptr<const Model> load() const;
   SessionOptions session(const std::string& attention) const;
 };
@@ -52,6 +54,8 @@ std::vector<int32_t> tokens_of(const Model& model, const std::string& path);
 void add_json(CLI::App& app, bool& json);
 /// One JSON document on stdout; bytes that are no UTF-8 become U+FFFD.
 void print(const Json& json);
+
+Json to_json(const Times& times);
 
 /// "17.3 MiB".
 std::string size_text(double bytes);

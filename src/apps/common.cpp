@@ -48,10 +48,14 @@ void ModelFlags::declare(CLI::App& app, bool required) {
       ->capture_default_str();
 }
 
-std::shared_ptr<const Model> ModelFlags::load() const {
+void ModelFlags::prepare() const {
   set_threads(threads);
   page_types(kv);
   heed::backend(backend, device);
+}
+
+std::shared_ptr<const Model> ModelFlags::load() const {
+  prepare();
   return value_or_throw(Model::load(model));
 }
 
@@ -87,6 +91,11 @@ std::vector<int32_t> tokens_of(const Model& model, const std::string& path) {
 void add_json(CLI::App& app, bool& json) { app.add_flag("--json", json, "one JSON document on standard output"); }
 
 void print(const Json& json) { std::cout << json.dump(1, ' ', false, Json::error_handler_t::replace) << '\n'; }
+
+Json to_json(const Times& t) {
+  return {{"plan", t.plan},     {"observe", t.observe},   {"select", t.select},
+          {"attend", t.attend}, {"products", t.products}, {"rest", t.rest}};
+}
 
 std::string size_text(double bytes) {
   const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};

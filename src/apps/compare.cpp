@@ -10,11 +10,6 @@
 namespace heed::apps {
 namespace {
 
-Json to_json(const Times& t) {
-  return {{"plan", t.plan},     {"observe", t.observe},   {"select", t.select},
-          {"attend", t.attend}, {"products", t.products}, {"rest", t.rest}};
-}
-
 Json to_json(const Row& row, int64_t tokens) {
   Json tasks = Json::object();
   for (const auto& [name, score] : row.tasks)
@@ -37,8 +32,8 @@ Json to_json(const Row& row, int64_t tokens) {
           {"density_read", row.density_read},
           {"mass_prefill", row.mass_prefill},
           {"mass_decode", row.mass_decode},
-          {"prefill_seconds", to_json(row.prefill_times)},
-          {"decode_seconds", to_json(row.decode_times)},
+          {"prefill_seconds", apps::to_json(row.prefill_times)},
+          {"decode_seconds", apps::to_json(row.decode_times)},
           {"seconds", row.seconds},
           {"not_exercised", idle.empty() ? Json(nullptr) : Json(idle)}};
 }

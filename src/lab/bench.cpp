@@ -42,7 +42,7 @@ BenchResult bench(std::shared_ptr<const Model> model, const SessionOptions& opti
   Random random(seed);
   Session start(model, options);
   if (test.depth > 0) start.prefill(random_tokens(random, test.depth, vocabulary), Session::Logits::None);
-  BenchResult result{.test = test, .seconds = {}};
+  BenchResult result{.test = test, .seconds = {}, .times = {}};
   for (int r = -1; r < repetitions; ++r) {
     if (interrupted()) throw Error(Code::Interrupted, "bench", "stopped");
     const std::vector<int32_t> prompt = random_tokens(random, test.prompt, vocabulary);
@@ -55,7 +55,9 @@ BenchResult bench(std::shared_ptr<const Model> model, const SessionOptions& opti
       if (r < 0) break;  // one token warms everything up
       if (interrupted()) throw Error(Code::Interrupted, "bench", "stopped");
     }
-    if (r >= 0) result.seconds.push_back(now() - begin);
+    if (r < 0) continue;
+    result.seconds.push_back(now() - begin);
+    result.times = session->times() - start.times();
   }
   return result;
 }

@@ -16,6 +16,7 @@ struct BenchTest {
 struct BenchResult {
   BenchTest test;
   std::vector<double> seconds;  // of each repetition
+  Times times;                  // where the last repetition's seconds went
   double mean_ns() const;
   double deviation_ns() const;  // of the sample, as llama-bench gives it
   double mean_ts() const;

@@ -13,11 +13,6 @@
 namespace heed {
 namespace {
 
-Times minus(const Times& a, const Times& b) {
-  return {a.plan - b.plan,     a.observe - b.observe,   a.select - b.select,
-          a.attend - b.attend, a.products - b.products, a.rest - b.rest};
-}
-
 double mean_of(const std::vector<std::vector<double>>& values) {
   double sum = 0, count = 0;
   for (const auto& row : values) sum += std::accumulate(row.begin(), row.end(), 0.0), count += double(row.size());
@@ -125,7 +120,7 @@ class Bench {
       visit(i, logits.select(0, 0).span<const float>());
       if (progress) progress(double(passage_.prompt + i) / total);
     }
-    row.decode_times = minus(session.times(), behind_prefill);
+    row.decode_times = session.times() - behind_prefill;
     return timing;
   }
 

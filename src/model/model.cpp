@@ -1,9 +1,10 @@
 #include "model/model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
-#include "base/random.h"
+#include "model/random_weights.h"
 
 namespace heed {
 namespace {
@@ -191,21 +192,20 @@ std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
   return out;
 }
 
-std::shared_ptr<const Model> Model::random(const ModelInfo& shape, int feed_forward, Dtype type, uint64_t seed) {
-  require(type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16, "Model::random",
-          "weights are f32, bf16 or f16");
+std::shared_ptr<const Model> Model::random(const ModelInfo& shape, int feed_forward, Dtype type, uint64_t seed,
+                                           const std::string& name) {
   auto model = std::make_shared<Model>();
-  model->name_ = model->path_ = "random";
+  model->name_ = model->path_ = name;
   model->info_ = shape;
   ModelInfo& m = model->info_;
   m.architecture = "llama";
-  Random random(seed);
   auto make = [&](Dtype t, std::initializer_list<int64_t> sizes, bool ones) {
+    const int64_t width = sizes.end()[-1];
+    require(width % heed::info(t).block == 0, "random weights",
+            "rows of " + std::to_string(width) + " do not divide into the blocks of " + heed::info(t).name);
     Buffer buffer(t, sizes);
-    Tensor flat = buffer->reshape({buffer->numel()});
-    Buffer values(Dtype::F32, {buffer->numel()});
-    for (float& x : values->span<float>()) x = ones ? 1.0f : float(0.02 * random.normal());
-    copy(values, flat);
+    if (ones) std::fill_n(buffer->as<float>(), buffer->numel(), 1.0f);
+    else fill_random(buffer, seed++);
     model->bytes_ += buffer->bytes();
     model->owned_.push_back(std::move(buffer));
     return model->owned_.back().view();

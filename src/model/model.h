@@ -45,8 +45,10 @@ class Model {
  public:
   /// Errors name the architecture and list the known ones, or the missing tensor or key, or the wrong shape.
   static Result<std::shared_ptr<const Model>> load(const std::string& path);
-  /// Random weights (normal, deviation 0.02) of a llama shape, for speed and tests only.
-  static std::shared_ptr<const Model> random(const ModelInfo& shape, int feed_forward, Dtype type, uint64_t seed);
+  /// Random weights (`fill_random`) of a llama shape, for speed and tests only. One matrix serves as embedding and output.
+  /// Throws Error(Invalid) when a row does not divide into the type's blocks.
+  static std::shared_ptr<const Model> random(const ModelInfo& shape, int feed_forward, Dtype type, uint64_t seed,
+                                             const std::string& name = "random");
 
   const ModelInfo& info() const { return info_; }
   const Architecture& architecture() const { return architecture_; }

@@ -24,6 +24,10 @@ struct SessionOptions {
 struct Times {
   double plan = 0, observe = 0, select = 0, attend = 0, products = 0, rest = 0;
   double total() const { return plan + observe + select + attend + products + rest; }
+  Times operator-(const Times& b) const {
+    return {plan - b.plan,     observe - b.observe,   select - b.select,
+            attend - b.attend, products - b.products, rest - b.rest};
+  }
 };
 
 /// Called in every layer of every step behind attention and before entries are evicted: reads of what happened, for
