@@ -191,18 +191,17 @@ TEST(Compare, BadSpecsFailBeforeAnyWork) {
 TEST(Compare, AMechanismThatFailsLeavesTheOthersTheirRows) {
   // A profile that is gone by the time its turn comes.
   const std::string profile = testing::TempDir() + "heed-profile.json";
-  value_or_throw(write_file(profile, R"({"attention": "tova(budget=9)"
-})"));
+  value_or_throw(write_file(profile, "{\"attention\": \"tova\"}"));
   CompareOptions options;
-options.attention = {"@" + profile, "knorm(budget=10%)"};
-const Comparison result = compare(small_model(), passage(random_text(64), 64, 8), options,
-                                  [&](double, const std::string&) { std::remove(profile.c_str()); });
-ASSERT_EQ(result.rows.size(), 2u);
-EXPECT_EQ(result.rows[1].attention, "knorm(budget=10%)");
-EXPECT_GT(result.rows[1].decode_tps, 0);
-ASSERT_EQ(result.failed.size(), 1u);
-EXPECT_EQ(result.failed[0].first, options.attention[0]);
-EXPECT_NE(result.failed[0].second.find("heed-profile.json"), std::string::npos) << result.failed[0].second;
+  options.attention = {"@" + profile, "knorm(budget=10%)"};
+  const Comparison result = compare(small_model(), passage(random_text(64), 64, 8), options,
+                                    [&](double, const std::string&) { std::remove(profile.c_str()); });
+  ASSERT_EQ(result.rows.size(), 2u);
+  EXPECT_EQ(result.rows[1].attention, "knorm(budget=10%)");
+  EXPECT_GT(result.rows[1].decode_tps, 0);
+  ASSERT_EQ(result.failed.size(), 1u);
+  EXPECT_EQ(result.failed[0].first, options.attention[0]);
+  EXPECT_NE(result.failed[0].second.find("heed-profile.json"), std::string::npos) << result.failed[0].second;
 }
 
 TEST(Compare, TheFrontIsWhatNothingBeats) {
