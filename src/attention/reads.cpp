@@ -62,9 +62,10 @@ Read chosen_blocks(LayerView& at, Plan::Scope scope, const Ragged& scores, const
 
 Read best_blocks(LayerView& at, Plan::Scope scope, const Ragged& scores, int block,
                  const std::function<Num(const Num& segment)>& count, int64_t capacity) {
+  const Tensor counts = compute(at.queue, Dtype::I32, {scores.segments()}, count(index()));
   Select best;
   best.count = compute(at.queue, Dtype::I32, {with_queries(at, scores).segments()},
-                       count(query_segment(at, index(), scores.heads)));
+                       load(counts, query_segment(at, index(), scores.heads)));
   return chosen_blocks(at, scope, scores, best, block, capacity);
 }
 

@@ -123,7 +123,7 @@ INSTANTIATE_TEST_SUITE_P(
         "rocketkv(budget=0.33)", "pqcache(topk=0.2,recent=0.1,sinks=4)", "hylra(budget=0.33,full=[0,1,8,16,24])",
         "lychee-decode(budget=0.33,retrieval=[0-5,24-26,48-50,72-74])", "fna(width=16,window=9,text=4)",
         "freeswim(width=16,height=16,half_width=7,half_height=4,text=4)", "halo(width=16,block=8,halo=4)",
-        "clear-disc(width=16,radius=6,text=16)", "tkl(chunk=64,overlap=32)", "radial(frame=128,block=16,sink=true)",
+        "clear-disc(width=16,radius=6,text=16)", "tkl(chunk=64,overlap=32)", "radial(frame=64,block=16,sink=true)",
         "block_attention(block=64,query=32)", "blockrank(instruction=32,block=64,query=32)"),
     test_name);
 

@@ -43,27 +43,27 @@ struct RocketKV final : Mechanism {
   Read read(LayerView& at) const override {
     if (reads_all(at, first_dense)) return {};
     Queue& queue = at.queue;
-    const int64_t d = at.q.values.size[1], group = at.model.group(), groups = at.q.values.size[0] / group;
+    const int64_t d = at.q.values.size[1], group = at.model.group(), groups = at.q.segments() / group;
     Ragged q = at.q, size = at.q;  // the heads of a group, as those of a sequence
     q.heads = size.heads = group;
     size.values = queue.scratch.take(Dtype::F32, {at.q.values.size[0], d});
     const Num x = load(q.values, index());
-    compute(queue, max(x, 0 - x), size.values);
+    compute(queue, q, max(x, 0 - x), size.values);
     const Ragged sum = spread(queue, q, {.of = Spread::Of::Sum, .over = Spread::Over::Heads}),
                  mean = spread(queue, size, {.of = Spread::Of::Mean, .over = Spread::Over::Heads});
     Ragged importance;
-    importance.values = mean.values.reshape({groups * group * d}), importance.heads = 1,
-    importance.bound = groups * group * d;
-    importance.offsets = compute(queue, Dtype::I64, {groups + 1}, index() * (group * d));
-    importance.ends = compute(queue, Dtype::I64, {groups}, index() * (group * d) + d);
+    importance.values = mean.values.reshape({mean.values.numel()}), importance.bound = mean.values.numel();
+    const Num first = index() * group;
+    importance.offsets = compute(queue, Dtype::I64, {groups + 1}, begin_of(at.q, first) * d);
+    importance.ends = compute(queue, Dtype::I64, {groups}, end_of(at.q, first) * d);
     Select largest;
     largest.k = std::max<int64_t>(1, int64_t(channels * double(d)));
     const Lists looked_at = chosen(queue, importance, largest, largest.k);
-    const Num looks = looked_at.has(floor_div(place(), group), channel());
+    const Num looks = looked_at.has(floor_div(segment(), group), channel());
     const auto only = [&](const Num& where, const Num& number) {
       Ragged out = q;
       out.values = queue.scratch.take(Dtype::F32, {at.q.values.size[0], d});
-      compute(queue, pick(where, number, 0), out.values);
+      compute(queue, q, pick(where, number, 0), out.values);
       return out;
     };
     const Num points = load(sum.values, index());
