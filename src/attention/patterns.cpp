@@ -91,6 +91,11 @@ Plan pattern_plan(LayerView& at, const Pattern& pattern) {
   return plan;
 }
 
+void TokenMap::add(const AddKeys& keys, int64_t y, int64_t x0, int64_t x1) const {
+  x0 = std::max<int64_t>(x0, 0), x1 = std::min(x1, width);
+  if (y >= 0 && x0 < x1) keys(text + y * width + x0, text + y * width + x1);
+}
+
 Plan own_tiles(LayerView& at, int tile) {
   const int64_t g = at.k.heads;
   std::vector<int64_t> rowptr{0};

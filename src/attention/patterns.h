@@ -16,6 +16,16 @@ using Pattern = std::function<void(int64_t i, int64_t m, const AddKeys& add)>;
 /// Key numbers count the entries that the queries see, so behind an eviction a pattern is one of what is left.
 Plan pattern_plan(LayerView&, const Pattern& pattern);
 
+/// Tokens laid out as rows of a map behind `text` tokens, which see all and are seen by all.
+struct TokenMap {
+  int64_t text, width;
+  int64_t rows(int64_t m) const { return (m - text + width - 1) / width; }
+  int64_t row(int64_t i) const { return (i - text) / width; }
+  int64_t column(int64_t i) const { return (i - text) % width; }
+  /// Columns x0 … x1 − 1 of a row; what lies outside the map is cut off.
+  void add(const AddKeys&, int64_t y, int64_t x0, int64_t x1) const;
+};
+
 /// Tiles of `tile` new queries that see all the keys of their own tile and no others, later ones too.
 Plan own_tiles(LayerView&, int tile);
 

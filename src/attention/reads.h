@@ -1,5 +1,7 @@
 // From scores of entries to what a decoded token reads.
 #pragma once
+#include <functional>
+
 #include "attention/mechanism.h"
 
 namespace heed {
@@ -7,6 +9,29 @@ namespace heed {
 /// Reads the best entries of every segment with a new query, counts[sequence] of them: scores has a segment for each query
 /// head, KV head or sequence, as the scope says.
 Read best_entries(LayerView&, Plan::Scope, const Ragged& scores, std::span<const int64_t> counts);
+
+/// Whether a reader leaves this layer alone: one of the first `dense` layers of a model that has more, or one whose sliding
+/// window already bounds what is read.
+bool reads_all(const LayerView&, int dense);
+
+/// For each query head, its row of q times what a block column holds of every block of `block` entries (low == high) or the
+/// most that q · k can be in it (KeyMin and KeyMax): ⌈length / block⌉ numbers, not scaled.
+Ragged block_scores(LayerView&, const Ragged& q, const std::string& low, const std::string& high, int block);
+
+/// One number for each KV head from those of its query heads.
+Ragged over_group(LayerView&, const Ragged& scores, Spread::Of of);
+
+/// Reads the blocks of `block` entries (a divisor of 64) that `how` chooses in every segment with a new query; its counts,
+/// if it has some, are those of rows. No more than `capacity`.
+Read chosen_blocks(LayerView&, Plan::Scope, const Ragged& scores, const Select& how, int block, int64_t capacity);
+
+/// Reads the best blocks of `block` entries (a divisor of 64) of every segment with a new query: as many as `count` says, a
+/// formula of the segment's number; no more than `capacity`.
+Read best_blocks(LayerView&, Plan::Scope, const Ragged& scores, int block,
+                 const std::function<Num(const Num& segment)>& count, int64_t capacity);
+
+/// Entries that a segment of `heads` to a sequence holds: a formula.
+Num held_entries(LayerView&, const Num& segment, int64_t heads);
 
 /// A read that later layers or steps take over.
 struct HeldRead : State {

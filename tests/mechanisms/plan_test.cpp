@@ -1,40 +1,10 @@
-#include "harness.h"
+#include "plan_case.h"
 
 namespace heed::test {
 namespace {
 
 class Plans : public Mechanisms {};
 HEED_ON_ALL_SETTINGS(Plans);
-
-/// The blocks that each query block reads, checked: ascending, causal, and that out is exactly attention over them.
-std::vector<std::vector<int32_t>> planned(const Case& c, const std::string& spec, const std::string& backend,
-                                          int64_t rows, int64_t cols) {
-  const ApplyOutput out = c.run(spec, backend);
-  EXPECT_EQ(out.find("plan_block")->view().at<int32_t>(0), rows);
-  EXPECT_EQ(out.find("plan_block")->view().at<int32_t>(1), cols);
-  auto plan = lists(out, "plan");
-  const int64_t tiles = (c.shape.n + rows - 1) / rows;
-  EXPECT_EQ(int64_t(plan.size()), c.shape.h * tiles);
-  double pairs = 0, all = 0;
-  for (int64_t head = 0; head < c.shape.h; ++head)
-    for (int64_t i = 0; i < c.shape.n; ++i) {
-      const auto& list = plan[size_t(head * tiles + i / rows)];
-      EXPECT_TRUE(std::is_sorted(list.begin(), list.end()) && std::adjacent_find(list.begin(), list.end()) == list.end());
-      const int64_t last = list.empty() ? 0 : list.back() * cols;
-      EXPECT_LE(last, c.first() + std::min(c.shape.n, (i / rows + 1) * rows) - 1) << "a block nobody sees";
-      for (int64_t j = 0; head == 0 && j <= c.first() + i; ++j)
-        pairs += std::binary_search(list.begin(), list.end(), int32_t(j / cols)), ++all;
-    }
-  EXPECT_LT(c.error(out,
-                    [&](int64_t head, int64_t i, int64_t j) {
-                      const auto& list = plan[size_t(head * tiles + i / rows)];
-                      return std::binary_search(list.begin(), list.end(), int32_t(j / cols));
-                    }),
-            kExact)
-      << spec;
-  EXPECT_NEAR(out.find("density")->view().at<float>(0), pairs / all, 1e-5);
-  return plan;
-}
 
 TEST_P(Plans, IdentityIsDense) {
   for (const Shape s : {shape(100, 100), shape(33, 97), shape(1, 1)}) {

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "attention/select.h"
+#include "attention/maps.h"
 #include "mechanisms/entries.h"
 
 namespace heed::mechanisms {
@@ -33,20 +33,12 @@ struct FlexPrefill final : Mechanism {
   }
 
   Plan plan(LayerView& at) const override {
-    if (!at.plan.causal)
-      throw Error(Code::Unsupported, "flexprefill", "plans for causal attention only", "leave out --no-causal");
+    causal_only(at, "flexprefill");
     const int64_t least = std::max<int64_t>(2 * block, (min_budget + block - 1) / block * block);
     const int64_t shortest = *std::min_element(at.rows.begin(), at.rows.end());
     // Short prompts and parts of one read everything; so do layers whose sliding window already bounds what is read.
     if (gamma >= 1 || shortest <= least || at.mods.window > 0) return dense_plan(block, block);
-    const int64_t rows = plan_rows(at, block), capacity = (longest_keys(at) + block - 1) / block;
-    const Tensor listed = at.queue.scratch.take(Dtype::I32, {rows * capacity}),
-                 count = at.queue.scratch.take(Dtype::I32, {rows});
-    each_slice(at, block, [&](const Slice& s) {
-      const int64_t end = s.row + s.q.heads * s.tiles;
-      plan_slice(at, s, capacity, listed.slice(0, s.row * capacity, end * capacity), count.slice(0, s.row, end));
-    });
-    return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, listed, count, capacity);
+    return chosen_blocks(at, Plan::Scope::QueryHead, block, block, [&](const Slice& s) { return plan_slice(at, s); });
   }
 
  private:
@@ -56,22 +48,14 @@ struct FlexPrefill final : Mechanism {
     Ragged slashes;  // diagonals in groups of `block`, the farthest first and whole, the nearest last
   };
 
-  void plan_slice(LayerView& at, const Slice& s, int64_t capacity, Tensor listed, Tensor listed_count) const {
+  BlockChoice plan_slice(LayerView& at, const Slice& s) const {
     Queue& queue = at.queue;
     const int64_t heads = s.q.heads, k_blocks = (s.m + block - 1) / block, q_blocks = s.tiles;
-    const std::vector<int64_t> whole_blocks(static_cast<size_t>(heads), q_blocks);
-    const int64_t d = s.k.values.size[1];
-    const Ragged k_means = numbers(queue, std::span(&k_blocks, 1), 1, d), q_means = numbers(queue, whole_blocks, heads, d);
-    at.run().pool(queue, s.k, PoolKind::Mean, block, k_means);
-    at.run().pool(queue, s.q, PoolKind::Mean, block, q_means);
-
-    const Ragged tail = tail_of(queue, s.q, block);
-    const Last last = observe_last(at, s, tail);
-    const Tensor distance = distances(at, estimate_last(at, s, tail, k_means), last.blocks);
-    const Grids map = grids(queue, heads, q_blocks, k_blocks);
+    const Last last = observe_last(at, s);
+    const Tensor distance = distances(at, estimate_last(at, s), last.blocks);
     Proxy mean;
-    mean.scale = at.mods.scale, mean.softmax = true, mean.q_tile = mean.k_tile = block, mean.offset = s.m - s.n;
-    at.run().proxy(queue, q_means, k_means, mean, map);
+    mean.softmax = true;
+    const Grids map = mean_map(at, s, block, block, mean);
 
     auto query_aware = [&](const Num& head) { return load(distance, head) < tau; };
     const int64_t fewest = (min_budget + block - 1) / block, low = std::max<int64_t>(1, fewest);
@@ -83,9 +67,9 @@ struct FlexPrefill final : Mechanism {
       return compute(queue, Dtype::I32, {heads},
                      min(clamp(pick(query_aware(index()), fewest, holding), low, high), k_blocks));
     };
-    const List verticals = best(queue, force(queue, last.blocks.cells, 1, 0), blocks_of(last.columns.cells), k_blocks);
-    const List slashes = best(queue, force(queue, last.slashes, 0, 1), blocks_of(last.diagonals.cells), k_blocks);
-    const List cells = holding_gamma(queue, map.cells, q_blocks * k_blocks);
+    const Lists verticals = best(queue, force(queue, last.blocks.cells, 1, 0), blocks_of(last.columns.cells), k_blocks);
+    const Lists slashes = best(queue, force(queue, last.slashes, 0, 1), blocks_of(last.diagonals.cells), k_blocks);
+    const Lists cells = holding_gamma(queue, map.cells, q_blocks * k_blocks);
 
     // A cell (tile, block) is read for its column, its diagonal or, in a query-aware head, for itself. Queries behind an
     // earlier text may straddle two blocks of keys, `first` and `end`.
@@ -103,59 +87,28 @@ struct FlexPrefill final : Mechanism {
     Select read;
     read.by = Select::By::Threshold, read.p = 0.5f;
     const std::vector<int64_t> all(static_cast<size_t>(q_blocks), k_blocks);
-    at.run().select(queue, rows_of(queue, chosen, all), read, capacity, listed, listed_count);
+    return {rows_of(queue, chosen, all), read};
   }
 
-  /// For each head, numbers in ascending order.
-  struct List {
-    Tensor index, count;  // I32 [heads · capacity], [heads]
-    int64_t capacity;
-    Num has(const Num& head, const Num& number) const {
-      return holds(index, head * capacity, head * capacity + load(count, head), number);
-    }
-  };
-
-  static List best(Queue& queue, const Ragged& scores, const Tensor& count, int64_t capacity) {
-    const int64_t heads = scores.segments();
-    const List out{queue.scratch.take(Dtype::I32, {heads * capacity}), queue.scratch.take(Dtype::I32, {heads}), capacity};
+  static Lists best(Queue& queue, const Ragged& scores, const Tensor& count, int64_t capacity) {
     Select most;
     most.count = count;
-    queue.run->select(queue, scores, most, capacity, out.index, out.count);
-    return out;
+    return chosen(queue, scores, most, capacity);
   }
 
   /// Those, largest first, whose running sum stays within gamma of the whole.
-  List holding_gamma(Queue& queue, const Ragged& mass, int64_t capacity) const {
-    const int64_t heads = mass.segments();
-    const List out{queue.scratch.take(Dtype::I32, {heads * capacity}), queue.scratch.take(Dtype::I32, {heads}), capacity};
+  Lists holding_gamma(Queue& queue, const Ragged& mass, int64_t capacity) const {
     Select most;
     most.by = Select::By::TopP, most.p = float(gamma), most.crossing = false;
-    queue.run->select(queue, mass, most, capacity, out.index, out.count);
-    return out;
+    return chosen(queue, mass, most, capacity);
   }
 
-  static Ragged tail_of(Queue& queue, const Ragged& q, int64_t rows) {
-    Ragged out = q;
-    const int64_t all = q.segments();
-    out.offsets = compute(queue, Dtype::I64, {all + 1},
-                          pick(index() < all, max(begin_of(q, index()), end_of(q, index()) - rows), end_of(q, all - 1)));
-    out.ends = compute(queue, Dtype::I64, {all}, end_of(q, index()));
-    return out;
-  }
-
-  Last observe_last(LayerView& at, const Slice& s, const Ragged& tail) const {
-    const int64_t heads = tail.heads, k_blocks = (s.m + block - 1) / block;
-    const Grids weights = grids(at.queue, heads, block, s.m);
-    Proxy exact;
-    exact.scale = at.mods.scale, exact.softcap = at.mods.softcap, exact.softmax = true, exact.offset = s.m - block;
-    at.run().proxy(at.queue, tail, s.k, exact, weights);
-    Last out{grids(at.queue, heads, 1, s.m), grids(at.queue, heads, 1, k_blocks), grids(at.queue, heads, 1, s.m), {}};
+  Last observe_last(LayerView& at, const Slice& s) const {
+    const int64_t heads = s.q.heads, k_blocks = (s.m + block - 1) / block;
+    const LastRows pay = last_rows_pay(at, s, block);
+    Last out{pay.columns, grids(at.queue, heads, 1, k_blocks), pay.diagonals, {}};
     Reduce by;
-    by.kind = ReduceKind::Mean, by.to = Reduce::To::Columns;
-    at.run().reduce(at.queue, weights, by, out.columns);
-    by.kind = ReduceKind::Sum, by.to = Reduce::To::Diagonals;
-    at.run().reduce(at.queue, weights, by, out.diagonals);
-    by.to = Reduce::To::Blocks, by.col_block = block;
+    by.col_block = block;
     at.run().reduce(at.queue, out.columns, by, out.blocks);
     // Distance o is stored at t = m − 1 − o and grouped from t = 0, so the group of the nearest may be short: the others
     // are whole blocks behind it.
@@ -177,15 +130,13 @@ struct FlexPrefill final : Mechanism {
     return out;
   }
 
-  Grids estimate_last(LayerView& at, const Slice& s, const Ragged& tail, const Ragged& k_means) const {
-    const int64_t heads = tail.heads, k_blocks = (s.m + block - 1) / block;
-    const std::vector<int64_t> one(static_cast<size_t>(heads), 1);
-    const Ragged q = numbers(at.queue, one, heads, s.k.values.size[1]);
-    at.run().pool(at.queue, tail, PoolKind::Mean, block, q);
-    const Grids out = grids(at.queue, heads, 1, k_blocks);
+  Grids estimate_last(LayerView& at, const Slice& s) const {
+    const Ragged q = pooled(at.queue, last_rows(at.queue, s.q, block), block, PoolKind::Mean, block),
+                 k = pooled(at.queue, s.k, s.m, PoolKind::Mean, block);
+    const Grids out = grids(at.queue, s.q.heads, 1, (s.m + block - 1) / block);
     Proxy mean;
     mean.scale = at.mods.scale, mean.softmax = true, mean.causal = false;
-    at.run().proxy(at.queue, q, k_means, mean, out);
+    at.run().proxy(at.queue, q, k, mean, out);
     return out;
   }
 

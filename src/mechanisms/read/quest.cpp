@@ -1,3 +1,4 @@
+#include "attention/reads.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 
@@ -32,26 +33,13 @@ struct Quest final : Mechanism {
   }
 
   Read read(LayerView& at) const override {
-    // A sliding window already bounds what is read.
-    if ((at.layer < first_dense && at.model.layers > first_dense) || at.mods.window > 0) return {};
-    const int64_t h = at.q.heads, group = at.model.group(), all = at.q.segments(),
-                  most = (at.store->longest() + page - 1) / page;
-    const Tensor held = at.store->pages().length;
-    auto pages = [&](const Num& entries) { return ceil_div(entries, page); };
-    const Ragged scores = numbers(at.queue, all, pages(load(held, floor_div(index(), group))), h, all * most);
-    at.run().page_score(at.queue, at.q, at.store->pages(), at.stores->column(low()), at.stores->column(high()), scores);
-    const Ragged rows = with_queries(at, force(at.queue, scores, 0, 1));
-    const int64_t capacity = std::max<int64_t>(
-        1, (std::min(budget.entries(at.store->longest()), at.store->longest()) + page - 1) / page);
-    Select best;
-    best.count = compute(at.queue, Dtype::I32, {rows.segments()},
-                         pages(granted(budget, load(held, floor_div(query_segment(at, index()), group)))));
-    const Tensor index = at.queue.scratch.take(Dtype::I32, {rows.segments() * capacity}),
-                 count = at.queue.scratch.take(Dtype::I32, {rows.segments()});
-    at.run().select(at.queue, rows, best, capacity, index, count);
-    Read read;
-    read.plan = blocks_plan(at.queue, Plan::Scope::QueryHead, 1, page, index, count, capacity);
-    return read;
+    if (reads_all(at, first_dense)) return {};
+    const Ragged scores = force(at.queue, block_scores(at, at.q, low(), high(), page), 0, 1);
+    const int64_t longest = at.store->longest();
+    return best_blocks(
+        at, Plan::Scope::QueryHead, scores, page,
+        [&](const Num& s) { return ceil_div(granted(budget, held_entries(at, s, scores.heads)), page); },
+        std::max<int64_t>(1, (std::min(budget.entries(longest), longest) + page - 1) / page));
   }
 };
 

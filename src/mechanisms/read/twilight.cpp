@@ -23,8 +23,7 @@ struct Twilight final : Mechanism {
   }
 
   Read read(LayerView& at) const override {
-    // A sliding window already bounds what is read.
-    if (p >= 1 || (at.layer < first_dense && at.model.layers > first_dense) || at.mods.window > 0) return {};
+    if (p >= 1 || reads_all(at, first_dense)) return {};
     Observe how;
     how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each;
     const Ragged weights = with_queries(at, by_query_head(at.queue, at.observe(at.q, how), at.model.group()));

@@ -1,0 +1,51 @@
+#include "attention/clusters.h"
+
+#include "attention/scores.h"
+#include "attention/select.h"
+
+namespace heed {
+
+Clusters clustered(Queue& queue, const Ragged& segment, int64_t length, int64_t count, int rounds, bool cosine) {
+  const int64_t d = segment.values.size[1];
+  // A copy, so that rows count from 0.
+  const Ragged rows = numbers(queue, std::span(&length, 1), 1, d);
+  compute(queue, rows, load(segment.values, (begin_of(segment, 0) + place()) * d + channel()), rows.values);
+  const Ragged centroids = numbers(queue, std::span(&count, 1), 1, d);
+  compute(queue, centroids, load(rows.values, floor_div(place() * length, count) * d + channel()), centroids.values);
+  const Clusters out{centroids.values, queue.scratch.take(Dtype::I32, {length})};
+  const auto join = [&] {
+    const Scratch scratch(queue.scratch);
+    Ragged to = cosine ? unit_rows(queue, centroids) : centroids;
+    Plan all;
+    all.causal = false;
+    Mods dot;
+    dot.scale = 1;
+    // |x − c|² is least where x · c − |c|² / 2 is largest.
+    if (!cosine) dot.key_bias = row_dots(queue, centroids, centroids, -0.5f).values;
+    RowStats stats;
+    stats.argmax = out.labels;
+    queue.run->observe_rows(queue, rows, {.panel = &to, .pages = nullptr, .read = nullptr}, &all, dot, stats);
+  };
+  for (int round = 0; round < rounds; ++round) {
+    join();
+    const Scratch scratch(queue.scratch);
+    // Sums and sizes are the state and the normaliser of a recurrence whose keys are labels written out.
+    Ragged one_of = rows;
+    one_of.values = queue.scratch.take(Dtype::F32, {length, count});
+    compute(queue, one_of, load(out.labels, place()) == channel(), one_of.values);
+    RecurInputs in;
+    in.q = in.k = one_of, in.v = rows;
+    Recur sum;
+    sum.normalise = true;
+    const Tensor ignored = queue.scratch.take(Dtype::F32, {length, d}),
+                 sums = queue.scratch.take(Dtype::F32, {1, count, d}), sizes = queue.scratch.take(Dtype::F32, {1, count});
+    queue.run->recur(queue, in, sum, ignored, sums, sizes);
+    const Num size = load(sizes, place());
+    compute(queue, centroids, pick(size > 0, load(sums, index()) / max(size, 1), load(centroids.values, index())),
+            centroids.values);
+  }
+  join();
+  return out;
+}
+
+}  // namespace heed

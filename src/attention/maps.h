@@ -1,0 +1,81 @@
+// Planning from cheap scores: maps between blocks of queries and blocks of keys, what is chosen of them, and stripes
+// (columns and diagonals) that a whole head reads.
+#pragma once
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "attention/mechanism.h"
+#include "attention/select.h"
+
+namespace heed {
+
+/// Throws Error(Unsupported) unless attention is causal.
+void causal_only(const LayerView&, const char* mechanism);
+
+/// What each segment of some scores chose: numbers in ascending order.
+struct Lists {
+  Tensor index, count;  // I32 [segments · capacity], [segments]
+  int64_t capacity = 0;
+  /// Whether `number` is among those of segment `s`: a formula.
+  Num has(const Num& s, const Num& number) const;
+  /// Segments first … last − 1. No copy.
+  Lists part(int64_t first, int64_t last) const;
+};
+/// Room for them: scratch.
+Lists lists(Queue&, int64_t segments, int64_t capacity);
+void choose(Queue&, const Ragged& scores, const Select&, const Lists& into);
+Lists chosen(Queue&, const Ragged& scores, const Select&, int64_t capacity);
+
+/// Blocks of `block` rows of segments of `length` rows each, as F32.
+Ragged pooled(Queue&, const Ragged& x, int64_t length, PoolKind, int block);
+
+/// The last `rows` rows of every segment. No copy.
+Ragged last_rows(Queue&, const Ragged& x, int64_t rows);
+
+/// What the last min(rows, n) queries of a slice pay, softmax over all they see: a row of m numbers for each query head.
+struct LastRows {
+  int64_t rows;
+  Grids columns, diagonals;  // mean by key; sum by distance
+};
+LastRows last_rows_pay(LayerView&, const Slice&, int64_t rows);
+
+/// Mean queries by mean keys, a grid for each query head of the slice; scale 0 is attention's own. Blocks that begin behind
+/// a tile are −∞, or 0 with softmax.
+Grids mean_map(LayerView&, const Slice&, int q_block, int k_block, Proxy how);
+
+/// For each tile of a slice, how many blocks of keys its last query sees; all without causality.
+std::vector<int64_t> visible_blocks(const LayerView&, const Slice&, int q_block, int k_block);
+
+/// Whether queries of row segment() of a slice's map (tiles, head by head) stand in block place(): a formula.
+Num own_block(const Slice&, int q_block, int k_block);
+
+/// The sum over the heads of a slice of one-sized grids, as one grid. −∞ stays.
+Grids sum_of_heads(Queue&, const Grids&);
+
+/// Scores of the blocks that each tile may read, and which of them it does.
+struct BlockChoice {
+  Ragged rows;  // a segment for each tile: head by head of the scope, then tile by tile
+  Select how;
+};
+/// What `how` chooses of each row and, besides, what `also` (a formula of segment() and place()) names.
+BlockChoice united(Queue&, const Ragged& rows, const Select& how, int64_t capacity, const Num& also);
+
+/// A plan of blocks, chosen slice by slice: those of a KV head for Scope::QueryHead and Scope::KvHead, whole sequences (q with
+/// h heads, k with g, all of key_rows[0]) for Scope::Layer.
+Plan chosen_blocks(LayerView&, Plan::Scope, int q_block, int k_block, const std::function<BlockChoice(const Slice&)>& choose);
+
+/// A plan of key ranges: `mark` sets flags (0 before; a segment of seen keys for each tile of each query head of the slice) to
+/// 1 where a tile of `tile` queries reads. No tile's marks form more than `runs` ranges. Takes n · m / tile numbers of
+/// scratch a query head.
+Plan marked_keys(LayerView&, int tile, int64_t runs, const std::function<void(const Slice&, const Ragged& flags)>& mark);
+/// Marks, in tiles where `where` (a formula of segment()) is not 0, what `reads` (one of segment() and place() too) names.
+void mark(Queue&, const Ragged& flags, const Num& where, const Num& reads);
+/// Keys that some query of the tile sees within `local`, its own among them, or that are among the first `sinks`.
+Num in_band(const Slice&, int tile, int64_t sinks, int64_t local);
+/// Marks keys whose distance from some query of the tile is among `slashes`, lists for the slice's query heads.
+void mark_slashes(Queue&, const Slice&, const Ragged& flags, int tile, const Num& where, const Lists& slashes);
+/// The query head of the slice that a tile belongs to.
+inline Num head_of_tile(const Slice& s) { return floor_div(segment(), s.tiles); }
+
+}  // namespace heed

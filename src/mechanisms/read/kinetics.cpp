@@ -1,0 +1,71 @@
+#include <algorithm>
+
+#include "attention/reads.h"
+#include "attention/select.h"
+#include "mechanisms/entries.h"
+
+namespace heed::mechanisms {
+
+namespace {
+
+// The block top-k of Kinetics (Sadhukhan, Chen et al., 2025): each KV head reads sinks, a window and the blocks whose mean
+// logit over the group is highest, which is the mean query's logit at the mean key. Blocks are counted from the first entry,
+// not from behind the sinks, so blocks that hold a sink or reach into the window are read whole.
+struct Kinetics final : Mechanism {
+  Budget budget;
+  int block, sinks, local, first_dense;
+
+  static std::vector<ParamInfo> params() {
+    using M = Kinetics;
+    return {
+        param(&M::budget, "budget", "budget", "1024", "entries ≥ 1, or a fraction: 0.1, 10%",
+              "entries read by each KV head, sinks and window among them; a fraction is of the entries held"),
+        param(&M::block, "block", 16, 1, 64, "entries of a block: 1, 2, 4, … 64"),
+        param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that are always read"),
+        param(&M::local, "local", 64, 1, 1 << 20, "latest entries that are always read"),
+        param(&M::first_dense, "dense", 1, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+    };
+  }
+  std::string check() const override {
+    return 64 % block ? "block=" + std::to_string(block) + " does not divide 64" : "";
+  }
+
+  std::string means() const { return "kinetics.mean" + std::to_string(block); }
+  Needs needs(const ModelInfo&) const override {
+    Needs n;
+    n.columns = {{means(), Column::Keeps::KeyMean, 1, block}};
+    return n;
+  }
+
+  Read read(LayerView& at) const override {
+    if (reads_all(at, first_dense)) return {};
+    const Ragged scores = over_group(at, block_scores(at, at.q, means(), means(), block), Spread::Of::Mean);
+    const Num stays = place() * block < sinks || (place() + 1) * block > held_entries(at, segment(), scores.heads) - local;
+    compute(at.queue, scores, pick(stays, kInfinity, load(scores.values, index())), scores.values);
+    const int64_t longest = at.store->longest(), forced = (sinks + block - 1) / block + (local + block - 1) / block + 1;
+    const int64_t most = (std::min(budget.entries(longest), longest) + block - 1) / block;
+    return best_blocks(
+        at, Plan::Scope::KvHead, scores, block,
+        [&](const Num& s) {
+          const Num held = held_entries(at, s, scores.heads);
+          // What is always read may be more than the budget.
+          const Num whole = ceil_div(sinks, block) + ceil_div(held, block) - max(0, floor_div(held - local, block));
+          return max(whole, ceil_div(granted(budget, held), block));
+        },
+        std::max(most, forced));
+  }
+};
+
+}  // namespace
+
+Entry kinetics() {
+  Entry e = entry<Kinetics>("kinetics", "Kinetics: Rethinking Test-Time Scaling Laws",
+                            "Sadhukhan, Chen et al., 2025, arXiv 2506.05333", 2025, uint8_t(Role::Read));
+  e.equation = "score(block) = mean over the group of q · mean key; read sinks, the latest entries and the best blocks";
+  e.needs = "a column of means: 1 / block of the keys in f32";
+  e.identity = "kinetics(budget=1.0)";
+  e.verified = {"identity", "formula", "model"};
+  return e;
+}
+
+}  // namespace heed::mechanisms
