@@ -16,7 +16,8 @@ using Pattern = std::function<void(int64_t i, int64_t m, const AddKeys& add)>;
 /// Key numbers count the entries that the queries see, so behind an eviction a pattern is one of what is left.
 Plan pattern_plan(LayerView&, const Pattern& pattern);
 
-/// Tiles of `tile` new queries that see all the keys of their own tile and no others, later ones too.
-Plan own_tiles(LayerView&, int tile);
+/// Tiles of `tile` new queries that see all the keys of their own tile and no others, later ones too. For queries without
+/// the first and the last so many: a row for each tile of those.
+Plan own_tiles(LayerView&, int tile, int64_t first = 0, int64_t last = 0);
 
 }  // namespace heed

@@ -101,20 +101,22 @@ TEST_P(RealModel, AThirdOfTheTextKeepsMostOfThePrediction) {
 }
 INSTANTIATE_TEST_SUITE_P(
     Specs, RealModel,
-    testing::Values("streaming-llm(budget=96)", "snapkv(budget=0.33)", "pyramidkv(budget=0.33,beta=2)",
-                    "adakv(snapkv(budget=0.33))", "h2o(budget=0.33)", "tova(budget=0.33)", "knorm(budget=0.33)",
-                    "quest(budget=0.33)", "tidal-decode(budget=0.33)", "xattention(block=16,threshold=0.9)",
-                    "moba(block=16,topk=6)", "flexprefill(block=16,min_budget=64)", "kivi(residual=64)",
-                    "kvzip(budget=0.33,chunk=128)", "act(heads=0)", "a2sf(budget=0.33)",
-                    "observed-attention(budget=0.33)", "keydiff(budget=0.33)", "cur(budget=0.33)",
-                    "lagkv(budget=0.5,lag=32)", "noncausal(budget=0.33,tile=64)", "expected-attention(budget=0.33)",
-                    "random(budget=0.5,sinks=4)", "duo-attention(sinks=4,recent=64,heads=[0,2])",
-                    "simlayerkv(recent=64,threshold=0.5)", "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))",
-                    "dms(keydiff,threshold=-0.8,window=32)", "a-shape(sinks=4,local=64)",
-                    "tri-shape(sinks=4,local=64,last=16)", "triangle-mix(sinks=4,local=64,last=16)",
-                    "power(block=16,local=2)", "headkv(snapkv(budget=0.33))", "twilight(p=0.9)",
-                    "recycled-attention(budget=64,stride=4)", "omnikv(budget=64)", "star(block=64,query=16)",
-                    "gna(window=64,stride=8)", "stochastic-sa(window=128)"),
+    testing::Values(
+        "streaming-llm(budget=96)", "snapkv(budget=0.33)", "pyramidkv(budget=0.33,beta=2)",
+        "adakv(snapkv(budget=0.33))", "h2o(budget=0.33)", "tova(budget=0.33)", "knorm(budget=0.33)",
+        "quest(budget=0.33)", "tidal-decode(budget=0.33)", "xattention(block=16,threshold=0.9)",
+        "moba(block=16,topk=6)", "flexprefill(block=16,min_budget=64)", "kivi(residual=64)",
+        "kvzip(budget=0.33,chunk=128)", "act(heads=0)", "a2sf(budget=0.33)", "observed-attention(budget=0.33)",
+        "keydiff(budget=0.33)", "cur(budget=0.33)", "lagkv(budget=0.5,lag=32)", "noncausal(budget=0.33,tile=64)",
+        "expected-attention(budget=0.33)", "random(budget=0.5,sinks=4)", "duo-attention(sinks=4,recent=64,heads=[0,2])",
+        "simlayerkv(recent=64,threshold=0.5)", "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))",
+        "dms(keydiff,threshold=-0.8,window=32)", "a-shape(sinks=4,local=64)", "tri-shape(sinks=4,local=64,last=16)",
+        "triangle-mix(sinks=4,local=64,last=16)", "power(block=16,local=2)", "headkv(snapkv(budget=0.33))",
+        "twilight(p=0.9)", "recycled-attention(budget=64,stride=4)", "omnikv(budget=64)", "star(block=64,query=16)",
+        "criticalkv(snapkv(budget=0.33))", "defensivekv(budget=0.33)", "leverage(budget=0.33)",
+        "compactor(budget=0.33,tile=64)", "finch(budget=0.33)", "rerotate(snapkv(budget=0.33))", "cake(budget=0.33)",
+        "capkv(budget=0.33)", "zipvl(tau=0.9)", "chunk-local(snapkv(budget=0.33),chunk=64)", "r-kv(budget=0.33)",
+        "gna(window=64,stride=8)", "stochastic-sa(window=128)"),
     test_name);
 
 }  // namespace

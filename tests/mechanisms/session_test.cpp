@@ -57,6 +57,101 @@ TEST(Sessions, IdentitiesAreDense) {
   }
 }
 
+// Streaming heads whose keys are turned to their places are StreamingLLM: it makes room before a step for what these cut
+// behind it.
+TEST(Sessions, RerotateReadsWhatStaysAtItsPlace) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}}) {
+    const auto model = tiny(h, g);
+    const auto moved = logits(model, "rerotate(duo-attention(sinks=2,recent=12))", 0);
+    EXPECT_LT(distance(moved, logits(model, "streaming-llm(sinks=2,window=13)", 0)), 1e-5);
+    EXPECT_GT(distance(moved, logits(model, "duo-attention(sinks=2,recent=12)", 0)), 1e-3);
+  }
+}
+
+/// What each head of each layer holds behind a prompt.
+std::vector<std::vector<int32_t>> held(const std::shared_ptr<const Model>& model, const std::string& spec, int64_t chunk) {
+  SessionOptions o;
+  o.attention = spec, o.chunk = chunk, o.backend = backend_or("reference");
+  o.k.kind = o.v.kind = PageType::Kind::F32;
+  Session session(model, o);
+  session.prefill(text(83, 1));
+  std::vector<std::vector<int32_t>> out;
+  for (int l = 0; l < model->info().layers; ++l)
+    for (int kv = 0; kv < model->info().g; ++kv) out.push_back(session.store().layer(l).positions(kv));
+  return out;
+}
+
+// A store that keeps keys plain gives policies the same keys, rotated or not, as one that keeps them rotated.
+TEST(Sessions, PoliciesSeeTheSameKeysHoweverTheyAreKept) {
+  const auto model = tiny(6, 2);
+  for (int64_t chunk : {0, 25})
+    for (const std::string spec : {"leverage(budget=20)", "leverage(budget=20,sketch=8)", "keydiff(budget=20)"})
+      EXPECT_EQ(held(model, spec, chunk), held(model, "rerotate(" + spec + ")", chunk)) << spec << " chunk " << chunk;
+}
+
+TEST(Sessions, CakeDividesABudgetBetweenLayers) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}})
+    for (const auto& [budget, tau1, tau2] : {std::tuple{24, 1.6, 0.4}, {24, 1.0, 4.0}, {60, 1.0, 1.0}}) {
+      const int64_t window = 8, n = 83;
+      const auto model = tiny(h, g);
+      const ModelInfo& m = model->info();
+      SessionOptions o;
+      o.attention = "cake(window=8,budget=" + std::to_string(budget) + ",tau1=" + std::to_string(tau1) +
+                    ",tau2=" + std::to_string(tau2) + ")";
+      o.backend = backend_or("reference"), o.k.kind = o.v.kind = PageType::Kind::F32;
+      Session session(model, o);
+      std::vector<double> preferred;
+      session.tap([&, heads = h](LayerView& at) {
+        double entropy = 0, variance = 0;
+        for (int64_t head = 0; head < heads; ++head) {
+          Rows p;
+          for (int64_t i = n - window; i < n; ++i) {
+            auto& row = p.emplace_back(size_t(n), 0.0);
+            double sum = 0;
+            for (int64_t j = 0; j <= i; ++j) {
+              if (m.window(at.layer) > 0 && i - j >= m.window(at.layer)) continue;
+              double dot = 0;
+              for (int64_t c = 0; c < m.d; ++c)
+                dot += double(at.q.values.at<float>(head * n + i, c)) *
+                       double(at.k.values.at<float>(head / m.group() * n + j, c));
+              sum += row[size_t(j)] = std::exp(dot / std::sqrt(double(m.d)));
+            }
+            for (double& x : row) x /= sum;
+          }
+          for (int64_t j = 0; j < n - window; ++j) {
+            double mean = 0;
+            for (const auto& row : p) mean += row[size_t(j)] / double(window);
+            for (const auto& row : p) {
+              entropy -= row[size_t(j)] * std::log(row[size_t(j)] + 1e-10);
+              variance += std::pow(row[size_t(j)] - mean, 2) / double(window - 1);
+            }
+          }
+        }
+        preferred.push_back(std::pow(entropy, 1 / tau1) * std::pow(variance, 1 / tau2));
+      });
+      session.prefill(text(n, 1));
+      const double total = double(m.layers * (budget - window)), room = double(n - window),
+                   all = std::accumulate(preferred.begin(), preferred.end(), 0.0);
+      std::vector<double> expected;
+      for (double x : preferred) expected.push_back(std::min(room, x / all * total));
+      for (int round = 0; round < 10; ++round) {  // what is over, in equal parts
+        const double over = total - std::accumulate(expected.begin(), expected.end(), 0.0);
+        const double open = double(std::count_if(expected.begin(), expected.end(), [&](double x) { return x < room; }));
+        for (double& x : expected)
+          if (x < room) x = std::min(room, x + over / open);
+      }
+      int64_t sum = 0;
+      for (int l = 0; l < m.layers; ++l)
+        for (int kv = 0; kv < g; ++kv) {
+          const int64_t count = session.store().layer(l).length(kv);
+          EXPECT_NEAR(double(count), expected[size_t(l)] + double(window), 2.5) << o.attention << " layer " << l;
+          sum += kv == 0 ? count : 0;
+        }
+      EXPECT_LE(sum, m.layers * budget);
+      EXPECT_GT(sum, m.layers * (budget - 1));
+    }
+}
+
 TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
   const auto model = tiny(6, 2);
   for (int64_t chunk : {0, 25}) {

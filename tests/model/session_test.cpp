@@ -166,8 +166,15 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"dms(keydiff,threshold=0,window=8)"}, Case{"adakv(keydiff(budget=20))"},
                     Case{"headkv(snapkv(budget=20,window=4),window=4,scores=[1,3,2,2,5,1])"}, Case{"tova(budget=16)"},
                     Case{"tova(budget=20)", 33}, Case{"snapkv(budget=20,window=4,heads=1)"},
-                    Case{"snapkv(budget=20,window=4,layers=1-)"}, Case{"kvzip(budget=20,chunk=32,sinks=2)"},
-                    Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
+                    Case{"snapkv(budget=20,window=4,layers=1-)"}, Case{"criticalkv(snapkv(budget=20,window=4))"},
+                    Case{"criticalkv(adakv(h2o(budget=16)))"}, Case{"defensivekv(budget=20,window=4)"},
+                    Case{"defensivekv(budget=24,window=4,when=chunk)", 30}, Case{"leverage(budget=16,sketch=8)"},
+                    Case{"leverage(budget=16,when=every(5))"}, Case{"compactor(budget=20,tile=16)"},
+                    Case{"compactor(budget=20,tile=16)", 30}, Case{"finch(budget=20,window=5)"},
+                    Case{"cake(budget=20,window=4)"}, Case{"cake(budget=20,window=4)", 30}, Case{"capkv(budget=16)"},
+                    Case{"zipvl(tau=0.7)"}, Case{"chunk-local(knorm(budget=0.3),chunk=10)"},
+                    Case{"r-kv(budget=20,window=4,when=every(3))"}, Case{"r-kv(budget=20,window=4,when=every(1))", 25},
+                    Case{"kvzip(budget=20,chunk=32,sinks=2)"}, Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
     [](const auto& info) {
       std::string name = info.param.attention + (info.param.chunk ? "_chunk" : "");
       for (char& c : name)
