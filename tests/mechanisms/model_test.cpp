@@ -116,7 +116,8 @@ INSTANTIATE_TEST_SUITE_P(
         "criticalkv(snapkv(budget=0.33))", "defensivekv(budget=0.33)", "leverage(budget=0.33)",
         "compactor(budget=0.33,tile=64)", "finch(budget=0.33)", "rerotate(snapkv(budget=0.33))", "cake(budget=0.33)",
         "capkv(budget=0.33)", "zipvl(tau=0.9)", "chunk-local(snapkv(budget=0.33),chunk=64)", "r-kv(budget=0.33)",
-        "gna(window=64,stride=8)", "stochastic-sa(window=128)"),
+        "moa(alpha=[40],beta=[0.1],sinks=4,block=16)", "spatten(budget=0.5)", "gna(window=64,stride=8)",
+        "stochastic-sa(window=128)"),
     test_name);
 
 }  // namespace

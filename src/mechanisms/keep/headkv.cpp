@@ -3,36 +3,17 @@
 
 #include "attention/select.h"
 #include "mechanisms/entries.h"
+#include "mechanisms/keep/number_list.h"
 
 namespace heed::mechanisms {
 
 namespace {
 
-/// A score for each KV head or each query head of all layers, layer by layer: "[0.1,0.4,…]".
-struct HeadScores {
-  std::vector<double> values;
-  static Result<HeadScores> parse(const std::string& text) {
-    HeadScores out;
-    if (text.empty()) return out;
-    if (text.size() < 2 || text.front() != '[' || text.back() != ']')
-      return fail(Code::Invalid, "", "'" + text + "' is no list", "[0.1,0.4,0.2]");
-    std::string_view rest = std::string_view(text).substr(1, text.size() - 2);
-    while (!rest.empty()) {
-      const size_t comma = std::min(rest.find(','), rest.size());
-      auto x = detail::parse_number("scores", std::string(rest.substr(0, comma)), false, 0, 1e30);
-      if (!x) return tl::unexpected(x.error());
-      out.values.push_back(*x);
-      rest.remove_prefix(std::min(rest.size(), comma + 1));
-    }
-    return out;
-  }
-};
-
 // HeadKV (Fu et al., 2024): heads that retrieve get more of one pool over all layers. The inner window lies outside the
 // pool; of the rest of a head's budget b, ⌊b / β⌋ goes to the pool and is shared in proportion to given head scores. The
 // authors keep a set for each query head; here the scores of a group are added up, one set a KV head.
 struct HeadKV final : KeepWrapper {
-  HeadScores scores;
+  NumberList scores;
   double beta, temperature;
   int window;
 

@@ -1,0 +1,23 @@
+#include "mechanisms/keep/number_list.h"
+
+#include <string_view>
+
+namespace heed::mechanisms {
+
+Result<NumberList> NumberList::parse(const std::string& text) {
+  NumberList out;
+  if (text.empty()) return out;
+  if (text.size() < 2 || text.front() != '[' || text.back() != ']')
+    return fail(Code::Invalid, "", "'" + text + "' is no list", "[0.1,0.4,0.2]");
+  std::string_view rest = std::string_view(text).substr(1, text.size() - 2);
+  while (!rest.empty()) {
+    const size_t comma = std::min(rest.find(','), rest.size());
+    auto x = detail::parse_number("list", std::string(rest.substr(0, comma)), false, 0, 1e30);
+    if (!x) return tl::unexpected(x.error());
+    out.values.push_back(*x);
+    rest.remove_prefix(std::min(rest.size(), comma + 1));
+  }
+  return out;
+}
+
+}  // namespace heed::mechanisms
