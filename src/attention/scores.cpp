@@ -163,31 +163,31 @@ Ragged queries_behind(const LayerView& at) {
 
 Ragged row_weights(const LayerView& at, int64_t rows) {
   const int64_t all = at.q.segments(), group = at.model.group();
-  // Every row as a query head of its own, which as the last query sees all keys: lse, from where it sees what came before
-  // it, makes its weights on those right.
-  const Num head = floor_div(index(), rows), first = begin_of(at.q, head),
-            row = end_of(at.q, head) - rows + mod(index(), rows);
+  Plan dense;
+  dense.causal = at.plan.causal;
+  Tensor lse = at.lse;
+  if (at.decoding() || at.plan.form != Plan::Form::Dense || at.plan.parts > 1 || at.mods.gain) {
+    RowStats stats;
+    stats.lse = lse = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
+    at.run().observe_rows(at.queue, at.last_queries(rows), at.keys(), &dense, at.mods, stats);
+  }
+  // Every row as a query head of its own, which as the last query sees all keys: its logits.
+  auto row_of = [&](const Num& run) { return end_of(at.q, floor_div(run, rows)) - rows + mod(run, rows); };
+  auto first_of = [&](const Num& run) { return begin_of(at.q, floor_div(run, rows)); };
   Ragged each = at.q;
   each.heads = at.q.heads * rows;
   each.offsets = compute(at.queue, Dtype::I64, {all * rows + 1},
-                         pick(index() < all * rows, max(first, row), load(at.q.offsets, all)));
-  each.ends = compute(at.queue, Dtype::I64, {all * rows}, max(first, row + 1));
+                         pick(index() < all * rows, max(first_of(index()), row_of(index())), load(at.q.offsets, all)));
+  each.ends = compute(at.queue, Dtype::I64, {all * rows}, max(first_of(index()), row_of(index()) + 1));
   Observe how;
-  how.rows = Observe::Rows::Sum, how.heads = Observe::Heads::Each;
-  how.lse = at.lse;
-  const bool same = at.plan.form == Plan::Form::Dense && at.plan.parts == 1 && !at.mods.gain;
-  Plan dense;
-  dense.causal = at.plan.causal;
-  if (at.decoding() || !same) {
-    RowStats stats;
-    stats.lse = how.lse = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
-    at.run().observe_rows(at.queue, at.last_queries(rows), at.keys(), &dense, at.mods, stats);
-  }
+  how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
   const Ragged columns = at.per_entry(group * rows);
   at.run().observe(at.queue, each, at.keys(), &dense, at.mods, how, columns);
   const Ragged runs = by_query_head(at.queue, columns, group * rows);
-  const Num hidden = place() > length() - rows + mod(segment(), rows);
-  if (at.plan.causal) compute(at.queue, runs, pick(hidden, 0, load(runs.values, index())), runs.values);
+  const Num row = row_of(segment());
+  Num hidden = row < first_of(segment());
+  if (at.plan.causal) hidden = hidden || place() > length() - rows + mod(segment(), rows);
+  compute(at.queue, runs, pick(hidden, 0, exp(load(runs.values, index()) - load(lse, row))), runs.values);
   return runs;
 }
 

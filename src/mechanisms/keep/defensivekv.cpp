@@ -40,12 +40,9 @@ struct DefensiveKV final : KeepPolicy {
     const Ragged paid = row_weights(at, window);
 
     // Each row smoothed before the window, and brought back to its own mass.
-    std::vector<int64_t> cut;
-    for (int64_t count : recent) cut.push_back(count);
-    const Ragged rows = without_last(queue, paid, cut);
+    const Ragged rows = without_last(queue, paid, recent);
     Ragged smoothed = rows;
     smoothed.values = queue.scratch.take(Dtype::F32, {rows.values.size[0]});
-    compute(queue, 0, smoothed.values);
     queue.run->smooth(queue, rows, PoolKind::Mean, kernel, smoothed.values);
     const Ragged own = spread(queue, rows, {.of = Spread::Of::Sum}),
                  scaled = combine(queue, shares(queue, smoothed), own, Combine::Multiply);

@@ -47,7 +47,7 @@ struct ZipVL final : Accumulated {
   }
 
   Ragged rank(LayerView& at, const Ragged& mass, const Tensor&) const override {
-    return combine(at.queue, mass, at.column("queries"), Combine::Divide);
+    return combine(at.queue, mass, seen(at), Combine::Divide);
   }
 };
 
