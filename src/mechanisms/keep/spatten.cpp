@@ -11,14 +11,15 @@ namespace {
 // SpAtten's cascade token pruning (Wang et al., 2021): what a token is paid adds up over heads, layers and steps, and what
 // a layer drops is dropped in all deeper layers too. As a keep policy: tokens leave the cache, not the residual stream, and
 // layers share no work in the prompt; head and value pruning and progressive precision are not part of it. The first
-// layers keep all, then the share that goes grows linearly, so that layers hold `budget` on average.
+// layers keep all, then the share that goes grows linearly, so that layers hold `budget` on average
+// (below a budget of about 0.57 the deepest are down to one token, and the average is more).
 struct Spatten final : KeepPolicy {
   double dense;
 
   static std::vector<ParamInfo> params() {
     using M = Spatten;
     return keep_params<M>(
-        "0.5", "prompt",
+        "0.7", "prompt",
         {param(&M::dense, "dense", 0.15, 0, 1, "share of the layers, the first, that keep all tokens")});
   }
 
