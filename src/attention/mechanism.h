@@ -96,6 +96,7 @@ class LayerView {
   Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran; before it: dense, causal or not
   Read read;        // after attention of a Decode: what was read
   Tensor out, lse;  // after attention: F32, as q's rows
+  Tensor output_matrix;                                   // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
   LayerStore* store = nullptr;                            // the new entries are in it
   Store* stores = nullptr;                                // for column numbers
   const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`
@@ -109,6 +110,8 @@ class LayerView {
   Keys keys() const;
   /// An input by name; throws Error(Invalid) that names it and its shape when it is missing.
   Tensor input(const std::string& name, const std::string& shape) const;
+  /// The output matrix W_O [hidden, h·d_v], any type: of the model's layer, or `heed apply`'s input "output".
+  Tensor output() const;
   /// Scratch, F32: `width` numbers for each entry of the store, segment by segment (heads = g).
   Ragged per_entry(int64_t width = 1) const;
   /// Statistics of the attention that `rows` pay to each entry of the store: observe() over keys().
@@ -127,6 +130,13 @@ struct Allocation {
   std::span<const Ragged> scores;   // F32, one for each entry; heads = g
   std::span<const int64_t> prompt;  // for each sequence
   Budget budget;
+  State* state = nullptr;  // of the policy
+};
+
+/// What an eviction leaves: entries index[s · capacity + i], i < count[s], of each segment, ascending.
+struct Chosen {
+  Tensor index, count;  // I32 [segments · capacity], I32 [segments]
+  int64_t capacity = 0;
 };
 
 class Run;
@@ -180,6 +190,11 @@ struct KeepPolicy : Mechanism {
   /// While decoding, cut before the new token is appended and leave room for it, so that no query ever sees more than
   /// the budget. Others cut behind attention: a query sees one entry more, and that step's weights decide.
   virtual bool makes_room() const { return false; }
+  /// What ranks entries inside a head once allocate() has said how many it may hold (counts, I32 [segments]); by default the
+  /// scores that the allocator divided by.
+  virtual Ragged rank(LayerView&, const Ragged& scores, const Tensor& /*counts*/) const { return scores; }
+  /// Before the others go: the place to write what they held into the entries that stay.
+  virtual void fold(LayerView&, const Chosen&) const {}
 };
 
 /// A keep policy around another: what it does not override goes to the inner one, budget and timing included.
@@ -200,6 +215,10 @@ struct KeepWrapper : KeepPolicy {
   const When& timing() const override { return inner->timing(); }
   bool unbounded() const override { return inner->unbounded(); }
   bool makes_room() const override { return inner->makes_room(); }
+  Ragged rank(LayerView& at, const Ragged& scores, const Tensor& counts) const override {
+    return inner->rank(at, scores, counts);
+  }
+  void fold(LayerView& at, const Chosen& chosen) const override { inner->fold(at, chosen); }
 };
 
 /// The run of a model that a drive steers; implemented by model/.
@@ -224,9 +243,10 @@ class Run {
 /// The first `sinks` and the last `recent` entries of every segment of scores become +∞. Returns scores.
 Ragged force(Queue&, Ragged scores, int64_t sinks, int64_t recent);
 
-/// Keeps in each segment of the layer its counts[segment] best entries by score. KV heads outside `heads` keep all. What
-/// the host knows of the counts beforehand: no segment keeps more than most[segment], the layer no more than `together`.
-void evict(LayerView&, const Ragged& scores, Tensor counts, const Range& heads, std::span<const int64_t> most = {},
+/// Keeps in each segment of the layer its counts[segment] best entries by the policy's rank() of scores. KV heads outside
+/// the policy's `heads` keep all. What the host knows of the counts beforehand: no segment keeps more than most[segment],
+/// the layer no more than `together`.
+void evict(LayerView&, const KeepPolicy&, const Ragged& scores, Tensor counts, std::span<const int64_t> most = {},
            int64_t together = -1);
 
 }  // namespace heed

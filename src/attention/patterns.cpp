@@ -96,15 +96,15 @@ void TokenMap::add(const AddKeys& keys, int64_t y, int64_t x0, int64_t x1) const
   if (y >= 0 && x0 < x1) keys(text + y * width + x0, text + y * width + x1);
 }
 
-Plan own_tiles(LayerView& at, int tile) {
+Plan own_tiles(LayerView& at, int tile, int64_t first_row, int64_t last_rows) {
   const int64_t g = at.k.heads;
   std::vector<int64_t> rowptr{0};
   std::vector<int32_t> ranges;
   for (int64_t s = 0; s < at.k.segments(); ++s) {
     const int64_t n = at.rows[size_t(s / g)], m = at.key_rows[size_t(s)];
-    for (int64_t first = 0; first < n; first += tile) {
+    for (int64_t first = first_row; first < n - last_rows; first += tile) {
       ranges.push_back(int32_t(m - n + first));
-      ranges.push_back(int32_t(m - n + std::min<int64_t>(n, first + tile)));
+      ranges.push_back(int32_t(m - n + std::min<int64_t>(n - last_rows, first + tile)));
       rowptr.push_back(int64_t(ranges.size()) / 2);
     }
   }

@@ -26,7 +26,8 @@ struct TokenMap {
   void add(const AddKeys&, int64_t y, int64_t x0, int64_t x1) const;
 };
 
-/// Tiles of `tile` new queries that see all the keys of their own tile and no others, later ones too.
-Plan own_tiles(LayerView&, int tile);
+/// Tiles of `tile` new queries that see all the keys of their own tile and no others, later ones too. For queries without
+/// the first and the last so many: a row for each tile of those.
+Plan own_tiles(LayerView&, int tile, int64_t first = 0, int64_t last = 0);
 
 }  // namespace heed

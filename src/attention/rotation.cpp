@@ -51,12 +51,13 @@ Tensor mean_rotation(Queue& queue, const Rope& rope, int64_t d, int64_t heads, s
 
 Ragged transformed(Queue& queue, const Ragged& x, const Tensor& matrix) {
   // A recurrence that only reads its state.
-  const Ragged out = like(queue, x);
-  Ragged nothing = x;
-  nothing.values = ones(queue, x.values.size[0], x.values.size[1]);
-  queue.run->combine(queue, nothing.values, {}, Combine::Multiply, 0, nothing.values);
+  const int64_t rows = x.values.size[0], width = matrix.size[2];
+  Ragged out = x, none = x, nothing = x;
+  out.values = queue.scratch.take(Dtype::F32, {rows, width});
+  none.values = compute(queue, Dtype::F32, {rows, x.values.size[1]}, 0);
+  nothing.values = compute(queue, Dtype::F32, {rows, width}, 0);
   RecurInputs in;
-  in.q = x, in.k = in.v = nothing, in.state = matrix;
+  in.q = x, in.k = none, in.v = nothing, in.state = matrix;
   Recur plain;
   plain.scale = 1;
   queue.run->recur(queue, in, plain, out.values, {}, {});
@@ -71,6 +72,34 @@ Tensor outer_sums(Queue& queue, const Ragged& x) {
   in.q = in.k = in.v = x;
   queue.run->recur(queue, in, {}, like(queue, x).values, sums, {});
   return sums;
+}
+
+Tensor inverse(Queue& queue, const Tensor& matrix, double ridge) {
+  const int64_t count = matrix.size[0], d = matrix.size[2];
+  const Tensor out = queue.scratch.take(Dtype::F32, {count, d, d});
+  const Scratch scratch(queue.scratch);
+  const Num i = mod(place(), d), j = channel(), of = floor_div(place(), d);
+  Tensor a = compute(queue, Dtype::F64, {count * d, d}, load(matrix, index()) + (i == j) * ridge);
+  Tensor next = queue.scratch.take(Dtype::F64, {count * d, d});
+  for (int64_t p = 0; p < d; ++p) {
+    // The pivot's row, with 1 / pivot in the pivot's place.
+    const Num in_row = (place() * d + p) * d;
+    const Tensor row = compute(queue, Dtype::F64, {count, d}, pick(j == p, 1, load(a, in_row + j)) / load(a, in_row + p));
+    compute(queue,
+            pick(i == p, load(row, of * d + j),
+                 pick(j == p, 0, load(a, index())) - load(a, place() * d + p) * load(row, of * d + j)),
+            next);
+    std::swap(a, next);
+  }
+  compute(queue, load(a, index()), out.reshape({count * d, d}));
+  return out;
+}
+
+Ragged future_queries(const LayerView& at, int64_t count) {
+  const Rope* rope = at.model.rope(at.layer);
+  if (!rope) return at.q;
+  const Ragged plain = turned(at.queue, at.q, backwards(at.queue, *rope), at.q_pos);
+  return transformed(at.queue, plain, mean_rotation(at.queue, *rope, at.q.values.size[1], at.q.heads, at.prompt, count));
 }
 
 }  // namespace heed

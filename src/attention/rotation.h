@@ -14,9 +14,16 @@ Rope backwards(Queue&, const Rope&);
 /// [sequences · heads, d, d]. count is a power of 2: the mean of R(0) … R(2^b − 1) is Π (1 + R(2^k)) / 2.
 Tensor mean_rotation(Queue&, const Rope&, int64_t d, int64_t heads, std::span<const int64_t> first, int64_t count);
 
-/// matrix[s]^T x for every row x of segment s; matrix is F32 [segments, d, d].
+/// matrix[s]^T x for every row x of segment s: [rows, width]; matrix is F32 [segments, d, width].
 Ragged transformed(Queue&, const Ragged& x, const Tensor& matrix);
 /// Σ x x^T over each segment: [segments, d, d].
 Tensor outer_sums(Queue&, const Ragged& x);
+/// (matrix + ridge · I)^-1 of symmetric matrices F32 [count, d, d] that become positive definite so: Gauss–Jordan in f64
+/// without pivoting, 2 d launches.
+Tensor inverse(Queue&, const Tensor& matrix, double ridge = 0);
+
+/// The new queries as they would stand, on average, at the next `count` positions (a power of 2): turned back to before
+/// their rotation, then by the mean of the rotations to come.
+Ragged future_queries(const LayerView&, int64_t count);
 
 }  // namespace heed

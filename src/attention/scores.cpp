@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention/rotation.h"
 #include "attention/select.h"
 
 namespace heed {
@@ -19,13 +20,34 @@ Ragged like(Queue& queue, const Ragged& x, int64_t width = 0) {
 }
 Ragged as(Queue& queue, const Ragged& x) { return like(queue, x, x.values.rank > 1 ? width(x) : 0); }
 
+Ragged read_keys(const LayerView& at, const Read* read) {
+  Ragged keys = at.per_entry(at.store->shape().d);
+  keys.values = keys.values.reshape({keys.bound, at.store->shape().d});
+  at.run().page_read(at.queue, at.store->pages(), read, keys, {}, {});
+  return keys;
+}
+
+/// True positions of all entries, I32 [entries].
+Tensor entry_positions(const LayerView& at) {
+  Ragged places = at.per_entry();  // where each segment's numbers lie; keys and values themselves are not wanted
+  const Tensor positions = at.queue.scratch.take(Dtype::I32, {places.bound});
+  places.values = {};
+  at.run().page_read(at.queue, at.store->pages(), nullptr, places, {}, positions);
+  return positions;
+}
+
 }  // namespace
 
 Ragged stored_keys(const LayerView& at) {
-  Ragged keys = at.per_entry(at.store->shape().d);
-  keys.values = keys.values.reshape({keys.bound, at.store->shape().d});
-  at.run().page_read(at.queue, at.store->pages(), nullptr, keys, {}, {});
-  return keys;
+  const bool turn = at.store->pages().plain_keys && at.read.rope;
+  return read_keys(at, turn ? &at.read : nullptr);
+}
+
+Ragged plain_keys(const LayerView& at) {
+  const Rope* rope = at.model.rope(at.layer);
+  const Ragged keys = read_keys(at, nullptr);
+  if (!rope || at.store->pages().plain_keys) return keys;
+  return turned(at.queue, keys, backwards(at.queue, *rope), entry_positions(at));
 }
 
 Ragged stored_values(const LayerView& at) {
@@ -36,12 +58,8 @@ Ragged stored_values(const LayerView& at) {
 }
 
 Ragged stored_positions(const LayerView& at) {
-  Ragged out = at.per_entry();
-  const Tensor positions = at.queue.scratch.take(Dtype::I32, {out.bound});
-  Ragged places = out;  // where each segment's numbers lie; keys and values themselves are not wanted
-  places.values = {};
-  at.run().page_read(at.queue, at.store->pages(), nullptr, places, {}, positions);
-  compute(at.queue, out, load(positions, index()), out.values);
+  const Ragged out = at.per_entry();
+  compute(at.queue, out, load(entry_positions(at), index()), out.values);
   return out;
 }
 
@@ -71,6 +89,14 @@ Ragged softmax(Queue& queue, const Ragged& x, Spread group) {
 Ragged shares(Queue& queue, const Ragged& x, Spread group) {
   group.of = Spread::Of::Sum;
   return combine(queue, x, spread(queue, x, group), Combine::Divide);
+}
+
+Ragged z_scores(Queue& queue, const Ragged& x, Spread group) {
+  group.of = Spread::Of::Mean;
+  const Ragged centred = combine(queue, x, spread(queue, x, group), Combine::Add, -1);
+  group.of = Spread::Of::Deviation;
+  const Ragged floor = combine(queue, combine(queue, x, Combine::Power, 0), Combine::Multiply, 1e-6f);
+  return combine(queue, centred, combine(queue, spread(queue, x, group), floor, Combine::Max), Combine::Divide);
 }
 
 Ragged row_dots(Queue& queue, const Ragged& x, const Ragged& y, float factor) {
@@ -132,6 +158,92 @@ Ragged queries_behind(const LayerView& at) {
   Observe how;
   how.rows = Observe::Rows::Sum, how.logits = true;
   at.run().observe(at.queue, rows, {.panel = &keys, .pages = nullptr, .read = nullptr}, &all, one, how, out);
+  return out;
+}
+
+Ragged row_weights(const LayerView& at, int64_t rows) {
+  const int64_t all = at.q.segments(), group = at.model.group();
+  Plan dense;
+  dense.causal = at.plan.causal;
+  Tensor lse = at.lse;
+  if (at.decoding() || at.plan.form != Plan::Form::Dense || at.plan.parts > 1 || at.mods.gain) {
+    RowStats stats;
+    stats.lse = lse = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
+    at.run().observe_rows(at.queue, at.last_queries(rows), at.keys(), &dense, at.mods, stats);
+  }
+  // Every row as a query head of its own, which as the last query sees all keys: its logits.
+  auto row_of = [&](const Num& run) { return end_of(at.q, floor_div(run, rows)) - rows + mod(run, rows); };
+  auto first_of = [&](const Num& run) { return begin_of(at.q, floor_div(run, rows)); };
+  Ragged each = at.q;
+  each.heads = at.q.heads * rows;
+  each.offsets = compute(at.queue, Dtype::I64, {all * rows + 1},
+                         pick(index() < all * rows, max(first_of(index()), row_of(index())), load(at.q.offsets, all)));
+  each.ends = compute(at.queue, Dtype::I64, {all * rows}, max(first_of(index()), row_of(index()) + 1));
+  Observe how;
+  how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
+  const Ragged columns = at.per_entry(group * rows);
+  at.run().observe(at.queue, each, at.keys(), &dense, at.mods, how, columns);
+  const Ragged runs = by_query_head(at.queue, columns, group * rows);
+  const Num row = row_of(segment());
+  Num hidden = row < first_of(segment());
+  if (at.plan.causal) hidden = hidden || place() > length() - rows + mod(segment(), rows);
+  compute(at.queue, runs, pick(hidden, 0, exp(load(runs.values, index()) - load(lse, row))), runs.values);
+  return runs;
+}
+
+Ragged over_runs(const LayerView& at, const Ragged& runs, Spread::Of of) {
+  Ragged grouped = runs;  // the runs of a KV head as the heads of a sequence
+  grouped.heads = runs.segments() / at.store->segments();
+  const Ragged all = spread(at.queue, grouped, {.of = of, .over = Spread::Over::Heads}), out = at.per_entry();
+  compute(at.queue, out, load(all.values, begin_of(all, segment() * grouped.heads) + place()), out.values);
+  return out;
+}
+
+Ragged output_norms(const LayerView& at) {
+  Queue& queue = at.queue;
+  const Tensor weights = at.output();
+  const int64_t hidden = weights.size[0], h = at.model.h, g = at.store->shape().kv_heads, group = h / g,
+                d = at.store->shape().d_v, all = at.store->segments();
+  require(weights.rank == 2 && weights.size[1] == h * d, "output",
+          "the output matrix is " + weights.shape() + ", and attention gives " + std::to_string(h) + " heads of " +
+              std::to_string(d));
+  const Ragged out = at.per_entry();
+  compute(queue, out, 0, out.values);
+  const Scratch scratch(queue.scratch);
+  const Ragged values = stored_values(at);
+  // The columns of each head as rows of their own: [h · hidden, d_v].
+  const Tensor flat = queue.scratch.take(Dtype::F32, {hidden, h * d});
+  queue.run->dequantise(queue, weights, flat);
+  Ragged heads;
+  heads.heads = h, heads.bound = h * hidden;
+  heads.values = queue.scratch.take(Dtype::F32, {h * hidden, d});
+  heads.offsets = compute(queue, Dtype::I64, {h + 1}, index() * hidden);
+  queue.run->split_heads(queue, flat.reshape({hidden, h, d}), compute(queue, Dtype::I64, {2}, index() * hidden), {}, 0,
+                         nullptr, {}, heads);
+  constexpr int64_t part = 128;  // outputs at a time: bounds what a long text's products take
+  for (int64_t member = 0; member < group; ++member)
+    for (int64_t begin = 0; begin < hidden; begin += part) {
+      const Scratch products(queue.scratch);
+      const int64_t cols = std::min(part, hidden - begin);
+      const Num first = (mod(index(), g) * group + member) * hidden + begin;
+      Ragged rows = heads;
+      rows.heads = g;
+      rows.offsets = compute(queue, Dtype::I64, {all + 1}, first);
+      rows.ends = compute(queue, Dtype::I64, {all}, first + cols);
+      Grids y, sums;
+      y.rows = sums.rows = compute(queue, Dtype::I64, {all}, length_of(values, index()));
+      y.cols = compute(queue, Dtype::I64, {all}, cols), sums.cols = compute(queue, Dtype::I64, {all}, 1);
+      y.cells.heads = g, y.cells.bound = values.bound * cols;
+      y.cells.values = queue.scratch.take(Dtype::F32, {y.cells.bound});
+      y.cells.offsets = compute(queue, Dtype::I64, {all + 1}, load(values.offsets, index()) * cols);
+      sums.cells = like(queue, out);
+      Proxy product;
+      product.scale = 1, product.causal = false;
+      queue.run->proxy(queue, values, rows, product, y);
+      queue.run->combine(queue, y.cells.values, y.cells.values, Combine::Max, -1, y.cells.values);  // |y|
+      queue.run->reduce(queue, y, {.to = Reduce::To::Rows}, sums);
+      queue.run->combine(queue, out.values, sums.cells.values, Combine::Add, 1 / float(group), out.values);
+    }
   return out;
 }
 

@@ -5,11 +5,13 @@
 
 namespace heed {
 
-/// All entries of the layer as the store keeps them: keys [entries, d] (rotated unless the store keeps them plain), values
-/// [entries, d_v], and their true positions as numbers. F32.
+/// All entries of the layer: keys [entries, d] as attention reads them (rotated), values [entries, d_v], and their true
+/// positions as numbers. F32.
 Ragged stored_keys(const LayerView&);
 Ragged stored_values(const LayerView&);
 Ragged stored_positions(const LayerView&);
+/// The keys before rotary embedding: as they are kept, or turned back.
+Ragged plain_keys(const LayerView&);
 
 /// x and y, element by element (kernels.h, Combine); without y, x and 1. y may be a number for each row of a wider x.
 Ragged combine(Queue&, const Ragged& x, Combine, float factor = 1);
@@ -21,6 +23,9 @@ Ragged spread(Queue&, const Ragged& x, const Spread&);
 Ragged softmax(Queue&, const Ragged& x, Spread group = {});
 /// x / Σ x over each group, 0 where the sum is 0; NaN for rows of none.
 Ragged shares(Queue&, const Ragged& x, Spread group = {});
+
+/// (x − mean) / deviation over each group, the deviation 1e-6 at least; NaN for rows of none.
+Ragged z_scores(Queue&, const Ragged& x, Spread group = {});
 
 /// factor · x_i·y_i for every row i of two raggeds of one layout.
 Ragged row_dots(Queue&, const Ragged& x, const Ragged& y, float factor = 1);
@@ -37,6 +42,17 @@ Ragged unit_rows(Queue&, const Ragged& x);
 Tensor ones(Queue&, int64_t rows, int64_t width = 0);
 /// For each entry of the store, how many of the new queries stand at or behind it.
 Ragged queries_behind(const LayerView&);
+
+/// What each of the last `rows` new queries pays to each entry, P_ij: for each (sequence, KV head) a run of numbers as
+/// long as its entries for every (query head of its group, row), row by row; 0 for rows that a sequence has not, and for
+/// keys that a row does not see. rows · h numbers an entry.
+Ragged row_weights(const LayerView&, int64_t rows);
+/// The statistic over the runs of each KV head, as numbers beside entries.
+Ragged over_runs(const LayerView&, const Ragged& runs, Spread::Of of);
+
+/// The mean over a group's query heads of ‖W_O v_j‖₁, W_O the columns of the output matrix that the head owns
+/// (Feng et al., 2025). What a norm behind the output matrix does to it is left out.
+Ragged output_norms(const LayerView&);
 
 /// x without the first `rows` rows of every segment. No copy.
 Ragged without_first(Queue&, const Ragged& x, int64_t rows);

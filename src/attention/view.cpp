@@ -24,6 +24,8 @@ Tensor LayerView::input(const std::string& name, const std::string& shape) const
   throw Error(Code::Invalid, "--input", "'" + name + "' " + shape + " is needed", "give --input " + name + "=FILE.npy");
 }
 
+Tensor LayerView::output() const { return output_matrix ? output_matrix : input("output", "[hidden, h·d_v]"); }
+
 Ragged LayerView::per_entry(int64_t width) const {
   Ragged out;
   out.offsets = store->offsets(queue);
@@ -82,8 +84,9 @@ Ragged force(Queue& queue, Ragged scores, int64_t sinks, int64_t recent) {
   return scores;
 }
 
-void evict(LayerView& at, const Ragged& scores, Tensor counts, const Range& heads, std::span<const int64_t> most,
+void evict(LayerView& at, const KeepPolicy& policy, const Ragged& scores, Tensor counts, std::span<const int64_t> most,
            int64_t together) {
+  const Range& heads = policy.heads;
   const int64_t segments = scores.segments(), g = scores.heads, capacity = std::max<int64_t>(1, at.store->longest());
   const Num length = load(at.store->pages().length, index());
   Num kept = clamp(load(counts, index()), 0, length);
@@ -96,7 +99,8 @@ void evict(LayerView& at, const Ragged& scores, Tensor counts, const Range& head
   best.count = compute(at.queue, Dtype::I32, {segments}, kept);
   const Tensor entries = at.queue.scratch.take(Dtype::I32, {segments * capacity}),
                chosen = at.queue.scratch.take(Dtype::I32, {segments});
-  at.run().select(at.queue, scores, best, capacity, entries, chosen);
+  at.run().select(at.queue, policy.rank(at, scores, best.count), best, capacity, entries, chosen);
+  policy.fold(at, {entries, chosen, capacity});
   at.store->compact(at.queue, entries, chosen, capacity, most, together);
 }
 

@@ -197,8 +197,8 @@ class Harness {
     const auto& policy = static_cast<const KeepPolicy&>(enter(at, keeper));
     if (!policy.settle(at)) {
       const Ragged scores = policy.score(at);
-      const Tensor counts = policy.allocate({queue_, model_, 0, std::span(&scores, 1), at.prompt, policy.kept()});
-      evict(at, scores, counts.select(0, 0), policy.heads);
+      const Tensor counts = policy.allocate({queue_, model_, 0, std::span(&scores, 1), at.prompt, policy.kept(), at.state});
+      evict(at, policy, scores, counts.select(0, 0));
     }
     std::vector<std::vector<int32_t>> positions;
     for (int64_t head = 0; head < g_; ++head) positions.push_back(store_->layer(0).positions(head));

@@ -276,6 +276,8 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   LayerView view(m, queue, l, batch.phase);
   view.step = step, view.prompt = prompt, view.store = &entries, view.stores = store.get();
   view.rows = batch.count, view.first = batch.first;
+  view.output_matrix = w.o;
+  view.read.rope = m.rope(l), view.read.positions = positions;
   view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);
 
   Tensor q_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.h) * m.d});
@@ -371,8 +373,6 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
     return part(p);
   };
   if (batch.phase == Phase::Decode) {
-    view.read.rope = view.model.rope(view.layer);
-    view.read.positions = positions;
     if (reader >= 0) {
       Clock clock(times.plan);
       const Mechanism& mechanism = enter(reader);
@@ -466,7 +466,8 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
                                  .first_layer = view.layer,
                                  .scores = std::span(&scores, 1),
                                  .prompt = prompt,
-                                 .budget = policy.kept()})
+                                 .budget = policy.kept(),
+                                 .state = view.state})
                       .select(0, 0);
   if (!coming.empty()) {
     const Num s = floor_div(index(), g);
@@ -476,7 +477,7 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
   clock.reset();
   Clock select(times.select);
   for (int64_t& length : most) length = std::min(length, together);
-  evict(view, scores, counts, policy.heads, most, together);
+  evict(view, policy, scores, counts, most, together);
 }
 
 void Session::Impl::make_room(Batch& batch, LayerView& view) {
@@ -510,15 +511,21 @@ void Session::Impl::evict_all(int p, Phase phase) {
     if (!policy.layers.holds(l, m.layers)) continue;
     LayerView& view = views.emplace_back(m, queue, l, phase);
     view.step = step, view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get(),
-    view.state = states[size_t(p)].get();
+    view.state = states[size_t(p)].get(), view.output_matrix = weights->layers[size_t(l)].o;
+    view.read.rope = m.rope(l), view.read.positions = positions;
     scores.push_back(policy.score(view));
   }
   if (scores.empty()) return;
-  const Tensor counts = policy.allocate(
-      {.queue = queue, .model = m, .first_layer = views[0].layer, .scores = scores, .prompt = prompt, .budget = policy.kept()});
+  const Tensor counts = policy.allocate({.queue = queue,
+                                         .model = m,
+                                         .first_layer = views[0].layer,
+                                         .scores = scores,
+                                         .prompt = prompt,
+                                         .budget = policy.kept(),
+                                         .state = states[size_t(p)].get()});
   clock.reset();
   Clock select(times.select);
-  for (size_t i = 0; i < views.size(); ++i) evict(views[i], scores[i], counts.select(0, int64_t(i)), policy.heads);
+  for (size_t i = 0; i < views.size(); ++i) evict(views[i], policy, scores[i], counts.select(0, int64_t(i)));
 }
 
 /// Logits of rows x, into memory of the host.

@@ -80,8 +80,7 @@ class FakeRun final : public Run {
     }
     const std::vector<int64_t> prompt{length_};
     const Tensor counts = policy.allocate({queue_, info_, 0, scores, prompt, policy.kept()});
-    for (int l = 0; l < kLayers; ++l)
-      heed::evict(views[size_t(l)], scores[size_t(l)], counts.select(0, l), policy.heads);
+    for (int l = 0; l < kLayers; ++l) heed::evict(views[size_t(l)], policy, scores[size_t(l)], counts.select(0, l));
     for (int l = 0; l < kLayers; ++l)
       for (int64_t kv = 0; kv < shape_.g; ++kv) kept.push_back(store_->layer(l).positions(kv));
   }

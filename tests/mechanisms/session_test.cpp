@@ -57,6 +57,151 @@ TEST(Sessions, IdentitiesAreDense) {
   }
 }
 
+// Streaming heads whose keys are turned to their places are StreamingLLM: it makes room before a step for what these cut
+// behind it.
+TEST(Sessions, RerotateReadsWhatStaysAtItsPlace) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}}) {
+    const auto model = tiny(h, g);
+    const auto moved = logits(model, "rerotate(duo-attention(sinks=2,recent=12))", 0);
+    EXPECT_LT(distance(moved, logits(model, "streaming-llm(sinks=2,window=13)", 0)), 1e-5);
+    EXPECT_GT(distance(moved, logits(model, "duo-attention(sinks=2,recent=12)", 0)), 1e-4);
+  }
+}
+
+/// What each head of each layer holds behind a prompt.
+std::vector<std::vector<int32_t>> held(const std::shared_ptr<const Model>& model, const std::string& spec, int64_t chunk) {
+  SessionOptions o;
+  o.attention = spec, o.chunk = chunk, o.backend = backend_or("reference");
+  o.k.kind = o.v.kind = PageType::Kind::F32;
+  Session session(model, o);
+  session.prefill(text(83, 1));
+  std::vector<std::vector<int32_t>> out;
+  for (int l = 0; l < model->info().layers; ++l)
+    for (int kv = 0; kv < model->info().g; ++kv) out.push_back(session.store().layer(l).positions(kv));
+  return out;
+}
+
+// A store that keeps keys plain gives policies the same keys, rotated or not, as one that keeps them rotated.
+TEST(Sessions, PoliciesSeeTheSameKeysHoweverTheyAreKept) {
+  const auto model = tiny(6, 2);
+  for (int64_t chunk : {0, 25})
+    for (const std::string spec : {"leverage(budget=20)", "leverage(budget=20,sketch=8)", "keydiff(budget=20)"}) {
+      const auto kept = held(model, spec, chunk), moved = held(model, "rerotate(" + spec + ")", chunk);
+      ASSERT_EQ(kept.size(), moved.size());
+      std::vector<int32_t> odd;  // turning keys back rounds: scores may tie
+      for (size_t i = 0; i < kept.size(); ++i)
+        std::set_symmetric_difference(kept[i].begin(), kept[i].end(), moved[i].begin(), moved[i].end(),
+                                      std::back_inserter(odd));
+      EXPECT_LE(odd.size(), 2u) << spec << " chunk " << chunk;
+    }
+}
+
+/// Weights of rows first … n − 1 of a query head of a prompt of one sequence, in f64.
+Rows weights(const LayerView& at, int64_t head, int64_t first) {
+  const int64_t n = at.rows[0], window = at.model.window(at.layer);
+  Rows out;
+  for (int64_t i = first; i < n; ++i) {
+    auto& row = out.emplace_back(size_t(n), 0.0);
+    double sum = 0;
+    for (int64_t j = 0; j <= i; ++j) {
+      if (window > 0 && i - j >= window) continue;
+      double dot = 0;
+      for (int64_t c = 0; c < at.model.d; ++c)
+        dot += double(at.q.values.at<float>(head * n + i, c)) *
+               double(at.k.values.at<float>(head / at.model.group() * n + j, c));
+      sum += row[size_t(j)] = std::exp(dot / std::sqrt(double(at.model.d)));
+    }
+    for (double& x : row) x /= sum;
+  }
+  return out;
+}
+
+TEST(Sessions, CakeDividesABudgetBetweenLayers) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}})
+    for (const auto& [budget, tau1, tau2] : {std::tuple{24, 1.6, 0.4}, {24, 1.0, 4.0}, {60, 1.0, 1.0}}) {
+      const int64_t window = 8, n = 83;
+      const auto model = tiny(h, g);
+      const ModelInfo& m = model->info();
+      SessionOptions o;
+      o.attention = "cake(window=8,budget=" + std::to_string(budget) + ",tau1=" + std::to_string(tau1) +
+                    ",tau2=" + std::to_string(tau2) + ")";
+      o.backend = backend_or("reference"), o.k.kind = o.v.kind = PageType::Kind::F32;
+      Session session(model, o);
+      std::vector<double> preferred;
+      session.tap([&, heads = h](LayerView& at) {
+        double entropy = 0, variance = 0;
+        for (int64_t head = 0; head < heads; ++head) {
+          const Rows p = weights(at, head, n - window);
+          for (int64_t j = 0; j < n - window; ++j) {
+            double mean = 0;
+            for (const auto& row : p) mean += row[size_t(j)] / double(window);
+            for (const auto& row : p) {
+              entropy -= row[size_t(j)] * std::log(row[size_t(j)] + 1e-10);
+              variance += std::pow(row[size_t(j)] - mean, 2) / double(window - 1);
+            }
+          }
+        }
+        preferred.push_back(std::pow(entropy, 1 / tau1) * std::pow(variance, 1 / tau2));
+      });
+      session.prefill(text(n, 1));
+      const double total = double(m.layers * (budget - window)), room = double(n - window),
+                   all = std::accumulate(preferred.begin(), preferred.end(), 0.0);
+      std::vector<double> expected;
+      for (double x : preferred) expected.push_back(std::min(room, x / all * total));
+      for (int round = 0; round < 10; ++round) {  // what is over, in equal parts
+        const double over = total - std::accumulate(expected.begin(), expected.end(), 0.0);
+        const double open = double(std::count_if(expected.begin(), expected.end(), [&](double x) { return x < room; }));
+        for (double& x : expected)
+          if (x < room) x = std::min(room, x + over / open);
+      }
+      int64_t sum = 0;
+      for (int l = 0; l < m.layers; ++l)
+        for (int kv = 0; kv < g; ++kv) {
+          const int64_t count = session.store().layer(l).length(kv);
+          EXPECT_NEAR(double(count), expected[size_t(l)] + double(window), 2.5) << o.attention << " layer " << l;
+          sum += kv == 0 ? count : 0;
+        }
+      EXPECT_LE(sum, m.layers * budget);
+      EXPECT_GT(sum, m.layers * (budget - 1));
+    }
+}
+
+// What layers hold shrinks around its mean, each layer's tokens are among those of the one before, and which those are is
+// what all layers so far have paid.
+TEST(Sessions, SpattenDropsATokenInAllDeeperLayers) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}}) {
+    const int64_t n = 83;
+    const auto model = tiny(h, g);
+    SessionOptions o;
+    o.attention = "spatten(budget=0.6)", o.backend = backend_or("reference"), o.k.kind = o.v.kind = PageType::Kind::F32;
+    Session session(model, o);
+    std::vector<Rows> paid;  // [layer][1][token]
+    session.tap([&, heads = h](LayerView& at) {
+      if (at.phase != Phase::Prompt) return;
+      auto& sums = paid.emplace_back(1, std::vector<double>(size_t(n), 0.0))[0];
+      for (int64_t head = 0; head < heads; ++head)
+        for (const auto& row : weights(at, head, 0))
+          for (size_t j = 0; j < row.size(); ++j) sums[j] += row[j];
+    });
+    session.prefill(text(n, 1));
+    std::vector<double> total(size_t(n), 0.0);
+    double held = 0;
+    for (int l = 0; l < 4; ++l) {
+      for (size_t j = 0; j < total.size(); ++j) total[j] += paid[size_t(l)][0][j];
+      // One layer keeps all; then r = step, 2 step, 3 step, which add up to 4 (1 − 0.6).
+      const int64_t count = l == 0 ? n : std::llround(double(n) * (1 - l * 4 * (1 - 49.0 / 83) / 6));
+      const auto expected = top(total, count);
+      for (int kv = 0; kv < g; ++kv) EXPECT_EQ(session.store().layer(l).positions(kv), expected) << "layer " << l;
+      for (int32_t j = 0, e = 0; j < n; ++j) {
+        if (e < int32_t(expected.size()) && expected[size_t(e)] == j) ++e;
+        else total[size_t(j)] = -INFINITY;
+      }
+      held += double(count);
+    }
+    EXPECT_NEAR(held / 4, 49, 1);
+  }
+}
+
 TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
   const auto model = tiny(6, 2);
   for (int64_t chunk : {0, 25}) {
@@ -106,6 +251,19 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "star(block=10,query=4)",
                              "gna(window=8,stride=2,dilation=2)",
                              "stochastic-sa(window=16)",
+                             "cake(budget=16,window=4)",
+                             "capkv(budget=12)",
+                             "chunk-local(knorm(budget=0.3),chunk=10)",
+                             "compactor(budget=16,tile=16)",
+                             "criticalkv(adakv(snapkv(budget=16,window=4)))",
+                             "defensivekv(budget=16,window=4)",
+                             "finch(budget=16,window=4)",
+                             "leverage(budget=12)",
+                             "moa(alpha=[4],beta=[0.1],sinks=2,block=4)",
+                             "r-kv(budget=16,window=3,when=every(2))",
+                             "rerotate(snapkv(budget=16,window=4))",
+                             "spatten(budget=0.3,when=every(2))",
+                             "zipvl(tau=0.7)",
                              "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+"
                              "h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
       const double changed = distance(dense, logits(model, spec, chunk));
@@ -120,7 +278,8 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
   for (const char* spec :
        {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)",
         "quest(budget=8,page=4,dense=0)", "a2sf(budget=10)", "recycled-attention(budget=8,stride=4)",
-        "omnikv(budget=6,filters=1,wait=0)", "caote(h2o(budget=10))", "random(budget=10,when=every(2))"}) {
+        "omnikv(budget=6,filters=1,wait=0)", "caote(h2o(budget=10))", "random(budget=10,when=every(2))",
+        "r-kv(budget=16,window=3,when=every(2))", "spatten(budget=0.4,when=every(2))", "criticalkv(h2o(budget=10))"}) {
     SessionOptions o;
     o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);

@@ -37,19 +37,11 @@ struct ExpectedAttention final : KeepPolicy {
     return too_small(budget, sinks, "sinks");
   }
 
-  /// The new queries, turned back to before their rotation and then as the positions to come do on average.
-  Ragged in_future(const LayerView& at) const {
-    const Rope* rope = at.model.rope(at.layer);
-    if (!rope) return at.q;
-    const Ragged plain = turned(at.queue, at.q, backwards(at.queue, *rope), at.q_pos);
-    return transformed(at.queue, plain, mean_rotation(at.queue, *rope, at.q.values.size[1], at.q.heads, at.prompt, future));
-  }
-
   Ragged score(LayerView& at) const override {
     const int64_t group = at.model.group(), d = at.q.values.size[1];
     const float scale = at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(d));
     const Spread counted{.of = Spread::Of::Mean, .first = sinks};
-    const Ragged x = in_future(at), keys = stored_keys(at);
+    const Ragged x = future_queries(at, future), keys = stored_keys(at);
     Ragged count = x;  // how many queries count, for each row
     count.values = ones(at.queue, x.values.size[0]);
     count = spread(at.queue, count, {.of = Spread::Of::Sum, .first = sinks});

@@ -26,6 +26,13 @@ void Accumulated::observe(LayerView& at) const {
   if (counts()) at.set_column("queries", combine(at.queue, at.column("queries"), queries_behind(at), Combine::Add));
 }
 
+Ragged Accumulated::seen(const LayerView& at) {
+  const Ragged seen = at.column("queries");
+  const int64_t window = at.model.window(at.layer);
+  if (window > 0) compute(at.queue, min(load(seen.values, index()), window), seen.values);
+  return seen;
+}
+
 namespace {
 
 // H2O (Zhang et al., 2023): the largest sums stay, and the latest entries in any case.
@@ -73,14 +80,7 @@ struct ObservedAttention final : Accumulated {
 
   bool counts() const override { return true; }
 
-  Ragged score(LayerView& at) const override {
-    Ragged seen = at.column("queries");
-    if (const int64_t window = at.model.window(at.layer); window > 0)  // min(seen, window)
-      seen = combine(at.queue,
-                     combine(at.queue, combine(at.queue, seen, Combine::Multiply, -1), Combine::Max, -float(window)),
-                     Combine::Multiply, -1);
-    return combine(at.queue, at.column("paid"), seen, Combine::Divide);
-  }
+  Ragged score(LayerView& at) const override { return combine(at.queue, at.column("paid"), seen(at), Combine::Divide); }
 };
 
 }  // namespace

@@ -16,6 +16,8 @@ struct Accumulated : KeepPolicy {
   virtual double decay() const { return 1; }
   /// Whether the queries that could see a key are counted.
   virtual bool counts() const { return false; }
+  /// How many those are, with counts(): no more than a sliding window holds.
+  static Ragged seen(const LayerView& at);
 };
 
 }  // namespace heed::mechanisms

@@ -1,3 +1,5 @@
+#include "mechanisms/keep/noncausal.h"
+
 #include <limits>
 
 #include "attention/patterns.h"
@@ -7,59 +9,56 @@
 
 namespace heed::mechanisms {
 
-namespace {
+std::vector<ParamInfo> NonCausal::params() {
+  using M = NonCausal;
+  return keep_params<M>("1024", "prompt",
+                        {
+                            param(&M::tile, "tile", 256, 1, 1 << 16, "queries and keys of a tile"),
+                            param(&M::kernel, "kernel", 3, 1, 63, "width of the smoothing over keys, odd"),
+                            param(&M::scaled, "scaled", false, "logits times 1/√d"),
+                        });
+}
 
-// Non-causal attention (Chari et al., 2025, a part of Compactor): inside tiles of a prompt every query looks at every key,
-// without 1/√d as in kvpress (scaled: the paper's). Its layer-wide z-score changes no ranking inside a layer and is left
-// out; padded rows of a short last tile, which count there, are not made. Entries decoded later have no score and stay.
-struct NonCausal final : KeepPolicy {
-  int tile, kernel;
-  bool scaled;
+std::string NonCausal::check() const {
+  return kernel % 2 ? "" : "kernel=" + std::to_string(kernel) + " is even: a smoothing width has a middle";
+}
 
-  static std::vector<ParamInfo> params() {
-    using M = NonCausal;
-    return keep_params<M>("1024", "prompt",
-                          {
-                              param(&M::tile, "tile", 256, 1, 1 << 16, "queries and keys of a tile"),
-                              param(&M::kernel, "kernel", 3, 1, 63, "width of the smoothing over keys, odd"),
-                              param(&M::scaled, "scaled", false, "logits times 1/√d"),
-                          });
-  }
-  std::string check() const override {
-    return kernel % 2 ? "" : "kernel=" + std::to_string(kernel) + " is even: a smoothing width has a middle";
-  }
+Needs NonCausal::needs(const ModelInfo&) const {
+  Needs n;
+  n.columns = {{.name = "noncausal", .fill = std::numeric_limits<float>::infinity()}};
+  return n;
+}
 
-  Needs needs(const ModelInfo&) const override {
-    Needs n;
-    n.columns = {{.name = "noncausal", .fill = std::numeric_limits<float>::infinity()}};
-    return n;
-  }
-
-  void observe(LayerView& at) const override {
-    if (at.phase == Phase::Replay || at.decoding()) return;
-    Mods mods;
+void NonCausal::observe(LayerView& at) const {
+  if (at.phase == Phase::Replay || at.decoding()) return;
+  const auto [first, last] = at.phase == Phase::Prompt ? outside() : std::pair<int64_t, int64_t>{0, 0};
+  const std::vector<int64_t> tail(at.rows.size(), last);
+  const Ragged paid = at.per_entry();
+  if (longest_queries(at) > first + last) {
+    Mods mods = {};
     mods.scale = scaled ? at.mods.scale : 1;
     Observe how;
     how.rows = Observe::Rows::Sum;
-    const Plan own = own_tiles(at, tile);
-    const Ragged paid = at.per_entry();
-    at.run().observe(at.queue, at.q, at.keys(), &own, mods, how, paid);
-    // Entries of earlier chunks have their score; new ones have the fill.
-    at.set_column("noncausal", combine(at.queue, at.column("noncausal"),
-                                       combine(at.queue, paid, row_norms(at.queue, stored_values(at)), Combine::Multiply),
-                                       Combine::Finite));
+    const Plan own = own_tiles(at, tile, first, last);
+    const Ragged rows = first + last ? without_last(at.queue, without_first(at.queue, at.q, first), tail) : at.q;
+    at.run().observe(at.queue, rows, at.keys(), &own, mods, how, paid);
+  } else {
+    compute(at.queue, 0, paid.values);
   }
+  // Entries of earlier chunks have their score; new ones have the fill.
+  at.set_column("noncausal", combine(at.queue, at.column("noncausal"),
+                                     combine(at.queue, paid, row_norms(at.queue, stored_values(at)), Combine::Multiply),
+                                     Combine::Finite));
+}
 
-  Ragged score(LayerView& at) const override {
-    const Ragged mass = at.column("noncausal");
-    Ragged smoothed = mass;
-    smoothed.values = at.queue.scratch.take(Dtype::F32, {mass.bound});
-    at.run().smooth(at.queue, mass, PoolKind::Mean, kernel, smoothed.values);
-    return smoothed;
-  }
-};
+Ragged NonCausal::smoothed(LayerView& at, const Ragged& mass) const {
+  Ragged out = mass;
+  out.values = at.queue.scratch.take(Dtype::F32, {mass.values.size[0]});
+  at.run().smooth(at.queue, mass, PoolKind::Mean, kernel, out.values);
+  return out;
+}
 
-}  // namespace
+Ragged NonCausal::score(LayerView& at) const { return smoothed(at, at.column("noncausal")); }
 
 Entry noncausal() {
   Entry e = entry<NonCausal>(
