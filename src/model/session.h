@@ -18,6 +18,7 @@ struct SessionOptions {
   PageType k = {}, v = {};       // how the store keeps entries; BF16 unless said
   std::string backend = "auto";  // auto, cpu, reference, or the name of a kernel table
   int device = 0;                // which of a backend's devices
+  bool record = true;            // decode steps are recorded and replayed where the device can and no step differs
 };
 
 /// Seconds by part of a step, since the session began.

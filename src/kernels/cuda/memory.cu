@@ -139,6 +139,30 @@ void fill(void* stream, void* to, int byte, int64_t bytes) {
   if (bytes > 0) check(cudaMemsetAsync(to, byte, size_t(bytes), static_cast<cudaStream_t>(stream)), "cuda fill");
 }
 
+/// Allocations, which scratch may make meanwhile, are allowed.
+void begin_recording(void* stream) {
+  check(cudaStreamBeginCapture(static_cast<cudaStream_t>(stream), cudaStreamCaptureModeRelaxed), "cuda recording");
+}
+
+void* end_recording(void* stream) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t out = nullptr;
+  if (cudaStreamEndCapture(static_cast<cudaStream_t>(stream), &graph) == cudaSuccess && graph &&
+      cudaGraphInstantiate(&out, graph, 0) != cudaSuccess)
+    out = nullptr;
+  if (graph) cudaGraphDestroy(graph);
+  cudaGetLastError();  // what could not be kept is no error
+  return out;
+}
+
+void replay(void* stream, void* recording) {
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording), static_cast<cudaStream_t>(stream)), "cuda replay");
+}
+
+void drop_recording(void* recording) noexcept {
+  if (recording) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recording));
+}
+
 void finish(void* stream) { check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cuda"); }
 
 }  // namespace
@@ -156,6 +180,10 @@ const Memory& memory() {
     m.move = move;
     m.fill = fill;
     m.finish = finish;
+    m.begin_recording = begin_recording;
+    m.end_recording = end_recording;
+    m.replay = replay;
+    m.drop_recording = drop_recording;
     return m;
   }();
   return made;
