@@ -87,7 +87,7 @@ class BenchCommand final : public Command {
     app.add_option("--attention", attention_, "a mechanism; once for each")->type_name("SPEC")->allow_extra_args(false)->capture_default_str();
     app.add_option("-o,--output", format_, "md, json or csv")->check(CLI::IsMember({"md", "json", "csv"}))->capture_default_str();
     app.add_option("-s,--seed", seed_, "of the tokens")->type_name("N");
-    app.add_option("what", what_, "kernels: every kernel of this machine's instruction sets beside the machine's limits")
+    app.add_option("what", what_, "kernels: every kernel of this machine's instruction sets, or of --backend, beside the machine's limits")
         ->check(CLI::IsMember({"kernels"}));
     app.add_option("--kernel", kernel_, "kernels: only those whose name begins so")->type_name("NAME");
     add_json(app, json_);
@@ -96,12 +96,13 @@ class BenchCommand final : public Command {
         "Examples:\n"
         "  heed bench -m model.gguf -p 512 -n 128 -d 0,4096,16384\n"
         "  heed bench -m model.gguf -p 0 -n 64 -d 16384 --attention dense --attention \"quest(budget=1024)\" -o json\n"
-        "  heed bench kernels --kernel attend");
+        "  heed bench kernels --kernel attend\n"
+        "  heed bench kernels --backend cuda");
   }
 
   int run() override {
     if (json_) format_ = "json";
-    if (what_ == "kernels") return bench_kernels(kernel_, flags_.threads, format_);
+    if (what_ == "kernels") return bench_kernels(kernel_, flags_.backend, flags_.threads, format_);
     require(!flags_.model.empty(), "bench", "--model is required", "give -m FILE, or say `heed bench kernels`");
     const auto model = flags_.load();
     std::vector<BenchTest> tests;

@@ -38,7 +38,10 @@ void clear_interrupt() noexcept { stop_requested.store(false, std::memory_order_
 bool interrupted() noexcept { return stop_requested.load(std::memory_order_relaxed); }
 
 const Kernels& backend(const std::string& name, int device) {
-  const Kernels& table = name == "auto" || name == "cpu" ? *cpu_kernels().front() : kernels_named(name);
+  const bool gpu = name == "auto" && cuda_kernels();
+  const Kernels& table = gpu                               ? *cuda_kernels()
+                         : name == "auto" || name == "cpu" ? *cpu_kernels().front()
+                                                           : kernels_named(name);
   if (device != 0)
     throw Error(Code::NotFound, "--device",
                 "there is no device " + std::to_string(device) + " of backend '" + table.name + "'", "it has one: 0");

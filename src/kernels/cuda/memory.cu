@@ -15,6 +15,15 @@ void check(cudaError_t status, const char* where) {
   throw Error(Code::Device, where, std::string("the GPU reports: ") + cudaGetErrorString(status));
 }
 
+bool launches_early() {
+  static const bool early = [] {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  }();
+  return early;
+}
+
 cudaStream_t stream(Queue& queue) {
   ++queue.launches;
   return static_cast<cudaStream_t>(queue.stream);
