@@ -1,12 +1,16 @@
 // A backend whose memory the host cannot touch, without a device: it wraps a CPU table, and its memory is closed to the
 // process (mprotect) whenever none of its kernels or memory functions runs. A host access to "device" memory stops the
-// test at the line that made it; host memory handed to a kernel throws.
+// test at the line that made it; host memory handed to a kernel throws. It records, too: calls with copies of their arguments.
 #pragma once
 #include <sys/mman.h>
 
 #include <cstring>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -153,11 +157,55 @@ inline void check(const std::span<const Linear>& each) {
 
 inline const Kernels& inner() { return *cpu_kernels().front(); }
 
+using Recorded = std::vector<std::function<void()>>;
+/// The recording under way on this thread.
+inline Recorded*& recording() {
+  thread_local Recorded* now = nullptr;
+  return now;
+}
+
+/// An argument that outlives its call, with what it points to; get() gives it back as it was.
+template <class T> struct Kept {
+  explicit Kept(const T& x) : value(x) {}
+  const T& get() const { return value; }
+  T value;
+};
+template <class T> struct Kept<const T*> {
+  explicit Kept(const T* x) {
+    if (x) value = *x;
+  }
+  const T* get() const { return value ? &*value : nullptr; }
+  std::optional<T> value;
+};
+template <class T> struct Kept<std::span<const T>> {
+  explicit Kept(std::span<const T> x) : value(x.begin(), x.end()) {}
+  std::span<const T> get() const { return value; }
+  std::vector<T> value;
+};
+template <> struct Kept<Keys> {
+  explicit Kept(const Keys& x) : panel(x.panel), pages(x.pages), read(x.read) {}
+  Keys get() const { return {panel.get(), pages.get(), read.get()}; }
+  Kept<const Ragged*> panel;
+  Kept<const Pages*> pages;
+  Kept<const Read*> read;
+};
+
 template <auto Member> struct Guarded;
 template <class... A, void (*Kernels::*Member)(Queue&, A...)>
 struct Guarded<Member> {
   static void run(Queue& queue, A... arguments) {
     const GuardedRegion region;
+    if (recording() && region.outermost) {
+      (check(arguments), ...);
+      auto kept = std::make_shared<std::tuple<Kept<std::remove_cvref_t<A>>...>>(arguments...);
+      recording()->push_back([&queue, kept, at = queue.scratch.mark()] {
+        const Arena::Mark now = queue.scratch.mark();
+        queue.scratch.rewind(at);  // what the kernel takes lies behind what was taken before it
+        std::apply([&](const auto&... each) { Guarded::run(queue, each.get()...); }, *kept);
+        queue.scratch.rewind(now);
+      });
+      return;
+    }
     if (region.outermost) (check(arguments), ...);
     ++queue.launches;
     (inner().*Member)(queue, arguments...);
@@ -165,6 +213,12 @@ struct Guarded<Member> {
 };
 
 }  // namespace guarded_detail
+
+/// How often recordings were replayed.
+inline int64_t& replays() {
+  static int64_t count = 0;
+  return count;
+}
 
 inline const Memory& guarded_memory() {
   using guarded_detail::on_device;
@@ -181,14 +235,26 @@ inline const Memory& guarded_memory() {
       const GuardedRegion region;
       if (bytes > 0) on_device(from), std::memcpy(to, from, size_t(bytes));
     };
-    m.move = [](void*, const void* from, void* to, int64_t bytes) {
+    m.move = [](void* stream, const void* from, void* to, int64_t bytes) {
       const GuardedRegion region;
+      if (auto* now = guarded_detail::recording(); now && region.outermost)
+        return now->push_back([=] { guarded_memory().move(stream, from, to, bytes); });
       if (bytes > 0) on_device(from), on_device(to), std::memcpy(to, from, size_t(bytes));
     };
-    m.fill = [](void*, void* to, int byte, int64_t bytes) {
+    m.fill = [](void* stream, void* to, int byte, int64_t bytes) {
       const GuardedRegion region;
+      if (auto* now = guarded_detail::recording(); now && region.outermost)
+        return now->push_back([=] { guarded_memory().fill(stream, to, byte, bytes); });
       if (bytes > 0) on_device(to), std::memset(to, byte, size_t(bytes));
     };
+    using guarded_detail::Recorded;
+    m.begin_recording = [](void*) { guarded_detail::recording() = new Recorded; };
+    m.end_recording = [](void*) { return static_cast<void*>(std::exchange(guarded_detail::recording(), nullptr)); };
+    m.replay = [](void*, void* recording) {
+      ++replays();
+      for (const auto& call : *static_cast<Recorded*>(recording)) call();
+    };
+    m.drop_recording = [](void* recording) noexcept { delete static_cast<Recorded*>(recording); };
     return m;
   }();
   return memory;

@@ -71,7 +71,17 @@ sanitized() {
   done
 }
 
-if compiled release release all; then meanwhile suites release release; fi
+# On a GPU the release tests alone run: the other stages look for what does not depend on a device.
+gpu=no
+[ "${HEED_BACKEND:-}" != cuda ] || { gpu=yes quick=yes; }
+
+if compiled release release all; then
+  if [ $gpu = yes ] && ! build/heed info --json | grep -q '"cuda"'; then
+    say "test: --backend cuda: $(build/heed info | sed -n 's/^gpu *//p')"
+    exit 2
+  fi
+  meanwhile suites release release
+fi
 
 if [ $quick = no ]; then
   export ASAN_OPTIONS=detect_stack_use_after_return=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1

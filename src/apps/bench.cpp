@@ -93,7 +93,9 @@ class BenchCommand final : public Command {
     app.add_option("--shape", shape_, "instead of a model, its shape with random weights: llama-1b, llama-8b, llama-70b")
         ->type_name("NAME");
     app.add_option("--weights", weights_, "with --shape: their type, as in GGUF files")->type_name("TYPE")->capture_default_str();
-    app.add_option("what", what_, "kernels: every kernel of this machine's instruction sets beside the machine's limits")
+    app.add_option(
+           "what", what_,
+           "kernels: every kernel of this machine's instruction sets, or of --backend, beside the machine's limits")
         ->check(CLI::IsMember({"kernels"}));
     app.add_option("--kernel", kernel_, "kernels: only those whose name begins so")->type_name("NAME");
     add_json(app, json_);
@@ -103,12 +105,13 @@ class BenchCommand final : public Command {
         "  heed bench -m model.gguf -p 512 -n 128 -d 0,4096,16384\n"
         "  heed bench -m model.gguf -p 0 -n 64 -d 16384 --attention dense --attention \"quest(budget=1024)\" -o json\n"
         "  heed bench --shape llama-8b --weights q4_k -p 512 -n 32 -d 0,8192\n"
-        "  heed bench kernels --kernel attend");
+        "  heed bench kernels --kernel attend\n"
+        "  heed bench kernels --backend cuda");
   }
 
   int run() override {
     if (json_) format_ = "json";
-    if (what_ == "kernels") return bench_kernels(kernel_, flags_.threads, format_);
+    if (what_ == "kernels") return bench_kernels(kernel_, flags_.backend, flags_.threads, format_);
     require(flags_.model.empty() != shape_.empty(), "bench", "either --model or --shape is required",
             "give -m FILE, --shape llama-8b, or say `heed bench kernels`");
     flags_.prepare();

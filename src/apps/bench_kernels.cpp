@@ -20,20 +20,25 @@ double limit(const MachineLimits& limits, const std::string& table, bool bf16) {
 
 }  // namespace
 
-int bench_kernels(const std::string& prefix, int count, const std::string& format) {
+int bench_kernels(const std::string& prefix, const std::string& name, int count, const std::string& format) {
   set_threads(count);
+  // By itself it shows the processor: every instruction set, beside its own limits.
+  const std::vector<const Kernels*> tables = name == "auto" || name == "cpu" ? cpu_kernels() : std::vector{&backend(name)};
+  const bool device = tables.front()->memory->device != Device::Cpu;
   Progress progress("bench kernels");
   progress.at(0, "machine limits");
-  const MachineLimits limits = machine_limits();
+  const MachineLimits limits = device ? MachineLimits() : machine_limits();
+  const DeviceLimits of_device = device ? device_limits(*tables.front()) : DeviceLimits();
   Json rows = Json::array();
   bool any = false;
-  for (const Kernels* table : cpu_kernels())
+  for (const Kernels* table : tables)
     for (const KernelCase& c : kernel_cases(*table, prefix)) {
       any = true;
       if (interrupted()) break;
       progress.at(0.5, table->name + " " + c.kernel);
       const double seconds = time_kernel(c, *table), rate = c.work / seconds * 1e-9;
-      const double most = c.compute ? limit(limits, table->name, c.bf16) : limits.read_gb_s;
+      const double most = device ? (c.compute ? of_device.product_gflops : of_device.copy_gb_s)
+                                 : (c.compute ? limit(limits, table->name, c.bf16) : limits.read_gb_s);
       rows.push_back({{"kernel", c.kernel},
                       {"isa", table->name},
                       {"shape", c.shape},
@@ -49,7 +54,14 @@ int bench_kernels(const std::string& prefix, int count, const std::string& forma
   Json peaks = Json::object();
   for (const auto& peak : limits.peaks) peaks[peak.name] = peak.gflops;
   if (format == "json") {
-    print({{"cpu", cpu_name()}, {"threads", threads()}, {"read_gb_s", limits.read_gb_s}, {"peak_gflops", peaks}, {"kernels", rows}});
+    Json all = {
+        {"cpu", cpu_name()}, {"threads", threads()}, {"read_gb_s", limits.read_gb_s}, {"peak_gflops", peaks}, {"kernels", rows}};
+    if (device)
+      all = {{"gpu", cuda_state()},
+             {"copy_gb_s", of_device.copy_gb_s},
+             {"product_gflops", of_device.product_gflops},
+             {"kernels", rows}};
+    print(all);
   } else if (format == "csv") {
     std::cout << "kernel,isa,shape,seconds,rate,unit,limit\n";
     for (const Json& r : rows)
@@ -57,7 +69,10 @@ int bench_kernels(const std::string& prefix, int count, const std::string& forma
                 << r["shape"].get<std::string>() << "\"," << r["seconds"] << ',' << r["rate"] << ','
                 << r["unit"].get<std::string>() << ',' << r["limit"] << '\n';
   } else {
-    std::cout << cpu_name() << ", " << threads() << " threads: reads " << fixed(limits.read_gb_s, 1) << " GB/s";
+    if (device)
+      std::cout << cuda_state() << ": copies " << fixed(of_device.copy_gb_s, 0)
+                << " GB/s, read and written; product of bf16 " << fixed(of_device.product_gflops * 1e-3, 0) << " TFLOP/s";
+    else std::cout << cpu_name() << ", " << threads() << " threads: reads " << fixed(limits.read_gb_s, 1) << " GB/s";
     for (const auto& peak : limits.peaks) std::cout << "; " << peak.name << ' ' << fixed(peak.gflops, 0) << " GFLOP/s";
     std::cout << "\nRates in GB/s stand against memory; what fits in a cache may pass it.\n\n";
     std::vector<std::vector<std::string>> cells;

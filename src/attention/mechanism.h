@@ -79,8 +79,6 @@ class LayerView {
   Queue& queue;
   int layer;
   Phase phase;
-  int64_t step = 0;             // tokens decoded before this one
-  State* state = nullptr;       // of the mechanism being called
   std::vector<int64_t> prompt;  // for each sequence: tokens of its prompt so far (what fractions refer to)
   // What the host knows of this step; everything else lies where kernels run.
   std::vector<int64_t> rows;      // new tokens of each sequence: the queries of each of its heads
@@ -101,6 +99,19 @@ class LayerView {
   Store* stores = nullptr;                                // for column numbers
   const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`
 
+  /// Tokens decoded before this one. Where decoding is recorded and replayed, steps that ask for it are not.
+  int64_t step() const {
+    queue.varies();
+    return step_;
+  }
+  /// Of the mechanism being called; likewise.
+  State& state() const {
+    queue.varies();
+    return *state_;
+  }
+  void enter(int64_t step) { step_ = step; }
+  void enter(State* state) { state_ = state; }
+
   const Kernels& run() const { return *queue.run; }
   bool decoding() const { return phase == Phase::Decode; }
   int sequences() const { return int(rows.size()); }
@@ -120,6 +131,10 @@ class LayerView {
   /// A User column of the store by name, read or written for all entries.
   Ragged column(const std::string& name) const;
   void set_column(const std::string& name, const Ragged& values) const;
+
+ private:
+  int64_t step_ = 0;
+  State* state_ = nullptr;
 };
 
 /// What an allocator divides: scores of one layer, or of all of them.

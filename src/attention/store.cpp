@@ -18,6 +18,7 @@ bool visible(const Queue& queue) { return queue.memory->device == Device::Cpu; }
 PagePool::PagePool(const Memory& memory, int64_t page_bytes) : memory_(&memory) { supply_.page_bytes = page_bytes; }
 
 void PagePool::promise(Queue& queue, int64_t count) {
+  queue.varies();
   if (!top_) {
     top_ = Buffer(Dtype::I32, {1}, *memory_);
     queue.fill(top_, 0);
@@ -116,6 +117,7 @@ int64_t LayerStore::bytes() {
 void LayerStore::widen(Queue& queue, int64_t pages) {
   const int64_t wide = table_ ? table_->size[1] : 0;
   if (pages <= wide) return;
+  queue.varies();
   const int64_t wider = std::max(pages, wide * 2);
   Buffer table(Dtype::U64, {segments_, wider}, *queue.memory), layout(Dtype::U8, {segments_, wider}, *queue.memory);
   queue.fill(layout, 0);
@@ -138,7 +140,8 @@ void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor p
   }
   if (total == 0) return;
   if (together_ >= 0) together_ += total;
-  pool(0).promise(queue, page_bound() - before + (shared_ > 0 ? segments_ : 0));
+  if (promised_ < 0) pool(0).promise(queue, page_bound() - before + (shared_ > 0 ? segments_ : 0));
+  promised_ = -1;
   widen(queue, pages_for(longest()));
   changed_bounds();
   Scratch scope(queue.scratch);
@@ -172,7 +175,7 @@ void LayerStore::let_go(Queue& queue, Tensor lengths, std::span<const int64_t> m
   }
   changed(queue);
   const int64_t after = page_bound();
-  if (!converted_) pool(0).returned(std::max<int64_t>(0, before - after - shared_));
+  if (!converted_ && !queue.recording()) pool(0).returned(std::max<int64_t>(0, before - after - shared_));
   shared_ = std::min(shared_, after);
 }
 
@@ -316,6 +319,78 @@ void Store::sync() {
       queue_.read_back(pool->supply().top, &top);
       pool->set_free(top);
     }
+}
+
+bool Store::shared() const {
+  return std::any_of(layers_.begin(), layers_.end(), [](const auto& layer) { return layer->shared_ > 0; });
+}
+
+bool Store::prepare() {
+  bool holds = true;
+  for (auto& layer : layers_) {
+    bool covered = !layer->ceiling_.empty();
+    int64_t more = 0;
+    for (size_t s = 0; s < layer->length_.size(); ++s) {
+      const int64_t after = layer->length_[s] + 1;
+      more += pages_for(after) - pages_for(after - 1);
+      covered = covered && after <= layer->ceiling_[s];
+    }
+    if (layer->promised_ < 0) layer->pool(0).promise(queue_, more);
+    layer->promised_ = std::max(layer->promised_, more);
+    holds &= covered;
+  }
+  std::vector<const void*> supplies;  // a supply that grew may have moved its list
+  for (const Group& group : groups_)
+    for (const auto& pool : group.pools) supplies.push_back(pool->supply().free.data);
+  holds &= supplies == recorded_supplies_;
+  recorded_supplies_ = std::move(supplies);
+  if (!holds)
+    for (auto& layer : layers_) layer->ceiling_.clear();
+  return holds;
+}
+
+void Store::withdraw() {
+  for (auto& layer : layers_) {
+    layer->pool(0).returned(std::max<int64_t>(0, layer->promised_));
+    layer->promised_ = -1;
+  }
+}
+
+void Store::begin_step() {
+  for (auto& layer : layers_) {
+    if (layer->ceiling_.empty()) {
+      const int64_t room = std::max<int64_t>(256, layer->longest() / 8);
+      for (int64_t length : layer->length_) layer->ceiling_.push_back(length + room);
+    }
+    layer->true_ = {layer->length_, layer->promised_, layer->together_, layer->loose_};
+    for (size_t s = 0; s < layer->length_.size(); ++s) layer->length_[s] = layer->ceiling_[s] - 1;
+    layer->together_ = -1, layer->loose_ = false;
+    layer->widen(queue_, pages_for(layer->longest() + 1));
+    layer->changed_bounds();
+    layer->offsets_stale_ = true;
+  }
+}
+
+bool Store::end_step() {
+  bool evicts = false;
+  for (auto& layer : layers_) {
+    evicts |= layer->loose_;
+    layer->length_ = std::move(layer->true_.length), layer->together_ = layer->true_.together;
+    layer->loose_ = layer->true_.loose, layer->promised_ = layer->true_.promised;
+    layer->changed_bounds();
+    layer->offsets_stale_ = true;
+  }
+  return evicts;
+}
+
+void Store::replayed(bool evicts) {
+  for (auto& layer : layers_) {
+    for (int64_t& length : layer->length_) ++length;
+    if (layer->together_ >= 0) layer->together_ += layer->segments();
+    layer->loose_ |= evicts, layer->promised_ = -1;
+    layer->changed_bounds();
+    layer->offsets_stale_ = layer->bytes_stale_ = true;
+  }
 }
 
 int64_t Store::bytes() {

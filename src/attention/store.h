@@ -118,7 +118,15 @@ class LayerStore {
   int64_t together_ = -1;        // bound of Σ lengths; −1: no better than the sum
   bool loose_ = false;           // bounds are more than bounds
   int64_t shared_ = 0;           // pages that a fork may hold too
-  bool converted_ = false;       // some pages have another layout than the first
+  int64_t promised_ = -1;        // pages that lie free for the next append; −1: not seen to
+  // While a step is recorded, bounds are `ceiling_` − 1 and the true ones wait here.
+  std::vector<int64_t> ceiling_;
+  struct Bounds {
+    std::vector<int64_t> length;
+    int64_t promised = -1, together = -1;
+    bool loose = false;
+  } true_;
+  bool converted_ = false;  // some pages have another layout than the first
   Buffer table_, layout_;
   Pages view_;
   Buffer offsets_;
@@ -146,6 +154,17 @@ class Store {
   int add_layout(PageType k, PageType v);
   /// In all layers. Waits.
   void truncate(Queue&, int sequence, int64_t position);
+  /// Recorded steps (Queue::record), each of which appends one entry to every segment. Replays happen behind the host's back, so
+  /// what they need is there before: prepare() sees to pages and tables for one step, and tells whether recordings made before
+  /// still hold. begin_step() gives every bound room for many steps and end_step() takes it back, telling whether the
+  /// step evicts; both around the recording. replayed() says that a step happened, withdraw() that none will.
+  bool prepare();
+  void withdraw();
+  void begin_step();
+  bool end_step();
+  void replayed(bool evicts);
+  /// Whether a fork may hold pages too.
+  bool shared() const;
   /// Makes all bounds exact when some are not: waits then.
   void sync();
   int64_t bytes();
@@ -165,6 +184,7 @@ class Store {
   int sequences_;
   std::vector<Group> groups_;
   Buffer lengths_;  // I32 [Σ segments], layer by layer
+  std::vector<const void*> recorded_supplies_;
   std::vector<std::unique_ptr<LayerStore>> layers_;
 };
 

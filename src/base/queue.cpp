@@ -45,7 +45,13 @@ void Queue::upload(const Tensor& host, const Tensor& to) {
           host.shape() + " to " + to.shape());
   ++uploads;
   uploaded_bytes += host.bytes();
-  memory->upload(stream, host.data, to.data, host.bytes());
+  if (!recording_) return memory->upload(stream, host.data, to.data, host.bytes());
+  const std::span sizes(host.size.data(), size_t(host.rank));
+  Buffer copy(host.type, sizes);
+  std::copy_n(static_cast<const char*>(host.data), host.bytes(), copy->as<char>());
+  const Tensor constant = recording_->constants.emplace_back(host.type, sizes, *memory);
+  recording_->waiting.emplace_back(std::move(copy), constant);
+  move(constant, to);
 }
 
 void Queue::move(const Tensor& from, const Tensor& to) {
@@ -59,7 +65,34 @@ void Queue::fill(const Tensor& to, int byte) {
   memory->fill(stream, to.data, byte, to.bytes());
 }
 
+Recording Queue::record(const std::function<void()>& enqueue) {
+  if (!can_record() || recording_) return {};
+  Uploads uploads;
+  Recording out;
+  bool whole = true;
+  memory->begin_recording(stream);
+  recording_ = &uploads;
+  try {
+    enqueue();
+  } catch (const Error&) { whole = false; } catch (...) {
+    recording_ = nullptr;
+    memory->drop_recording(memory->end_recording(stream));
+    throw;
+  }
+  recording_ = nullptr;
+  std::shared_ptr<void> work(memory->end_recording(stream), memory->drop_recording);
+  if (!whole || !work) return {};
+  for (const auto& [host, to] : uploads.waiting) memory->upload(stream, host->data, to.data, host->bytes());
+  out.work_ = std::move(work), out.constants_ = std::move(uploads.constants);
+  return out;
+}
+
+void Queue::varies() const {
+  if (recording_) throw Error(Code::Unsupported, "recording", "the host takes part in this work");
+}
+
 void Queue::read_back(const Tensor& from, void* host) {
+  varies();
   ++host_waits;
   require(from.contiguous(), "Queue::read_back", "a contiguous tensor is needed, got " + from.shape());
   memory->download(stream, from.data, host, from.bytes());

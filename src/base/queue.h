@@ -2,6 +2,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "base/tensor.h"
@@ -46,6 +48,17 @@ class Scratch {
   Arena::Mark mark_;
 };
 
+/// Work of a queue, kept to happen again and again (Queue::record); empty when there is none.
+class Recording {
+ public:
+  explicit operator bool() const { return work_ != nullptr; }
+
+ private:
+  friend struct Queue;
+  std::shared_ptr<void> work_;
+  std::vector<Buffer> constants_;  // what was uploaded meanwhile
+};
+
 /// Owns its stream, or shares that of its parent. Built by queue_on(kernels); a default one is a CPU queue without kernels.
 struct Queue {
   Device device = Device::Cpu;
@@ -82,12 +95,29 @@ struct Queue {
   /// Every byte of a contiguous device tensor.
   void fill(const Tensor& to, int byte);
 
+  /// What `enqueue` puts on this queue, without its happening. Everything that it names, scratch included, must stay where it is as
+  /// long as the recording is replayed; what it uploads is taken for constant. Empty where the device cannot record, and when
+  /// `enqueue` threw Error, varies() among others: what it did on the host is then the caller's to undo.
+  Recording record(const std::function<void()>& enqueue);
+  bool can_record() const { return memory->begin_recording != nullptr; }
+  bool recording() const { return recording_ != nullptr; }
+  /// All of it once more, in stream order.
+  void replay(const Recording& recording) { memory->replay(stream, recording.work_.get()); }
+  /// Said before what hangs on something that only the host knows and that is another in every call: ends a recording (throws
+  /// Error(Unsupported) through it).
+  void varies() const;
+
   /// Copies a contiguous device tensor to host memory and waits for it: the only host wait there is.
   void read_back(const Tensor& from, void* host);
   Buffer read_back(const Tensor& from);
 
  private:
+  struct Uploads {
+    std::vector<std::pair<Buffer, Tensor>> waiting;  // of the host, and where it goes
+    std::vector<Buffer> constants;
+  };
   std::shared_ptr<void> stream_owner_;
+  Uploads* recording_ = nullptr;
 };
 
 }  // namespace heed

@@ -153,7 +153,7 @@ class Harness {
 
   const Mechanism& part(int p) const { return *composition_.parts()[size_t(p)].mechanism; }
   const Mechanism& enter(LayerView& at, int p) const {
-    at.state = states_[size_t(p)].get();
+    at.enter(states_[size_t(p)].get());
     return part(p);
   }
 

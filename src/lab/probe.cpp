@@ -122,7 +122,7 @@ void Probe::look_prefill(LayerView& at) {
 }
 
 void Probe::look_decode(LayerView& at) {
-  const int layer = dense_->layer(at.layer), step = dense_->step(at.step);
+  const int layer = dense_->layer(at.layer), step = dense_->step(at.step());
   if (layer >= 0 && step >= 0 && record_) {
     OnHost host(at.queue);
     const Ragged paid = at.observe(at.q, {.rows = Observe::Rows::Sum, .heads = Observe::Heads::Each}),
@@ -161,7 +161,7 @@ void Probe::look_decode(LayerView& at) {
     for (int head = 0; head < std::min(kMapHeads, at.model.h); ++head)
       reads_.push_back({at.layer, head * at.model.h / std::min(kMapHeads, at.model.h), kCells, kCells,
                         std::vector<float>(size_t(kCells) * kCells)});
-  const int64_t y = at.step * kCells / decoded;
+  const int64_t y = at.step() * kCells / decoded;
   if (y >= kCells) return;
   const auto first_step = [&](int64_t row) { return (row * decoded + kCells - 1) / kCells; };
   const double steps = double(first_step(y + 1) - first_step(y));

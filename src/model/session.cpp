@@ -38,7 +38,10 @@ void clear_interrupt() noexcept { stop_requested.store(false, std::memory_order_
 bool interrupted() noexcept { return stop_requested.load(std::memory_order_relaxed); }
 
 const Kernels& backend(const std::string& name, int device) {
-  const Kernels& table = name == "auto" || name == "cpu" ? *cpu_kernels().front() : kernels_named(name);
+  const bool gpu = name == "auto" && cuda_kernels();
+  const Kernels& table = gpu                               ? *cuda_kernels()
+                         : name == "auto" || name == "cpu" ? *cpu_kernels().front()
+                                                           : kernels_named(name);
   if (device != 0)
     throw Error(Code::NotFound, "--device",
                 "there is no device " + std::to_string(device) + " of backend '" + table.name + "'", "it has one: 0");
@@ -66,6 +69,14 @@ struct Session::Impl {
   Buffer reads;   // F64 [layers, h], of kernels: keys read while decoding
   int64_t reads_count = 0;
   Buffer logits_out;
+  // Decode steps of one token for each sequence. Steps in which other policies are due are other work.
+  struct Recorded {
+    uint64_t due = 0;  // a bit for each part
+    bool evicts = false;
+    Recording work;  // empty: such steps cannot be recorded
+  };
+  std::vector<Recorded> recorded;
+  Buffer fed, logits_there;  // what recorded steps read and write: I32 [2, sequences], tokens and positions; F32 [sequences, vocabulary]
   Tap tap;
   std::function<void(int64_t, int64_t)> progress;
 
@@ -80,6 +91,8 @@ struct Session::Impl {
   struct Batch;
   void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
             const std::function<void(int64_t, Tensor)>& visit);
+  Tensor forward(Batch& batch);
+  bool replay(const Batch& batch, std::span<const int32_t> ids, std::span<const int32_t> places);
   void layer(Batch& batch, int l, Tensor x);
   void attend(Batch& batch, LayerView& view);
   void keep(Batch& batch, LayerView& view);
@@ -187,12 +200,12 @@ Session::Impl::Impl(Impl& other)
   for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
 }
 
-void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase phase, bool last_chunk, Logits want,
-                         const std::function<void(int64_t, Tensor)>& visit) {
+void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens, Phase phase, bool last_chunk,
+                         Logits want, const std::function<void(int64_t, Tensor)>& visit) {
   const int sequences = options.sequences;
   const ModelInfo& m = info();
   Batch batch{.phase = phase, .last_chunk = last_chunk};
-  for (const auto& span : fed) batch.count.push_back(int64_t(span.size())), batch.total += int64_t(span.size());
+  for (const auto& span : fed_tokens) batch.count.push_back(int64_t(span.size())), batch.total += int64_t(span.size());
   if (batch.total == 0) return;
   std::vector<int32_t> ids, places;
   std::vector<int64_t> first{0};
@@ -204,7 +217,7 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
                       " tokens are more than the model's context of " + std::to_string(m.context),
                   "shorten the text with -c, or read at cache positions: --attention \"streaming-llm\"");
     for (int64_t i = 0; i < batch.count[size_t(s)]; ++i) {
-      const int32_t id = fed[size_t(s)][size_t(i)];
+      const int32_t id = fed_tokens[size_t(s)][size_t(i)];
       if (id < 0 || id >= m.vocabulary)
         throw Error(Code::Invalid, "session",
                     "token " + std::to_string(id) + " is not in the vocabulary of " + std::to_string(m.vocabulary));
@@ -212,36 +225,23 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
     }
     first.push_back(int64_t(ids.size()));
   }
-  // All that a step tells the device; the rest follows from it there.
-  Scratch scope(queue.scratch);
-  batch.ids = queue.upload(ids), batch.positions = queue.upload(places), batch.first = queue.upload(first);
-  auto rows_of_heads = [&](int64_t heads, Tensor& offsets, Tensor& at) {
-    const Num s = floor_div(index(), heads), begin = load(batch.first, s);
-    offsets = compute(queue, Dtype::I64, {sequences * heads + 1},
-                      begin * heads + mod(index(), heads) * (load(batch.first, s + 1) - begin));
-    at = queue.scratch.take(Dtype::I32, {batch.total * heads});
-    Ragged rows_there;
-    rows_there.offsets = offsets, rows_there.heads = heads, rows_there.bound = batch.total * heads;
-    compute(queue, rows_there, load(batch.positions, load(batch.first, floor_div(segment(), heads)) + place()), at);
-  };
-  rows_of_heads(m.h, batch.q_offsets, batch.q_pos), rows_of_heads(m.g, batch.kv_offsets, batch.kv_pos);
-  Tensor x = queue.scratch.take(Dtype::F32, {batch.total, m.hidden});
-  queue.run->embed(queue, weights->embedding, batch.ids, architecture().embedding_scale, x);
+  if (phase != Phase::Decode) recorded.clear();
   if (phase == Phase::Prompt || phase == Phase::Chunk)
     for (int s = 0; s < sequences; ++s) prompt[size_t(s)] += batch.count[size_t(s)];
-  for (int l = 0; l < m.layers; ++l) {
-    if (phase != Phase::Decode && interrupted())
-      throw Error(Code::Interrupted, "session", "stopped in layer " + std::to_string(l));
-    layer(batch, l, x);
-    if (progress && phase != Phase::Decode) progress(l + 1, m.layers);
+  Scratch scope(queue.scratch);
+  const bool replayed = phase == Phase::Decode && replay(batch, ids, places);
+  Tensor x;
+  if (!replayed) {  // all that a step tells the device; the rest follows from it there
+    batch.ids = queue.upload(ids), batch.positions = queue.upload(places), batch.first = queue.upload(first);
+    x = forward(batch);
   }
   if (phase == Phase::Replay) return store->sync();
   for (int s = 0; s < sequences; ++s) {
     next[size_t(s)] += batch.count[size_t(s)];
-    tokens[size_t(s)].insert(tokens[size_t(s)].end(), fed[size_t(s)].begin(), fed[size_t(s)].end());
+    tokens[size_t(s)].insert(tokens[size_t(s)].end(), fed_tokens[size_t(s)].begin(), fed_tokens[size_t(s)].end());
   }
-  if (phase == Phase::Decode) ++step;
-  emit(batch, x, want, visit);
+  if (phase == Phase::Decode) ++step, ++reads_count;
+  if (!replayed) emit(batch, x, want, visit);
   store->sync();  // the step is over: what was evicted by counts of the device becomes known
   if (phase == Phase::Decode || !last_chunk) return;
   for (int p = 0; p < parts(); ++p) {
@@ -254,6 +254,74 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed, Phase
     }
   }
   store->sync();
+}
+
+/// Everything from the tokens to the rows behind the last layer.
+Tensor Session::Impl::forward(Batch& batch) {
+  const ModelInfo& m = info();
+  const int64_t sequences = options.sequences;
+  auto rows_of_heads = [&](int64_t heads, Tensor& offsets, Tensor& at) {
+    const Num s = floor_div(index(), heads), begin = load(batch.first, s);
+    offsets = compute(queue, Dtype::I64, {sequences * heads + 1},
+                      begin * heads + mod(index(), heads) * (load(batch.first, s + 1) - begin));
+    at = queue.scratch.take(Dtype::I32, {batch.total * heads});
+    Ragged rows_there;
+    rows_there.offsets = offsets, rows_there.heads = heads, rows_there.bound = batch.total * heads;
+    compute(queue, rows_there, load(batch.positions, load(batch.first, floor_div(segment(), heads)) + place()), at);
+  };
+  rows_of_heads(m.h, batch.q_offsets, batch.q_pos), rows_of_heads(m.g, batch.kv_offsets, batch.kv_pos);
+  Tensor x = queue.scratch.take(Dtype::F32, {batch.total, m.hidden});
+  queue.run->embed(queue, weights->embedding, batch.ids, architecture().embedding_scale, x);
+  for (int l = 0; l < m.layers; ++l) {
+    if (batch.phase != Phase::Decode && interrupted())
+      throw Error(Code::Interrupted, "session", "stopped in layer " + std::to_string(l));
+    layer(batch, l, x);
+    if (progress && batch.phase != Phase::Decode) progress(l + 1, m.layers);
+  }
+  return x;
+}
+
+/// The step as a recording that only its tokens and positions change: logits are then in logits_out. False when it cannot be: somebody
+/// looks on, a sequence has no token, a fork shares pages, or a mechanism does something else in every step.
+bool Session::Impl::replay(const Batch& batch, std::span<const int32_t> ids, std::span<const int32_t> places) {
+  const int64_t sequences = options.sequences;
+  if (!options.record || !queue.can_record() || tap || batch.total != sequences || store->shared() || parts() > 64)
+    return false;
+  Clock clock(times.rest);
+  uint64_t due_parts = 0;
+  for (int p = 0; p < parts(); ++p)
+    if (has(composition->parts()[size_t(p)].roles, Role::Keep))
+      due_parts |= uint64_t(due(batch, static_cast<const KeepPolicy&>(part(p)))) << p;
+  if (!store->prepare()) recorded.clear();
+  auto found = std::find_if(recorded.begin(), recorded.end(), [&](const Recorded& r) { return r.due == due_parts; });
+  if (found == recorded.end()) {
+    if (!fed) fed = Buffer(Dtype::I32, {2, sequences}, *queue.memory);
+    if (!logits_there) logits_there = Buffer(Dtype::F32, {sequences, info().vocabulary}, *queue.memory);
+    const Times before = times;
+    Batch own = batch;
+    own.ids = fed->select(0, 0), own.positions = fed->select(0, 1);
+    store->begin_step();
+    Recorded made{.due = due_parts};
+    made.work = queue.record([&] {
+      own.first = compute(queue, Dtype::I64, {sequences + 1}, index());
+      logits(queue, *weights, architecture(), forward(own), logits_there);
+    });
+    made.evicts = store->end_step();
+    times = before;
+    found = recorded.insert(recorded.end(), std::move(made));
+  }
+  if (!found->work) {
+    store->withdraw();
+    return false;
+  }
+  std::vector<int32_t> step_input(ids.begin(), ids.end());
+  step_input.insert(step_input.end(), places.begin(), places.end());
+  queue.upload(Tensor(step_input.data(), Dtype::I32, {2, sequences}), fed);
+  queue.replay(found->work);
+  store->replayed(found->evicts);
+  if (!logits_out || logits_out->size[0] != sequences) logits_out = Buffer(Dtype::F32, {sequences, info().vocabulary});
+  queue.read_back(logits_there, logits_out->data);
+  return true;
 }
 
 Ragged Session::Impl::head_major(const Batch& batch, Dtype type, int64_t heads, int64_t width) {
@@ -274,7 +342,8 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   const LayerWeights& w = weights->layers[size_t(l)];
   Scratch scope(queue.scratch);
   LayerView view(m, queue, l, batch.phase);
-  view.step = step, view.prompt = prompt, view.store = &entries, view.stores = store.get();
+  view.enter(step);
+  view.prompt = prompt, view.store = &entries, view.stores = store.get();
   view.rows = batch.count, view.first = batch.first;
   view.output_matrix = w.o;
   view.read.rope = m.rope(l), view.read.positions = positions;
@@ -369,7 +438,7 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
   const Kernels& run = *queue.run;
   const int planner = composition->owner(Role::Plan, view.layer), reader = composition->owner(Role::Read, view.layer);
   auto enter = [&](int p) -> const Mechanism& {
-    view.state = states[size_t(p)].get();
+    view.enter(states[size_t(p)].get());
     return part(p);
   };
   if (batch.phase == Phase::Decode) {
@@ -405,7 +474,7 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
   Clock clock(times.observe);
   for (int p = 0; p < parts(); ++p)
     if (part(p).layers.holds(view.layer, view.model.layers)) enter(p).observe(view);
-  view.state = nullptr;
+  view.enter(nullptr);
   if (tap) tap(view);
 }
 
@@ -424,7 +493,6 @@ void Session::Impl::count_shares(const Batch& batch, LayerView& view) {
 }
 
 void Session::Impl::count_reads(LayerView& view) {
-  if (view.layer == 0) ++reads_count;
   Mods mods;
   // Plans are counted as they read, whatever a window hides of it.
   if (view.read.plan.form == Plan::Form::Dense) mods.window = view.mods.window, mods.q_pos = view.q_pos;
@@ -485,7 +553,7 @@ void Session::Impl::make_room(Batch& batch, LayerView& view) {
   if (owner < 0) return;
   const auto& policy = static_cast<const KeepPolicy&>(part(owner));
   if (!policy.makes_room() || !due(batch, policy)) return;
-  view.state = states[size_t(owner)].get();
+  view.enter(states[size_t(owner)].get());
   cut(view, policy, batch.count);
 }
 
@@ -493,7 +561,7 @@ void Session::Impl::keep(Batch& batch, LayerView& view) {
   const int owner = composition->owner(Role::Keep, view.layer);
   if (owner < 0 || batch.phase == Phase::Replay) return;
   const auto& policy = static_cast<const KeepPolicy&>(part(owner));
-  view.state = states[size_t(owner)].get();
+  view.enter(states[size_t(owner)].get());
   if (policy.settle(view) || policy.needs(view.model).all_layers || !due(batch, policy)) return;
   if (view.decoding() && policy.makes_room()) return;
   cut(view, policy, {});
@@ -510,8 +578,9 @@ void Session::Impl::evict_all(int p, Phase phase) {
   for (int l = 0; l < m.layers; ++l) {
     if (!policy.layers.holds(l, m.layers)) continue;
     LayerView& view = views.emplace_back(m, queue, l, phase);
-    view.step = step, view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get(),
-    view.state = states[size_t(p)].get(), view.output_matrix = weights->layers[size_t(l)].o;
+    view.enter(step), view.enter(states[size_t(p)].get());
+    view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get();
+    view.output_matrix = weights->layers[size_t(l)].o;
     view.read.rope = m.rope(l), view.read.positions = positions;
     scores.push_back(policy.score(view));
   }
@@ -634,6 +703,7 @@ void Session::truncate(int sequence, int64_t position) {
   require(sequence >= 0 && sequence < m.options.sequences, "truncate", "no sequence " + std::to_string(sequence));
   position = std::clamp<int64_t>(position, 0, m.next[size_t(sequence)]);
   m.store->truncate(m.queue, sequence, position);
+  m.recorded.clear();
   m.next[size_t(sequence)] = position;
   m.tokens[size_t(sequence)].resize(size_t(position));
   m.prompt[size_t(sequence)] = std::min(m.prompt[size_t(sequence)], position);

@@ -18,6 +18,7 @@ struct SessionOptions {
   PageType k = {}, v = {};       // how the store keeps entries; BF16 unless said
   std::string backend = "auto";  // auto, cpu, reference, or the name of a kernel table
   int device = 0;                // which of a backend's devices
+  bool record = true;            // decode steps are recorded and replayed where the device can and no step differs
 };
 
 /// Seconds by part of a step, since the session began.
@@ -97,7 +98,7 @@ void interrupt() noexcept;
 void clear_interrupt() noexcept;
 bool interrupted() noexcept;
 
-/// The table for a backend name: auto (the best CPU table), cpu, reference, or a table's own name; `device` counts the
+/// The table for a backend name: auto (the GPU when there is a usable one, else the best CPU table), cpu, reference, or a table's own name; `device` counts the
 /// backend's devices from 0. Throws Error(NotFound) that lists the names, or says how many devices there are.
 const Kernels& backend(const std::string& name, int device = 0);
 

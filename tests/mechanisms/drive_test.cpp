@@ -55,7 +55,8 @@ class FakeRun final : public Run {
       append(l, c, length_, m);
       const Scratch scratch(queue_.scratch);
       LayerView at(info_, queue_, l, Phase::Replay);
-      at.prompt = {length_}, at.state = state_.get(), at.store = &store_->layer(l), at.stores = store_.get();
+      at.enter(state_.get());
+      at.prompt = {length_}, at.store = &store_->layer(l), at.stores = store_.get();
       at.rows = {n}, at.key_rows.assign(size_t(shape.g), m);
       const Tensor q_offsets = queue_.upload(steps(shape.h, n)), k_offsets = queue_.upload(steps(shape.g, m));
       at.q = {queue_.upload(c.q->reshape({shape.h * n, 16})), q_offsets, {}, shape.h, shape.h * n};
@@ -75,7 +76,8 @@ class FakeRun final : public Run {
     std::vector<LayerView> views;
     for (int l = 0; l < kLayers; ++l) {
       LayerView& at = views.emplace_back(info_, queue_, l, Phase::Prompt);
-      at.prompt = {length_}, at.state = state_.get(), at.store = &store_->layer(l), at.stores = store_.get();
+      at.enter(state_.get());
+      at.prompt = {length_}, at.store = &store_->layer(l), at.stores = store_.get();
       scores.push_back(policy.score(at));
     }
     const std::vector<int64_t> prompt{length_};

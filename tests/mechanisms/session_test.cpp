@@ -361,7 +361,7 @@ TEST(Sessions, OmniKvHandsTheFiltersChoiceOn) {
       for (int64_t j = 50; j < length; ++j) most[size_t(j)] = INFINITY;  // generated
     }
     if (at.layer < 2) return;
-    EXPECT_EQ(first_row(at.read.plan), top(most, 7 + at.step + 1));
+    EXPECT_EQ(first_row(at.read.plan), top(most, 7 + at.step() + 1));
     EXPECT_EQ(at.read.plan.scope, Plan::Scope::Layer);
     ++handed;
   });

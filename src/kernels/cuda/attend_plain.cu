@@ -168,12 +168,14 @@ template <class Numbers>
 void run(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t expected_keys,
          const AttendOut& to) {
   const RowTiles tiles = row_tiles(a, kRows);
-  // By shapes alone, so that a result does not depend on the device. Sigmoid weights have no denominator to join by.
+  // Not by the device, so that a result does not depend on it, nor by how loose the bound is: shares are 256 keys wide (at most 64 of
+  // them, so a power of two wider over very many keys), and those past the last key weigh exactly nothing. A plan's entries are divided by 16.
+  // Sigmoid weights have no denominator to join by.
   Split split{1, expected_keys};
-  if (a.n_bound <= 16 && expected_keys > 512 && !a.mods.sigmoid) {
-    split.keys = std::max<int64_t>(256, ceil_div(ceil_div(expected_keys, 64), kKeys) * kKeys);
-    split.shares = int(ceil_div(expected_keys, split.keys));
-    if (a.plan.form != Plan::Form::Dense) split.shares = std::min(split.shares, 16);
+  if (a.n_bound <= 16 && !a.mods.sigmoid) {
+    split.keys = 256;
+    while (ceil_div(expected_keys, split.keys) > 64) split.keys *= 2;
+    split.shares = a.plan.form == Plan::Form::Dense ? int(std::max<int64_t>(1, ceil_div(expected_keys, split.keys))) : 16;
   }
   dim3 grid = tiles.grid;
   grid.z = unsigned(split.shares * a.plan.parts * ceil_div(a.d_v, kChannels));

@@ -113,9 +113,21 @@ struct Memory {
   int last;
 };
 
+__device__ __forceinline__ void await() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__global__ void clear_kernel(int* arrived, int count) {
+  await();
+  if (int(threadIdx.x) < count) arrived[threadIdx.x] = 0;
+}
+
 template <int D, int DV, int kWarps, int PerSm>
 __global__ void __launch_bounds__(32 * kWarps, PerSm)
     attend_store_kernel(const AttendStore a, Partial<DV>* partials, int* arrived) {
+  await();
   extern __shared__ uint8_t raw[];
   Memory<DV, kWarps>& sh = *reinterpret_cast<Memory<DV, kWarps>*>(raw);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
@@ -457,10 +469,16 @@ cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t strea
                                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                         int(sizeof(Memory<DV, kWarps>)));
   if (ready != cudaSuccess) return ready;
-  if (const cudaError_t e = cudaMemsetAsync(arrived, 0, size_t(blocks) * 4, stream); e != cudaSuccess) return e;
-  attend_store_kernel<D, DV, kWarps, PerSm>
-      <<<blocks, 32 * kWarps, sizeof(Memory<DV, kWarps>), stream>>>(a, partials, arrived);
-  return cudaGetLastError();
+  // Both begin with await(): they are set up while what is before them ends.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(1), how.blockDim = dim3(kMostBlocks), how.stream = stream, how.attrs = &early, how.numAttrs = 1;
+  if (const cudaError_t e = cudaLaunchKernelEx(&how, clear_kernel, arrived, blocks); e != cudaSuccess) return e;
+  how.gridDim = dim3(unsigned(blocks)), how.blockDim = dim3(32 * kWarps);
+  how.dynamicSmemBytes = sizeof(Memory<DV, kWarps>);
+  return cudaLaunchKernelEx(&how, attend_store_kernel<D, DV, kWarps, PerSm>, a, partials, arrived);
 }
 
 }  // namespace

@@ -110,6 +110,7 @@ struct Target {
 
 /// Grid: numbers (strided), segments; without segments all rows are one.
 __global__ void compute_kernel(const __grid_constant__ Numbers what, Segments over, const __grid_constant__ Target out) {
+  await();
   const int s = blockIdx.y;
   const int64_t begin = over.offsets ? over.begin(s) : 0, length = over.offsets ? over.length(s) : out.rows;
   for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < length * out.width;
@@ -160,8 +161,8 @@ void compute(Queue& queue, const Numbers& what, const Ragged* over, Tensor out) 
                   out.size[0],   out.rank > 1 ? int(out.size[1]) : 1};
   const unsigned count = over ? unsigned(over->segments()) : 1;
   if (out.numel() == 0) return;
-  launch(queue, where, compute_kernel, dim3(blocks_for(ceil_div(out.numel(), 128), count), count), 128, 0, what,
-         over ? segments(*over) : Segments{}, to);
+  launch_early(queue, where, compute_kernel, dim3(blocks_for(ceil_div(out.numel(), 128), count), count), 128, 0, what,
+               over ? segments(*over) : Segments{}, to);
 }
 
 void offsets(Queue& queue, Tensor lengths, Tensor out) {

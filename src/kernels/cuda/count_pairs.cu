@@ -24,6 +24,7 @@ __device__ int64_t position_of(const Counted& a, const PagesView& pages, int seg
 
 /// One warp a query row; sums of whole numbers, the same in any order. Grid: rows (strided), segments of q.
 __global__ void count_pairs_kernel(const __grid_constant__ Counted a, const __grid_constant__ PagesView pages, double* pairs) {
+  await();
   const int sequence = blockIdx.y / a.h, head = blockIdx.y % a.h, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int n = a.qs.length(blockIdx.y), segment = sequence * a.g + head * a.g / a.h, m = key_count(a, pages, segment);
   int64_t plan_first = 0;
@@ -96,9 +97,10 @@ void count_pairs(Queue& queue, const Plan& plan, const Ragged& q, const Keys& ke
   a.window = mods.window;
   const PagesView pages = keys.pages ? pages_view(where, *keys.pages) : PagesView{};
   const unsigned count = unsigned(q.segments());
-  launch(queue, where, count_pairs_kernel,
-         dim3(blocks_for(ceil_div(std::max<int64_t>(q.bound, q.values ? q.values.size[0] : 0), 4 * q.heads), count), count),
-         128, 0, a, pages, pairs.as<double>());
+  launch_early(
+      queue, where, count_pairs_kernel,
+      dim3(blocks_for(ceil_div(std::max<int64_t>(q.bound, q.values ? q.values.size[0] : 0), 4 * q.heads), count), count),
+      128, 0, a, pages, pairs.as<double>());
 }
 
 }  // namespace heed::cuda

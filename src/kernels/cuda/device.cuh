@@ -36,6 +36,32 @@ void launch(Queue& queue, const char* where, void (*kernel)(Formal...), dim3 gri
   check(cudaGetLastError(), where);
 }
 
+/// First line of a kernel that launch_early starts: waits until what lies before it in the queue is done, its writes included. The
+/// kernel behind may then be set up.
+__device__ inline void await() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Whether the GPU sets up kernels early (programmatic dependent launch).
+bool launches_early();
+
+/// As launch, for kernels that begin with await(): setting up such a kernel overlaps the end of the one before.
+template <class... Formal, class... Actual>
+void launch_early(Queue& queue, const char* where, void (*kernel)(Formal...), dim3 grid, int threads, size_t shared,
+                  const Actual&... args) {
+  if (!launches_early()) return launch(queue, where, kernel, grid, threads, shared, args...);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = grid, how.blockDim = dim3(unsigned(threads)), how.dynamicSmemBytes = shared, how.stream = stream(queue);
+  how.attrs = &early, how.numAttrs = 1;
+  check(cudaLaunchKernelEx(&how, kernel, Formal(args)...), where);
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -4,6 +4,7 @@ namespace heed::cuda {
 namespace {
 
 __global__ void glu_kernel(Matrix gate, Matrix up, Activation activation, Matrix y, int64_t count) {
+  await();
   for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < count; e += int64_t(gridDim.x) * blockDim.x) {
     const int64_t row = e / y.width;
     const int c = int(e % y.width);
@@ -23,8 +24,8 @@ void glu(Queue& queue, Tensor gate, Tensor up, Activation activation, Tensor y) 
   check_tensor("glu", "y", y, {gate.size[0], gate.size[1]});
   const int64_t count = gate.numel();
   if (count == 0) return;
-  launch(queue, "glu", glu_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(gate), matrix(up), activation,
-         matrix(y), count);
+  launch_early(queue, "glu", glu_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(gate), matrix(up),
+               activation, matrix(y), count);
 }
 
 }  // namespace heed::cuda

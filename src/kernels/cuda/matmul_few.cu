@@ -7,20 +7,33 @@ namespace {
 
 constexpr int kWarps = 4;
 
+constexpr int kMostParts = 3;
+
 struct Few {
-  WeightView w;
+  struct Part {
+    WeightView w;
+    const float* bias;
+    Matrix y;
+    int outputs;
+  } part[kMostParts];  // matrices of one type, whose outputs lie one behind another in the grid
   Matrix x;
   const int8_t* codes;  // [tokens, inputs]
   const float* scales;  // [tokens, inputs / 32]
   const float* sums;    // [tokens, inputs / 16]: Σ x
-  const float* bias;
   bool accumulate;
-  Matrix y;
-  int first, tokens, outputs;  // tokens first … first + tokens
+  int first, tokens, outputs;  // tokens first … first + tokens; outputs of all parts
+
+  /// The part that an output belongs to, and its number there.
+  __device__ const Part& part_of(int& out) const {
+    int i = 0;
+    while (out >= part[i].outputs) out -= part[i++].outputs;
+    return part[i];
+  }
 };
 
 /// One warp a run of 32 activations.
 __global__ void quantise_kernel(Matrix x, int64_t runs, int per_row, int8_t* codes, float* scales, float* sums) {
+  await();
   const int64_t run = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (run >= runs) return;
   const int lane = threadIdx.x % 32;
@@ -32,17 +45,20 @@ __global__ void quantise_kernel(Matrix x, int64_t runs, int per_row, int8_t* cod
   if (lane % 16 == 0) sums[run * 2 + lane / 16] = sum;
 }
 
-__device__ inline void finish(const Few& a, int out, int t, float sum) {
-  float* y = a.y.row<float>(a.first + t) + out;
-  *y = sum + (a.bias ? a.bias[out] : 0.0f) + (a.accumulate ? *y : 0.0f);
+__device__ inline void finish(const Few& a, const Few::Part& part, int out, int t, float sum) {
+  float* y = part.y.row<float>(a.first + t) + out;
+  *y = sum + (part.bias ? part.bias[out] : 0.0f) + (a.accumulate ? *y : 0.0f);
 }
 
 template <Dtype kType, int kTokens>
 __global__ void __launch_bounds__(kWarps * 32) few_blocks_kernel(const __grid_constant__ Few a) {
-  const int out = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  await();
+  int out = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
   if (out >= a.outputs) return;
-  const uint8_t* row = a.w.blocks + out * a.w.row_bytes;
-  const int runs = a.w.width / 32;
+  const Few::Part& part = a.part_of(out);
+  const uint8_t* row = part.w.blocks + out * part.w.row_bytes;
+  const int runs = part.w.width / 32;
   float sum[kTokens] = {};
   // Several runs in flight: one token leaves registers for them.
 #pragma unroll(kTokens == 1 ? 4 : 2)
@@ -69,7 +85,7 @@ __global__ void __launch_bounds__(kWarps * 32) few_blocks_kernel(const __grid_co
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const float total = warp_sum(sum[t]);
-    if (lane == 0 && t < a.tokens) finish(a, out, t, total);
+    if (lane == 0 && t < a.tokens) finish(a, part, out, t, total);
   }
 }
 
@@ -94,14 +110,18 @@ __device__ inline void unpack8(const uint4& bits, const __nv_bfloat16*, float (&
 /// Plain weights. `wide`: rows of w and x are 16-byte aligned, so lanes take eight numbers at once.
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kWarps * 32) few_plain_kernel(const __grid_constant__ Few a, bool wide) {
-  const int out = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  await();
+  int out = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
   if (out >= a.outputs) return;
-  const T* row = a.w.plain.row<T>(out);
+  const Few::Part& part = a.part_of(out);
+  const int width = part.w.width;
+  const T* row = part.w.plain.row<T>(out);
   float sum[kTokens] = {};
   int from = 0;
   if constexpr (sizeof(T) == 2) {
     if (wide) {
-      from = a.w.width / 8 * 8;
+      from = width / 8 * 8;
 #pragma unroll 2
       for (int c = 8 * lane; c < from; c += 256) {
         float w[8];
@@ -117,7 +137,7 @@ __global__ void __launch_bounds__(kWarps * 32) few_plain_kernel(const __grid_con
       }
     }
   }
-  for (int c = from + lane; c < a.w.width; c += 32) {
+  for (int c = from + lane; c < width; c += 32) {
     const float w = to_float(row[c]);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
@@ -126,53 +146,65 @@ __global__ void __launch_bounds__(kWarps * 32) few_plain_kernel(const __grid_con
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const float total = warp_sum(sum[t]);
-    if (lane == 0 && t < a.tokens) finish(a, out, t, total);
+    if (lane == 0 && t < a.tokens) finish(a, part, out, t, total);
   }
 }
 
 template <class T>
 void few_plain(Queue& queue, Few& a, dim3 grid) {
-  const bool wide = reinterpret_cast<uint64_t>(a.w.plain.data) % 16 == 0 &&
-                    a.w.plain.stride * int64_t(sizeof(T)) % 16 == 0 && reinterpret_cast<uint64_t>(a.x.data) % 16 == 0 &&
-                    a.x.stride % 4 == 0;
-  if (a.tokens == 1) launch(queue, "matmul", few_plain_kernel<T, 1>, grid, kWarps * 32, 0, a, wide);
-  else launch(queue, "matmul", few_plain_kernel<T, 8>, grid, kWarps * 32, 0, a, wide);
+  bool wide = reinterpret_cast<uint64_t>(a.x.data) % 16 == 0 && a.x.stride % 4 == 0;
+  for (const Few::Part& part : a.part)
+    wide = wide && reinterpret_cast<uint64_t>(part.w.plain.data) % 16 == 0 &&
+           part.w.plain.stride * int64_t(sizeof(T)) % 16 == 0;
+  if (a.tokens == 1) launch_early(queue, "matmul", few_plain_kernel<T, 1>, grid, kWarps * 32, 0, a, wide);
+  else launch_early(queue, "matmul", few_plain_kernel<T, 8>, grid, kWarps * 32, 0, a, wide);
 }
 
-}  // namespace
-
-void matmul_few(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y) {
-  Scratch scratch(queue.scratch);
-  const int64_t inputs = w.size[1], tokens = x.size[0];
-  Few a{};
-  a.w = weight_view("matmul", w);
-  a.x = matrix(x);
-  a.bias = bias.as<float>();
-  a.accumulate = accumulate;
-  a.y = matrix(y);
-  a.outputs = int(w.size[0]);
-  if (is_block(w.type)) {
-    const int64_t runs = tokens * inputs / 32;
-    int8_t* codes = queue.scratch.take(Dtype::I8, {tokens * inputs}).as<int8_t>();
-    float *scales = queue.scratch.take(Dtype::F32, {runs}).as<float>(),
-          *sums = queue.scratch.take(Dtype::F32, {2 * runs}).as<float>();
-    launch(queue, "matmul", quantise_kernel, dim3(unsigned(ceil_div(runs, 4))), 128, 0, a.x, runs, int(inputs / 32),
-           codes, scales, sums);
-    a.codes = codes;
-    a.scales = scales;
-    a.sums = sums;
+/// Matrices of one type.
+void few(Queue& queue, Few a, std::span<const Linear> each, int64_t tokens) {
+  const Dtype type = each[0].w.type;
+  for (size_t i = 0; i < each.size(); ++i) {
+    a.part[i] = {weight_view("matmul", each[i].w), each[i].bias.as<float>(), matrix(each[i].y), int(each[i].w.size[0])};
+    a.outputs += a.part[i].outputs;
   }
   const dim3 grid(unsigned(ceil_div(a.outputs, kWarps)));
   for (; a.first < tokens; a.first += 8) {
     a.tokens = int(std::min<int64_t>(8, tokens - a.first));
-    if (w.type == Dtype::F32) few_plain<float>(queue, a, grid);
-    else if (w.type == Dtype::BF16) few_plain<__nv_bfloat16>(queue, a, grid);
-    else if (w.type == Dtype::F16) few_plain<__half>(queue, a, grid);
+    if (type == Dtype::F32) few_plain<float>(queue, a, grid);
+    else if (type == Dtype::BF16) few_plain<__nv_bfloat16>(queue, a, grid);
+    else if (type == Dtype::F16) few_plain<__half>(queue, a, grid);
     else
-      with_block_type(w.type, [&]<Dtype kType>() {
-        if (a.tokens == 1) launch(queue, "matmul", few_blocks_kernel<kType, 1>, grid, kWarps * 32, 0, a);
-        else launch(queue, "matmul", few_blocks_kernel<kType, 8>, grid, kWarps * 32, 0, a);
+      with_block_type(type, [&]<Dtype kType>() {
+        if (a.tokens == 1) launch_early(queue, "matmul", few_blocks_kernel<kType, 1>, grid, kWarps * 32, 0, a);
+        else launch_early(queue, "matmul", few_blocks_kernel<kType, 8>, grid, kWarps * 32, 0, a);
       });
+  }
+}
+
+}  // namespace
+
+void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, bool accumulate) {
+  Scratch scratch(queue.scratch);
+  const int64_t inputs = x.size[1], tokens = x.size[0];
+  Few a{};
+  a.x = matrix(x);
+  a.accumulate = accumulate;
+  if (std::any_of(each.begin(), each.end(), [](const Linear& l) { return is_block(l.w.type); })) {
+    const int64_t runs = tokens * inputs / 32;
+    int8_t* codes = queue.scratch.take(Dtype::I8, {tokens * inputs}).as<int8_t>();
+    float *scales = queue.scratch.take(Dtype::F32, {runs}).as<float>(),
+          *sums = queue.scratch.take(Dtype::F32, {2 * runs}).as<float>();
+    launch_early(queue, "matmul", quantise_kernel, dim3(unsigned(ceil_div(runs, 4))), 128, 0, a.x, runs,
+                 int(inputs / 32), codes, scales, sums);
+    a.codes = codes;
+    a.scales = scales;
+    a.sums = sums;
+  }
+  for (size_t i = 0; i < each.size();) {
+    size_t end = i + 1;
+    while (end < each.size() && end - i < kMostParts && each[end].w.type == each[i].w.type) ++end;
+    few(queue, a, each.subspan(i, end - i), tokens);
+    i = end;
   }
 }
 

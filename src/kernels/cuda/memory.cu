@@ -15,6 +15,15 @@ void check(cudaError_t status, const char* where) {
   throw Error(Code::Device, where, std::string("the GPU reports: ") + cudaGetErrorString(status));
 }
 
+bool launches_early() {
+  static const bool early = [] {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  }();
+  return early;
+}
+
 cudaStream_t stream(Queue& queue) {
   ++queue.launches;
   return static_cast<cudaStream_t>(queue.stream);
@@ -139,6 +148,30 @@ void fill(void* stream, void* to, int byte, int64_t bytes) {
   if (bytes > 0) check(cudaMemsetAsync(to, byte, size_t(bytes), static_cast<cudaStream_t>(stream)), "cuda fill");
 }
 
+/// Allocations, which scratch may make meanwhile, are allowed.
+void begin_recording(void* stream) {
+  check(cudaStreamBeginCapture(static_cast<cudaStream_t>(stream), cudaStreamCaptureModeRelaxed), "cuda recording");
+}
+
+void* end_recording(void* stream) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t out = nullptr;
+  if (cudaStreamEndCapture(static_cast<cudaStream_t>(stream), &graph) == cudaSuccess && graph &&
+      cudaGraphInstantiate(&out, graph, 0) != cudaSuccess)
+    out = nullptr;
+  if (graph) cudaGraphDestroy(graph);
+  cudaGetLastError();  // what could not be kept is no error
+  return out;
+}
+
+void replay(void* stream, void* recording) {
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording), static_cast<cudaStream_t>(stream)), "cuda replay");
+}
+
+void drop_recording(void* recording) noexcept {
+  if (recording) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recording));
+}
+
 void finish(void* stream) { check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cuda"); }
 
 }  // namespace
@@ -156,6 +189,10 @@ const Memory& memory() {
     m.move = move;
     m.fill = fill;
     m.finish = finish;
+    m.begin_recording = begin_recording;
+    m.end_recording = end_recording;
+    m.replay = replay;
+    m.drop_recording = drop_recording;
     return m;
   }();
   return made;

@@ -4,6 +4,7 @@ namespace heed::cuda {
 namespace {
 
 __global__ void merge_heads_kernel(Matrix in, Segments from, const int64_t* first, int sequences, Matrix y, int64_t count) {
+  await();
   for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < count; e += int64_t(gridDim.x) * blockDim.x) {
     const int64_t t = e / y.width;
     const int column = int(e % y.width), s = sequence_of(first, sequences, t);
@@ -23,8 +24,8 @@ void merge_heads(Queue& queue, const Ragged& in, Tensor first, Tensor y) {
   require(in.segments() == sequences * heads, where, "in has a segment for each sequence and head");
   const int64_t count = y.numel();
   if (count == 0) return;
-  launch(queue, where, merge_heads_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(in.values), segments(in),
-         first.as<int64_t>(), int(sequences), matrix(y), count);
+  launch_early(queue, where, merge_heads_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(in.values),
+               segments(in), first.as<int64_t>(), int(sequences), matrix(y), count);
 }
 
 }  // namespace heed::cuda

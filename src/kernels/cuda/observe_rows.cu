@@ -149,10 +149,11 @@ void row_lse(Queue& queue, const AttentionView& a, float* lse) {
   to.lse = lse;
   to.lse_alone = true;
   to.rows = a.q_rows;
-  // A few last rows over many keys: in shares, by shapes alone.
+  // A few last rows over many keys: in shares, whose width does not depend on how loose the bound is (see attend_plain).
   const int64_t expected = ceil_div(a.m_bound, a.g);  // keys of a segment, where heads hold equally many
-  to.shares = a.n_bound <= 256 && expected > 1024 ? int(std::min<int64_t>(32, ceil_div(expected, 512))) : 1;
-  to.share_keys = ceil_div(ceil_div(expected, to.shares), kKeys) * kKeys;
+  to.share_keys = 512;
+  while (ceil_div(expected, to.share_keys) > 32) to.share_keys *= 2;
+  to.shares = a.n_bound <= 256 ? int(std::max<int64_t>(1, ceil_div(expected, to.share_keys))) : 1;
   dim3 grid = tiles.grid;
   grid.z = unsigned(to.shares);
   Scratch scratch(queue.scratch);

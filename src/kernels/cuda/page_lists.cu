@@ -71,6 +71,7 @@ __global__ void supply_kernel(SupplyView supply, char* block, int64_t count) {
 
 /// One warp a segment. left[s]: the page that it let go of, or 0.
 __global__ void grow_kernel(const __grid_constant__ Lists a, Segments rows, int32_t* first, uint64_t* left) {
+  await();
   const int s = blockIdx.x, lane = threadIdx.x, length = a.length[s], count = rows.length(s), end = length + count;
   __syncwarp();
   uint64_t old = 0;
@@ -89,6 +90,7 @@ __global__ void grow_kernel(const __grid_constant__ Lists a, Segments rows, int3
 
 /// Lets go of the pages that growing segments left: they were part-filled, so their layout has not changed.
 __global__ void leave_grown_kernel(const __grid_constant__ Lists a, const int32_t* first, const uint64_t* left) {
+  await();
   const int s = blockIdx.x * blockDim.x + threadIdx.x;
   if (s < a.pages.segments && left[s]) let_go(a.supplies.of[a.layout_at(s, first[s] / kPage)], left[s]);
 }
@@ -210,9 +212,10 @@ void page_grow(Queue& queue, const Pages& pages, const Ragged& rows, Tensor firs
   Scratch scratch(queue.scratch);
   uint64_t* left = queue.scratch.take(Dtype::U64, {pages.segments()}).as<uint64_t>();
   const Lists a = lists(where, pages);
-  launch(queue, where, grow_kernel, dim3(unsigned(pages.segments())), 32, 0, a, segments(rows), first.as<int32_t>(), left);
-  launch(queue, where, leave_grown_kernel, dim3(unsigned(ceil_div(pages.segments(), 64))), 64, 0, a,
-         first.as<int32_t>(), left);
+  launch_early(queue, where, grow_kernel, dim3(unsigned(pages.segments())), 32, 0, a, segments(rows),
+               first.as<int32_t>(), left);
+  launch_early(queue, where, leave_grown_kernel, dim3(unsigned(ceil_div(pages.segments(), 64))), 64, 0, a,
+               first.as<int32_t>(), left);
 }
 
 void page_own(Queue& queue, const Pages& pages, Tensor until) {

@@ -6,6 +6,7 @@ namespace {
 /// Grid: pages (strided), segments.
 __global__ void page_write_kernel(const __grid_constant__ PagesView pages, Matrix k, Segments ks, Matrix v, Segments vs,
                                   const int32_t* positions, const int32_t* first) {
+  await();
   const int s = blockIdx.y, begin = first[s], end = begin + ks.length(s);
   for (int p = begin / kPage + blockIdx.x; p * kPage < end; p += gridDim.x) {
     const LayoutView& l = pages.layout_of(s, p);
@@ -39,9 +40,10 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
   const PagesView view = pages_view(where, pages);
   require(is_float(k.values.type) && is_float(v.values.type) && k.values.size[1] == view.d && v.values.size[1] == view.d_v,
           where, "k and v are F32, BF16 or F16 of the store's widths");
-  launch(queue, where, page_write_kernel,
-         dim3(blocks_for(ceil_div(k.values.size[0], kPage) + 1, view.segments), unsigned(view.segments)), 256, 0, view,
-         matrix(k.values), segments(k), matrix(v.values), segments(v), positions.as<int32_t>(), first.as<int32_t>());
+  launch_early(queue, where, page_write_kernel,
+               dim3(blocks_for(ceil_div(k.values.size[0], kPage) + 1, view.segments), unsigned(view.segments)), 256, 0,
+               view, matrix(k.values), segments(k), matrix(v.values), segments(v), positions.as<int32_t>(),
+               first.as<int32_t>());
 }
 
 }  // namespace heed::cuda

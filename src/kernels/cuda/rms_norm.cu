@@ -5,6 +5,7 @@ namespace {
 
 /// One block a row.
 __global__ void rms_norm_kernel(Matrix x, const float* weight, float eps, Matrix y) {
+  await();
   const float* from = x.row<float>(blockIdx.x);
   float* to = y.row<float>(blockIdx.x);
   float squares = 0;
@@ -20,8 +21,8 @@ void rms_norm(Queue& queue, Tensor x, Tensor weight, float eps, Tensor y) {
   check_tensor("rms_norm", "y", y, {x.size[0], x.size[1]});
   check_tensor("rms_norm", "weight", weight, {x.size[1]}, true);
   const int threads = x.size[1] >= 2048 ? 512 : x.size[1] >= 256 ? 128 : 32;
-  launch(queue, "rms_norm", rms_norm_kernel, dim3(unsigned(x.size[0])), threads, 0, matrix(x), weight.as<float>(), eps,
-         matrix(y));
+  launch_early(queue, "rms_norm", rms_norm_kernel, dim3(unsigned(x.size[0])), threads, 0, matrix(x), weight.as<float>(),
+               eps, matrix(y));
 }
 
 }  // namespace heed::cuda

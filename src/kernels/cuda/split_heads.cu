@@ -20,6 +20,7 @@ struct Split {
 
 /// One warp a (token, head).
 __global__ void split_heads_kernel(Split a) {
+  await();
   const int64_t item = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32, head = int(item % a.heads);
   const int64_t t = item / a.heads;
@@ -84,7 +85,7 @@ void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, c
                 positions.rank == 2 ? positions.stride[0] : 0,
                 matrix(out.values),
                 segments(out)};
-  launch(queue, where, split_heads_kernel, dim3(unsigned(ceil_div(tokens * heads, 8))), 256, 0, a);
+  launch_early(queue, where, split_heads_kernel, dim3(unsigned(ceil_div(tokens * heads, 8))), 256, 0, a);
 }
 
 }  // namespace heed::cuda

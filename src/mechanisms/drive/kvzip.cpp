@@ -67,7 +67,7 @@ struct KVzip final : KeepPolicy {
   // sinks always stay, so the sum over repetitions is the largest of them.
   void observe(LayerView& at) const override {
     if (at.phase != Phase::Replay || at.model.window(at.layer) > 0) return;
-    const auto& part = static_cast<const Part&>(*at.state);
+    const auto& part = static_cast<const Part&>(at.state());
     Plan seen;
     seen.form = Plan::Form::Interval, seen.scope = Plan::Scope::KvHead, seen.q_tile = int(longest_queries(at));
     std::vector<int32_t> ranges;

@@ -72,7 +72,7 @@ struct Cake final : KeepPolicy {
     auto preferred = std::make_shared<Buffer>(Dtype::F32, std::initializer_list<int64_t>{at.sequences()}, *queue.memory);
     auto power = [](const Num& x, double tau) { return exp(log(max(x, 1e-30)) * (1 / tau)); };
     compute(queue, power(load(h.values, first), entropy) * power(load(v.values, first) / window, variance), *preferred);
-    static_cast<Preferences&>(*at.state).layers[size_t(at.layer)] = std::move(preferred);
+    static_cast<Preferences&>(at.state()).layers[size_t(at.layer)] = std::move(preferred);
   }
 
   Ragged score(LayerView& at) const override {

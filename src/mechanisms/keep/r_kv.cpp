@@ -33,13 +33,13 @@ struct RKV final : KeepPolicy {
     return std::make_unique<RecentQueries>(model.layers, window);
   }
   void observe(LayerView& at) const override {
-    if (at.phase != Phase::Replay) static_cast<RecentQueries&>(*at.state).take(at);
+    if (at.phase != Phase::Replay) static_cast<RecentQueries&>(at.state()).take(at);
   }
 
   /// The mean over rows of softmax over the keys before the window of the group's largest logit, smoothed.
   Ragged attention(LayerView& at, std::span<const int64_t> recent) const {
     Queue& queue = at.queue;
-    Ragged logits = static_cast<const RecentQueries&>(*at.state).logits(at);  // runs: KV head, row, query head
+    Ragged logits = static_cast<const RecentQueries&>(at.state()).logits(at);  // runs: KV head, row, query head
     const int64_t group = at.model.group();
     logits.heads = group;
     Ragged rows = members(queue, spread(queue, logits, {.of = Spread::Of::Max, .over = Spread::Over::Heads}), group, 0);

@@ -49,7 +49,7 @@ struct Spatten final : KeepPolicy {
   void observe(LayerView& at) const override {
     if (at.phase == Phase::Replay) return;
     Queue& queue = at.queue;
-    auto& tokens = static_cast<Tokens&>(*at.state);
+    auto& tokens = static_cast<Tokens&>(at.state());
     const int64_t g = at.store->shape().kv_heads, sequences = at.store->segments() / g;
     const Ragged places = stored_positions(at);
     auto made = [&](Dtype type, int64_t size) {
@@ -92,7 +92,7 @@ struct Spatten final : KeepPolicy {
   }
 
   Ragged score(LayerView& at) const override {
-    const auto& tokens = static_cast<const Tokens&>(*at.state);
+    const auto& tokens = static_cast<const Tokens&>(at.state());
     const Ragged out = stored_positions(at);
     const Tensor which = compute(at.queue, Dtype::I64, {out.bound}, 0);
     compute(at.queue, out, token(tokens, segment(), out.heads, load(out.values, index())), which);
@@ -103,7 +103,7 @@ struct Spatten final : KeepPolicy {
 
   // Which tokens this layer drops: those of the first KV head, since all score alike.
   void fold(LayerView& at, const Chosen& chosen) const override {
-    auto& tokens = static_cast<Tokens&>(*at.state);
+    auto& tokens = static_cast<Tokens&>(at.state());
     const Ragged places = stored_positions(at);
     const int64_t g = places.heads;
     const auto dropped = std::make_shared<Buffer>(Dtype::F32, std::initializer_list<int64_t>{(*tokens.paid)->size[0]},

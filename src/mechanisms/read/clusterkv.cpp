@@ -47,7 +47,7 @@ struct ClusterKV final : Mechanism {
     if (at.decoding() || at.phase == Phase::Replay || reads_all(at, first_dense)) return;
     Queue& queue = at.queue;
     const int64_t g = at.model.g, d = at.store->shape().d;
-    auto& centroids = static_cast<Centroids&>(*at.state).of;
+    auto& centroids = static_cast<Centroids&>(at.state()).of;
     const Ragged keys = stored_keys(at), labels = at.column("clusterkv.label");
     for (int s = 0; s < at.sequences(); ++s) {
       if (at.rows[size_t(s)] == 0) continue;
@@ -71,7 +71,7 @@ struct ClusterKV final : Mechanism {
     if (reads_all(at, first_dense)) return {};
     Queue& queue = at.queue;
     const int64_t g = at.model.g, h = at.q.heads;
-    const auto& centroids = static_cast<Centroids&>(*at.state).of;
+    const auto& centroids = static_cast<Centroids&>(at.state()).of;
     const Ragged scores = at.column("clusterkv.label");
     for (int s = 0; s < at.sequences(); ++s) {
       const auto found = centroids.find({at.layer, s});
@@ -90,7 +90,7 @@ struct ClusterKV final : Mechanism {
               scores.values);
     }
     std::vector<int64_t> counts;
-    for (int64_t length : at.prompt) counts.push_back(budget.entries(length) + at.step + 1);
+    for (int64_t length : at.prompt) counts.push_back(budget.entries(length) + at.step() + 1);
     return best_entries(at, Plan::Scope::KvHead, scores, counts);
   }
 };

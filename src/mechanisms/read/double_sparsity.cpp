@@ -46,7 +46,7 @@ struct DoubleSparsity final : Mechanism {
     const Num x = load(products.values, index());
     compute(queue, products, max(x, 0 - x), products.values);
     const Ragged mean = mean_rows(queue, products);
-    auto& sums = static_cast<Channels&>(*at.state).sums[at.layer];
+    auto& sums = static_cast<Channels&>(at.state()).sums[at.layer];
     auto now = std::make_shared<Buffer>(Dtype::F32, std::initializer_list<int64_t>{at.q.segments(), d}, *queue.memory);
     const Num more = load(mean.values, index()) * length_of(at.q, floor_div(index(), d));
     compute(queue, sums ? more + load(*sums, index()) : more, now->view().reshape({at.q.segments() * d}));
@@ -54,7 +54,7 @@ struct DoubleSparsity final : Mechanism {
   }
 
   Read read(LayerView& at) const override {
-    const auto& sums = static_cast<Channels&>(*at.state).sums;
+    const auto& sums = static_cast<Channels&>(at.state()).sums;
     const auto of = sums.find(at.layer);
     if (reads_all(at, first_dense) || of == sums.end()) return {};
     Queue& queue = at.queue;

@@ -33,7 +33,7 @@ struct HyLra final : Mechanism {
   std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<HeldRead>(); }
 
   Read read(LayerView& at) const override {
-    auto& held = static_cast<HeldRead&>(*at.state);
+    auto& held = static_cast<HeldRead&>(at.state());
     // A model of one layer has none to hand its choice on to, and reads it itself.
     const bool alone = at.model.layers == 1, names = at.layer == 0 || full.holds(at.layer, at.model.layers);
     if (names) held.hold(at.queue, choice(at));

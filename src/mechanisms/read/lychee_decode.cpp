@@ -57,7 +57,7 @@ struct LycheeDecode final : Mechanism {
 
   Read read(LayerView& at) const override {
     if (at.mods.window > 0) return {};
-    auto& named = static_cast<Named&>(*at.state);
+    auto& named = static_cast<Named&>(at.state());
     const std::vector<int32_t> which = retrieving(at);
     const bool all = std::find(which.begin(), which.end(), 0) == which.end(), fresh = at.layer == first_layer(at.model),
                some = fresh || std::find(which.begin(), which.end(), 1) != which.end();

@@ -40,7 +40,7 @@ struct OmniKV final : Mechanism {
   }
 
   Read read(LayerView& at) const override {
-    auto& held = static_cast<HeldRead&>(*at.state);
+    auto& held = static_cast<HeldRead&>(at.state());
     const int layers = at.model.layers, filter = filter_of(at.layer, layers);
     const bool shallow = filter_of(layers - 1, layers) < 0;
     if (filter == at.layer || shallow) held.hold(at.queue, choice(at));
@@ -53,9 +53,9 @@ struct OmniKV final : Mechanism {
     Observe how;
     how.rows = Observe::Rows::Last, how.heads = Observe::Heads::GroupMax;
     Ragged paid = spread(at.queue, at.observe(at.q, how), {.of = Spread::Of::Max, .over = Spread::Over::Heads});
-    paid = force(at.queue, members(at.queue, paid, paid.heads, 0), 0, at.step + 1);
+    paid = force(at.queue, members(at.queue, paid, paid.heads, 0), 0, at.step() + 1);
     std::vector<int64_t> counts;
-    for (int64_t length : at.prompt) counts.push_back(budget.entries(length) + at.step + 1);
+    for (int64_t length : at.prompt) counts.push_back(budget.entries(length) + at.step() + 1);
     return best_entries(at, Plan::Scope::Layer, paid, counts);
   }
 };

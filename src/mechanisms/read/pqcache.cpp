@@ -61,7 +61,7 @@ struct PqCache final : Mechanism {
     if (at.decoding() || at.phase == Phase::Replay || reads_all(at, first_dense)) return;
     Queue& queue = at.queue;
     const int64_t g = at.model.g, width = at.store->shape().d / kHalves;
-    auto& books = static_cast<Books&>(*at.state).of;
+    auto& books = static_cast<Books&>(at.state()).of;
     const Ragged keys = stored_keys(at), codes = at.column("pqcache.code");
     for (int s = 0; s < at.sequences(); ++s)
       if (at.rows[size_t(s)] > 0)
@@ -105,7 +105,7 @@ struct PqCache final : Mechanism {
     for (int64_t length : at.prompt) {
       const double rest = double(std::max<int64_t>(0, length - sinks));
       window.push_back(int64_t(recent * rest));
-      counts.push_back(sinks + std::max(window.back(), at.step + 1) + int64_t(std::ceil(topk * rest - 1e-9)));
+      counts.push_back(sinks + std::max(window.back(), at.step() + 1) + int64_t(std::ceil(topk * rest - 1e-9)));
     }
     const Num latest = of_sequence(queue, window, segment(), h);
     compute(queue, logits,
@@ -125,7 +125,7 @@ struct PqCache final : Mechanism {
   /// q · c for every query head and centroid of its KV head: [query heads of all sequences · centroids].
   Tensor dot_tables(LayerView& at, const Ragged& q, int which, float scale) const {
     const int64_t g = at.model.g, h = q.heads;
-    const auto& books = static_cast<Books&>(*at.state).of;
+    const auto& books = static_cast<Books&>(at.state()).of;
     const Grids out = grids(at.queue, q.segments(), 1, centroids);
     for (int s = 0; s < at.sequences(); ++s) {
       const auto book = books.find({at.layer, s});

@@ -34,7 +34,7 @@ struct RecycledAttention final : Mechanism {
     return n;
   }
 
-  bool full(const LayerView& at) const { return !at.decoding() || (at.step + 1) % stride == 0; }
+  bool full(const LayerView& at) const { return !at.decoding() || (at.step() + 1) % stride == 0; }
 
   void observe(LayerView& at) const override {
     if (at.phase == Phase::Replay || !full(at)) return;
@@ -49,7 +49,7 @@ struct RecycledAttention final : Mechanism {
   Read read(LayerView& at) const override {
     if (full(at) || at.mods.window > 0) return {};  // a sliding window already bounds what is read
     std::vector<int64_t> counts;
-    for (int64_t length : at.prompt) counts.push_back(std::max(budget.entries(length), (at.step + 1) % stride));
+    for (int64_t length : at.prompt) counts.push_back(std::max(budget.entries(length), (at.step() + 1) % stride));
     return best_entries(at, Plan::Scope::KvHead, at.column("recycled"), counts);
   }
 };

@@ -72,7 +72,7 @@ struct ShadowKV final : Mechanism {
     const float scale = at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(d));
     const auto whole = [&](const Num& head) {
       return load(flags.values, begin_of(flags, head) + place() * chunk) > 0.5 ||
-             place() >= first_whole(load(at.store->pages().length, head) - (at.step + 1));
+             place() >= first_whole(load(at.store->pages().length, head) - (at.step() + 1));
     };
     compute(queue, scores, pick(whole(floor_div(segment(), group)), -kInfinity, scale * load(scores.values, index())),
             scores.values);

@@ -37,7 +37,7 @@ struct TidalDecode final : Mechanism {
   std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<Chosen>(); }
 
   Read read(LayerView& at) const override {
-    auto& chosen = static_cast<Chosen&>(*at.state);
+    auto& chosen = static_cast<Chosen&>(at.state());
     // A model too shallow to hand selections on selects in every layer and reads what it selected.
     const bool shallow = at.model.layers <= selection + 1;
     if (!shallow && at.layer < selection) return {};
