@@ -1,6 +1,7 @@
 // The recurrence of every table: equal to the oracle's rows one by one, to itself however a prompt is cut, and its gradient
 // to finite differences.
 #include "base/threads.h"
+#include "kernels/bounds.h"
 #include "kernels/harness.h"
 #include "kernels/on_device.h"
 
@@ -122,6 +123,31 @@ TEST_P(Recurrent, ChunksEqualRows) {
           if (normalise) expect_close("z", z, got_z, 1e-5 * std::max(1.0, largest(z)));
           expect_close("out without state", got, alone, 0);
         }
+}
+
+/// Lengths and widths for which a backend may have forms of their own: long sequences, which it may cut into parts, and a row or a few.
+TEST_P(Recurrent, LongAndShortSequencesEqualRows) {
+  Random random(25);
+  for (Recur::Decay decay : kDecays)
+    for (Recur::Correction correction : kCorrections)
+      for (bool steps : {false, true}) {
+        const std::vector<int64_t> lengths = steps ? std::vector<int64_t>{1, 0, 7, 15, 1}
+                                                   : std::vector<int64_t>{1300, 0, 1033};
+        const int64_t d = pick<int64_t>(random, {64, 96, 128, 256}), d_v = pick<int64_t>(random, {64, 96, 128, 256});
+        const Dtype type = pick(random, {Dtype::F32, Dtype::BF16});
+        const RecurCase c(random, {decay, correction, steps && chance(random, 0.5), 0}, lengths, d, d_v, type,
+                          Layout::any(random), 30);
+        SCOPED_TRACE(c.text());
+        Poisoned out = c.out(), state = c.states(), z = c.norms(), got = out.twin(), got_state = state.twin(),
+                 got_z = z.twin();
+        const bool normalise = c.how.normalise;
+        oracle.recur(queue, c.in, c.how, out, state, normalise ? z.view() : Tensor());
+        run.recur(queue, c.in, c.how, got, got_state, normalise ? got_z.view() : Tensor());
+        const double u = unit(Dtype::F32, 1), rows = double(*std::max_element(lengths.begin(), lengths.end()));
+        expect_close("out", out, got, recurrence(u, rows, largest(out)));
+        expect_close("state", state, got_state, recurrence(u, rows, largest(state)));
+        if (normalise) expect_close("z", z, got_z, recurrence(u, rows, largest(z)));
+      }
 }
 
 /// A prompt may be cut anywhere: the state carries over, in place.

@@ -3,18 +3,10 @@
 #include <cmath>
 
 #include "kernels/cuda/attend_sm90.h"
-#include "kernels/kernels.h"
+#include "kernels/cuda/cuda.h"
 
 namespace heed::cuda {
 namespace {
-
-bool hopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
-}
 
 __global__ void round_rows(const float* from, int64_t stride, int width, int64_t count, __nv_bfloat16* to) {
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {

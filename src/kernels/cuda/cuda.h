@@ -7,6 +7,9 @@
 
 namespace heed::cuda {
 
+/// Whether the current device has the instructions of compute capability 9.0.
+bool hopper();
+
 template <class Entry>
 using Function = std::remove_pointer_t<Entry>;
 

@@ -1,6 +1,7 @@
-// The recurrence, row after row: each column of the state is its own problem, so a block holds 32 columns in registers,
-// eight threads to a column.
+// recur: which form takes a call, and the plain one, row after row: each column of the state is its own problem, so a block holds
+// 32 columns in registers, eight threads to a column.
 #include "kernels/cuda/recur.cuh"
+#include "kernels/cuda/recur_sm90.h"
 
 namespace heed::cuda {
 
@@ -49,13 +50,6 @@ RecurView recur_view(const char* where, const RecurInputs& in, const Recur& how)
 namespace {
 
 constexpr int kColumns = 32, kLanes = 8, kThreads = kColumns * kLanes, kBatch = 8, kMostD = 256;
-
-struct RecurOut {
-  float* out;
-  int64_t out_stride;
-  float* state;
-  int64_t state_stride[3];
-};
 
 /// Thread (column, lane) holds rows lane, lane + 8, … of its column. Grid: column slices, segments.
 template <int kPer>
@@ -148,6 +142,13 @@ __global__ void last_z_kernel(const __grid_constant__ RecurView a, float* to, in
   to[s * stride + c] = z;
 }
 
+void recur_plain(Queue& queue, const char* where, const RecurView& a, const RecurOut& to) {
+  const dim3 grid(unsigned(ceil_div(a.d_v, kColumns)), unsigned(a.qs.count));
+  if (a.d <= 64) launch(queue, where, recur_kernel<8>, grid, kThreads, 0, a, to);
+  else if (a.d <= 128) launch(queue, where, recur_kernel<16>, grid, kThreads, 0, a, to);
+  else launch(queue, where, recur_kernel<32>, grid, kThreads, 0, a, to);
+}
+
 }  // namespace
 
 void recur(Queue& queue, const RecurInputs& in, const Recur& how, Tensor out, Tensor state, Tensor z) {
@@ -159,10 +160,16 @@ void recur(Queue& queue, const RecurInputs& in, const Recur& how, Tensor out, Te
   check_tensor(where, "z", z, {segments_of, a.d}, true);
   RecurOut to{out.as<float>(), out.stride[0], state.as<float>(), {}};
   for (size_t axis = 0; axis < 3; ++axis) to.state_stride[axis] = state ? state.stride[axis] : 0;
-  const dim3 grid(unsigned(ceil_div(a.d_v, kColumns)), unsigned(segments_of));
-  if (a.d <= 64) launch(queue, where, recur_kernel<8>, grid, kThreads, 0, a, to);
-  else if (a.d <= 128) launch(queue, where, recur_kernel<16>, grid, kThreads, 0, a, to);
-  else launch(queue, where, recur_kernel<32>, grid, kThreads, 0, a, to);
+  Scratch scope(queue.scratch);
+  if (recur_step_fits(a, to, in.q.bound)) {
+    check(recur_step(a, to, cuda::stream(queue)), where);
+  } else if (recur_sm90_fits(a, in.q.bound) && hopper()) {
+    const int64_t rows = in.q.values.size[0];
+    const Tensor scratch = queue.scratch.take(Dtype::U8, {recur_sm90_scratch(a, rows, in.q.bound)});
+    check(recur_sm90(a, to, rows, in.q.bound, scratch.data, cuda::stream(queue)), where);
+  } else {
+    recur_plain(queue, where, a, to);
+  }
   if (z)
     launch(queue, where, last_z_kernel, dim3(unsigned(ceil_div(a.d, 32)), unsigned(segments_of)), 32, 0, a,
            z.as<float>(), z.stride[0]);

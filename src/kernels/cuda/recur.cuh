@@ -25,6 +25,13 @@ struct RecurView {
   }
 };
 
+struct RecurOut {
+  float* out;
+  int64_t out_stride;
+  float* state;
+  int64_t state_stride[3];
+};
+
 /// Error(Invalid) for what does not fit, Error(Unsupported) for d > 256.
 RecurView recur_view(const char* where, const RecurInputs& in, const Recur& how);
 

@@ -79,6 +79,14 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+/// `bytes` (of 16 each) from global to shared memory, as they lie; arrives at `bar` with its bytes.
+__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(bar))
+      : "memory");
+}
+
 template <int N> __device__ __forceinline__ void registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
@@ -148,25 +156,29 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
                                                             119) "," HEED_NUM8(120, 121, 122, 123, 124, 125, 126, 127)
 template <int N> struct Product;
 
-// Two forms for each N: A and B from shared memory with contiguous k; A from registers and B from shared memory with contiguous n.
-#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                                                                      \
-  template <> struct Product<N> {                                                                                     \
-    static __device__ __forceinline__ void shared_a(float (&d)[R], uint64_t a, uint64_t b, int accumulate) {          \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                                           \
-                   ", 0;\n"                                                                                           \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, %" #A0 ", %" #A1      \
-                                                                                            ", p, 1, 1, 0, 0;\n}"     \
-                   : HEED_ACC##R(d)                                                                                   \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                                \
-    }                                                                                                                 \
-    static __device__ __forceinline__ void register_a(float (&d)[R], const uint32_t* a, uint64_t b, int accumulate) { \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5                                                           \
-                   ", 0;\n"                                                                                           \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R                           \
-                   "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #A4 ", p, 1, 1, 1;\n}"                               \
-                   : HEED_ACC##R(d)                                                                                   \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                            \
-    }                                                                                                                 \
+// Three forms for each N: A and B from shared memory with contiguous k; A from registers and B from shared memory with contiguous n,
+// or with contiguous k.
+#define HEED_WGMMA_REGISTER_A(NAME, TRANSPOSED, N, R, A0, A1, A2, A3, A4, A5)                                \
+  static __device__ __forceinline__ void NAME(float(&d)[R], const uint32_t* a, uint64_t b, int accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5                                                    \
+                 ", 0;\n"                                                                                    \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R                    \
+                 "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #A4 ", p, 1, 1, " #TRANSPOSED ";\n}"          \
+                 : HEED_ACC##R(d)                                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                     \
+  }
+#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                                                                  \
+  template <> struct Product<N> {                                                                                 \
+    static __device__ __forceinline__ void shared_a(float (&d)[R], uint64_t a, uint64_t b, int accumulate) {      \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                                       \
+                   ", 0;\n"                                                                                       \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, %" #A0 ", %" #A1  \
+                                                                                            ", p, 1, 1, 0, 0;\n}" \
+                   : HEED_ACC##R(d)                                                                               \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                            \
+    }                                                                                                             \
+    HEED_WGMMA_REGISTER_A(register_a, 1, N, R, A0, A1, A2, A3, A4, A5)                                            \
+    HEED_WGMMA_REGISTER_A(register_a_k, 0, N, R, A0, A1, A2, A3, A4, A5)                                          \
   };
 HEED_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 HEED_WGMMA(80, 40, 40, 41, 42, 43, 44, 45)
@@ -175,12 +187,37 @@ HEED_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 HEED_WGMMA(160, 80, 80, 81, 82, 83, 84, 85)
 HEED_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 #undef HEED_WGMMA
+#undef HEED_WGMMA_REGISTER_A
+
+// A warp's products: fragments as in the m16n8k16 form of mma (PTX ISA, "mma.m16n8k16").
+
+/// d += a·b.
+__device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                         uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/// Four 8 × 8 tiles of 16 bits, each transposed; lane l names row l % 8 of tile l / 8.
+__device__ __forceinline__ void load_transposed(uint32_t (&tiles)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+               : "r"(row)
+               : "memory");
+}
 
 /// Two f32 rounded to bf16, the first in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
+}
+
+/// Two f32 as bf16 and what rounding left, again as bf16: sixteen bits of each number.
+__device__ __forceinline__ void split_bf16(float a, float b, uint32_t& high, uint32_t& low) {
+  high = pack_bf16(a, b);
+  low = pack_bf16(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xffff0000u));
 }
 
 /// 2^x in the special function unit; 2^−∞ = 0.

@@ -49,6 +49,15 @@ const Found& found() {
 }
 
 }  // namespace
+
+bool hopper() {
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+}
+
 }  // namespace cuda
 
 std::string cuda_state() { return cuda::found().state; }
