@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention/maps.h"
 #include "mechanisms/entries.h"
 
