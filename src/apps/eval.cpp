@@ -257,11 +257,14 @@ class Eval final : public Command {
     };
     make(0);
     Progress progress("longbench");
+    std::string asked = bytes;  // what the samples hang on
+    for (const std::string& part : {form, std::string(metric.name), std::to_string(limit)})
+      asked.append(1, '\0').append(part);
     for (Query query : queries()) {
       const TaskRow row = run_task(model, flags_.session(attention_),
-                                   {.task = "longbench", .metric = metric.name, .query = query, .length = context_}, count,
-                                   file, run_key(*model, bytes + '\0' + form + '\0' + metric.name + std::to_string(limit)),
-                                   make, [&](double share) { progress.at(share, metric.name); });
+                                   {.task = "longbench", .metric = metric.name, .query = query, .length = context_},
+                                   count, file, run_key(*model, asked), make,
+                                   [&](double share) { progress.at(share, metric.name); });
       if (!row.scores.empty()) out["tasks"].push_back(to_json(row, attention_));
     }
   }

@@ -31,7 +31,7 @@ struct RetrievalScores {
   int layers = 0, heads = 0;
   std::vector<double> score;  // [layers · heads]: mean over the prompts that counted; 0 when none did
   int counted = 0;
-  double at(int layer, int head) const { return score[size_t(layer * heads + head)]; }
+  double at(int layer, int head) const { return score[size_t(layer) * size_t(heads) + size_t(head)]; }
 };
 
 /// The first window of the needle's length that holds more than 90 % of its distinct tokens: [begin, end), or (−1, −1).
