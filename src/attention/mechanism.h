@@ -94,9 +94,9 @@ class LayerView {
   Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran; before it: dense, causal or not
   Read read;        // after attention of a Decode: what was read
   Tensor out, lse;  // after attention: F32, as q's rows
-  Tensor output_matrix;                                   // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
-  LayerStore* store = nullptr;                            // the new entries are in it
-  Store* stores = nullptr;                                // for column numbers
+  Tensor output_matrix;         // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
+  LayerStore* store = nullptr;  // the new entries are in it
+  Store* stores = nullptr;      // for column numbers
   const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`
 
   /// Tokens decoded before this one. Where decoding is recorded and replayed, steps that ask for it are not.
@@ -109,6 +109,8 @@ class LayerView {
     queue.varies();
     return *state_;
   }
+  /// The same for who only hands it on.
+  State* state_held() const { return state_; }
   void enter(int64_t step) { step_ = step; }
   void enter(State* state) { state_ = state; }
 

@@ -197,7 +197,8 @@ class Harness {
     const auto& policy = static_cast<const KeepPolicy&>(enter(at, keeper));
     if (!policy.settle(at)) {
       const Ragged scores = policy.score(at);
-      const Tensor counts = policy.allocate({queue_, model_, 0, std::span(&scores, 1), at.prompt, policy.kept(), at.state});
+      const Tensor counts = policy.allocate(
+          {queue_, model_, 0, std::span(&scores, 1), at.prompt, policy.kept(), at.state_held()});
       evict(at, policy, scores, counts.select(0, 0));
     }
     std::vector<std::vector<int32_t>> positions;

@@ -535,7 +535,7 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
                                  .scores = std::span(&scores, 1),
                                  .prompt = prompt,
                                  .budget = policy.kept(),
-                                 .state = view.state})
+                                 .state = view.state_held()})
                       .select(0, 0);
   if (!coming.empty()) {
     const Num s = floor_div(index(), g);

@@ -384,7 +384,7 @@ TEST_P(KeepScores, RandomIsUniformAndRepeats) {
     ASSERT_EQ(list.size(), 100u);
     EXPECT_NEAR(std::accumulate(list.begin(), list.end(), 0.0) / 100, 200, 60);  // deviation of the mean: 11
   }
-  if (one.size() > 1) EXPECT_NE(one[0], one[1]);
+  if (one.size() > 1) { EXPECT_NE(one[0], one[1]); }
 }
 
 TEST_P(KeepScores, DuoAttentionStreamsTheHeadsNamed) {
@@ -516,7 +516,7 @@ TEST_P(KeepScores, HeadKvSharesAPoolByScore) {
         EXPECT_EQ(held[size_t(kv)], top(snapkv_scores(c, kv, window, 5), count)) << spec;
         total += count;
       }
-      if (total <= g * 120) EXPECT_NEAR(double(total), double(g * budget), double(g) / 2 + 1);
+      if (total <= g * 120) { EXPECT_NEAR(double(total), double(g * budget), double(g) / 2 + 1); }
     }
 }
 
