@@ -31,7 +31,9 @@ void ModelFlags::declare(CLI::App& app, bool required) {
   auto* file = app.add_option("-m,--model", model, "GGUF file of the model")->type_name("FILE");
   if (required) file->required();
   app.add_option("-t,--threads", threads, "threads; 0: one a core")->type_name("N")->check(CLI::Range(0, 4096));
-  app.add_option("--backend", backend, "auto (cuda when there is a usable GPU, else cpu), cpu, reference, or a kernel table's name (heed info)")
+  app.add_option(
+         "--backend", backend,
+         "auto (cuda when there is a usable GPU, else cpu), cpu, reference, or a kernel table's name (heed info)")
       ->type_name("NAME")
       ->capture_default_str();
   app.add_option("--device", device, "which of the backend's devices, counted from 0")->type_name("N")->check(CLI::Range(0, 1023));
