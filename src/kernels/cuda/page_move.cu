@@ -19,6 +19,16 @@ struct Move {
   __device__ char* of(int s, int64_t i) const { return records + (s * kRange + i - first) * record.bytes; }
 };
 
+/// By a warp; in words where both ends allow.
+__device__ void copy_row(const char* from, char* to, int64_t bytes, int lane) {
+  if ((reinterpret_cast<uint64_t>(from) | reinterpret_cast<uint64_t>(to) | uint64_t(bytes)) % 4 == 0) {
+    for (int64_t b = lane; b < bytes / 4; b += 32)
+      reinterpret_cast<uint32_t*>(to)[b] = reinterpret_cast<const uint32_t*>(from)[b];
+    return;
+  }
+  for (int64_t b = lane; b < bytes; b += 32) to[b] = from[b];
+}
+
 /// An entry's side as it is, codes then scales and zeros, or as f32 where groups span entries.
 __device__ void gather(const SideView& side, char* page, int entry, char* to, int lane) {
   if (!side.raw()) {
@@ -26,7 +36,7 @@ __device__ void gather(const SideView& side, char* page, int entry, char* to, in
     return;
   }
   const char* row = page + side.at + entry * side.row_bytes();
-  for (int b = lane; b < side.row_bytes(); b += 32) to[b] = row[b];
+  copy_row(row, to, side.row_bytes(), lane);
   __half* scales = reinterpret_cast<__half*>(to + (side.row_bytes() + 1) / 2 * 2);
   for (int g = lane; g < side.row_groups(); g += 32) {
     scales[g] = side.scales(page)[entry * side.row_groups() + g];
@@ -75,14 +85,17 @@ __device__ void place(const SideView& side, char* page, int count, const PagesVi
   };
   auto record = [&](int e) { return move.of(s, first + e) + (keys ? 0 : move.record.v_at); };
   auto raw = [&](int e) { return side.raw() && source(e).same_type(side); };
-  put(side, page, 0, count, [&](int e, int c) { return gathered(source(e), record(e), c); }, raw);
+  bool own = false;
+  for (int e = threadIdx.x; e < count; e += blockDim.x) own |= !raw(e);
+  if (__syncthreads_or(own))
+    put(side, page, 0, count, [&](int e, int c) { return gathered(source(e), record(e), c); }, raw);
   if (!side.raw()) return;
   const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
   for (int e = threadIdx.x / 32; e < count; e += warps) {
     if (!raw(e)) continue;
     const char* from_record = record(e);
     char* row = page + side.at + e * side.row_bytes();
-    for (int b = lane; b < side.row_bytes(); b += 32) row[b] = from_record[b];
+    copy_row(from_record, row, side.row_bytes(), lane);
     const __half* scales = reinterpret_cast<const __half*>(from_record + (side.row_bytes() + 1) / 2 * 2);
     for (int g = lane; g < side.row_groups(); g += 32) {
       side.scales(page)[e * side.row_groups() + g] = scales[g];
@@ -98,6 +111,12 @@ __global__ void place_kernel(const __grid_constant__ PagesView from, const __gri
   const int64_t end = min(int64_t(move.count[s]), move.first + kRange);
   for (int64_t first = move.first + blockIdx.x * kPage; first < end; first += gridDim.x * kPage) {
     const int p = int(first / kPage), count = int(min(int64_t(kPage), end - first));
+    if (from.table == to.table && count == kPage) {  // a full page whose entries all stay where they are
+      bool moves = false;
+      for (int e = threadIdx.x; e < count; e += blockDim.x)
+        moves |= move.index[s * move.capacity + first + e] != first + e;
+      if (!__syncthreads_or(moves)) continue;
+    }
     const LayoutView& l = to.layout_of(s, p);
     char* page = to.page(s, p);
     place(l.k, page, count, from, true, s, first, move);
@@ -149,7 +168,7 @@ void page_move(Queue& queue, const Pages& from, const Pages& to, Tensor index, T
   for (; move.first < capacity; move.first += kRange) {
     const int64_t here = std::min(kRange, capacity - move.first);
     launch(queue, where, gather_kernel, dim3(blocks_for(ceil_div(here, 4), segments), segments), 128, 0, source, move);
-    launch(queue, where, place_kernel, dim3(unsigned(ceil_div(here, kPage)), segments), 128, 0, source, target, move);
+    launch(queue, where, place_kernel, dim3(unsigned(ceil_div(here, kPage)), segments), 256, 0, source, target, move);
   }
 }
 

@@ -182,11 +182,22 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
       atomicAdd(&h.counts[key >> shift & 255], 1u);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      int b = 255;
-      for (; b > 0 && left > int64_t(h.counts[b]); --b) left -= h.counts[b];
-      prefix_shared = shift == 24 ? uint32_t(b) : prefix << 8 | uint32_t(b);
-      left_shared = left;
+    if (threadIdx.x < 32) {  // a lane has eight digits, lane 0 the highest
+      int b = 255 - 8 * int(threadIdx.x);
+      int64_t own = 0;
+      for (int i = 0; i < 8; ++i) own += h.counts[b - i];
+      int64_t above = own;
+      for (int by = 1; by < 32; by *= 2) {
+        const int64_t other = __shfl_up_sync(0xffffffffu, above, by);
+        if (int(threadIdx.x) >= by) above += other;
+      }
+      above -= own;
+      if (above < left && left <= above + own) {
+        int64_t rest = left - above;
+        for (; rest > int64_t(h.counts[b]); --b) rest -= h.counts[b];
+        prefix_shared = shift == 24 ? uint32_t(b) : prefix << 8 | uint32_t(b);
+        left_shared = rest;
+      }
     }
     __syncthreads();
     prefix = prefix_shared;
