@@ -231,8 +231,8 @@ std::vector<float> course(const std::shared_ptr<const Model>& model, const std::
   decode(session, 4);
   session.truncate(1, 30);
   decode(session, 5);
-  for (int l = 0; l < model->info().layers; ++l)
-    for (double x : session.read_tokens()[size_t(l)]) out.push_back(float(x));
+  const auto reads = session.read_tokens();
+  for (const auto& layer : reads) out.insert(out.end(), layer.begin(), layer.end());
   for (int l = 0; l < model->info().layers; ++l) out.push_back(float(session.store().layer(l).bytes()));
   return out;
 }

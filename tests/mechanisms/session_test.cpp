@@ -99,6 +99,7 @@ TEST(Sessions, PoliciesSeeTheSameKeysHoweverTheyAreKept) {
 /// Weights of rows first … n − 1 of a query head of a prompt of one sequence, in f64.
 Rows weights(const LayerView& at, int64_t head, int64_t first) {
   const int64_t n = at.rows[0], window = at.model.window(at.layer);
+  const Buffer q = at.queue.read_back(at.q.values), k = at.queue.read_back(at.k.values);
   Rows out;
   for (int64_t i = first; i < n; ++i) {
     auto& row = out.emplace_back(size_t(n), 0.0);
@@ -107,8 +108,7 @@ Rows weights(const LayerView& at, int64_t head, int64_t first) {
       if (window > 0 && i - j >= window) continue;
       double dot = 0;
       for (int64_t c = 0; c < at.model.d; ++c)
-        dot += double(at.q.values.at<float>(head * n + i, c)) *
-               double(at.k.values.at<float>(head / at.model.group() * n + j, c));
+        dot += double(q->at<float>(head * n + i, c)) * double(k->at<float>(head / at.model.group() * n + j, c));
       sum += row[size_t(j)] = std::exp(dot / std::sqrt(double(at.model.d)));
     }
     for (double& x : row) x /= sum;
