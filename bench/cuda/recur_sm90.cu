@@ -230,7 +230,8 @@ static bool check(const Case& c) {
 /// Times of the steps: prepare, first scan, join, second scan.
 static void steps(Problem& p) {
   const Sizes size = sizes(p.in, p.rows, p.bound);
-  Job a{p.in, p.to, static_cast<uint8_t*>(p.scratch), size.packet, size.parts, size.slices, nullptr, nullptr};
+  Job a{p.in,    p.to,       static_cast<uint8_t*>(p.scratch), size.packet, size.parts, size.slices, nullptr,
+        nullptr, lined(p.in)};
   a.local = reinterpret_cast<float*>(a.packets + size.packets);
   a.transit = reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(a.local) + size.local);
   with_form(p.in, [&](auto form) {

@@ -42,6 +42,7 @@ struct Job {
   int64_t packet;  // bytes
   int parts, slices;
   float *local, *transit;  // [segments, parts, d, d_v] and [segments, parts, d, d]
+  bool lined;              // rows of q, k and v start at multiples of 16 bytes and are multiples long
 };
 
 /// Packets of a segment follow each other; no two segments share one, since each takes at most ⌊rows before / 64⌋ + 1 more.
@@ -127,6 +128,30 @@ __device__ __forceinline__ void invert(const float* n, float (&x)[kChunk]) {
   }
 }
 
+/// One number of a matrix, which is bf16 unless Low.
+template <bool Low> __device__ __forceinline__ float number(const Matrix& m, int64_t row, int c) {
+  if constexpr (Low) return m.get(row, c);
+  else return to_float(m.row<__nv_bfloat16>(row)[c]);
+}
+
+/// Eight numbers of a row from channel c on, zeros past `width`; one load where rows are bf16 at multiples of 16 bytes.
+template <bool Low>
+__device__ __forceinline__ void numbers8(const Matrix& m, bool lined, bool there, int64_t row, int c, int width,
+                                         float (&x)[8]) {
+  if (!Low && lined) {
+    uint4 bits = {0, 0, 0, 0};
+    if (there && c < width) bits = *reinterpret_cast<const uint4*>(m.row<__nv_bfloat16>(row) + c);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      x[2 * i] = __uint_as_float(words[i] << 16), x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = 0;
+  if (there) load8(m.data, m.type, row * m.stride + c, width - c, x);
+}
+
 /// Eight numbers of a row to a panel of packets, high and low.
 template <bool Low>
 __device__ __forceinline__ void put8(uint8_t* panels, int wide, int row, int channel, const float (&x)[8]) {
@@ -184,22 +209,21 @@ __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ Jo
     float* numbers = reinterpret_cast<float*>(to_q + F::queries * kPanel);
     __syncthreads();
     if (F::delta && tid < kChunk) sh.beta[tid] = tid < rows ? a.in.beta[q_row + tid] : 0;
+#pragma unroll 4
     for (int e = tid; e < a.slices * kChunk * (kSlice / 8); e += 128) {
       const int row = e / (kSlice / 8) % kChunk, slice = e / (kSlice / 8 * kChunk), c = e % (kSlice / 8) * 8;
-      float x[8] = {};
-      if (row < rows)
-        load8(a.in.v.data, a.in.v.type, (v_row + row) * a.in.v.stride + slice * kSlice + c, a.in.d_v - slice * kSlice - c, x);
+      float x[8];
+      numbers8<F::low>(a.in.v, a.lined, row < rows, v_row + row, slice * kSlice + c, a.in.d_v, x);
       put8<F::low>(to_v + slice * F::values * kPanel, 2, row, c, x);
     }
     bool fast = true;  // this warp's diagonal sub-block has a common reference
     if constexpr (!F::vector) {
+#pragma unroll 4
       for (int e = tid; e < kChunk * (D / 8); e += 128) {
         const int row = e / (D / 8), c = e % (D / 8) * 8;
-        float q[8] = {}, k[8] = {};
-        if (row < rows) {
-          load8(a.in.q.data, a.in.q.type, (q_row + row) * a.in.q.stride + c, a.in.d - c, q);
-          load8(a.in.k.data, a.in.k.type, (k_row + row) * a.in.k.stride + c, a.in.d - c, k);
-        }
+        float q[8], k[8];
+        numbers8<F::low>(a.in.q, a.lined, row < rows, q_row + row, c, a.in.d, q);
+        numbers8<F::low>(a.in.k, a.lined, row < rows, k_row + row, c, a.in.d, k);
         put8<F::split>(to_q, F::wide, row, c, q);
         put8<F::split>(to_k, F::wide, row, c, k);
 #pragma unroll
@@ -231,27 +255,33 @@ __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ Jo
         float total[4];
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          float g[kSub], sum = 0;
+          // All loads before the first use: a row that is not there reads the chunk's first and counts for nothing.
+          float g[kSub], q[kSub], k[kSub], sum = 0;
+          const int channel = min(c, a.in.d - 1);
 #pragma unroll
           for (int i = 0; i < kSub; ++i) {
-            const int row = kSub * w + i;
-            g[i] = row < rows && c < a.in.d ? a.in.g.get(q_row + row, c) : 0;
+            const int row = kSub * w + i < rows ? kSub * w + i : 0;
+            g[i] = a.in.g.template row<float>(q_row + row)[channel];
+            q[i] = number<F::low>(a.in.q, q_row + row, channel);
+            k[i] = number<F::low>(a.in.k, k_row + row, channel);
           }
 #pragma unroll
+          for (int i = 0; i < kSub; ++i)
+            if (kSub * w + i >= rows || c >= a.in.d) g[i] = q[i] = k[i] = 0;
+#pragma unroll
           for (int i = 0; i < kSub; ++i) {
             const int row = kSub * w + i;
-            const bool there = row < rows && c < a.in.d;
             sum += g[i];
             const float e = expf(sum);
-            sh.rows.q[row * kStride + c] = there ? a.in.q.get(q_row + row, c) * e : 0;
-            if (F::left) sh.rows.left[row * kStride + c] = there ? a.in.k.get(k_row + row, c) * e : 0;
+            sh.rows.q[row * kStride + c] = q[i] * e;
+            if (F::left) sh.rows.left[row * kStride + c] = k[i] * e;
           }
           total[w] = sum;
           sum = 0;
 #pragma unroll
           for (int i = kSub - 1; i >= 0; --i) {
             const int row = kSub * w + i;
-            sh.rows.k[row * kStride + c] = row < rows && c < a.in.d ? a.in.k.get(k_row + row, c) * expf(sum) : 0;
+            sh.rows.k[row * kStride + c] = k[i] * expf(sum);
             sum += g[i];
           }
         }
@@ -595,8 +625,8 @@ __device__ __forceinline__ void walk(const Job& a, const Place& at, uint8_t* mem
     wgmma_wait<0>();
     pin(state), pin(value), pin(value_low);
     if constexpr (!F::vector) pin(last), pin(last_low);
-    named_sync(1 + group, 128);
-    if (threadIdx.x % 128 == 0) barrier_arrive(empty + slot);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + slot);
   }
 
   States to{nullptr, width, 1};
@@ -628,7 +658,7 @@ __global__ void __launch_bounds__(384, 1) scan_kernel(const __grid_constant__ Jo
   at.groups = min(2, (at.columns - at.slice * kSlice + 63) / 64);
   if (!Out && (at.part == a.parts - 1 || (at.transition && at.part == 0))) return;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S::count; ++i) barrier_init(full + i, 1), barrier_init(empty + i, uint32_t(at.groups));
+    for (int i = 0; i < S::count; ++i) barrier_init(full + i, 1), barrier_init(empty + i, uint32_t(4 * at.groups));
     barrier_init_fence();
   }
   __syncthreads();
@@ -732,6 +762,14 @@ auto with_form(const RecurView& in, Use use) {
   return in.d <= 64 ? of.template operator()<64>() : of.template operator()<128>();
 }
 
+/// Whether rows of q, k and v can be read 16 bytes at a time (if they are bf16).
+bool lined(const RecurView& in) {
+  auto fits = [](const Matrix& m) {
+    return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride % 8 == 0 && m.width % 8 == 0;
+  };
+  return fits(in.q) && fits(in.k) && fits(in.v);
+}
+
 struct Sizes {
   int slices, parts;
   int64_t packet, packets, local, transit;  // bytes
@@ -756,7 +794,9 @@ Sizes sizes(const RecurView& in, int64_t rows, int64_t bound) {
 }  // namespace
 
 bool recur_sm90_fits(const RecurView& in, int64_t bound) {
-  return in.d > 32 && in.d <= 128 && !in.normalise && in.correction != Recur::Correction::LowRank && bound >= 16;
+  const bool low = in.q.type != Dtype::BF16 || in.k.type != Dtype::BF16 || in.v.type != Dtype::BF16;
+  return in.d > 32 && in.d <= 128 && !in.normalise && in.correction != Recur::Correction::LowRank &&
+         bound >= (low ? 256 : 16);
 }
 
 int64_t recur_sm90_scratch(const RecurView& in, int64_t rows, int64_t bound) { return sizes(in, rows, bound).total(); }
@@ -764,7 +804,7 @@ int64_t recur_sm90_scratch(const RecurView& in, int64_t rows, int64_t bound) { r
 cudaError_t recur_sm90(const RecurView& in, const RecurOut& to, int64_t rows, int64_t bound, void* scratch,
                        cudaStream_t stream) {
   const Sizes size = sizes(in, rows, bound);
-  Job a{in, to, static_cast<uint8_t*>(scratch), size.packet, size.parts, size.slices, nullptr, nullptr};
+  Job a{in, to, static_cast<uint8_t*>(scratch), size.packet, size.parts, size.slices, nullptr, nullptr, lined(in)};
   a.local = reinterpret_cast<float*>(a.packets + size.packets);
   a.transit = reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(a.local) + size.local);
   return with_form(in, [&](auto form) {
