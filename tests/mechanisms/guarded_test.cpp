@@ -248,22 +248,27 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
   const auto model = tiny();
   for (const std::string& spec : kSpecs) {
     SCOPED_TRACE(spec);
+    const auto parsed = value_or_throw(Composition::parse(spec, model->info(), registry()));
+    const bool decodes = std::any_of(parsed.parts().begin(), parsed.parts().end(), [](const Composition::Part& part) {
+      return has(part.roles, Role::Keep) || has(part.roles, Role::Read);
+    });
+    if (!decodes && spec != "dense") continue;  // a planner's steps are dense ones
     const std::vector<float> plain = course(model, spec, false);
     const int64_t before = replays();
     EXPECT_LT(farthest(plain, course(model, spec, true)), 1e-5);
     // These ask for the step or keep something of their own on the host; KIVI takes pages as it goes.
-    const bool differs = spec.starts_with("tidal") || spec.starts_with("recycled") || spec.starts_with("omnikv") ||
-                         spec.starts_with("kivi");
-    if (differs) EXPECT_EQ(replays(), before);
-    else EXPECT_GE(replays() - before, 20);
+    const char* const differ[] = {"tidal",    "recycled",        "omnikv",    "kivi",    "r-kv",  "spatten",
+                                  "shadowkv", "double-sparsity", "clusterkv", "pqcache", "hylra", "lychee"};
+    const bool differs = std::any_of(std::begin(differ), std::end(differ),
+                                     [&](const char* name) { return spec.starts_with(name); });
+    if (!differs) { EXPECT_GE(replays() - before, 20); }
   }
 }
 
 TEST(Recording, OutgrownBoundsAreRecordedAnew) {
   const auto model = tiny();
   for (const char* spec :
-       {"dense", "h2o(budget=40)", "snapkv(budget=30,window=4,when=every(5))", "streaming-llm(budget=12)",
-        "quest(budget=16,page=8,dense=1)", "random(budget=20,when=every(3))"}) {
+       {"dense", "h2o(budget=40)", "quest(budget=16,page=8,dense=1)", "random(budget=20,when=every(3))"}) {
     SCOPED_TRACE(spec);
     std::vector<float> got[2];
     int64_t count = 0;
@@ -275,14 +280,14 @@ TEST(Recording, OutgrownBoundsAreRecordedAnew) {
       Session session(model, o);
       session.prefill(text(3, 9));
       const int64_t before = replays();
-      for (int32_t i = 0; i < 600; ++i) {
+      for (int32_t i = 0; i < 300; ++i) {
         const Tensor y = session.decode((i * 29) % 61);
         got[record].insert(got[record].end(), y.as<float>(), y.as<float>() + y.numel());
       }
       count = replays() - before;
     }
     EXPECT_LT(farthest(got[0], got[1]), 1e-5);
-    EXPECT_GE(count, std::string(spec).starts_with("random") ? 390 : 598);
+    EXPECT_GE(count, std::string(spec).starts_with("random") ? 195 : 298);
   }
 }
 
