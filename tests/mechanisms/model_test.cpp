@@ -113,7 +113,7 @@ INSTANTIATE_TEST_SUITE_P(
         "dms(keydiff,threshold=-0.8,window=32)", "a-shape(sinks=4,local=64)", "tri-shape(sinks=4,local=64,last=16)",
         "triangle-mix(sinks=4,local=64,last=16)", "power(block=16,local=2)", "headkv(snapkv(budget=0.33))",
         "twilight(p=0.9)", "recycled-attention(budget=64,stride=4)", "omnikv(budget=64)", "star(block=64,query=16)",
-        "criticalkv(snapkv(budget=0.33))", "defensivekv(budget=0.33)", "leverage(budget=0.66)",
+        "criticalkv(snapkv(budget=0.33))", "defensivekv(budget=0.33)", "leverage(budget=0.8)",
         "compactor(budget=0.33,tile=64)", "finch(budget=0.33)", "rerotate(snapkv(budget=0.33))", "cake(budget=0.33)",
         "capkv(budget=0.33)", "zipvl(tau=0.9)", "chunk-local(snapkv(budget=0.33),chunk=64)", "r-kv(budget=0.33)",
         "moa(alpha=[40],beta=[0.1],sinks=4,block=16)", "spatten(budget=0.7)", "gna(window=64,stride=8)",
