@@ -164,7 +164,7 @@ TEST_P(KeepValues, DefensiveKvTakesTheWorstCase) {
       for (int64_t kv = 0; kv < s.g; ++kv)
         for (int32_t j : held[size_t(kv)]) joined.push_back(int32_t(kv * m + j));
       expect_top(joined, pool, s.g * budget, spec);
-      if (mass == 0) EXPECT_EQ(pool, bare) << "nothing is sure";
+      if (mass == 0) { EXPECT_EQ(pool, bare) << "nothing is sure"; }
     }
   }
 }
@@ -223,7 +223,7 @@ TEST_P(KeepValues, LeverageIsTheHatMatrix) {
       const auto held = kept(c, spec, backend());
       for (int64_t kv = 0; kv < s.g; ++kv) {
         const auto scores = leverages(centred_keys(c, kv, 0, s.m), ridge);
-        if (ridge < 1) EXPECT_NEAR(std::accumulate(scores.begin(), scores.end(), 0.0), double(s.d), 0.1) << "rank";
+        if (ridge < 1) { EXPECT_NEAR(std::accumulate(scores.begin(), scores.end(), 0.0), double(s.d), 0.1) << "rank"; }
         expect_top(held[size_t(kv)], scores, 30, spec);
       }
     }
