@@ -8,8 +8,8 @@ std::span<const Entry> registry() {
   using namespace mechanisms;
   static const std::vector<Entry> entries = {
       dense(),
-      a2sf(),
       a_shape(),
+      a2sf(),
       act(),
       adakv(),
       block_attention(),
