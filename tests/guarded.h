@@ -1,6 +1,7 @@
 // A backend whose memory the host cannot touch, without a device: it wraps a CPU table, and its memory is closed to the
 // process (mprotect) whenever none of its kernels or memory functions runs. A host access to "device" memory stops the
-// test at the line that made it; host memory handed to a kernel throws. It records, too: calls with copies of their arguments.
+// test at the line that made it; host memory handed to a kernel throws. It records, too: calls with copies of their
+// arguments.
 #pragma once
 #include <sys/mman.h>
 

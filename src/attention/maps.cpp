@@ -12,28 +12,6 @@ void causal_only(const LayerView& at, const char* mechanism) {
     throw Error(Code::Unsupported, mechanism, "plans for causal attention only", "leave out --no-causal");
 }
 
-Num Lists::has(const Num& s, const Num& number) const {
-  return holds(index, s * capacity, s * capacity + load(count, s), number);
-}
-
-Lists Lists::part(int64_t first, int64_t last) const {
-  return {index.slice(0, first * capacity, last * capacity), count.slice(0, first, last), capacity};
-}
-
-Lists lists(Queue& queue, int64_t segments, int64_t capacity) {
-  return {queue.scratch.take(Dtype::I32, {segments * capacity}), queue.scratch.take(Dtype::I32, {segments}), capacity};
-}
-
-void choose(Queue& queue, const Ragged& scores, const Select& how, const Lists& into) {
-  queue.run->select(queue, scores, how, into.capacity, into.index, into.count);
-}
-
-Lists chosen(Queue& queue, const Ragged& scores, const Select& how, int64_t capacity) {
-  const Lists out = lists(queue, scores.segments(), capacity);
-  choose(queue, scores, how, out);
-  return out;
-}
-
 Ragged pooled(Queue& queue, const Ragged& x, int64_t length, PoolKind kind, int block) {
   const std::vector<int64_t> blocks(size_t(x.segments()), (length + block - 1) / block);
   const Ragged out = numbers(queue, blocks, x.heads, x.values.size[1]);

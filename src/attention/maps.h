@@ -13,20 +13,6 @@ namespace heed {
 /// Throws Error(Unsupported) unless attention is causal.
 void causal_only(const LayerView&, const char* mechanism);
 
-/// What each segment of some scores chose: numbers in ascending order.
-struct Lists {
-  Tensor index, count;  // I32 [segments · capacity], [segments]
-  int64_t capacity = 0;
-  /// Whether `number` is among those of segment `s`: a formula.
-  Num has(const Num& s, const Num& number) const;
-  /// Segments first … last − 1. No copy.
-  Lists part(int64_t first, int64_t last) const;
-};
-/// Room for them: scratch.
-Lists lists(Queue&, int64_t segments, int64_t capacity);
-void choose(Queue&, const Ragged& scores, const Select&, const Lists& into);
-Lists chosen(Queue&, const Ragged& scores, const Select&, int64_t capacity);
-
 /// Blocks of `block` rows of segments of `length` rows each, as F32.
 Ragged pooled(Queue&, const Ragged& x, int64_t length, PoolKind, int block);
 
@@ -61,13 +47,13 @@ struct BlockChoice {
 /// What `how` chooses of each row and, besides, what `also` (a formula of segment() and place()) names.
 BlockChoice united(Queue&, const Ragged& rows, const Select& how, int64_t capacity, const Num& also);
 
-/// A plan of blocks, chosen slice by slice: those of a KV head for Scope::QueryHead and Scope::KvHead, whole sequences (q with
-/// h heads, k with g, all of key_rows[0]) for Scope::Layer.
+/// A plan of blocks, chosen slice by slice: those of a KV head for Scope::QueryHead and Scope::KvHead, whole sequences
+/// (q with h heads, k with g, all of key_rows[0]) for Scope::Layer.
 Plan chosen_blocks(LayerView&, Plan::Scope, int q_block, int k_block, const std::function<BlockChoice(const Slice&)>& choose);
 
-/// A plan of key ranges: `mark` sets flags (0 before; a segment of seen keys for each tile of each query head of the slice) to
-/// 1 where a tile of `tile` queries reads. No tile's marks form more than `runs` ranges. Takes n · m / tile numbers of
-/// scratch a query head.
+/// A plan of key ranges: `mark` sets flags (0 before; a segment of seen keys for each tile of each query head of the
+/// slice) to 1 where a tile of `tile` queries reads. No tile's marks form more than `runs` ranges. Takes n · m / tile
+/// numbers of scratch a query head.
 Plan marked_keys(LayerView&, int tile, int64_t runs, const std::function<void(const Slice&, const Ragged& flags)>& mark);
 /// Marks, in tiles where `where` (a formula of segment()) is not 0, what `reads` (one of segment() and place() too) names.
 void mark(Queue&, const Ragged& flags, const Num& where, const Num& reads);

@@ -3,6 +3,7 @@
 // In a layer: project, append, plan, attend, edit, observe, keep. A role function is called once a layer for the whole
 // batch; every primitive it calls is segmented by (sequence, head). It never waits for the device.
 #pragma once
+#include <cmath>
 #include <map>
 #include <memory>
 #include <span>
@@ -115,6 +116,8 @@ class LayerView {
   void enter(State* state) { state_ = state; }
 
   const Kernels& run() const { return *queue.run; }
+  /// What a dot product of query and key is multiplied by.
+  float scale() const { return mods.scale > 0 ? mods.scale : 1 / std::sqrt(float(model.d)); }
   bool decoding() const { return phase == Phase::Decode; }
   int sequences() const { return int(rows.size()); }
   /// The last `rows` new queries of every sequence (fewer where it has fewer). No copy: indices stay those of q.
@@ -150,11 +153,7 @@ struct Allocation {
   State* state = nullptr;  // of the policy
 };
 
-/// What an eviction leaves: entries index[s · capacity + i], i < count[s], of each segment, ascending.
-struct Chosen {
-  Tensor index, count;  // I32 [segments · capacity], I32 [segments]
-  int64_t capacity = 0;
-};
+struct Lists;  // attention/select.h
 
 class Run;
 
@@ -207,11 +206,11 @@ struct KeepPolicy : Mechanism {
   /// While decoding, cut before the new token is appended and leave room for it, so that no query ever sees more than
   /// the budget. Others cut behind attention: a query sees one entry more, and that step's weights decide.
   virtual bool makes_room() const { return false; }
-  /// What ranks entries inside a head once allocate() has said how many it may hold (counts, I32 [segments]); by default the
-  /// scores that the allocator divided by.
+  /// What ranks entries inside a head once allocate() has said how many it may hold (counts, I32 [segments]); by
+  /// default the scores that the allocator divided by.
   virtual Ragged rank(LayerView&, const Ragged& scores, const Tensor& /*counts*/) const { return scores; }
-  /// Before the others go: the place to write what they held into the entries that stay.
-  virtual void fold(LayerView&, const Chosen&) const {}
+  /// Before the others go: the place to write what they held into the entries that stay, which `kept` lists.
+  virtual void fold(LayerView&, const Lists& /*kept*/) const {}
 };
 
 /// A keep policy around another: what it does not override goes to the inner one, budget and timing included.
@@ -235,7 +234,7 @@ struct KeepWrapper : KeepPolicy {
   Ragged rank(LayerView& at, const Ragged& scores, const Tensor& counts) const override {
     return inner->rank(at, scores, counts);
   }
-  void fold(LayerView& at, const Chosen& chosen) const override { inner->fold(at, chosen); }
+  void fold(LayerView& at, const Lists& kept) const override { inner->fold(at, kept); }
 };
 
 /// The run of a model that a drive steers; implemented by model/.

@@ -62,6 +62,7 @@ inline Num operator&&(const Num& a, const Num& b) { return {Numbers::Op::Min, {&
 inline Num operator||(const Num& a, const Num& b) { return {Numbers::Op::Max, {&a, &b}}; }
 inline Num min(const Num& a, const Num& b) { return {Numbers::Op::Min, {&a, &b}}; }
 inline Num max(const Num& a, const Num& b) { return {Numbers::Op::Max, {&a, &b}}; }
+inline Num abs(const Num& x) { return max(x, 0 - x); }
 inline Num clamp(const Num& x, const Num& low, const Num& high) { return max(low, min(x, high)); }
 inline Num floor_div(const Num& a, const Num& b) { return {Numbers::Op::FloorDiv, {&a, &b}}; }
 inline Num ceil_div(const Num& a, const Num& b) { return floor_div(a + b - 1, b); }

@@ -113,12 +113,17 @@ ParamInfo param(T M::* field, const char* name, const char* type, const char* fa
           }};
 }
 
+/// The parameter `budget`.
+template <class M>
+ParamInfo budget_param(Budget M::* field, const char* fallback, const char* help) {
+  return param(field, "budget", "budget", fallback, "entries ≥ 1, or a fraction: 0.1, 10%", help);
+}
+
 /// The two parameters of every keep policy.
 template <class M>
 std::vector<ParamInfo> keep_params(const char* budget, const char* when, std::vector<ParamInfo> more = {}) {
   std::vector<ParamInfo> all = {
-      param(&M::budget, "budget", "budget", budget, "entries ≥ 1, or a fraction: 0.1, 10%",
-            "entries kept for each KV head, forced ones included"),
+      budget_param(&M::budget, budget, "entries kept for each KV head, forced ones included"),
       param(&M::when, "when", "when", when, "prompt, chunk, every(n)", "when the policy cuts")};
   all.insert(all.end(), more.begin(), more.end());
   return all;

@@ -3,12 +3,19 @@
 #include <functional>
 
 #include "attention/mechanism.h"
+#include "attention/params.h"
 
 namespace heed {
 
 /// Reads the best entries of every segment with a new query, counts[sequence] of them: scores has a segment for each query
 /// head, KV head or sequence, as the scope says.
 Read best_entries(LayerView&, Plan::Scope, const Ragged& scores, std::span<const int64_t> counts);
+
+/// The parameter `dense` of a reader: how many of the first layers it leaves alone (reads_all).
+template <class M>
+ParamInfo dense_layers_param(int M::* field, int fallback) {
+  return param(field, "dense", fallback, 0, 1 << 20, "first layers that read everything (in a model that has more)");
+}
 
 /// Whether a reader leaves this layer alone: one of the first `dense` layers of a model that has more, or one whose sliding
 /// window already bounds what is read.

@@ -101,6 +101,28 @@ Num granted(const Budget& budget, const Num& length) {
   return min(length, budget.fraction ? max(1, floor(length * budget.amount + 1e-9)) : floor(Num(budget.amount)));
 }
 
+Num Lists::has(const Num& s, const Num& number) const {
+  return holds(index, s * capacity, s * capacity + load(count, s), number);
+}
+
+Lists Lists::part(int64_t first, int64_t last) const {
+  return {index.slice(0, first * capacity, last * capacity), count.slice(0, first, last), capacity};
+}
+
+Lists lists(Queue& queue, int64_t segments, int64_t capacity) {
+  return {queue.scratch.take(Dtype::I32, {segments * capacity}), queue.scratch.take(Dtype::I32, {segments}), capacity};
+}
+
+void choose(Queue& queue, const Ragged& scores, const Select& how, const Lists& into) {
+  queue.run->select(queue, scores, how, into.capacity, into.index, into.count);
+}
+
+Lists chosen(Queue& queue, const Ragged& scores, const Select& how, int64_t capacity) {
+  const Lists out = lists(queue, scores.segments(), capacity);
+  choose(queue, scores, how, out);
+  return out;
+}
+
 Ragged with_queries(LayerView& at, const Ragged& scores) {
   const int64_t rows = int64_t(asking(at).size()) * scores.heads;
   if (rows == scores.segments()) return scores;
@@ -115,6 +137,11 @@ std::vector<int64_t> affordable(const LayerView& at, const Budget& budget, int64
   std::vector<int64_t> out;
   for (int64_t length : at.prompt) out.push_back(std::min(most, budget.entries(length)));
   return out;
+}
+
+std::string uneven(int size, const char* name) {
+  if (kPage % size == 0) return {};
+  return std::string(name) + "=" + std::to_string(size) + " does not divide " + std::to_string(kPage);
 }
 
 std::string too_small(const Budget& budget, int64_t forced, const std::string& names) {

@@ -35,6 +35,21 @@ Grids grids(Queue&, int64_t heads, int64_t rows, int64_t cols);
 /// The rows of one-sized matrices as segments: row r (counted through all matrices) is its first visible[r mod rows] cells.
 Ragged rows_of(Queue&, const Grids&, std::span<const int64_t> visible);
 
+/// What is chosen of each segment of some scores: the places of its numbers, ascending.
+struct Lists {
+  Tensor index, count;  // I32 [segments · capacity], [segments]
+  int64_t capacity = 0;
+  /// Whether `number` is among those of segment `s`: a formula.
+  Num has(const Num& s, const Num& number) const;
+  /// Segments first … last − 1. No copy.
+  Lists part(int64_t first, int64_t last) const;
+};
+/// Room for them: scratch.
+Lists lists(Queue&, int64_t segments, int64_t capacity);
+/// The kernel `select` into lists that are there, or that are made: scratch.
+void choose(Queue&, const Ragged& scores, const Select&, const Lists& into);
+Lists chosen(Queue&, const Ragged& scores, const Select&, int64_t capacity);
+
 /// The segments of scores (a number of heads for each sequence) whose sequence has a query, in order: the rows of a plan that
 /// read() makes, where a sequence without a new token has none.
 Ragged with_queries(LayerView&, const Ragged& scores);
@@ -51,6 +66,9 @@ std::vector<int64_t> affordable(const LayerView&, const Budget&, int64_t most);
 
 /// A message when a budget of entries is smaller than what is always kept; `names` says which parameters that is.
 std::string too_small(const Budget&, int64_t forced, const std::string& names);
+
+/// A message when blocks of `size` entries do not divide a page of the store; `name` is the parameter.
+std::string uneven(int size, const char* name);
 
 /// Which (layer, segment) share one pool of a division.
 enum class Pool : uint8_t {

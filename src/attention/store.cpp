@@ -151,15 +151,23 @@ void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor p
   queue.run->page_write(queue, view_, k, v, positions, first);
 }
 
+void LayerStore::own(Queue& queue, Tensor until) {
+  if (shared_ == 0) return;
+  const int64_t most = std::min(shared_, page_bound());
+  for (size_t l = 0; l < (converted_ ? view_.layouts.size() : 1); ++l) pool(int(l)).promise(queue, most);
+  changed_bounds();
+  queue.run->page_own(queue, view_, until);
+}
+
+void LayerStore::write_column(Queue& queue, int column, const Ragged& values) {
+  own(queue, view_.length);
+  shared_ = 0;
+  queue.run->column_write(queue, view_, column, values);
+}
+
 void LayerStore::compact(Queue& queue, Tensor index, Tensor count, int64_t capacity, std::span<const int64_t> most,
                          int64_t together) {
-  if (shared_ > 0) {
-    pool(0).promise(queue, std::min(shared_, page_bound()));
-    for (size_t l = 1; converted_ && l < view_.layouts.size(); ++l)
-      pool(int(l)).promise(queue, std::min(shared_, page_bound()));
-    changed_bounds();
-    queue.run->page_own(queue, view_, count);
-  }
+  own(queue, count);
   queue.run->page_move(queue, view_, view_, index, count, capacity);
   let_go(queue, count, most, together);
 }

@@ -96,6 +96,9 @@ class LayerStore {
   /// Forgets entries whose position is ≥ `position` in every segment of `sequence`.
   void truncate(Queue&, int sequence, int64_t position);
 
+  /// Writes a User column of all entries (values [entries()(, width)]); a fork keeps its own.
+  void write_column(Queue&, int column, const Ragged& values);
+
   /// True positions of a segment's entries, ascending. Waits.
   std::vector<int32_t> positions(int64_t segment);
 
@@ -106,6 +109,7 @@ class LayerStore {
   PagePool& pool(int layout) const;
   int64_t page_bound() const;  // pages in all lists
   void widen(Queue&, int64_t pages);
+  void own(Queue&, Tensor until);  // pages of entries before until[s] are no fork's
   void let_go(Queue&, Tensor lengths, std::span<const int64_t> most, int64_t together);
   void changed_bounds();  // behind bounds, supplies or layouts that changed on the host
   void changed(Queue&);   // behind a kernel that changed lengths
@@ -154,10 +158,11 @@ class Store {
   int add_layout(PageType k, PageType v);
   /// In all layers. Waits.
   void truncate(Queue&, int sequence, int64_t position);
-  /// Recorded steps (Queue::record), each of which appends one entry to every segment. Replays happen behind the host's back, so
-  /// what they need is there before: prepare() sees to pages and tables for one step, and tells whether recordings made before
-  /// still hold. begin_step() gives every bound room for many steps and end_step() takes it back, telling whether the
-  /// step evicts; both around the recording. replayed() says that a step happened, withdraw() that none will.
+  /// Recorded steps (Queue::record), each of which appends one entry to every segment. Replays happen behind the host's
+  /// back, so what they need is there before: prepare() sees to pages and tables for one step, and tells whether
+  /// recordings made before still hold. begin_step() gives every bound room for many steps and end_step() takes it
+  /// back, telling whether the step evicts; both around the recording. replayed() says that a step happened, withdraw()
+  /// that none will.
   bool prepare();
   void withdraw();
   void begin_step();

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "attention/mechanism.h"
+#include "attention/select.h"
 
 namespace heed {
 
@@ -64,7 +65,7 @@ Ragged LayerView::column(const std::string& name) const {
 }
 
 void LayerView::set_column(const std::string& name, const Ragged& values) const {
-  run().column_write(queue, store->pages(), column_number(stores, name), values);
+  store->write_column(queue, column_number(stores, name), values);
 }
 
 Tensor KeepPolicy::allocate(const Allocation& a) const {
@@ -89,19 +90,17 @@ void evict(LayerView& at, const KeepPolicy& policy, const Ragged& scores, Tensor
   const Range& heads = policy.heads;
   const int64_t segments = scores.segments(), g = scores.heads, capacity = std::max<int64_t>(1, at.store->longest());
   const Num length = load(at.store->pages().length, index());
-  Num kept = clamp(load(counts, index()), 0, length);
+  Num many = clamp(load(counts, index()), 0, length);
   if (!heads.all()) {
-    std::vector<uint8_t> chosen;
-    for (int64_t head = 0; head < g; ++head) chosen.push_back(heads.holds(int(head), int(g)));
-    kept = pick(load(at.queue.upload(chosen), mod(index(), g)), kept, length);
+    std::vector<uint8_t> named;
+    for (int64_t head = 0; head < g; ++head) named.push_back(heads.holds(int(head), int(g)));
+    many = pick(load(at.queue.upload(named), mod(index(), g)), many, length);
   }
   Select best;
-  best.count = compute(at.queue, Dtype::I32, {segments}, kept);
-  const Tensor entries = at.queue.scratch.take(Dtype::I32, {segments * capacity}),
-               chosen = at.queue.scratch.take(Dtype::I32, {segments});
-  at.run().select(at.queue, policy.rank(at, scores, best.count), best, capacity, entries, chosen);
-  policy.fold(at, {entries, chosen, capacity});
-  at.store->compact(at.queue, entries, chosen, capacity, most, together);
+  best.count = compute(at.queue, Dtype::I32, {segments}, many);
+  const Lists kept = chosen(at.queue, policy.rank(at, scores, best.count), best, capacity);
+  policy.fold(at, kept);
+  at.store->compact(at.queue, kept.index, kept.count, capacity, most, together);
 }
 
 }  // namespace heed

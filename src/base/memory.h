@@ -24,9 +24,9 @@ struct Memory {
   void (*fill)(void* stream, void* to, int byte, int64_t bytes) = nullptr;
   /// Waits until the stream is done; errors of its kernels surface here.
   void (*finish)(void* stream) = nullptr;
-  /// Null where work cannot be recorded. From begin_recording to end_recording, what is put on the stream does not happen but is
-  /// kept: end_recording gives it, or null when something came between that cannot be kept. Tables keep launches, moves and
-  /// fills; uploads and downloads are not allowed meanwhile. The caller drops the recording.
+  /// Null where work cannot be recorded. From begin_recording to end_recording, what is put on the stream does not
+  /// happen but is kept: end_recording gives it, or null when something came between that cannot be kept. Tables keep
+  /// launches, moves and fills; uploads and downloads are not allowed meanwhile. The caller drops the recording.
   void (*begin_recording)(void* stream) = nullptr;
   void* (*end_recording)(void* stream) = nullptr;
   void (*replay)(void* stream, void* recording) = nullptr;

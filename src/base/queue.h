@@ -95,16 +95,17 @@ struct Queue {
   /// Every byte of a contiguous device tensor.
   void fill(const Tensor& to, int byte);
 
-  /// What `enqueue` puts on this queue, without its happening. Everything that it names, scratch included, must stay where it is as
-  /// long as the recording is replayed; what it uploads is taken for constant. Empty where the device cannot record, and when
-  /// `enqueue` threw Error, varies() among others: what it did on the host is then the caller's to undo.
+  /// What `enqueue` puts on this queue, without its happening. Everything that it names, scratch included, must stay
+  /// where it is as long as the recording is replayed; what it uploads is taken for constant. Empty where the device
+  /// cannot record, and when `enqueue` threw Error, varies() among others: what it did on the host is then the caller's
+  /// to undo.
   Recording record(const std::function<void()>& enqueue);
   bool can_record() const { return memory->begin_recording != nullptr; }
   bool recording() const { return recording_ != nullptr; }
   /// All of it once more, in stream order.
   void replay(const Recording& recording) { memory->replay(stream, recording.work_.get()); }
-  /// Said before what hangs on something that only the host knows and that is another in every call: ends a recording (throws
-  /// Error(Unsupported) through it).
+  /// Said before what hangs on something that only the host knows and that is another in every call: ends a recording
+  /// (throws Error(Unsupported) through it).
   void varies() const;
 
   /// Copies a contiguous device tensor to host memory and waits for it: the only host wait there is.

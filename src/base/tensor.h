@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "base/dtype.h"
@@ -16,33 +17,15 @@
 namespace heed {
 
 template <class T> struct DtypeOf;
-template <> struct DtypeOf<float> {
-  static constexpr Dtype value = Dtype::F32;
-};
-template <> struct DtypeOf<double> {
-  static constexpr Dtype value = Dtype::F64;
-};
-template <> struct DtypeOf<f16> {
-  static constexpr Dtype value = Dtype::F16;
-};
-template <> struct DtypeOf<bf16> {
-  static constexpr Dtype value = Dtype::BF16;
-};
-template <> struct DtypeOf<int8_t> {
-  static constexpr Dtype value = Dtype::I8;
-};
-template <> struct DtypeOf<uint8_t> {
-  static constexpr Dtype value = Dtype::U8;
-};
-template <> struct DtypeOf<int32_t> {
-  static constexpr Dtype value = Dtype::I32;
-};
-template <> struct DtypeOf<int64_t> {
-  static constexpr Dtype value = Dtype::I64;
-};
-template <> struct DtypeOf<uint64_t> {
-  static constexpr Dtype value = Dtype::U64;
-};
+template <> struct DtypeOf<float> : std::integral_constant<Dtype, Dtype::F32> {};
+template <> struct DtypeOf<double> : std::integral_constant<Dtype, Dtype::F64> {};
+template <> struct DtypeOf<f16> : std::integral_constant<Dtype, Dtype::F16> {};
+template <> struct DtypeOf<bf16> : std::integral_constant<Dtype, Dtype::BF16> {};
+template <> struct DtypeOf<int8_t> : std::integral_constant<Dtype, Dtype::I8> {};
+template <> struct DtypeOf<uint8_t> : std::integral_constant<Dtype, Dtype::U8> {};
+template <> struct DtypeOf<int32_t> : std::integral_constant<Dtype, Dtype::I32> {};
+template <> struct DtypeOf<int64_t> : std::integral_constant<Dtype, Dtype::I64> {};
+template <> struct DtypeOf<uint64_t> : std::integral_constant<Dtype, Dtype::U64> {};
 
 /// A strided view of at most five dimensions. Strides are in elements; for block types the last dimension is
 /// contiguous and strides count elements too (a row of 64 Q4_0 values has stride 64 and takes 36 bytes).

@@ -69,7 +69,7 @@ class Bench {
     row.density_read = base_.reads > 0 ? reads / base_.reads : 1;
     row.mass_prefill = probe.prefill_mass();
     row.mass_decode = probe.decode_mass();
-    row.peak_bytes = std::max(probe.peak_bytes(), row.kv_bytes);
+    row.peak_bytes = std::max({probe.peak_bytes(), row.kv_bytes, session.store().bytes()});
     row.plans = probe.plans(), row.reads = probe.reads();
     row.nll.assign(losses.begin(), losses.end());
     row.kld.assign(kld.begin(), kld.end());
@@ -114,6 +114,7 @@ class Bench {
     visit(0, logits.select(0, 0).span<const float>());
     for (int64_t i = 1; i < passage_.scored(); ++i) {
       if (interrupted()) throw Error(Code::Interrupted, "compare", "stopped");
+      if (probe) probe->before(i - 1);
       begin = now(), watched = probed();
       logits = session.decode(passage_.tokens[size_t(passage_.prompt + i - 1)]);
       timing.decode += now() - begin - (probed() - watched);
@@ -181,9 +182,11 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
   for (const std::string& name : options.attention)
     if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
   for (const std::string& name : names) value_or_throw(Composition::parse(name, model->info(), registry()));
+  SessionOptions trial = options.session;
+  trial.attention = "dense";
+  const Session held(model, trial);  // weights stay on a device from one run to the next
   for (const std::string& name : names) {
     // Opening a session says what parsing cannot: a mechanism that needs more than a model gives.
-    SessionOptions trial = options.session;
     trial.attention = name;
     Session session(model, trial);
   }

@@ -77,6 +77,18 @@ Probe::Probe(Session& session, std::shared_ptr<DenseMass> dense, bool record, in
 
 Probe::~Probe() { session_.tap({}); }
 
+void Probe::before(int64_t step) {
+  // A page more at most is held between two steps that are looked at for their bytes alone.
+  const bool wanted = dense_->step(step) >= 0 || map_row(step) >= 0 || step % kPage == 0;
+  session_.tap(wanted ? Tap([this](LayerView& at) { look(at); }) : Tap());
+}
+
+int64_t Probe::map_row(int64_t step) const {
+  if (!maps_) return -1;
+  const int64_t decoded = std::max<int64_t>(1, length_ - prompt_ - 1), row = step * kCells / decoded;
+  return row < kCells && step == (row * decoded + kCells - 1) / kCells ? row : -1;
+}
+
 double Probe::prefill_mass() const { return prefill_count_ ? prefill_sum_ / double(prefill_count_) : 1.0; }
 double Probe::decode_mass() const { return decode_count_ ? decode_sum_ / double(decode_count_) : 1.0; }
 
@@ -139,7 +151,8 @@ void Probe::look_decode(LayerView& at) {
     }
   }
   if (layer >= 0 && step >= 0) look_output(at, layer, step);
-  const bool measured = layer >= 0 && step >= 0 && !record_, drawn = maps_ && at.layer == at.model.layers / 2;
+  const int64_t y = at.layer == at.model.layers / 2 ? map_row(at.step()) : -1;
+  const bool measured = layer >= 0 && step >= 0 && !record_, drawn = y >= 0;
   if (!measured && !drawn) return;
   const Reads reads(at);
   if (measured) {
@@ -154,23 +167,17 @@ void Probe::look_decode(LayerView& at) {
       head_mass_[size_t(layer * at.model.h + head)] += std::min(1.0, sum);
     }
   }
-  // Reads of the middle layer, one map row for an equal share of the decoded tokens.
   if (!drawn) return;
-  const int64_t decoded = std::max<int64_t>(1, length_ - prompt_ - 1);
   if (reads_.empty())
     for (int head = 0; head < std::min(kMapHeads, at.model.h); ++head)
       reads_.push_back({at.layer, head * at.model.h / std::min(kMapHeads, at.model.h), kCells, kCells,
                         std::vector<float>(size_t(kCells) * kCells)});
-  const int64_t y = at.step() * kCells / decoded;
-  if (y >= kCells) return;
-  const auto first_step = [&](int64_t row) { return (row * decoded + kCells - 1) / kCells; };
-  const double steps = double(first_step(y + 1) - first_step(y));
   for (Map& map : reads_) {
     const std::vector<int32_t> positions = at.store->positions(map.head / at.model.group());
     reads.each(map.head, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t x = std::min<int64_t>(kCells - 1, int64_t(positions[size_t(i)]) * kCells / length_);
-        map.share[size_t(y * kCells + x)] += float(double(kCells) / double(length_) / std::max(1.0, steps));
+        map.share[size_t(y * kCells + x)] += float(double(kCells) / double(length_));
       }
     });
   }

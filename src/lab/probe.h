@@ -38,7 +38,8 @@ struct Map {
   std::vector<float> share;
 };
 
-/// Watches one session by its tap. Cheap: a few rows of a few layers; seconds() is what it took, to be taken off timings.
+/// Watches one session by its tap. Cheap: a few rows of a few layers, in a few of the decoded steps, so that the others
+/// run as they do when nobody looks; seconds() is what it took, to be taken off timings.
 class Probe {
  public:
   /// Fills `dense` when `record`, else measures against it. `maps`: also draw plans and reads.
@@ -46,6 +47,9 @@ class Probe {
   ~Probe();
   Probe(const Probe&) = delete;
   Probe& operator=(const Probe&) = delete;
+
+  /// To be called before each decoded step with its number: looks on when something is sampled there.
+  void before(int64_t step);
 
   /// Mean share of the softmax mass that the prefill's plan computes, for rows at 1/2, 3/4 and 7/8 of the prompt, under
   /// the session's own queries: e^(lse of the plan − lse of all keys).
@@ -57,7 +61,7 @@ class Probe {
   /// Mean of ‖o − dense o‖ / ‖dense o‖ over sampled steps, [sampled layers][h]: what each head's output differs from the
   /// dense run's at the same step, what layers below changed included.
   std::vector<std::vector<double>> error_by_head() const { return by_head(head_error_, 0); }
-  /// Most bytes that the store held between two layers.
+  /// Most bytes that the store held between two layers of the prompt or of a step looked at.
   int64_t peak_bytes() const { return peak_; }
   double seconds() const { return seconds_; }
   const std::vector<Map>& plans() const { return plans_; }
@@ -69,6 +73,8 @@ class Probe {
   void look_decode(LayerView& at);
   void draw_plan(LayerView& at);
   void look_output(LayerView& at, int layer, int step);
+  /// The map row that decoded step `step` stands for; −1 when none.
+  int64_t map_row(int64_t step) const;
   std::vector<std::vector<double>> by_head(const std::vector<double>& sums, double none) const;
 
   Session& session_;

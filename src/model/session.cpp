@@ -76,7 +76,8 @@ struct Session::Impl {
     Recording work;  // empty: such steps cannot be recorded
   };
   std::vector<Recorded> recorded;
-  Buffer fed, logits_there;  // what recorded steps read and write: I32 [2, sequences], tokens and positions; F32 [sequences, vocabulary]
+  // What recorded steps read and write: I32 [2, sequences], tokens and positions; F32 [sequences, vocabulary].
+  Buffer fed, logits_there;
   Tap tap;
   std::function<void(int64_t, int64_t)> progress;
 
@@ -281,8 +282,9 @@ Tensor Session::Impl::forward(Batch& batch) {
   return x;
 }
 
-/// The step as a recording that only its tokens and positions change: logits are then in logits_out. False when it cannot be: somebody
-/// looks on, a sequence has no token, a fork shares pages, or a mechanism does something else in every step.
+/// The step as a recording that only its tokens and positions change: logits are then in logits_out. False when it
+/// cannot be: somebody looks on, a sequence has no token, a fork shares pages, or a mechanism does something else in
+/// every step.
 bool Session::Impl::replay(const Batch& batch, std::span<const int32_t> ids, std::span<const int32_t> places) {
   const int64_t sequences = options.sequences;
   if (!options.record || !queue.can_record() || tap || batch.total != sequences || store->shared() || parts() > 64)

@@ -98,8 +98,9 @@ void interrupt() noexcept;
 void clear_interrupt() noexcept;
 bool interrupted() noexcept;
 
-/// The table for a backend name: auto (the GPU when there is a usable one, else the best CPU table), cpu, reference, or a table's own name; `device` counts the
-/// backend's devices from 0. Throws Error(NotFound) that lists the names, or says how many devices there are.
+/// The table for a backend name: auto (the GPU when there is a usable one, else the best CPU table), cpu, reference, or
+/// a table's own name; `device` counts the backend's devices from 0. Throws Error(NotFound) that lists the names, or
+/// says how many devices there are.
 const Kernels& backend(const std::string& name, int device = 0);
 
 }  // namespace heed

@@ -125,7 +125,8 @@ TEST_P(Recurrent, ChunksEqualRows) {
         }
 }
 
-/// Lengths and widths for which a backend may have forms of their own: long sequences, which it may cut into parts, and a row or a few.
+/// Lengths and widths for which a backend may have forms of their own: long sequences, which it may cut into parts, and
+/// a row or a few.
 TEST_P(Recurrent, LongAndShortSequencesEqualRows) {
   Random random(25);
   for (Recur::Decay decay : kDecays)

@@ -203,7 +203,8 @@ TEST(Guarded, SessionsGiveWhatTheyGiveInOrdinaryMemory) {
     }
 }
 
-/// Decoding in all the ways in which a recording may come to its end: an idle sequence, a second prompt, a fork, a truncation.
+/// Decoding in all the ways in which a recording may come to its end: an idle sequence, a second prompt, a fork, a
+/// truncation.
 std::vector<float> course(const std::shared_ptr<const Model>& model, const std::string& spec, bool record) {
   guarded_kernels();
   SessionOptions o;

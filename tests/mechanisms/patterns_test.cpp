@@ -153,7 +153,8 @@ TEST_P(Patterns, StochasticSeesWithinAWindowOfAShuffledOrder) {
   }
 }
 
-// Generalized neighbourhood attention's rule for an axis, with stride 1: exactly `window` places of the group, moved inward.
+// Generalized neighbourhood attention's rule for an axis, with stride 1: exactly `window` places of the group, moved
+// inward.
 bool near(int64_t i, int64_t j, int64_t length, int64_t window, int64_t dilation) {
   if (i % dilation != j % dilation) return false;
   std::vector<int64_t> group;

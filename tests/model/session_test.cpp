@@ -348,6 +348,24 @@ TEST(Session, ForkGoesItsOwnWay) {
   }
 }
 
+// Statistics lie beside their entries in pages that forks share: what one adds to them is not the other's.
+TEST(Session, ForksKeepTheirStatistics) {
+  const auto model = tiny();
+  const std::vector<int32_t> ids = text(200);
+  for (const char* attention : {"h2o(budget=150)", "a2sf(budget=150)", "cake(budget=150)"}) {
+    Session alone(model, options(attention)), session(model, options(attention));
+    alone.prefill(ids), session.prefill(ids);
+    const auto fork = session.fork();
+    for (int i = 0; i < 12; ++i) {
+      fork->decode(7 * i % 90);
+      EXPECT_EQ(distance(row(session.decode(i), 0), row(alone.decode(i), 0)), 0) << attention << " token " << i;
+    }
+    for (int l = 0; l < session.store().layers(); ++l)
+      for (int64_t s = 0; s < session.store().layer(l).segments(); ++s)
+        EXPECT_EQ(session.store().layer(l).positions(s), alone.store().layer(l).positions(s)) << attention;
+  }
+}
+
 TEST(Session, TruncateForgets) {
   const auto model = tiny();
   const std::vector<int32_t> ids = text(150);

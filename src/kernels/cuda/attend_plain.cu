@@ -168,9 +168,9 @@ template <class Numbers>
 void run(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t expected_keys,
          const AttendOut& to) {
   const RowTiles tiles = row_tiles(a, kRows);
-  // Not by the device, so that a result does not depend on it, nor by how loose the bound is: shares are 256 keys wide (at most 64 of
-  // them, so a power of two wider over very many keys), and those past the last key weigh exactly nothing. A plan's entries are divided by 16.
-  // Sigmoid weights have no denominator to join by.
+  // Not by the device, so that a result does not depend on it, nor by how loose the bound is: shares are 256 keys wide
+  // (at most 64 of them, so a power of two wider over very many keys), and those past the last key weigh exactly
+  // nothing. A plan's entries are divided by 16. Sigmoid weights have no denominator to join by.
   Split split{1, expected_keys};
   if (a.n_bound <= 16 && !a.mods.sigmoid) {
     split.keys = 256;

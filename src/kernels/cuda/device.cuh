@@ -36,8 +36,8 @@ void launch(Queue& queue, const char* where, void (*kernel)(Formal...), dim3 gri
   check(cudaGetLastError(), where);
 }
 
-/// First line of a kernel that launch_early starts: waits until what lies before it in the queue is done, its writes included. The
-/// kernel behind may then be set up.
+/// First line of a kernel that launch_early starts: waits until what lies before it in the queue is done, its writes
+/// included. The kernel behind may then be set up.
 __device__ inline void await() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");

@@ -4,8 +4,8 @@
 
 namespace heed::cuda {
 
-/// y (+)= x · w^T + bias of each, for a few tokens: each weight is read once for up to 8 of them, matrices of one type in one
-/// launch (matmul_few.cu).
+/// y (+)= x · w^T + bias of each, for a few tokens: each weight is read once for up to 8 of them, matrices of one type
+/// in one launch (matmul_few.cu).
 void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, bool accumulate);
 /// The same in f32 for F32 weights and many tokens (matmul_plain.cu).
 void matmul_plain(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y);

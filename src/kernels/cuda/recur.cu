@@ -1,5 +1,5 @@
-// recur: which form takes a call, and the plain one, row after row: each column of the state is its own problem, so a block holds
-// 32 columns in registers, eight threads to a column.
+// recur: which form takes a call, and the plain one, row after row: each column of the state is its own problem, so a
+// block holds 32 columns in registers, eight threads to a column.
 #include "kernels/cuda/recur.cuh"
 #include "kernels/cuda/recur_sm90.h"
 

@@ -4,8 +4,8 @@
 
 namespace heed::cuda {
 
-/// Whether recur_sm90 takes this call (the device is asked by the caller): 32 < d ≤ 128, no normaliser, no low-rank correction, and
-/// segments that may have 16 rows or more.
+/// Whether recur_sm90 takes this call (the device is asked by the caller): 32 < d ≤ 128, no normaliser, no low-rank
+/// correction, and segments that may have 16 rows or more.
 bool recur_sm90_fits(const RecurView&, int64_t bound);
 /// Bytes of scratch memory that recur_sm90 needs. `rows`: of q.values; `bound`: most rows of a segment.
 int64_t recur_sm90_scratch(const RecurView&, int64_t rows, int64_t bound);

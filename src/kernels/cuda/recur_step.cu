@@ -1,4 +1,5 @@
-// The recurrence for a row or a few a segment (decoding): what counts is to read and write the state once, at the memory's rate.
+// The recurrence for a row or a few a segment (decoding): what counts is to read and write the state once, at the
+// memory's rate.
 #include "kernels/cuda/recur_sm90.h"
 
 namespace heed::cuda {

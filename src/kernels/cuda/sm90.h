@@ -156,8 +156,8 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
                                                             119) "," HEED_NUM8(120, 121, 122, 123, 124, 125, 126, 127)
 template <int N> struct Product;
 
-// Three forms for each N: A and B from shared memory with contiguous k; A from registers and B from shared memory with contiguous n,
-// or with contiguous k.
+// Three forms for each N: A and B from shared memory with contiguous k; A from registers and B from shared memory with
+// contiguous n, or with contiguous k.
 #define HEED_WGMMA_REGISTER_A(NAME, TRANSPOSED, N, R, A0, A1, A2, A3, A4, A5)                                \
   static __device__ __forceinline__ void NAME(float(&d)[R], const uint32_t* a, uint64_t b, int accumulate) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5                                                    \

@@ -50,13 +50,10 @@ struct AdaKV final : KeepWrapper {
       const int64_t all = scores.segments(), capacity = most(a, scores);
       Select own;
       own.count = compute(a.queue, Dtype::I32, {all}, max(1, floor(alpha * load(even.select(0, int64_t(l)), index()))));
-      const Tensor best = a.queue.scratch.take(Dtype::I32, {all * capacity}),
-                   count = a.queue.scratch.take(Dtype::I32, {all});
-      a.queue.run->select(a.queue, scores, own, capacity, best, count);
+      const Lists sure = chosen(a.queue, scores, own, capacity);
       Ragged copied = scores;
       copied.values = a.queue.scratch.take(Dtype::F32, {scores.values.size[0]});
-      const Num begin = segment() * capacity, floor = holds(best, begin, begin + load(count, segment()), place());
-      compute(a.queue, scores, pick(floor, kInfinity, load(scores.values, index())), copied.values);
+      compute(a.queue, scores, pick(sure.has(segment(), place()), kInfinity, load(scores.values, index())), copied.values);
       raised.push_back(copied);
     }
     return divide(a, raised, even, Pool::Layer);
@@ -64,14 +61,10 @@ struct AdaKV final : KeepWrapper {
 
   /// Entries with score +∞ in every segment: I32 [segments].
   static Tensor certain(const Allocation& a, const Ragged& scores) {
-    const int64_t all = scores.segments(), capacity = most(a, scores);
     Select forced;
     forced.by = Select::By::Threshold;
     forced.p = std::numeric_limits<float>::infinity();
-    const Tensor which = a.queue.scratch.take(Dtype::I32, {all * capacity}),
-                 count = a.queue.scratch.take(Dtype::I32, {all});
-    a.queue.run->select(a.queue, scores, forced, capacity, which, count);
-    return count;
+    return chosen(a.queue, scores, forced, most(a, scores)).count;
   }
 
   /// No segment has more entries.

@@ -7,8 +7,8 @@ namespace heed::mechanisms {
 namespace {
 
 // Chunk-local eviction (kvpress, after Corallo and Papotti, 2024): every chunk of the text keeps the same share of its own
-// entries, so that no part of it is lost. Scores are those of the whole text (kvpress scores every chunk alone). A budget of
-// entries is the share of the length that it is.
+// entries, so that no part of it is lost. Scores are those of the whole text (kvpress scores every chunk alone). A
+// budget of entries is the share of the length that it is.
 struct ChunkLocal final : KeepWrapper {
   int chunk;
 

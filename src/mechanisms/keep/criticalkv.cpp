@@ -1,4 +1,5 @@
 #include "attention/scores.h"
+#include "attention/select.h"
 #include "mechanisms/entries.h"
 
 namespace heed::mechanisms {
@@ -26,11 +27,9 @@ struct CriticalKV final : KeepWrapper {
     const int64_t all = scores.segments(), capacity = std::max<int64_t>(1, scores.bound);
     Select best;
     best.count = compute(queue, Dtype::I32, {all}, floor(first * load(counts, index())));
-    const Tensor sure = queue.scratch.take(Dtype::I32, {all * capacity}), count = queue.scratch.take(Dtype::I32, {all});
-    queue.run->select(queue, scores, best, capacity, sure, count);
-    const Num begin = segment() * capacity, chosen = holds(sure, begin, begin + load(count, segment()), place());
+    const Lists sure = chosen(queue, scores, best, capacity);
     const Ragged out = combine(queue, scores, carried, Combine::Forced);
-    compute(queue, out, pick(chosen, kInfinity, load(out.values, index())), out.values);
+    compute(queue, out, pick(sure.has(segment(), place()), kInfinity, load(out.values, index())), out.values);
     return out;
   }
 };

@@ -78,16 +78,14 @@ struct DefensiveKV final : KeepPolicy {
     // Σ chosen ≤ p − o of a total of 1 is Σ chosen + H ≤ p (1 + H) with H = o / (1 − p).
     const Num o = pick(length_of(held, s) > 0, load(window_mass.values, begin_of(held, s)), 0);
     top_p.held = compute(queue, Dtype::F32, {all}, o / (1 - mass));
-    const Tensor entries = queue.scratch.take(Dtype::I32, {all * capacity}), count = queue.scratch.take(Dtype::I32, {all});
-    queue.run->select(queue, weights, top_p, capacity, entries, count);
+    const Lists entries = chosen(queue, weights, top_p, capacity);
     std::vector<int64_t> room;
     for (size_t i = 0; i < recent.size(); ++i)
       room.push_back(std::max<int64_t>(0, budget.entries(at.prompt[i]) - recent[i]));
     Select best;
-    best.count = compute(queue, Dtype::I32, {all}, min(load(count, s), of_sequence(queue, room, s, mean.heads)));
-    queue.run->select(queue, before, best, capacity, entries, count);
-    const Num begin = segment() * capacity, chosen = holds(entries, begin, begin + load(count, segment()), place());
-    compute(queue, scores, pick(chosen, kInfinity, load(scores.values, index())), scores.values);
+    best.count = compute(queue, Dtype::I32, {all}, min(load(entries.count, s), of_sequence(queue, room, s, mean.heads)));
+    choose(queue, before, best, entries);
+    compute(queue, scores, pick(entries.has(segment(), place()), kInfinity, load(scores.values, index())), scores.values);
     return scores;
   }
 

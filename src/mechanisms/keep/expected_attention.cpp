@@ -38,8 +38,8 @@ struct ExpectedAttention final : KeepPolicy {
   }
 
   Ragged score(LayerView& at) const override {
-    const int64_t group = at.model.group(), d = at.q.values.size[1];
-    const float scale = at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(d));
+    const int64_t group = at.model.group();
+    const float scale = at.scale();
     const Spread counted{.of = Spread::Of::Mean, .first = sinks};
     const Ragged x = future_queries(at, future), keys = stored_keys(at);
     Ragged count = x;  // how many queries count, for each row

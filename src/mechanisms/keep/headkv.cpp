@@ -1,7 +1,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "attention/list.h"
+#include "attention/number_list.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 
@@ -13,7 +13,7 @@ namespace {
 // pool; of the rest of a head's budget b, ⌊b / β⌋ goes to the pool and is shared in proportion to given head scores. The
 // authors keep a set for each query head; here the scores of a group are added up, one set a KV head.
 struct HeadKV final : KeepWrapper {
-  List scores;
+  NumberList scores;
   double beta, temperature;
   int window;
 

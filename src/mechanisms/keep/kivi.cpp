@@ -21,7 +21,7 @@ struct Kivi final : KeepPolicy {
   }
   std::string check() const override {
     if (bits != 2 && bits != 4 && bits != 8) return "bits=" + std::to_string(bits) + " is not 2, 4 or 8";
-    return 64 % group ? "group=" + std::to_string(group) + " does not divide 64" : "";
+    return uneven(group, "group");
   }
 
   Needs needs(const ModelInfo&) const override {

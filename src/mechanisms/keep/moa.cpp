@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "attention/list.h"
+#include "attention/number_list.h"
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -13,7 +13,7 @@ namespace {
 // for a prompt of N, in whole blocks, at their true positions. The plan is given: finding it takes gradients. A cut comes
 // behind every part of a prompt and every token, so a prompt fed at once is read densely.
 struct Moa final : KeepPolicy {
-  List alpha, beta;
+  NumberList alpha, beta;
   int sinks, block;
 
   static std::vector<ParamInfo> params() {
@@ -32,7 +32,7 @@ struct Moa final : KeepPolicy {
     return each;
   }
 
-  static double of_head(const List& list, const char* name, const ModelInfo& m, int64_t head) {
+  static double of_head(const NumberList& list, const char* name, const ModelInfo& m, int64_t head) {
     const size_t heads = size_t(m.layers) * size_t(m.g), given = list.values.size();
     if (given > 1 && given != heads)
       throw Error(Code::Invalid, "moa",

@@ -102,7 +102,7 @@ struct Spatten final : KeepPolicy {
   }
 
   // Which tokens this layer drops: those of the first KV head, since all score alike.
-  void fold(LayerView& at, const Chosen& chosen) const override {
+  void fold(LayerView& at, const Lists& kept) const override {
     auto& tokens = static_cast<Tokens&>(at.state());
     const Ragged places = stored_positions(at);
     const int64_t g = places.heads;
@@ -113,8 +113,7 @@ struct Spatten final : KeepPolicy {
     const Num s = segment() * g, from = begin_of(places, s), to = end_of(places, s);
     const Tensor entry = compute(at.queue, Dtype::I64, {all.bound}, 0);
     compute(at.queue, all, find(places.values, from, to, load(*tokens.position, index())) - from, entry);
-    const Num begin = s * chosen.capacity;
-    const Num stays = holds(chosen.index, begin, begin + load(chosen.count, s), load(entry, index()));
+    const Num stays = kept.has(s, load(entry, index()));
     compute(at.queue, all, pick(stays, load(*tokens.dropped, index()), min(at.layer, load(*tokens.dropped, index()))),
             *dropped);
     tokens.dropped = dropped;

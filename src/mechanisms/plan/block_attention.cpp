@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "attention/list.h"
+#include "attention/number_list.h"
 #include "attention/patterns.h"
 #include "mechanisms/entries.h"
 
@@ -11,7 +11,7 @@ namespace {
 // A prompt in segments: an instruction that all see, documents that see the instruction and themselves, and behind them a
 // query that sees all. Where documents begin is given; without a list they have one length.
 struct Segmented : Mechanism {
-  List lengths;
+  NumberList lengths;
   int64_t block, query, instruction = 0;
 
   Needs needs(const ModelInfo&) const override {

@@ -9,10 +9,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// Dynamic Hierarchical Sparse Attention (Xiong et al., 2025) without its trained boundaries: chunks of one length. Chunks are
-// represented by the mean over heads and tokens times the root of their length, so that a short one weighs less; one map
-// serves all heads, and tiles read the best share of what they see. The last queries, the instruction, see all. In the
-// a-shape the first and the latest block are among those read.
+// Dynamic Hierarchical Sparse Attention (Xiong et al., 2025) without its trained boundaries: chunks of one length.
+// Chunks are represented by the mean over heads and tokens times the root of their length, so that a short one weighs
+// less; one map serves all heads, and tiles read the best share of what they see. The last queries, the instruction,
+// see all. In the a-shape the first and the latest block are among those read.
 struct Dhsa final : Mechanism {
   int q_block, k_block;
   int64_t last;

@@ -7,8 +7,9 @@ namespace heed::mechanisms {
 
 namespace {
 
-// HaloNet (Vaswani et al., 2021): the queries of a square of a map share the square's keys and those of a rim around it. What
-// the rim lacks at a border is hidden (the authors pad with keys of zero). Relative embeddings belong to the model.
+// HaloNet (Vaswani et al., 2021): the queries of a square of a map share the square's keys and those of a rim around
+// it. What the rim lacks at a border is hidden (the authors pad with keys of zero). Relative embeddings belong to the
+// model.
 struct Halo final : Mechanism {
   int64_t width, block, halo;
 

@@ -31,7 +31,7 @@ struct InfLlmV2 final : Mechanism {
     };
   }
   std::string check() const override {
-    if (64 % block) return "block=" + std::to_string(block) + " does not divide 64";
+    if (const std::string message = uneven(block, "block"); !message.empty()) return message;
     return block % stride ? "stride=" + std::to_string(stride) + " does not divide block=" + std::to_string(block) : "";
   }
   std::string means() const { return "infllm_v2.mean" + std::to_string(stride); }
@@ -105,7 +105,7 @@ struct InfLlmV2 final : Mechanism {
     const Ragged halves = block_scores(at, at.q, means(), means(), stride);
     const Ragged windows = numbers(queue, halves.segments(),
                                    max(0, floor_div(held_entries(at, index(), h), stride) - 1), h, halves.bound);
-    const float scale = at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(at.store->shape().d));
+    const float scale = at.scale();
     const Num half = begin_of(halves, segment()) + place();
     compute(queue, windows, 0.5 * scale * (load(halves.values, half) + load(halves.values, half + 1)), windows.values);
     const Ragged weights = over_group(at, softmax(queue, windows), Spread::Of::Sum);

@@ -7,9 +7,9 @@ namespace heed::mechanisms {
 namespace {
 
 // SpargeAttn (Zhang et al., 2025), its first stage: mean queries and keys stand for blocks whose rows are alike, and a tile
-// reads the key blocks that hold `tau` of the estimate, the crossing one left out. Blocks of unlike rows are read by all, and
-// tiles of unlike queries read all. Products are not rounded to 8 bits, and the second stage, which skips values whose
-// weight vanishes beside what a kernel has already met, is left out: it changes no plan.
+// reads the key blocks that hold `tau` of the estimate, the crossing one left out. Blocks of unlike rows are read by
+// all, and tiles of unlike queries read all. Products are not rounded to 8 bits, and the second stage, which skips
+// values whose weight vanishes beside what a kernel has already met, is left out: it changes no plan.
 struct SpargeAttn final : Mechanism {
   int q_block, k_block;
   double theta, tau, topk;

@@ -7,9 +7,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// Block-sparse global attention for VGGT (2025): mean queries and keys foretell a tile's masses, and it reads the blocks that
-// hold `cdf` of them, but no fewer than a share of all. Special tokens, the first of each frame, see all and are seen by
-// all. Here tokens keep their order, so a tile or block that holds a special token is treated as one.
+// Block-sparse global attention for VGGT (Wang et al., 2025): mean queries and keys foretell a tile's masses, and it
+// reads the blocks that hold `cdf` of them, but no fewer than a share of all. Special tokens, the first of each frame,
+// see all and are seen by all. Here tokens keep their order, so a tile or block that holds a special token is treated
+// as one.
 struct VggtBlockSparse final : Mechanism {
   int q_block, k_block;
   int64_t special, frame;
@@ -60,8 +61,8 @@ struct VggtBlockSparse final : Mechanism {
 }  // namespace
 
 Entry vggt_block_sparse() {
-  Entry e = entry<VggtBlockSparse>("vggt_block_sparse", "Faster VGGT with Block-Sparse Global Attention", "2025", 2025,
-                                   uint8_t(Role::Plan));
+  Entry e = entry<VggtBlockSparse>("vggt_block_sparse", "Faster VGGT with Block-Sparse Global Attention",
+                                   "Wang et al., 2025, arXiv 2509.07120", 2025, uint8_t(Role::Plan));
   e.equation =
       "P = softmax(mean q · mean k s); read the max(#(Σ P ≤ cdf), ⌊n (1 − ratio)⌋) largest, and special tokens";
   e.needs = "the whole prompt";

@@ -91,7 +91,7 @@ struct XAttention final : Mechanism {
     at.run().pool(at.queue, s.q, PoolKind::ConcatReversed, stride, q);
     at.run().pool(at.queue, s.k, PoolKind::Concat, stride, k);
     Proxy anti;
-    anti.scale = (at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(d))) / float(stride);
+    anti.scale = at.scale() / float(stride);
     anti.softmax = true, anti.causal = at.plan.causal;
     anti.q_tile = anti.k_tile = stride;
     anti.offset = s.m - s.n;

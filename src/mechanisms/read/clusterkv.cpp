@@ -11,9 +11,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// ClusterKV (Liu et al., 2024): a prompt's keys are clustered by cosine, and a query reads the clusters whose centroid scores
-// highest until the budget is full, the last one in part; sinks and generated entries besides. One choice for each KV head,
-// from the sum over its group (the released code has one for each query head). What is generated forms no new clusters.
+// ClusterKV (Liu et al., 2024): a prompt's keys are clustered by cosine, and a query reads the clusters whose centroid
+// scores highest until the budget is full, the last one in part; sinks and generated entries besides. One choice for
+// each KV head, from the sum over its group (the released code has one for each query head). What is generated forms no
+// new clusters.
 struct ClusterKV final : Mechanism {
   Budget budget;
   int sinks, tokens, rounds, first_dense;
@@ -21,12 +22,12 @@ struct ClusterKV final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = ClusterKV;
     return {
-        param(&M::budget, "budget", "budget", "1024", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "prompt entries that a KV head reads, sinks among them; a fraction is of the prompt"),
+        budget_param(&M::budget, "1024",
+                     "prompt entries that a KV head reads, sinks among them; a fraction is of the prompt"),
         param(&M::sinks, "sinks", 16, 0, 1 << 20, "first entries that are always read"),
         param(&M::tokens, "tokens", 80, 1, 1 << 20, "entries for each cluster, on average"),
         param(&M::rounds, "rounds", 10, 0, 1000, "of k-means"),
-        param(&M::first_dense, "dense", 2, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+        dense_layers_param(&M::first_dense, 2),
     };
   }
 

@@ -11,9 +11,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// Double Sparsity (Yang et al., 2024): a few channels of each query head, those where |q_c k_c| of the same token is largest
-// on average, approximate its logits; the query reads the entries they rank highest. Which channels is learnt from the
-// prompt itself rather than from a calibration text, and labels are the channels as they are held, not 4-bit copies.
+// Double Sparsity (Yang et al., 2024): a few channels of each query head, those where |q_c k_c| of the same token is
+// largest on average, approximate its logits; the query reads the entries they rank highest. Which channels is learnt
+// from the prompt itself rather than from a calibration text, and labels are the channels as they are held, not 4-bit
+// copies.
 struct DoubleSparsity final : Mechanism {
   Budget budget;
   int factor, first_dense;
@@ -21,10 +22,9 @@ struct DoubleSparsity final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = DoubleSparsity;
     return {
-        param(&M::budget, "budget", "budget", "0.0625", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries read by each query head; a fraction is of the prompt"),
+        budget_param(&M::budget, "0.0625", "entries read by each query head; a fraction is of the prompt"),
         param(&M::factor, "factor", 16, 1, 4096, "one of so many channels is looked at"),
-        param(&M::first_dense, "dense", 2, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+        dense_layers_param(&M::first_dense, 2),
     };
   }
 
@@ -44,7 +44,7 @@ struct DoubleSparsity final : Mechanism {
     const Num key = end_of(at.k, floor_div(segment(), group)) - length() + place();
     compute(queue, products, load(at.q.values, index()) * load(at.k.values, key * d + channel()), products.values);
     const Num x = load(products.values, index());
-    compute(queue, products, max(x, 0 - x), products.values);
+    compute(queue, products, abs(x), products.values);
     const Ragged mean = mean_rows(queue, products);
     auto& sums = static_cast<Channels&>(at.state()).sums[at.layer];
     auto now = std::make_shared<Buffer>(Dtype::F32, std::initializer_list<int64_t>{at.q.segments(), d}, *queue.memory);

@@ -18,8 +18,8 @@ struct HyLra final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = HyLra;
     return {
-        param(&M::budget, "budget", "budget", "2048", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries that the other layers read, for each KV head; a fraction is of the prompt"),
+        budget_param(&M::budget, "2048",
+                     "entries that the other layers read, for each KV head; a fraction is of the prompt"),
         param(&M::full, "full", "range", "[0,4,8,12,16,20,24,28]", "0-3, 2-, [0,4-7], last",
               "layers that are full; 0 always is"),
     };

@@ -9,8 +9,8 @@ namespace heed::mechanisms {
 namespace {
 
 // The block top-k of Kinetics (Sadhukhan, Chen et al., 2025): each KV head reads sinks, a window and the blocks whose mean
-// logit over the group is highest, which is the mean query's logit at the mean key. Blocks are counted from the first entry,
-// not from behind the sinks, so blocks that hold a sink or reach into the window are read whole.
+// logit over the group is highest, which is the mean query's logit at the mean key. Blocks are counted from the first
+// entry, not from behind the sinks, so blocks that hold a sink or reach into the window are read whole.
 struct Kinetics final : Mechanism {
   Budget budget;
   int block, sinks, local, first_dense;
@@ -18,17 +18,15 @@ struct Kinetics final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = Kinetics;
     return {
-        param(&M::budget, "budget", "budget", "1024", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries read by each KV head, sinks and window among them; a fraction is of the entries held"),
+        budget_param(&M::budget, "1024",
+                     "entries read by each KV head, sinks and window among them; a fraction is of the entries held"),
         param(&M::block, "block", 16, 1, 64, "entries of a block: 1, 2, 4, … 64"),
         param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that are always read"),
         param(&M::local, "local", 64, 1, 1 << 20, "latest entries that are always read"),
-        param(&M::first_dense, "dense", 1, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+        dense_layers_param(&M::first_dense, 1),
     };
   }
-  std::string check() const override {
-    return 64 % block ? "block=" + std::to_string(block) + " does not divide 64" : "";
-  }
+  std::string check() const override { return uneven(block, "block"); }
 
   std::string means() const { return "kinetics.mean" + std::to_string(block); }
   Needs needs(const ModelInfo&) const override {

@@ -20,8 +20,7 @@ struct LycheeDecode final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = LycheeDecode;
     return {
-        param(&M::budget, "budget", "budget", "1024", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries that a sparse KV head reads; a fraction is of the prompt"),
+        budget_param(&M::budget, "1024", "entries that a sparse KV head reads; a fraction is of the prompt"),
         param(&M::retrieval, "retrieval", "range", "", "0-3, 2-, [0,4-7], last",
               "KV heads that retrieve, by number: layer · KV heads + head; none but the first layer's if empty"),
     };

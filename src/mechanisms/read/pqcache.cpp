@@ -12,9 +12,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// PQCache (Zhang et al., 2024): product quantisation of a prompt's keys. Each half of a key's channels is a code, the nearest
-// of a few centroids; logits are sums of two looked-up products, and a KV head reads the entries that its group pays most by
-// them, besides sinks and a window. Entries that were generated have no code until the next prompt, and are always read.
+// PQCache (Zhang et al., 2024): product quantisation of a prompt's keys. Each half of a key's channels is a code, the
+// nearest of a few centroids; logits are sums of two looked-up products, and a KV head reads the entries that its group
+// pays most by them, besides sinks and a window. Entries that were generated have no code until the next prompt, and
+// are always read.
 struct PqCache final : Mechanism {
   double topk, recent;
   int sinks, centroids, rounds, first_dense;
@@ -29,7 +30,7 @@ struct PqCache final : Mechanism {
         param(&M::sinks, "sinks", 32, 0, 1 << 20, "first entries that are always read"),
         param(&M::centroids, "centroids", 64, 1, 1 << 16, "codes of each half"),
         param(&M::rounds, "rounds", 10, 0, 1000, "of k-means"),
-        param(&M::first_dense, "dense", 0, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+        dense_layers_param(&M::first_dense, 0),
     };
   }
 
@@ -93,7 +94,7 @@ struct PqCache final : Mechanism {
     const Ragged codes = at.column("pqcache.code");
     const Ragged logits = numbers(queue, at.q.segments(), length_of(codes, floor_div(index(), group)), h, codes.bound * group);
     compute(queue, logits, 0, logits.values);
-    const float scale = at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(at.store->shape().d));
+    const float scale = at.scale();
     const auto code = [&](int which) {
       return load(codes.values, (begin_of(codes, floor_div(segment(), group)) + place()) * kHalves + which);
     };

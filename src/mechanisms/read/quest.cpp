@@ -16,13 +16,12 @@ struct Quest final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = Quest;
     return {
-        param(&M::budget, "budget", "budget", "1024", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries read by each query head"),
+        budget_param(&M::budget, "1024", "entries read by each query head"),
         param(&M::page, "page", 16, 1, 64, "entries of a page: 1, 2, 4, … 64"),
-        param(&M::first_dense, "dense", 2, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+        dense_layers_param(&M::first_dense, 2),
     };
   }
-  std::string check() const override { return 64 % page ? "page=" + std::to_string(page) + " does not divide 64" : ""; }
+  std::string check() const override { return uneven(page, "page"); }
 
   std::string low() const { return "quest.low" + std::to_string(page); }
   std::string high() const { return "quest.high" + std::to_string(page); }

@@ -18,8 +18,7 @@ struct RecycledAttention final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = RecycledAttention;
     return {
-        param(&M::budget, "budget", "budget", "0.125", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries read in a partial step by each KV head; a fraction is of the prompt"),
+        budget_param(&M::budget, "0.125", "entries read in a partial step by each KV head; a fraction is of the prompt"),
         param(&M::stride, "stride", 50, 1, 1 << 20, "decoded tokens from one full step to the next; 1: all are full"),
         param(&M::kernel, "kernel", 1, 1, 63, "width of the maximum over neighbouring keys, odd"),
     };

@@ -23,14 +23,14 @@ struct RocketKV final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = RocketKV;
     return {
-        param(&M::budget, "budget", "budget", "512", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries read by each KV head (half of the paper's token budget); a fraction is of the prompt"),
+        budget_param(&M::budget, "512",
+                     "entries read by each KV head (half of the paper's token budget); a fraction is of the prompt"),
         param(&M::page, "page", 4, 1, 64, "entries of a page: 1, 2, 4, … 64"),
         param(&M::channels, "channels", 0.25, 1e-6, 1, "share of the channels that is looked at"),
-        param(&M::first_dense, "dense", 0, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+        dense_layers_param(&M::first_dense, 0),
     };
   }
-  std::string check() const override { return 64 % page ? "page=" + std::to_string(page) + " does not divide 64" : ""; }
+  std::string check() const override { return uneven(page, "page"); }
 
   std::string low() const { return "rocketkv.low" + std::to_string(page); }
   std::string high() const { return "rocketkv.high" + std::to_string(page); }
@@ -48,7 +48,7 @@ struct RocketKV final : Mechanism {
     q.heads = size.heads = group;
     size.values = queue.scratch.take(Dtype::F32, {at.q.values.size[0], d});
     const Num x = load(q.values, index());
-    compute(queue, q, max(x, 0 - x), size.values);
+    compute(queue, q, abs(x), size.values);
     const Ragged sum = spread(queue, q, {.of = Spread::Of::Sum, .over = Spread::Over::Heads}),
                  mean = spread(queue, size, {.of = Spread::Of::Mean, .over = Spread::Over::Heads});
     Ragged importance;
@@ -75,7 +75,7 @@ struct RocketKV final : Mechanism {
     Ragged one = q;
     one.values = ones(queue, at.q.values.size[0], d);
     const Ragged part = row_dots(queue, only(looks, load(size.values, index())), one), whole = row_dots(queue, size, one);
-    const float scale = at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(d));
+    const float scale = at.scale();
     const Num row = begin_of(at.q, segment());
     compute(queue, bounds, scale * load(bounds.values, index()) * sqrt(load(whole.values, row) / load(part.values, row)),
             bounds.values);

@@ -21,17 +21,14 @@ struct ShadowKV final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = ShadowKV;
     return {
-        param(&M::budget, "budget", "budget", "2048", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries of chosen chunks, for each KV head; what is read whole comes on top"),
+        budget_param(&M::budget, "2048", "entries of chosen chunks, for each KV head; what is read whole comes on top"),
         param(&M::chunk, "chunk", 8, 1, 64, "entries of a chunk: 1, 2, 4, … 64"),
         param(&M::outliers, "outliers", 48, 0, 1 << 20, "chunks read whole because a key of theirs is unlike the mean"),
         param(&M::latest, "latest", 4, 0, 1 << 20, "latest whole chunks of a prompt that are read whole"),
-        param(&M::first_dense, "dense", 0, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+        dense_layers_param(&M::first_dense, 0),
     };
   }
-  std::string check() const override {
-    return 64 % chunk ? "chunk=" + std::to_string(chunk) + " does not divide 64" : "";
-  }
+  std::string check() const override { return uneven(chunk, "chunk"); }
 
   std::string landmarks() const { return "shadowkv.mean" + std::to_string(chunk); }
   Needs needs(const ModelInfo&) const override {
@@ -68,8 +65,8 @@ struct ShadowKV final : Mechanism {
     Queue& queue = at.queue;
     const Ragged flags = at.column("shadowkv.outlier");
     const Ragged scores = block_scores(at, at.q, landmarks(), landmarks(), chunk);
-    const int64_t group = at.model.group(), d = at.store->shape().d;
-    const float scale = at.mods.scale > 0 ? at.mods.scale : 1 / std::sqrt(float(d));
+    const int64_t group = at.model.group();
+    const float scale = at.scale();
     const auto whole = [&](const Num& head) {
       return load(flags.values, begin_of(flags, head) + place() * chunk) > 0.5 ||
              place() >= first_whole(load(at.store->pages().length, head) - (at.step() + 1));

@@ -15,8 +15,7 @@ struct TidalDecode final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = TidalDecode;
     return {
-        param(&M::budget, "budget", "budget", "1024", "entries ≥ 1, or a fraction: 0.1, 10%",
-              "entries read by each query head"),
+        budget_param(&M::budget, "1024", "entries read by each query head"),
         param(&M::selection, "selection", 2, 0, 1 << 20, "layer that selects; those before it are dense"),
         param(&M::correction, "correction", 13, 0, 1 << 20,
               "later layer that selects anew (13 suits 32 layers); none if the model has no such layer"),

@@ -18,7 +18,7 @@ struct Twilight final : Mechanism {
     using M = Twilight;
     return {
         param(&M::p, "p", 0.95, 0, 1, "share of a query's weights that is read"),
-        param(&M::first_dense, "dense", 2, 0, 1 << 20, "first layers that read everything (in a model that has more)"),
+        dense_layers_param(&M::first_dense, 2),
     };
   }
 

@@ -8,9 +8,9 @@
 namespace heed {
 
 /// Numbers ≥ 0: "[0.1,0.4,2]"; the empty text is an empty list.
-struct List {
+struct NumberList {
   std::vector<double> values;
-  static Result<List> parse(const std::string& text);
+  static Result<NumberList> parse(const std::string& text);
 };
 
 }  // namespace heed

@@ -1,4 +1,4 @@
-#include "attention/list.h"
+#include "attention/number_list.h"
 
 #include <algorithm>
 #include <string_view>
@@ -7,8 +7,8 @@
 
 namespace heed {
 
-Result<List> List::parse(const std::string& text) {
-  List out;
+Result<NumberList> NumberList::parse(const std::string& text) {
+  NumberList out;
   if (text.empty()) return out;
   if (text.size() < 2 || text.front() != '[' || text.back() != ']')
     return fail(Code::Invalid, "", "'" + text + "' is no list", "[0.1,0.4,0.2]");
