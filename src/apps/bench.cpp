@@ -16,7 +16,7 @@ namespace heed::apps {
 namespace {
 
 /// llama-bench's fields that mean something here, and `attention`.
-Json to_json(const Model& model, const ModelFlags& flags, const std::string& attention, const BenchResult& r,
+Json result_json(const Model& model, const ModelFlags& flags, const std::string& attention, const BenchResult& r,
              const std::string& time) {
   Json samples_ns = Json::array();
   for (double s : r.seconds) samples_ns.push_back(int64_t(s * 1e9));
@@ -47,7 +47,7 @@ Json to_json(const Model& model, const ModelFlags& flags, const std::string& att
           {"stddev_ts", r.deviation_ts()},
           {"samples_ns", samples_ns},
           {"samples_ts", r.rates()},
-          {"seconds", apps::to_json(r.times)}};
+          {"seconds", to_json(r.times)}};
 }
 
 std::string utc_now() {
@@ -134,7 +134,7 @@ class BenchCommand final : public Command {
         progress.at(double(results.size()) / total, attention);
         const std::string time = utc_now();
         try {
-          results.push_back(to_json(*model, flags_, attention,
+          results.push_back(result_json(*model, flags_, attention,
                                     bench(model, flags_.session(attention), test, repetitions_, seed_), time));
         } catch (const Error& e) {
           if (e.failure().code != Code::Interrupted) throw;

@@ -10,7 +10,7 @@
 namespace heed::apps {
 namespace {
 
-Json to_json(const Row& row, int64_t tokens) {
+Json row_json(const Row& row, int64_t tokens) {
   Json tasks = Json::object();
   for (const auto& [name, score] : row.tasks)
     tasks[name] = {{"accuracy", score.accuracy}, {"recall", score.recall}, {"nll", score.nll}, {"runs", score.runs}};
@@ -32,8 +32,8 @@ Json to_json(const Row& row, int64_t tokens) {
           {"density_read", row.density_read},
           {"mass_prefill", row.mass_prefill},
           {"mass_decode", row.mass_decode},
-          {"prefill_seconds", apps::to_json(row.prefill_times)},
-          {"decode_seconds", apps::to_json(row.decode_times)},
+          {"prefill_seconds", to_json(row.prefill_times)},
+          {"decode_seconds", to_json(row.decode_times)},
           {"seconds", row.seconds},
           {"not_exercised", idle.empty() ? Json(nullptr) : Json(idle)}};
 }
@@ -110,7 +110,7 @@ class Compare final : public Command {
     const auto by_time = pareto_front(result.rows, [](const Row& r) { return r.seconds; });
     Json rows = Json::array();
     for (size_t i = 0; i < result.rows.size(); ++i) {
-      rows.push_back(to_json(result.rows[i], context));
+      rows.push_back(row_json(result.rows[i], context));
       rows.back()["front_memory"] = bool(by_memory[i]), rows.back()["front_time"] = bool(by_time[i]);
     }
     json_ || format_ == "json" ? print(rows) : show(*model, result, context);

@@ -11,7 +11,7 @@ Tensor constant(Queue& queue, std::span<const int64_t> positions, int64_t rows) 
   return compute(queue, Dtype::I32, {int64_t(positions.size()) * rows}, of_sequence(queue, positions, index(), rows));
 }
 
-Ragged like(Queue& queue, Ragged x) {
+Ragged unfilled(Queue& queue, Ragged x) {
   x.values = queue.scratch.take(Dtype::F32, {x.values.size[0], x.values.size[1]});
   return x;
 }
@@ -19,7 +19,7 @@ Ragged like(Queue& queue, Ragged x) {
 }  // namespace
 
 Ragged turned(Queue& queue, const Ragged& x, const Rope& rope, const Tensor& positions) {
-  Ragged out = like(queue, x);
+  Ragged out = unfilled(queue, x);
   const int64_t rows = x.values.size[0], d = x.values.size[1];
   out.heads = 1;
   queue.run->split_heads(queue, x.values.reshape({rows, 1, d}), x.offsets, {}, 0, &rope, positions, out);
@@ -70,7 +70,7 @@ Tensor outer_sums(Queue& queue, const Ragged& x) {
   const Tensor sums = queue.scratch.take(Dtype::F32, {x.segments(), d, d});
   RecurInputs in;
   in.q = in.k = in.v = x;
-  queue.run->recur(queue, in, {}, like(queue, x).values, sums, {});
+  queue.run->recur(queue, in, {}, unfilled(queue, x).values, sums, {});
   return sums;
 }
 

@@ -6,7 +6,7 @@
 namespace heed {
 namespace {
 
-using Json = nlohmann::json;
+using Json = nlohmann::ordered_json;
 
 bool texts(const Json& value, std::vector<std::string>& out) {
   if (!value.is_array()) return false;

@@ -57,7 +57,7 @@ struct FreeContext {
 };
 
 /// What one split needs besides the compiled patterns; it belongs to the call, so that patterns can be shared.
-struct Scratch {
+struct MatchMemory {
   std::unique_ptr<pcre2_match_data, FreeMatch> match{pcre2_match_data_create(1, nullptr)};
   std::unique_ptr<pcre2_match_context, FreeContext> context{pcre2_match_context_create(nullptr)};
 };
@@ -103,7 +103,7 @@ Result<Splitter> Splitter::named(std::string_view name) {
 }
 
 void Splitter::split(std::string_view text, FunctionRef<void(std::string_view)> word) const {
-  Scratch scratch;
+  MatchMemory scratch;
   // Every pattern is linear on any text; the limit only keeps a mistake in one from hanging.
   pcre2_set_match_limit(scratch.context.get(), uint32_t(std::min<size_t>(10'000'000 + 64 * text.size(), UINT32_MAX)));
   split(0, text, &scratch, word);
@@ -111,7 +111,7 @@ void Splitter::split(std::string_view text, FunctionRef<void(std::string_view)> 
 
 void Splitter::split(size_t stage, std::string_view text, void* memory, FunctionRef<void(std::string_view)> word) const {
   if (stage == stages_.size()) return word(text);
-  auto& scratch = *static_cast<Scratch*>(memory);
+  auto& scratch = *static_cast<MatchMemory*>(memory);
   // A piece is matched as if it were alone: looking ahead stops at its end.
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   size_t done = 0, from = 0;

@@ -19,11 +19,11 @@ struct Link {
   int32_t previous, next;
 };
 
-struct Candidate {
+struct Merge {
   float score;
   int32_t left;
   uint32_t size;  // of the merged text: tells whether either side has changed since
-  bool operator<(const Candidate& other) const {
+  bool operator<(const Merge& other) const {
     return score != other.score ? score < other.score : left > other.left;
   }
 };
@@ -73,7 +73,7 @@ void Spm::encode(std::string_view text, bool space_before, std::vector<int32_t>&
     const auto found = size <= longest_ ? ids_.find(std::string_view(escaped).substr(begin, size)) : ids_.end();
     return found == ids_.end() ? -1 : found->second;
   };
-  std::vector<Candidate> queue;
+  std::vector<Merge> queue;
   const auto offer = [&](int32_t left) {
     const Link& a = links[size_t(left)];
     if (a.next < 0) return;
@@ -86,7 +86,7 @@ void Spm::encode(std::string_view text, bool space_before, std::vector<int32_t>&
   for (size_t i = 0; i + 1 < links.size(); ++i) offer(int32_t(i));
   while (!queue.empty()) {
     std::pop_heap(queue.begin(), queue.end());
-    const Candidate best = queue.back();
+    const Merge best = queue.back();
     queue.pop_back();
     Link& left = links[size_t(best.left)];
     if (left.size == 0 || left.next < 0) continue;

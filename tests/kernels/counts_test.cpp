@@ -8,8 +8,6 @@ namespace {
 
 using Op = Numbers::Op;
 
-const Kernels& oracle() { return reference_kernels(); }
-
 /// A random program whose results are finite and, but for a last smooth function, exact on every machine.
 struct Program {
   Numbers what;

@@ -101,6 +101,16 @@ Poisoned row_numbers(const Ragged& like, Dtype type, int64_t width, Draw&& draw,
   return out;
 }
 
+/// What every table is compared with.
+inline const Kernels& oracle() { return reference_kernels(); }
+
+/// Its elements in order.
+inline std::vector<float> read(const Tensor& t) {
+  std::vector<float> out;
+  each(t, [&](auto index) { out.push_back(float(number(t, index))); });
+  return out;
+}
+
 /// What the oracle wrote, `got` holds within `bound`; what it left poisoned is poisoned still, guards included.
 /// Infinities must agree; NaN never passes.
 void expect_close(const char* what, const Poisoned& expected, const Poisoned& got, double bound);

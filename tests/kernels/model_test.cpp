@@ -6,8 +6,6 @@
 namespace heed::test {
 namespace {
 
-const Kernels& oracle() { return reference_kernels(); }
-
 constexpr Dtype all_types[] = {Dtype::F32,  Dtype::F16,  Dtype::BF16, Dtype::Q4_0,  Dtype::Q4_1,
                                Dtype::Q5_0, Dtype::Q5_1, Dtype::Q8_0, Dtype::Q2_K,  Dtype::Q3_K,
                                Dtype::Q4_K, Dtype::Q5_K, Dtype::Q6_K, Dtype::IQ4_NL};
@@ -308,12 +306,6 @@ void add_equals_reference(const Kernels& run, Random random) {
     run.add(queue, x, got);
     expect_close("y", want, got, 0);
   }
-}
-
-std::vector<float> read(const Tensor& t) {
-  std::vector<float> out;
-  each(t, [&](auto index) { out.push_back(float(number(t, index))); });
-  return out;
 }
 
 TEST(Reference, ModelArithmeticOfSmallNumbers) {

@@ -6,8 +6,6 @@
 namespace heed::test {
 namespace {
 
-const Kernels& oracle() { return reference_kernels(); }
-
 /// The keys of a case, as they are or written into a store (with true positions, and no key tensors but those).
 struct KeySource {
   std::unique_ptr<StoreCase> store;
@@ -44,7 +42,7 @@ struct KeySource {
   std::string text() const { return store ? "; pages of " + store->text() : "; a panel"; }
 };
 
-void equals_reference(const Kernels& run, Random random, const Ask& ask) {
+void observed_as_reference(const Kernels& run, Random random, const Ask& ask) {
   using Rows = Observe::Rows;
   using Heads = Observe::Heads;
   for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
@@ -82,12 +80,12 @@ void equals_reference(const Kernels& run, Random random, const Ask& ask) {
   }
 }
 
-void observe_equals_reference(const Kernels& run, Random random) { equals_reference(run, random, {}); }
+void observe_equals_reference(const Kernels& run, Random random) { observed_as_reference(run, random, {}); }
 
 void observe_many_equals_reference(const Kernels& run, Random random) {
   Ask ask;
   ask.many = true;
-  equals_reference(run, random, ask);
+  observed_as_reference(run, random, ask);
 }
 
 void observe_rows_equals_reference(const Kernels& run, Random random) {

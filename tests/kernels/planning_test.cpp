@@ -5,8 +5,6 @@
 namespace heed::test {
 namespace {
 
-const Kernels& oracle() { return reference_kernels(); }
-
 std::vector<int64_t> some_lengths(Random& random, int64_t segments, int64_t longest) {
   std::vector<int64_t> out;
   for (int64_t s = 0; s < segments; ++s)
@@ -118,12 +116,12 @@ void spread_equals_reference(const Kernels& run, Random random) {
 }
 
 /// A grid for each segment, and a twin for another table's results.
-struct GridData {
+struct TwinGrids {
   RaggedData cells;
   Poisoned other;
   Buffer rows, cols;
   Grids view, twin;
-  GridData(Random& random, const std::vector<int64_t>& r, const std::vector<int64_t>& c, int64_t heads) {
+  TwinGrids(Random& random, const std::vector<int64_t>& r, const std::vector<int64_t>& c, int64_t heads) {
     const int64_t segments = int64_t(r.size());
     rows = Buffer::of<int64_t>({segments}, r);
     cols = Buffer::of<int64_t>({segments}, c);
@@ -164,7 +162,7 @@ void proxy_equals_reference(const Kernels& run, Random random) {
     how.k_tile = int(pick<int64_t>(random, {1, 4, 16}));
     how.offset = random.below(40);
     how.int8 = chance(random, 0.3);
-    GridData grid(random, rows, cols, h);
+    TwinGrids grid(random, rows, cols, h);
     SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + "/" + std::to_string(g) + ", width " +
                  std::to_string(width) + " " + info(type).name + (how.int8 ? ", int8" : "") +
                  (how.softmax ? ", softmax" : ""));
@@ -195,7 +193,7 @@ void reduce_equals_reference(const Kernels& run, Random random) {
       rows_out.push_back(blocks ? (rows[s] + how.row_block - 1) / how.row_block : how.to == To::Rows ? rows[s] : 1);
       cols_out.push_back(blocks ? (cols[s] + how.col_block - 1) / how.col_block : how.to == To::Rows ? 1 : cols[s]);
     }
-    GridData in(random, rows, cols, 2), out(random, rows_out, cols_out, 2);
+    TwinGrids in(random, rows, cols, 2), out(random, rows_out, cols_out, 2);
     const double masked = pick(random, {0.0, 0.3, 0.95});
     for (int64_t s = 0; s < 4; ++s)
       each(in.view.cells.segment(s), [&](auto index) {
@@ -300,12 +298,6 @@ RaggedData counting(int64_t count, int64_t width) {
   return out;
 }
 
-std::vector<float> read(const Tensor& t) {
-  std::vector<float> out;
-  each(t, [&](auto index) { out.push_back(float(number(t, index))); });
-  return out;
-}
-
 TEST(Reference, PoolOfFiveRows) {
   const RaggedData x = counting(5, 2);  // (1 2) (3 4) (5 6) (7 8) (9 10)
   auto pooled = [&](PoolKind kind, int block, int64_t width) {
@@ -339,11 +331,11 @@ TEST(Reference, SmoothOfFiveNumbers) {
 
 TEST(Reference, ReduceOfATwoByThreeGrid) {
   Random random(0);
-  GridData in(random, {2}, {3}, 1);
+  TwinGrids in(random, {2}, {3}, 1);
   const float cells[] = {1, 2, -INFINITY, 4, 5, 6};
   for (int i = 0; i < 6; ++i) in.view.cells.segment(0).at<float>(i) = cells[i];
   auto reduced = [&](Reduce how, int64_t rows, int64_t cols) {
-    GridData out(random, {rows}, {cols}, 1);
+    TwinGrids out(random, {rows}, {cols}, 1);
     Queue queue;
     oracle().reduce(queue, in.view, how, out.view);
     return read(out.view.cells.segment(0));
@@ -363,7 +355,7 @@ TEST(Reference, ProxyOfTinyRows) {
   Random random(0);
   const RaggedData q = counting(2, 1), k = counting(3, 1);
   auto scored = [&](Proxy how) {
-    GridData out(random, {2}, {3}, 1);
+    TwinGrids out(random, {2}, {3}, 1);
     Queue queue;
     oracle().proxy(queue, q, k, how, out.view);
     return read(out.view.cells.segment(0));

@@ -5,7 +5,7 @@
 namespace heed::test {
 namespace {
 
-struct RecurCase {
+struct RecurProblem {
   int64_t sequences, h, d, d_v;
   RaggedData q, k, v;
   Poisoned g, beta, a, b, state, z;
@@ -13,7 +13,7 @@ struct RecurCase {
   RecurInputs in;
   double rows = 1;
 
-  RecurCase(Random& random, const std::vector<int64_t>& lengths_of, bool low_types, bool normalise, bool small = false) {
+  RecurProblem(Random& random, const std::vector<int64_t>& lengths_of, bool low_types, bool normalise, bool small = false) {
     sequences = int64_t(lengths_of.size());
     h = 1 + random.below(3);
     d = small ? 6 : pick<int64_t>(random, {16, 64, 80, 128});
@@ -89,7 +89,7 @@ std::vector<int64_t> some_rows(Random& random, int64_t longest) {
 
 void recur_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(40) && !testing::Test::HasFailure(); ++i) {
-    const RecurCase c(random, some_rows(random, 200), true, true);
+    const RecurProblem c(random, some_rows(random, 200), true, true);
     SCOPED_TRACE("case " + std::to_string(i) + ": " + c.text());
     Queue queue;
     Poisoned out = c.out(), state = c.state_out(), z = c.z_out(), got = c.out(), got_state = c.state_out(),
@@ -110,7 +110,7 @@ void recur_equals_reference(const Kernels& run, Random random) {
 void recur_split_is_whole(const Kernels& run, Random random) {
   for (int i = 0; i < cases(30) && !testing::Test::HasFailure(); ++i) {
     const int64_t n = 1 + random.below(170), cut = random.below(n + 1);
-    const RecurCase c(random, {n}, false, true);
+    const RecurProblem c(random, {n}, false, true);
     SCOPED_TRACE("case " + std::to_string(i) + " cut at " + std::to_string(cut) + ": " + c.text());
     Queue queue;
     const bool normalise = c.how.normalise;
@@ -144,7 +144,7 @@ void recur_split_is_whole(const Kernels& run, Random random) {
 
 void recur_backward_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(20) && !testing::Test::HasFailure(); ++i) {
-    const RecurCase c(random, some_rows(random, 140), true, false);
+    const RecurProblem c(random, some_rows(random, 140), true, false);
     SCOPED_TRACE("case " + std::to_string(i) + ": " + c.text());
     Queue queue;
     const int64_t rows = c.q.values->size[0];
@@ -182,7 +182,7 @@ TEST(Reference, RecurrenceEqualsItsClosedForm) {
   // Without correction: o_t = scale Σ_{j ≤ t} (q_t · e^{G_t − G_j} k_j) v_j.
   Random random(11);
   for (int i = 0; i < cases(20); ++i) {
-    RecurCase c(random, {1 + random.below(12)}, false, false);
+    RecurProblem c(random, {1 + random.below(12)}, false, false);
     c.how.correction = Recur::Correction::None;
     c.in.state = {};
     Queue queue;
@@ -217,7 +217,7 @@ TEST(Reference, NormalisedRecurrenceIsAMean) {
   // With equal values every normalised output is scale times that value, whatever q, k and the decay are.
   Random random(14);
   for (int i = 0; i < cases(10); ++i) {
-    RecurCase c(random, {1 + random.below(12)}, false, false);
+    RecurProblem c(random, {1 + random.below(12)}, false, false);
     c.how.correction = Recur::Correction::None;
     c.how.normalise = true;
     c.how.scale = 1;
@@ -237,7 +237,7 @@ TEST(Reference, DeltaRuleIsALowRankCorrection) {
   // Decay, then S += β k (v − S^T k)^T, is a = e^g ⊙ k, b = −β k and β k in the place of k (linear.md, S1).
   Random random(12);
   for (int i = 0; i < cases(20); ++i) {
-    RecurCase c(random, {1 + random.below(30)}, false, false);
+    RecurProblem c(random, {1 + random.below(30)}, false, false);
     const int64_t rows = c.q.values->size[0];
     c.how.correction = Recur::Correction::Delta;
     const Poisoned beta = row_numbers(c.q, Dtype::F32, 0, [&] { return random.uniform(); });
@@ -270,7 +270,7 @@ TEST(Reference, DeltaRuleIsALowRankCorrection) {
 TEST(Reference, GradientsOfRecurrenceAreFiniteDifferences) {
   Random random(13);
   for (int i = 0; i < cases(30) && !testing::Test::HasFailure(); ++i) {
-    RecurCase c(random, {1 + random.below(6)}, false, false, true);
+    RecurProblem c(random, {1 + random.below(6)}, false, false, true);
     if (!c.in.state) {
       c.state = filled(Dtype::F32, {c.h, c.d, c.d_v}, [&] { return random.normal(); });
       c.in.state = c.state;

@@ -8,8 +8,6 @@
 namespace heed::test {
 namespace {
 
-const Kernels& oracle() { return reference_kernels(); }
-
 /// A store with its panels: keys, values and positions as they were before they were written.
 struct FilledStore {
   std::unique_ptr<StoreCase> store;

@@ -7,33 +7,33 @@
 namespace heed {
 namespace {
 
-const RetrievalPrompt kPrompt{{9, 9, 5, 6, 7, 6, 9, 1}, 2, 6};  // needle 5 6 7 6
+const RetrievalPrompt kCopied{{9, 9, 5, 6, 7, 6, 9, 1}, 2, 6};  // needle 5 6 7 6
 
 TEST(RetrievalHeads, AHeadThatLooksAtWhatIsSaidScoresOne) {
-  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{2, 3, 4, 5}, std::vector<int32_t>{5, 6, 7, 6}, false), 1);
-  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{2, 3, 4, 5}, std::vector<int32_t>{5, 6, 7, 6}, true), 1);
-  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{0, 0, 0, 0}, std::vector<int32_t>{5, 6, 7, 6}, false), 0)
+  EXPECT_EQ(copy_score(kCopied, std::vector<int32_t>{2, 3, 4, 5}, std::vector<int32_t>{5, 6, 7, 6}, false), 1);
+  EXPECT_EQ(copy_score(kCopied, std::vector<int32_t>{2, 3, 4, 5}, std::vector<int32_t>{5, 6, 7, 6}, true), 1);
+  EXPECT_EQ(copy_score(kCopied, std::vector<int32_t>{0, 0, 0, 0}, std::vector<int32_t>{5, 6, 7, 6}, false), 0)
       << "a head on the sink";
-  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{3, 2, 3, 4}, std::vector<int32_t>{5, 6, 7, 6}, false), 0)
+  EXPECT_EQ(copy_score(kCopied, std::vector<int32_t>{3, 2, 3, 4}, std::vector<int32_t>{5, 6, 7, 6}, false), 0)
       << "a token it did not say";
-  EXPECT_NEAR(copy_score(kPrompt, std::vector<int32_t>{3, 5, 3}, std::vector<int32_t>{6, 6, 6}, false), 1.0 / 3, 1e-12);
-  EXPECT_NEAR(copy_score(kPrompt, std::vector<int32_t>{3, 5, 3}, std::vector<int32_t>{6, 6, 6}, true), 3.0 / 4, 1e-12);
-  EXPECT_EQ(copy_score(kPrompt, std::vector<int32_t>{-1, 6}, std::vector<int32_t>{9, 9}, false), 0)
+  EXPECT_NEAR(copy_score(kCopied, std::vector<int32_t>{3, 5, 3}, std::vector<int32_t>{6, 6, 6}, false), 1.0 / 3, 1e-12);
+  EXPECT_NEAR(copy_score(kCopied, std::vector<int32_t>{3, 5, 3}, std::vector<int32_t>{6, 6, 6}, true), 3.0 / 4, 1e-12);
+  EXPECT_EQ(copy_score(kCopied, std::vector<int32_t>{-1, 6}, std::vector<int32_t>{9, 9}, false), 0)
       << "outside the needle";
 }
 
 TEST(RetrievalHeads, RecallCountsEachTokenAsOftenAsItStands) {
-  EXPECT_EQ(recall(kPrompt, std::vector<int32_t>{5, 6, 7, 6}), 1);
-  EXPECT_EQ(recall(kPrompt, std::vector<int32_t>{6, 6, 6, 6}), 0.5);
-  EXPECT_EQ(recall(kPrompt, std::vector<int32_t>{}), 0);
+  EXPECT_EQ(recall(kCopied, std::vector<int32_t>{5, 6, 7, 6}), 1);
+  EXPECT_EQ(recall(kCopied, std::vector<int32_t>{6, 6, 6, 6}), 0.5);
+  EXPECT_EQ(recall(kCopied, std::vector<int32_t>{}), 0);
 }
 
 TEST(RetrievalHeads, FindsTheFirstWindowThatHoldsTheNeedle) {
   const std::vector<int32_t> needle{5, 6, 7, 6};
-  EXPECT_EQ(find_needle(kPrompt.tokens, needle), (std::pair<int64_t, int64_t>{1, 5}));  // three distinct tokens lie in it already
+  EXPECT_EQ(find_needle(kCopied.tokens, needle), (std::pair<int64_t, int64_t>{1, 5}));  // three distinct tokens lie in it already
   EXPECT_EQ(find_needle(needle, needle), (std::pair<int64_t, int64_t>{0, 4}));
   EXPECT_EQ(find_needle(std::vector<int32_t>{5, 6, 5, 6}, needle), (std::pair<int64_t, int64_t>{-1, -1}));
-  EXPECT_EQ(find_needle(kPrompt.tokens, {}), (std::pair<int64_t, int64_t>{-1, -1}));
+  EXPECT_EQ(find_needle(kCopied.tokens, {}), (std::pair<int64_t, int64_t>{-1, -1}));
   EXPECT_EQ(find_needle({}, needle), (std::pair<int64_t, int64_t>{-1, -1}));
 }
 

@@ -115,13 +115,6 @@ std::shared_ptr<const Model> tiny() {
   return Model::random(shape, 64, Dtype::F32, 5);
 }
 
-std::vector<int32_t> text(int64_t length, uint64_t seed) {
-  Random random(seed);
-  std::vector<int32_t> ids;
-  for (int64_t i = 0; i < length; ++i) ids.push_back(int32_t(random.below(61)));
-  return ids;
-}
-
 struct Walk {
   std::vector<float> logits;
   std::vector<int64_t> bytes;

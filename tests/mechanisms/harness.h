@@ -148,4 +148,19 @@ class Mechanisms : public testing::TestWithParam<Setting> {
 
 inline constexpr double kExact = 2e-5;  // f32 against f64 at these sizes
 
+/// ‖x[kv, j]‖.
+inline double norm(const Tensor& x, int64_t kv, int64_t j) {
+  double sum = 0;
+  for (int64_t c = 0; c < x.size[2]; ++c) sum += std::pow(double(x.at<float>(kv, j, c)), 2);
+  return std::sqrt(sum);
+}
+
+/// Token numbers below 61, which a tiny random model knows.
+inline std::vector<int32_t> text(int64_t length, uint64_t seed) {
+  Random random(seed);
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < length; ++i) ids.push_back(int32_t(random.below(61)));
+  return ids;
+}
+
 }  // namespace heed::test

@@ -10,12 +10,6 @@ namespace {
 class KeepScores : public Mechanisms {};
 HEED_ON_ALL_SETTINGS(KeepScores);
 
-double norm(const Tensor& x, int64_t kv, int64_t j) {
-  double sum = 0;
-  for (int64_t c = 0; c < x.size[2]; ++c) sum += std::pow(double(x.at<float>(kv, j, c)), 2);
-  return std::sqrt(sum);
-}
-
 const char* kIdentities[] = {"a2sf(budget=1.0)",
                              "observed-attention(budget=1.0)",
                              "keydiff(budget=1.0)",

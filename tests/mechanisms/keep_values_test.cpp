@@ -8,12 +8,6 @@ namespace {
 class KeepValues : public Mechanisms {};
 HEED_ON_ALL_SETTINGS(KeepValues);
 
-double norm(const Tensor& x, int64_t kv, int64_t j) {
-  double sum = 0;
-  for (int64_t c = 0; c < x.size[2]; ++c) sum += std::pow(double(x.at<float>(kv, j, c)), 2);
-  return std::sqrt(sum);
-}
-
 /// A case with an output matrix of 131 outputs, which is no multiple of anything.
 struct WithOutput : Case {
   Buffer matrix;

@@ -13,13 +13,6 @@ std::shared_ptr<const Model> tiny(int h, int g) {
   return Model::random(shape, 64, Dtype::F32, 5);
 }
 
-std::vector<int32_t> text(int64_t length, uint64_t seed) {
-  Random random(seed);
-  std::vector<int32_t> ids;
-  for (int64_t i = 0; i < length; ++i) ids.push_back(int32_t(random.below(61)));
-  return ids;
-}
-
 /// Logits of every decoded step of two sequences of unequal length, one of them idle at times, the prompt in parts of `chunk`.
 std::vector<float> logits(const std::shared_ptr<const Model>& model, const std::string& spec, int64_t chunk) {
   SessionOptions o;

@@ -18,7 +18,7 @@
 namespace heed {
 namespace {
 
-std::string read(const std::string& name) {
+std::string read_file(const std::string& name) {
   std::ifstream in(HEED_TEST_DATA "/tokenizer/" + name, std::ios::binary);
   return {std::istreambuf_iterator<char>(in), {}};
 }
@@ -29,7 +29,7 @@ Tokenizer tokenizer(const std::string& file) {
 
 /// bpe.gguf with another pre-tokenizer: lengths stand before strings, and nothing in the file is counted from its start.
 std::string bpe_file(const std::string& pre) {
-  std::string file = read("bpe.gguf");
+  std::string file = read_file("bpe.gguf");
   const std::string key = "tokenizer.ggml.pre";
   const size_t at = file.find(key) + key.size() + sizeof(uint32_t);
   const uint64_t length = pre.size();
@@ -72,15 +72,15 @@ using Words = std::vector<std::string>;
 TEST(Tokenizer, SmallVocabulariesGiveLlamaCppsIds) {
   const auto all = read_npz(HEED_TEST_DATA "/tokenizer/small.npz");
   ASSERT_TRUE(all) << all.error().text();
-  const std::string text = read("hostile.txt");
+  const std::string text = read_file("hostile.txt");
   ASSERT_GT(text.size(), 10000u);
   for (const char* pre :
        {"default", "gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "falcon", "deepseek-coder", "dbrx"}) {
     expect_ids(tokenizer(bpe_file(pre)).encode(text), golden(*all, pre), pre);
   }
-  expect_ids(tokenizer(read("bpe.gguf")).encode(text, {.special = true}), golden(*all, "default_special"),
+  expect_ids(tokenizer(read_file("bpe.gguf")).encode(text, {.special = true}), golden(*all, "default_special"),
              "default, special");
-  const Tokenizer spm = tokenizer(read("spm.gguf"));
+  const Tokenizer spm = tokenizer(read_file("spm.gguf"));
   expect_ids(spm.encode(text), golden(*all, "spm"), "spm");
   expect_ids(spm.encode(text, {.special = true}), golden(*all, "spm_special"), "spm, special");
 }
@@ -95,7 +95,7 @@ TEST(Tokenizer, ModelsGiveLlamaCppsIds) {
     if (!file) continue;
     any = true;
     const Tokenizer t = value_or_throw(Tokenizer::from(*file));
-    const std::string plain = read("plain.txt"), hostile = read("hostile.txt");
+    const std::string plain = read_file("plain.txt"), hostile = read_file("hostile.txt");
     expect_ids(t.encode(plain), golden(*all, model + ".plain"), model + " plain");
     expect_ids(t.encode(hostile), golden(*all, model + ".hostile"), model + " hostile");
     expect_ids(t.encode(hostile, {.special = true}), golden(*all, model + ".special"), model + " special");
@@ -105,8 +105,8 @@ TEST(Tokenizer, ModelsGiveLlamaCppsIds) {
 }
 
 TEST(Tokenizer, DecodingGivesTheTextBack) {
-  const Tokenizer bpe = tokenizer(read("bpe.gguf")), spm = tokenizer(read("spm.gguf"));
-  const std::string hostile = read("hostile.txt"), valid = valid_utf8(hostile);
+  const Tokenizer bpe = tokenizer(read_file("bpe.gguf")), spm = tokenizer(read_file("spm.gguf"));
+  const std::string hostile = read_file("hostile.txt"), valid = valid_utf8(hostile);
   EXPECT_EQ(bpe.decode(bpe.encode(hostile)), valid);
   EXPECT_EQ(spm.decode(spm.encode("x y")), "x y");
   EXPECT_EQ(spm.decode(spm.encode("   x<table> y")), "   x<table> y");
@@ -124,7 +124,7 @@ TEST(Tokenizer, DecodingGivesTheTextBack) {
 }
 
 TEST(Tokenizer, ControlTokensNeedAskingFor) {
-  const Tokenizer t = tokenizer(read("bpe.gguf"));
+  const Tokenizer t = tokenizer(read_file("bpe.gguf"));
   const int32_t start = t.find("<|im_start|>"), end = t.find("<|im_end|>");
   ASSERT_GE(start, 0);
   ASSERT_GE(end, 0);
@@ -152,7 +152,7 @@ TEST(Tokenizer, ControlTokensNeedAskingFor) {
 TEST(Tokenizer, LongRunsOfOneThingComeBack) {
   // Texts on which a quadratic step would not end: no word boundary, no merge, no newline, only newlines.
   const Tokenizer bpe = tokenizer(bpe_file("llama-bpe")), gpt = tokenizer(bpe_file("gpt-2")),
-                  spm = tokenizer(read("spm.gguf"));
+                  spm = tokenizer(read_file("spm.gguf"));
   for (const std::string unit : {"a", " ", "\n", "!", "9", "\t ", "'s", "é", "\xff", "ab\n", "\u0301"}) {
     std::string text;
     while (text.size() < 150000) text += unit;
@@ -163,7 +163,7 @@ TEST(Tokenizer, LongRunsOfOneThingComeBack) {
 
 TEST(Tokenizer, ThreadsShareOne) {
   const Tokenizer t = tokenizer(bpe_file("qwen2"));
-  const std::string text = read("plain.txt");
+  const std::string text = read_file("plain.txt");
   const auto want = t.encode(text);
   std::vector<std::vector<int32_t>> got(4);
   std::vector<std::thread> workers;
@@ -189,13 +189,13 @@ TEST(Tokenizer, RefusesInWords) {
   };
   EXPECT_NE(refusal(bpe_file("martian")).find("'martian' is not known"), std::string::npos);
   EXPECT_NE(refusal(bpe_file("martian")).find("llama-bpe"), std::string::npos);
-  std::string other = read("spm.gguf");
+  std::string other = read_file("spm.gguf");
   other.replace(other.find("tokenizer.ggml.model") + 20 + 4 + 8, 5, "bertx");
   EXPECT_NE(refusal(other).find("'bertx' is not known"), std::string::npos);
-  other = read("spm.gguf");
+  other = read_file("spm.gguf");
   other.replace(other.find("tokenizer.ggml.tokens"), 21, "tokenizer.ggml.absent");
   EXPECT_NE(refusal(other).find("no key tokenizer.ggml.tokens"), std::string::npos);
-  other = read("bpe.gguf");
+  other = read_file("bpe.gguf");
   other.replace(other.find("tokenizer.ggml.merges"), 21, "tokenizer.ggml.absent");
   EXPECT_NE(refusal(other).find("no key tokenizer.ggml.merges"), std::string::npos);
 }

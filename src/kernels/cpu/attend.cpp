@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kSplit = 1024;
 
 /// A tile, or the keys of one that a worker takes alone; `pieces` of them are merged, in order, by whoever ends last.
-struct Piece {
+struct TaskPart {
   int64_t task = 0;
   int part = 0;
   int64_t begin = 0, end = 0;  // keys (Dense), entries (other forms); end 0: all
@@ -69,7 +69,7 @@ class Attend {
       const int64_t step = std::max<int64_t>(1, kSplit / per_entry);
       const int64_t pieces = few ? std::max<int64_t>(1, (units + step - 1) / step) : 1;
       for (int part = 0; part < plan_.parts; ++part) {
-        Piece piece;
+        TaskPart piece;
         piece.task = int64_t(t);
         piece.part = part;
         piece.pieces = pieces;
@@ -94,10 +94,10 @@ class Attend {
     done_ = counters_ ? queue_.scratch.take(Dtype::I64, {counters_}).as<int64_t>() : nullptr;
     std::fill_n(done_, counters_, int64_t(0));
     // The longest first, so that no worker is left alone with one at the end.
-    std::stable_sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+    std::stable_sort(pieces_.begin(), pieces_.end(), [](const TaskPart& a, const TaskPart& b) { return a.cost > b.cost; });
   }
 
-  void work(Tile& tile, const Piece& piece) {
+  void work(Tile& tile, const TaskPart& piece) {
     const TileTask& task = tasks_[size_t(piece.task)];
     const KeyView keys = source_.view(task, mods_);
     const Lanes lanes = lanes_of(task, q_, keys.size(), mods_, plan_.causal);
@@ -115,7 +115,7 @@ class Attend {
     finish(lanes, piece.part, all);
   }
 
-  void fill(Tile& tile, const Piece& piece, const TileTask& task, const KeyView& keys, const Lanes& lanes,
+  void fill(Tile& tile, const TaskPart& piece, const TileTask& task, const KeyView& keys, const Lanes& lanes,
             TileState state) const {
     const LogitRule rule = logit_rule(plan_, mods_, keys, plan_.causal);
     KeyRange range = visible(lanes, keys, mods_, plan_.causal);
@@ -167,7 +167,7 @@ class Attend {
   Outputs to_;
   TileShape shape_;
   std::vector<TileTask> tasks_;
-  std::vector<Piece> pieces_;
+  std::vector<TaskPart> pieces_;
   std::vector<Offset> state_at_;
   int64_t counters_ = 0;
   float* states_ = nullptr;

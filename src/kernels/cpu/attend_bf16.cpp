@@ -56,7 +56,7 @@ struct Worker : Room {
   }
 };
 
-struct Piece {
+struct CostedTask {
   int64_t task;
   int part;
   int64_t cost;
@@ -89,7 +89,7 @@ class AttendBf16 : Bf16Tiles {
       require(plan_.rows() >= plan_rows_.starts.back(), "attend",
               "the plan has " + std::to_string(plan_.rows()) + " rows, the queries have " +
                   std::to_string(plan_rows_.starts.back()) + " tiles");
-    std::vector<Piece> pieces;
+    std::vector<CostedTask> pieces;
     for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) {
       const TileTask& task = tasks_[size_t(t)];
       const int64_t keys = source_.k->length(task.k_segment), n = q_.length(task.sequence * q_.heads + task.head);
@@ -101,7 +101,7 @@ class AttendBf16 : Bf16Tiles {
       else cost = std::min(planned_keys(plan_, task.plan_row, keys), seen) * task.rows * task.heads;
       for (int part = 0; part < plan_.parts; ++part) pieces.push_back({t, part, cost});
     }
-    std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+    std::stable_sort(pieces.begin(), pieces.end(), [](const CostedTask& a, const CostedTask& b) { return a.cost > b.cost; });
 
     const int workers = threads();
     const int64_t bytes = Worker::bytes(panels_, most_, gathered_, by_row_);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <vector>
 
 #include "kernels/cpu/convert.h"
@@ -15,7 +14,6 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kRows = 8;
 // Query rows and value pairs whose sums fit the registers beside an entry.
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -96,7 +94,7 @@ struct Shared {
   int64_t first_piece = 0, pieces = 0;
 };
 
-struct Piece {
+struct SharedRange {
   int64_t shared, begin, end;  // keys (Dense) or entries of the plan's row
 };
 
@@ -337,7 +335,7 @@ class Decode {
   }
 
   void work(Worker& worker, int64_t i) {
-    const Piece& piece = pieces_[size_t(i)];
+    const SharedRange& piece = pieces_[size_t(i)];
     const Shared& s = shared_[size_t(piece.shared)];
     const Softmax state = state_of(i, s);
     std::fill_n(state.out, int64_t(s.rows) * d_v_, 0.0f);
@@ -358,7 +356,7 @@ class Decode {
     return true;
   }
 
-  void attend(Worker& worker, const Piece& piece, const Shared& s, Softmax state) const {
+  void attend(Worker& worker, const SharedRange& piece, const Shared& s, Softmax state) const {
     const bool dense = plan_.form == Plan::Form::Dense;
     const int64_t keys = pages_.length.at<int32_t>(s.segment);
     const int64_t end = plan_.causal ? std::clamp<int64_t>(int64_t(s.limit_high) + 1, 0, keys) : keys;
@@ -477,7 +475,7 @@ class Decode {
   const int d_, d_v_;
   bool has_bias_ = false;
   std::vector<Shared> shared_;
-  std::vector<Piece> pieces_;
+  std::vector<SharedRange> pieces_;
   Tensor out_, lse_, states_;
   int64_t* left_ = nullptr;
 };

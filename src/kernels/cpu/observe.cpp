@@ -1,6 +1,5 @@
 // observe: what the rows asked for pay to each key, in a second pass that makes no matrix.
 #include <algorithm>
-#include <limits>
 
 #include "base/threads.h"
 #include "kernels/check.h"
@@ -12,7 +11,6 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// Scores of a chunk → what the statistic is made of: probabilities (0 where hidden) or logits (−∞ where hidden).
 void values_of(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, const float* log_sums, bool logits,

@@ -1,6 +1,5 @@
 // observe_rows: statistics of each row's own distribution.
 #include <algorithm>
-#include <limits>
 
 #include "kernels/check.h"
 #include "kernels/cpu/cpu.h"
@@ -9,20 +8,19 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-/// Sums of the lanes of a tile.
-struct Sums {
+/// RowTotals of the lanes of a tile.
+struct RowTotals {
   float *entropy, *distance, *best, *best_key;  // [kTile]; best in log2
   float* span;                                  // [spans][kTile]
   static int64_t floats(int64_t spans) { return (4 + spans) * kTile; }
-  explicit Sums(float* memory)
+  explicit RowTotals(float* memory)
       : entropy(memory), distance(memory + kTile), best(memory + 2 * kTile), best_key(memory + 3 * kTile),
         span(memory + 4 * kTile) {}
 };
 
 void add(const Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, const KeyView& keys,
-         const float* log_sums, WeightFunction weight, const RowStats& stats, const Sums& sums) {
+         const float* log_sums, WeightFunction weight, const RowStats& stats, const RowTotals& sums) {
   const bool sigmoid = weight == WeightFunction::Sigmoid;
   const int64_t spans = stats.span && stats.spans ? stats.spans.size[0] : 0;
   for (int j = 0; j < chunk.count; ++j) {
@@ -79,11 +77,11 @@ void observe_rows(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
   from.sum_rows({});
   const bool sigmoid = mods.weight == WeightFunction::Sigmoid;
   const bool second = stats.entropy || stats.distance || stats.argmax || stats.peak || stats.span;
-  const int64_t tile_bytes = Tile::bytes(from.shape()), floats = Sums::floats(spans);
+  const int64_t tile_bytes = Tile::bytes(from.shape()), floats = RowTotals::floats(spans);
   parallel_with(queue, tile_bytes + floats * 4, int64_t(from.tasks().size()), [&](char* memory, int64_t t) {
     Tile tile(from.shape(), memory);
     auto* numbers = reinterpret_cast<float*>(memory + tile_bytes);
-    const Sums sums(numbers);
+    const RowTotals sums(numbers);
     const TileTask& task = from.tasks()[size_t(t)];
     const KeyView view = from.source().view(task, from.mods());
     const Lanes lanes = from.lanes(task, view);

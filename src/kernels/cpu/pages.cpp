@@ -32,14 +32,14 @@ void check_side(const char* where, const Pages& pages, const Ragged& x, bool key
     require(x.values.size[1] == (keys ? layout.d : layout.d_v), where, "k and v have the store's widths");
 }
 
-struct Piece {
+struct PagePlace {
   int64_t segment, page;
 };
 
 /// Pages that entries begin(s) … end(s) of every segment touch.
 template <class Begin, class End>
-std::vector<Piece> pieces_of(const Pages& pages, Begin&& begin, End&& end) {
-  std::vector<Piece> out;
+std::vector<PagePlace> pieces_of(const Pages& pages, Begin&& begin, End&& end) {
+  std::vector<PagePlace> out;
   for (int64_t s = 0; s < pages.segments(); ++s)
     for (int64_t p = begin(s) / kPage; p * kPage < end(s); ++p) out.push_back({s, p});
   return out;
@@ -84,7 +84,7 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
             "write whole groups");
     }
   }
-  const std::vector<Piece> pieces = pieces_of(pages, begin, [&](int64_t s) { return k.length(s) ? end(s) : 0; });
+  const std::vector<PagePlace> pieces = pieces_of(pages, begin, [&](int64_t s) { return k.length(s) ? end(s) : 0; });
   const Scratch scratch(queue.scratch);
   const int64_t bytes = kPage * widest(pages) * int64_t(sizeof(float));
   const auto write = [&](char* memory, int64_t i) {
@@ -125,7 +125,7 @@ void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged&
     turns_of(*rope, each);
     turns = {rope, each};
   }
-  const std::vector<Piece> pieces = pieces_of(
+  const std::vector<PagePlace> pieces = pieces_of(
       pages, [](int64_t) { return int64_t(0); }, [&](int64_t s) { return held(pages, s); });
   parallel_with(queue, widest(pages) * int64_t(sizeof(float)), int64_t(pieces.size()), [&](char* memory, int64_t i) {
     const auto [s, p] = pieces[size_t(i)];

@@ -6,7 +6,7 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr int64_t kCols = 64, kRows = 48;  // of a tile: keys [width][64] and queries [48][width] stay in L2
+constexpr int64_t kCols = 64, kTileRows = 48;  // of a tile: keys [width][64] and queries [48][width] stay in L2
 
 /// A row as whole numbers from −127 to 127; returns what they are to be multiplied by.
 float round_to_8_bits(float* x, int64_t width) {
@@ -79,14 +79,14 @@ void proxy(Queue& queue, const Ragged& q, const Ragged& k, const Proxy& how, Gri
     }
   }
   const Rows q_rows(q.values), k_rows(k.values);
-  const int64_t floats = wide * (2 * kCols + kRows) + kRows * kCols + kCols + kRows;
+  const int64_t floats = wide * (2 * kCols + kTileRows) + kTileRows * kCols + kCols + kTileRows;
   for_each(queue, tiles.count(), floats, [&](int64_t piece, float* scratch) {
     const auto [kv, tile] = tiles[piece];
     float* keys = scratch;                  // [width][64]
     float* queries = keys + wide * kCols;   // [48][width]
-    float* loose = queries + wide * kRows;  // [64][width]
+    float* loose = queries + wide * kTileRows;  // [64][width]
     float* cells = loose + wide * kCols;    // [48][64]
-    float* k_scale = cells + kRows * kCols;
+    float* k_scale = cells + kTileRows * kCols;
     float* q_scale = k_scale + kCols;
     const int64_t first = tile * kCols, count = std::min(kCols, k.length(kv) - first);
     for (int64_t j = 0; j < kCols; ++j) {
@@ -100,8 +100,8 @@ void proxy(Queue& queue, const Ragged& q, const Ragged& k, const Proxy& how, Gri
     for (int64_t member = 0; member < group; ++member) {
       const int64_t s = q_segment(kv, member), n = q.length(s), cols = k.length(kv);
       float* to = out.cells.values.as<float>() + out.cells.begin(s) + first;
-      for (int64_t top = 0; top < n; top += kRows) {
-        const int64_t height = std::min(kRows, n - top);
+      for (int64_t top = 0; top < n; top += kTileRows) {
+        const int64_t height = std::min(kTileRows, n - top);
         const bool dark = visible(how, top + height - 1, cols) <= first;
         for (int64_t i = 0; i < height && !dark; ++i) {
           q_rows.read(q.begin(s) + top + i, queries + i * wide);

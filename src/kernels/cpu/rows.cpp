@@ -15,7 +15,7 @@ void over_rows(const Tensor& x, Fn&& row) {
   });
 }
 
-float* row_of(const Tensor& x, int64_t t) { return x.as<float>() + t * x.stride[0]; }
+float* float_row(const Tensor& x, int64_t t) { return x.as<float>() + t * x.stride[0]; }
 
 }  // namespace
 
@@ -25,8 +25,8 @@ void rms_norm(Queue&, Tensor x, Tensor weight, float eps, Tensor y) {
   check_tensor("rms_norm", "y", y, {x.size[0], width});
   check_tensor("rms_norm", "weight", weight, {width}, true);
   over_rows(x, [&](int64_t t) {
-    const float *in = row_of(x, t), *w = weight.as<float>();
-    float* out = row_of(y, t);
+    const float *in = float_row(x, t), *w = weight.as<float>();
+    float* out = float_row(y, t);
     const F factor = set(rms_factor(in, width, eps));
     if (w)
       over_lanes(width, [&](int64_t i, auto part) { part.put(out + i, part.get(in + i) * factor * part.get(w + i)); });
@@ -39,7 +39,7 @@ void glu(Queue&, Tensor gate, Tensor up, Activation activation, Tensor y) {
   check_tensor("glu", "gate", gate, {rows, width});
   check_tensor("glu", "up", up, {rows, width});
   check_tensor("glu", "y", y, {rows, width});
-  over_rows(gate, [&](int64_t t) { glu_row(row_of(gate, t), row_of(up, t), width, activation, row_of(y, t)); });
+  over_rows(gate, [&](int64_t t) { glu_row(float_row(gate, t), float_row(up, t), width, activation, float_row(y, t)); });
 }
 
 void add(Queue&, Tensor x, Tensor y) {
@@ -47,8 +47,8 @@ void add(Queue&, Tensor x, Tensor y) {
   check_tensor("add", "x", x, {rows, width});
   check_tensor("add", "y", y, {rows, width});
   over_rows(x, [&](int64_t t) {
-    const float* in = row_of(x, t);
-    float* out = row_of(y, t);
+    const float* in = float_row(x, t);
+    float* out = float_row(y, t);
     over_lanes(width, [&](int64_t i, auto part) { part.put(out + i, part.get(out + i) + part.get(in + i)); });
   });
 }

@@ -5,7 +5,7 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr int64_t kStrip = 4 * kLanes;  // channels that a piece walks down side by side
+constexpr int64_t kAbreast = 4 * kLanes;  // channels that a piece walks down side by side
 
 /// One segment, `width` channels from `first` on. `held` carries the fold, `sum` what Lse needs besides.
 void scan_strip(ScanKind kind, const Rows& x, const Rows& a, int64_t begin, int64_t end, int64_t first, int64_t width,
@@ -55,11 +55,11 @@ void scan(Queue& queue, const Ragged& x, Tensor a, ScanKind kind, Tensor out) {
   require(as_x(out), where, "out has x's shape");
   require(kind != ScanKind::Linear || (a && as_x(a)), where, "a linear scan needs a, of x's shape");
   const Rows rows(x.values), factors = a ? Rows(a) : Rows();
-  const int64_t strips = (width + kStrip - 1) / kStrip;
-  for_each(queue, x.segments() * strips, 2 * kStrip, [&](int64_t i, float* scratch) {
-    const int64_t s = i / strips, first = i % strips * kStrip;
-    scan_strip(kind, rows, factors, x.begin(s), x.end(s), first, std::min(kStrip, width - first), out, scratch,
-               scratch + kStrip);
+  const int64_t strips = (width + kAbreast - 1) / kAbreast;
+  for_each(queue, x.segments() * strips, 2 * kAbreast, [&](int64_t i, float* scratch) {
+    const int64_t s = i / strips, first = i % strips * kAbreast;
+    scan_strip(kind, rows, factors, x.begin(s), x.end(s), first, std::min(kAbreast, width - first), out, scratch,
+               scratch + kAbreast);
   });
 }
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "base/dtype.h"
 
@@ -26,6 +27,8 @@
 #endif
 
 namespace heed::HEED_ISA {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 #define HEED_INLINE inline __attribute__((always_inline))
 

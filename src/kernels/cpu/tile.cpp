@@ -1,7 +1,6 @@
 #include "kernels/cpu/tile.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/tile_products.h"
@@ -9,7 +8,6 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147181f;
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
