@@ -17,7 +17,7 @@ namespace {
 
 /// llama-bench's fields that mean something here, and `attention`.
 Json result_json(const Model& model, const ModelFlags& flags, const std::string& attention, const BenchResult& r,
-             const std::string& time) {
+                 const std::string& time) {
   Json samples_ns = Json::array();
   for (double s : r.seconds) samples_ns.push_back(int64_t(s * 1e9));
   const size_t comma = flags.kv.find(',');
@@ -135,7 +135,7 @@ class BenchCommand final : public Command {
         const std::string time = utc_now();
         try {
           results.push_back(result_json(*model, flags_, attention,
-                                    bench(model, flags_.session(attention), test, repetitions_, seed_), time));
+                                        bench(model, flags_.session(attention), test, repetitions_, seed_), time));
         } catch (const Error& e) {
           if (e.failure().code != Code::Interrupted) throw;
           stopped = true;

@@ -1,6 +1,7 @@
 // The program: finds the command, reads its flags, runs it, and turns what goes wrong into one line and a status.
 #include <csignal>
 #include <cstdio>
+#include <ctime>
 #include <iostream>
 
 #include "apps/command.h"
@@ -83,11 +84,25 @@ int start(int argc, char** argv) {
   return status;
 }
 
+/// The first Ctrl-C asks for an orderly end, another has the default effect: not one within half a second, since
+/// `timeout` and some shells signal a program and its group.
+void on_signal(int number) {
+  static volatile std::sig_atomic_t asked = 0;
+  static timespec first = {};
+  timespec here = {};
+  clock_gettime(CLOCK_MONOTONIC, &here);
+  if (asked == 0) {
+    asked = 1, first = here;
+    interrupt();
+  } else if (double(here.tv_sec - first.tv_sec) + double(here.tv_nsec - first.tv_nsec) * 1e-9 > 0.5) {
+    std::signal(number, SIG_DFL);
+    std::raise(number);
+  }
+}
+
 int guarded(int argc, char** argv) {
-  // The first Ctrl-C asks for an orderly end, the second has the default effect.
   struct sigaction action = {};
-  action.sa_handler = [](int) { interrupt(); };
-  action.sa_flags = int(SA_RESETHAND);
+  action.sa_handler = on_signal;
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
   try {

@@ -23,9 +23,7 @@ struct Merge {
   float score;
   int32_t left;
   uint32_t size;  // of the merged text: tells whether either side has changed since
-  bool operator<(const Merge& other) const {
-    return score != other.score ? score < other.score : left > other.left;
-  }
+  bool operator<(const Merge& other) const { return score != other.score ? score < other.score : left > other.left; }
 };
 
 }  // namespace

@@ -466,6 +466,8 @@ TEST_F(OnModel, AnInterruptionKeepsWhatWasDone) {
   // The first chunk is done when there is a state; thousands of others are not.
   while (!std::filesystem::exists(state) && waitpid(child, nullptr, WNOHANG) == 0) usleep(1000);
   kill(child, SIGINT);
+  usleep(2000);
+  kill(child, SIGINT);  // as `timeout -s INT` does, which signals its group too
   int status = 0;
   ASSERT_EQ(waitpid(child, &status, 0), child);
   ASSERT_TRUE(WIFEXITED(status));

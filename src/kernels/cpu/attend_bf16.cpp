@@ -101,7 +101,8 @@ class AttendBf16 : Bf16Tiles {
       else cost = std::min(planned_keys(plan_, task.plan_row, keys), seen) * task.rows * task.heads;
       for (int part = 0; part < plan_.parts; ++part) pieces.push_back({t, part, cost});
     }
-    std::stable_sort(pieces.begin(), pieces.end(), [](const CostedTask& a, const CostedTask& b) { return a.cost > b.cost; });
+    std::stable_sort(pieces.begin(), pieces.end(),
+                     [](const CostedTask& a, const CostedTask& b) { return a.cost > b.cost; });
 
     const int workers = threads();
     const int64_t bytes = Worker::bytes(panels_, most_, gathered_, by_row_);

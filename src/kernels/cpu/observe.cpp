@@ -11,7 +11,6 @@
 namespace heed::HEED_ISA {
 namespace {
 
-
 /// Scores of a chunk → what the statistic is made of: probabilities (0 where hidden) or logits (−∞ where hidden).
 void values_of(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, const float* log_sums, bool logits,
                WeightFunction weight) {

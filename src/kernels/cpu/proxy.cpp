@@ -82,10 +82,10 @@ void proxy(Queue& queue, const Ragged& q, const Ragged& k, const Proxy& how, Gri
   const int64_t floats = wide * (2 * kCols + kTileRows) + kTileRows * kCols + kCols + kTileRows;
   for_each(queue, tiles.count(), floats, [&](int64_t piece, float* scratch) {
     const auto [kv, tile] = tiles[piece];
-    float* keys = scratch;                  // [width][64]
-    float* queries = keys + wide * kCols;   // [48][width]
+    float* keys = scratch;                      // [width][64]
+    float* queries = keys + wide * kCols;       // [48][width]
     float* loose = queries + wide * kTileRows;  // [64][width]
-    float* cells = loose + wide * kCols;    // [48][64]
+    float* cells = loose + wide * kCols;        // [48][64]
     float* k_scale = cells + kTileRows * kCols;
     float* q_scale = k_scale + kCols;
     const int64_t first = tile * kCols, count = std::min(kCols, k.length(kv) - first);

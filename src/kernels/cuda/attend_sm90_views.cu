@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/attend_sm90.h"
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/device.cuh"
 
 namespace heed::cuda {
 namespace {
@@ -22,10 +23,6 @@ bool plain(const Mods& m) {
 }
 bool blocks_alone(const Plan& p) {
   return p.parts == 1 && (p.form == Plan::Form::Dense || p.form == Plan::Form::Blocks);
-}
-
-void check(cudaError_t e, const char* where) {
-  if (e != cudaSuccess) throw Error(Code::Device, where, cudaGetErrorString(e), "");
 }
 
 }  // namespace

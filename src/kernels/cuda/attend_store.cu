@@ -25,8 +25,8 @@ void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read&
   own.until = own.key_factor = own.row_factor = {};
   const AttentionView a = attention_view(where, q, panel.k, panel.v, &read.plan, own);
   const AttendOut to = attend_out(where, read.plan, a.q_rows, a.d_v, out, lse);
-  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr), read.positions == Read::Positions::Cache,
-               std::max<int64_t>(1, pages.length_bound), to);
+  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr),
+               read.positions == Read::Positions::Cache, std::max<int64_t>(1, pages.length_bound), to);
 }
 
 }  // namespace heed::cuda

@@ -32,8 +32,8 @@ __global__ void combine_kernel(Matrix x, Matrix y, Combine how, float factor, Ma
 void combine(Queue& queue, Tensor x, Tensor y, Combine how, float factor, Tensor out) {
   check_combine("combine", x, y, out);
   if (const int64_t count = x.numel(); count > 0)
-    launch(queue, "combine", combine_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(x), matrix(y), how, factor,
-           matrix(out), count);
+    launch(queue, "combine", combine_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(x), matrix(y), how,
+           factor, matrix(out), count);
 }
 
 }  // namespace heed::cuda

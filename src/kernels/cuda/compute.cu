@@ -89,7 +89,7 @@ __device__ double evaluate(const Numbers& what, const Place& at) {
   return stack[0];
 }
 
-struct Target {
+struct Output {
   void* data;
   Dtype type;
   int64_t row_stride, stride, rows;
@@ -109,7 +109,7 @@ struct Target {
 };
 
 /// Grid: numbers (strided), segments; without segments all rows are one.
-__global__ void compute_kernel(const __grid_constant__ Numbers what, Segments over, const __grid_constant__ Target out) {
+__global__ void compute_kernel(const __grid_constant__ Numbers what, Segments over, const __grid_constant__ Output out) {
   await();
   const int s = blockIdx.y;
   const int64_t begin = over.offsets ? over.begin(s) : 0, length = over.offsets ? over.length(s) : out.rows;
@@ -156,7 +156,7 @@ void compute(Queue& queue, const Numbers& what, const Ragged* over, Tensor out) 
   for (int i = 0; i < what.count; ++i)
     if (what.steps[size_t(i)].data) known &= plain(what.steps[size_t(i)].type);
   require(known, where, "numbers are F32, BF16, F16, F64, I32, I64 or U8");
-  const Target to{out.data,      out.type,
+  const Output to{out.data,      out.type,
                   out.stride[0], out.rank > 1 ? out.stride[1] : 1,
                   out.size[0],   out.rank > 1 ? int(out.size[1]) : 1};
   const unsigned count = over ? unsigned(over->segments()) : 1;

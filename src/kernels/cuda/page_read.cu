@@ -3,7 +3,7 @@
 namespace heed::cuda {
 namespace {
 
-struct Target {
+struct Wanted {
   Matrix k, v;
   Segments ks, vs;
   int32_t* positions;
@@ -13,7 +13,7 @@ struct Target {
 };
 
 /// Grid: pages (strided), segments.
-__global__ void page_read_kernel(const __grid_constant__ PagesView pages, const __grid_constant__ Target to) {
+__global__ void page_read_kernel(const __grid_constant__ PagesView pages, const __grid_constant__ Wanted to) {
   const int s = blockIdx.y, length = pages.length[s];
   for (int p = blockIdx.x; p * kPage < length; p += gridDim.x) {
     const LayoutView& l = pages.layout_of(s, p);
@@ -56,7 +56,7 @@ void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged&
   require(!pages.plain_keys || !read || rope, where,
           "the store keeps plain keys, and the read has no rope to turn them");
   const PagesView view = pages_view(where, pages);
-  Target to{};
+  Wanted to{};
   to.k = matrix(k.values);
   to.v = matrix(v.values);
   if (k.offsets) to.ks = segments(k);

@@ -5,7 +5,7 @@
 namespace heed::cuda {
 namespace {
 
-constexpr int kWarps = 8, kColumns = 128;  // of a block: a lane has four neighbouring columns
+constexpr int kWarps = 8, kStepColumns = 128;  // of a block: a lane has four neighbouring columns
 
 /// Warp w holds rows w, w + 8, … of the state. Grid: column slices, segments.
 template <int D>
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   __shared__ float4 partial[2][kWarps][32];
   __shared__ float dots[3][kWarps];  // of q with k, b and z
   const int s = blockIdx.y, n = a.qs.length(s), tid = threadIdx.x, warp = tid / 32, lane = tid % 32,
-            column = blockIdx.x * kColumns + 4 * lane;
+            column = blockIdx.x * kStepColumns + 4 * lane;
   const bool in = column < a.d_v, delta = a.correction == Recur::Correction::Delta,
              low_rank = a.correction == Recur::Correction::LowRank;
   float4 state[kRows];
@@ -110,7 +110,7 @@ bool recur_step_fits(const RecurView& in, const RecurOut& to, int64_t bound) {
 }
 
 cudaError_t recur_step(const RecurView& in, const RecurOut& to, cudaStream_t stream) {
-  const dim3 grid(unsigned(ceil_div(in.d_v, kColumns)), unsigned(in.qs.count));
+  const dim3 grid(unsigned(ceil_div(in.d_v, kStepColumns)), unsigned(in.qs.count));
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
   auto* kernel = in.d <= 64 ? step_kernel<64> : in.d <= 128 ? step_kernel<128> : step_kernel<256>;
   kernel<<<grid, 32 * kWarps, 0, stream>>>(in, to);

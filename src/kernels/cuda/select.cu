@@ -5,7 +5,7 @@
 namespace heed::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kSortThreads = 512;
 
 struct Selection {
   Matrix scores;
@@ -37,13 +37,13 @@ struct FixedPoint {
 };
 
 __device__ inline int64_t block_count(int x) {
-  __shared__ int sums[kThreads / 32];
+  __shared__ int sums[kSortThreads / 32];
   x = warp_sum(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
   __syncthreads();
   int out = 0;
-  for (int w = 0; w < kThreads / 32; ++w) out += sums[w];
+  for (int w = 0; w < kSortThreads / 32; ++w) out += sums[w];
   return out;
 }
 
@@ -54,7 +54,7 @@ struct Histogram {
 
 __device__ inline void clear(Histogram& h) {
   __syncthreads();
-  for (int b = threadIdx.x; b < 256; b += kThreads) h.counts[b] = 0, h.sums[b] = 0;
+  for (int b = threadIdx.x; b < 256; b += kSortThreads) h.counts[b] = 0, h.sums[b] = 0;
   __syncthreads();
 }
 
@@ -68,7 +68,7 @@ __device__ int64_t share_count(const Selection& a, Histogram& h, int segment, in
   __syncthreads();
   uint32_t top = 0;
   int forced = 0;
-  for (int i = threadIdx.x; i < n; i += kThreads) {
+  for (int i = threadIdx.x; i < n; i += kSortThreads) {
     const uint32_t key = ordered(a.scores.get(first + i));
     if (key == kForced) ++forced;
     else top = max(top, key);
@@ -88,7 +88,7 @@ __device__ int64_t share_count(const Selection& a, Histogram& h, int segment, in
   int64_t count = all_forced;
   for (int shift = 24; shift >= 0; shift -= 8) {
     clear(h);
-    for (int i = threadIdx.x; i < n; i += kThreads) {
+    for (int i = threadIdx.x; i < n; i += kSortThreads) {
       const float x = a.scores.get(first + i);
       const uint32_t key = ordered(x);
       if (key == 0 || key == kForced || (shift < 24 && key >> (shift + 8) != prefix)) continue;
@@ -150,14 +150,14 @@ __device__ int64_t share_count(const Selection& a, Histogram& h, int segment, in
   return count;
 }
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ Selection a) {
+__global__ void __launch_bounds__(kSortThreads) select_kernel(const __grid_constant__ Selection a) {
   __shared__ Histogram h;
   __shared__ uint32_t prefix_shared;
   __shared__ int64_t left_shared;
   const int s = blockIdx.x, n = a.at.length(s);
   const int64_t first = a.at.begin(s);
   int there_own = 0, above_own = 0;
-  for (int i = threadIdx.x; i < n; i += kThreads) {
+  for (int i = threadIdx.x; i < n; i += kSortThreads) {
     const float x = a.scores.get(first + i);
     const bool is = ordered(x) != 0;
     there_own += is;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   int64_t left = taken;
   for (int shift = 24; shift >= 0; shift -= 8) {
     clear(h);
-    for (int i = threadIdx.x; i < n; i += kThreads) {
+    for (int i = threadIdx.x; i < n; i += kSortThreads) {
       const uint32_t key = ordered(a.scores.get(first + i));
       if (key == 0 || (shift < 24 && key >> (shift + 8) != prefix)) continue;
       atomicAdd(&h.counts[key >> shift & 255], 1u);
@@ -205,9 +205,9 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   }
 
   // Writes in order of index: of equal ones the first `left`.
-  __shared__ int2 warps[kThreads / 32];
+  __shared__ int2 warps[kSortThreads / 32];
   int written = 0, equals = 0;
-  for (int i0 = 0; i0 < n; i0 += kThreads) {
+  for (int i0 = 0; i0 < n; i0 += kSortThreads) {
     const int i = i0 + threadIdx.x, lane = threadIdx.x % 32, w = threadIdx.x / 32;
     const uint32_t key = i < n ? ordered(a.scores.get(first + i)) : 0;
     const bool above = key > prefix, equal = key == prefix && key != 0;
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
     __syncthreads();
     int above_before = __popc(aboves & before), equal_before = equals + __popc(equal_ones & before), all_above = 0,
         all_equal = 0;
-    for (int other = 0; other < kThreads / 32; ++other) {
+    for (int other = 0; other < kSortThreads / 32; ++other) {
       if (other < w) {
         above_before += warps[other].x;
         equal_before += warps[other].y;
@@ -248,7 +248,7 @@ void select(Queue& queue, const Ragged& scores, const Select& how, int64_t capac
   const Selection a{
       matrix(scores.values),   segments(scores),     how.by, how.k,        how.at_least,        capacity,
       how.count.as<int32_t>(), how.held.as<float>(), how.p,  how.crossing, index.as<int32_t>(), count.as<int32_t>()};
-  launch(queue, where, select_kernel, dim3(unsigned(segments_of)), kThreads, 0, a);
+  launch(queue, where, select_kernel, dim3(unsigned(segments_of)), kSortThreads, 0, a);
 }
 
 }  // namespace heed::cuda

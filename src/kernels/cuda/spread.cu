@@ -3,14 +3,14 @@
 namespace heed::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kSpreadThreads = 128;
 
 /// The rows of a group: a range of a segment, or a range of each head of a sequence.
 struct Group {
   Segments x;
   Spread::Over over;
-  int first;           // segment
-  int64_t from, to;    // Block: rows; Heads: from is the place in each head
+  int first;         // segment
+  int64_t from, to;  // Block: rows; Heads: from is the place in each head
 
   __device__ int ranges() const { return over == Spread::Over::Block ? 1 : x.heads; }
   __device__ void range(int k, int64_t& begin, int64_t& end) const {
@@ -24,7 +24,7 @@ struct Group {
     for (int k = 0; k < ranges(); ++k) {
       int64_t begin, end;
       range(k, begin, end);
-      for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) visit(row);
+      for (int64_t row = begin + threadIdx.x; row < end; row += kSpreadThreads) visit(row);
     }
   }
 };
@@ -32,10 +32,10 @@ struct Group {
 /// The same number for every thread, added up in one order.
 template <class Join>
 __device__ double joined(double mine, Join join) {
-  __shared__ double shared[kThreads];
+  __shared__ double shared[kSpreadThreads];
   __syncthreads();
   shared[threadIdx.x] = mine;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (int half = kSpreadThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) shared[threadIdx.x] = join(shared[threadIdx.x], shared[threadIdx.x + half]);
   }
@@ -120,12 +120,14 @@ void spread(Queue& queue, const Ragged& x, const Spread& how, Tensor out) {
   const int64_t rows = x.values.size[0];
   if (rows == 0) return;
   if (how.over == Spread::Over::Block)
-    launch(queue, "spread", blocks_kernel, dim3(blocks_for(how.block > 0 ? ceil_div(rows, how.block) : 1, int64_t(count) * width), count, width),
-           kThreads, 0, matrix(x.values), segments(x), how, matrix(out));
+    launch(queue, "spread", blocks_kernel,
+           dim3(blocks_for(how.block > 0 ? ceil_div(rows, how.block) : 1, int64_t(count) * width), count, width),
+           kSpreadThreads, 0, matrix(x.values), segments(x), how, matrix(out));
   else
     launch(queue, "spread", heads_kernel,
-           dim3(how.over == Spread::Over::Heads ? blocks_for(rows, int64_t(count) * width) : 1, count / unsigned(x.heads), width), kThreads, 0,
-           matrix(x.values), segments(x), how, matrix(out));
+           dim3(how.over == Spread::Over::Heads ? blocks_for(rows, int64_t(count) * width) : 1,
+                count / unsigned(x.heads), width),
+           kSpreadThreads, 0, matrix(x.values), segments(x), how, matrix(out));
 }
 
 }  // namespace heed::cuda

@@ -3,7 +3,7 @@
 namespace heed::cuda {
 namespace {
 
-struct Lists {
+struct TileLists {
   const int32_t *index, *count;
   int64_t capacity;
   const int64_t* first;
@@ -14,7 +14,7 @@ struct Lists {
 };
 
 /// One warp a tile; a lane merges rows lane and lane + 32.
-__global__ void tile_blocks_kernel(const __grid_constant__ Lists a) {
+__global__ void tile_blocks_kernel(const __grid_constant__ TileLists a) {
   constexpr int none = 0x7fffffff;
   const int64_t t = blockIdx.x, begin = a.first[t];
   const int rows = int(a.first[t + 1] - begin), lane = threadIdx.x;
@@ -57,17 +57,17 @@ void tile_blocks(Queue& queue, Tensor index, Tensor count, int64_t capacity, Ten
           "index is I32 [rows · capacity]");
   require(out.rows() == tiles && out.count && out.mask && out.bits, where,
           "the plan has a row, a count, masks and bits for each tile");
-  const Lists a{index.as<int32_t>(),
-                count.as<int32_t>(),
-                capacity,
-                first.as<int64_t>(),
-                split,
-                out.q_tile,
-                out.rowptr.as<int64_t>(),
-                out.index.as<int32_t>(),
-                out.mask.as<int32_t>(),
-                out.count.as<int32_t>(),
-                out.bits.as<uint64_t>()};
+  const TileLists a{index.as<int32_t>(),
+                    count.as<int32_t>(),
+                    capacity,
+                    first.as<int64_t>(),
+                    split,
+                    out.q_tile,
+                    out.rowptr.as<int64_t>(),
+                    out.index.as<int32_t>(),
+                    out.mask.as<int32_t>(),
+                    out.count.as<int32_t>(),
+                    out.bits.as<uint64_t>()};
   launch(queue, where, tile_blocks_kernel, dim3(unsigned(tiles)), 32, 0, a);
 }
 
