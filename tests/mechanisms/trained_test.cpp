@@ -81,7 +81,7 @@ TEST_P(Trained, DmaReadsTheBestOfItsBiasAndAddsIt) {
   for (const auto& [s, k, linear] : {std::tuple{shape(90, 90), 11, false}, {shape(33, 101), 20, true}, {shape(1, 1), 2, false},
                                      {shape(50, 50), 50, false}}) {
     const Case c(s, 7);
-    const Buffer w = random_input({s.g, s.g * s.d_v}, 8, 0.3), a = random_input({s.g}, 9);
+    const Buffer w = random_input({s.g, s.g * s.d_v}, 8, 0.3), a = random_input({s.g}, 9, 0.3);
     const ApplyOutput out = Case::run("dma(topk=" + std::to_string(k) + (linear ? ",form=linear)" : ")"),
                                       with(c, backend(), {{"w_dt", w}, {"a", a}}));
     for (int64_t head = 0; head < s.h; ++head) {

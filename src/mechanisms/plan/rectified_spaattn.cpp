@@ -78,9 +78,10 @@ struct RectifiedSpaAttn final : Mechanism {
       mods.key_bias = compute(queue, Dtype::F32, {blocks}, log(tokens(s, place())));
       const Tensor means = queue.scratch.take(Dtype::F32, {s.q.heads * s.tiles, width});
       at.run().attend(queue, q, k, v, plan, mods, means, {});
-      const Num tile = segment() * s.tiles + floor_div(place(), block);
-      const Num paid = pick(load(paying.count, tile) > 0, load(mass.values, begin_of(mass, tile)), 0);
-      compute(queue, s.q, (1 - paid) * load(out, index()) + paid * load(means, tile * width + channel()), out);
+      const Num all = load(mass.values, begin_of(mass, index()));
+      const Tensor paid = compute(queue, Dtype::F32, {s.q.heads * s.tiles}, pick(load(paying.count, index()) > 0, all, 0));
+      const Num tile = segment() * s.tiles + floor_div(place(), block), share = load(paid, tile);
+      compute(queue, s.q, load(out, index()) + share * (load(means, tile * width + channel()) - load(out, index())), out);
     });
     return out;
   }
@@ -113,10 +114,13 @@ struct RectifiedSpaAttn final : Mechanism {
   BlockChoice critical(LayerView& at, const Slice& s, const Ragged& weight) const {
     Select most;
     most.by = Select::By::TopP, most.p = float(remain), most.at_least = topk;
-    const Num own = floor_div(s.m - s.n + mod(segment(), s.tiles) * block, block);
-    Num stays = own * block < text || place() * block < text;
-    if (at.plan.causal) stays = stays || own_block(s, block, block);
-    if (local > 0) stays = stays || abs(place() - own) <= local;
+    const int64_t first = s.m - s.n, rows = weight.segments(), texts = text / block;
+    const Num tile = mod(index(), s.tiles) * block;
+    const Tensor own = compute(at.queue, Dtype::I32, {rows}, floor_div(first + tile, block)),
+                 last = compute(at.queue, Dtype::I32, {rows}, floor_div(first + min(tile + block, s.n) - 1, block));
+    Num stays = place() < texts || load(own, segment()) < texts;
+    if (at.plan.causal || local > 0)
+      stays = stays || (place() >= load(own, segment()) - local && place() <= load(last, segment()) + local);
     return united(at.queue, weight, most, (s.m + block - 1) / block, stays);
   }
 
