@@ -37,6 +37,14 @@ Ragged rows_between(Queue& queue, const Ragged& x, int64_t first, int64_t last) 
   return out;
 }
 
+Ragged picked_rows(Queue& queue, const Ragged& x, const Num& row, Ragged like) {
+  const Tensor numbers = queue.scratch.take(Dtype::I32, {like.bound});
+  compute(queue, like, row, numbers);
+  like.values = queue.scratch.take(Dtype::F32, {like.bound, x.values.size[1]});
+  queue.run->embed(queue, x.values, numbers, 1, like.values);
+  return like;
+}
+
 Ragged in_f32(Queue& queue, const Ragged& x) {
   Ragged out = x;
   out.values = queue.scratch.take(Dtype::F32, {x.values.size[0], x.values.size[1]});

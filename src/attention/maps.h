@@ -21,6 +21,9 @@ Ragged last_rows(Queue&, const Ragged& x, int64_t rows);
 /// Rows first … last − 1 of every segment, which has them. No copy.
 Ragged rows_between(Queue&, const Ragged& x, int64_t first, int64_t last);
 
+/// The rows of x whose numbers in its values a formula says, for every row of `like`, which gets their values. F32.
+Ragged picked_rows(Queue&, const Ragged& x, const Num& row, Ragged like);
+
 /// A copy in F32.
 Ragged in_f32(Queue&, const Ragged& x);
 /// Rows less the mean row of their segment, F32: of keys this changes no softmax.

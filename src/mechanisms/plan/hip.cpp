@@ -88,38 +88,37 @@ struct Hip final : Mechanism {
     return {start.reshape({rows * chunks}), halves.count, chunks};
   }
 
+  /// Queries of a tile that score.
+  int64_t scoring() const { return (q_block + q_stride - 1) / q_stride; }
+  /// `length` rows for each tile of each head.
+  static Ragged each_tile(Queue& queue, const Slice& s, int64_t length) {
+    return numbers(queue, std::vector<int64_t>(size_t(s.q.heads * s.tiles), length), s.q.heads * s.tiles);
+  }
   static Select best(int64_t count) {
     Select out;
     out.k = count;
     return out;
   }
 
-  /// The queries of each tile that score.
   Ragged sampled(Queue& queue, const Slice& s) const {
-    const int64_t rows = s.q.heads * s.tiles, count = (q_block + q_stride - 1) / q_stride, d = s.q.values.size[1];
-    const Ragged out = numbers(queue, std::vector<int64_t>(size_t(rows), count), rows, d);
     const Num tile = mod(segment(), s.tiles) * q_block;
     const Num query = min(min(tile + place() * q_stride + q_stride - 1, tile + q_block - 1), s.n - 1);
-    const Num row = begin_of(s.q, floor_div(segment(), s.tiles)) + query;
-    compute(queue, out, load(s.q.values, row * d + channel()), out.values);
-    return out;
+    return picked_rows(queue, s.q, begin_of(s.q, floor_div(segment(), s.tiles)) + query, each_tile(queue, s, scoring()));
   }
 
   /// The largest product of a tile's sampled queries with the keys of the block that stands for each half; −∞ for none.
   Ragged scored(Queue& queue, const Slice& s, const Ragged& queries, const Tensor& begin, const Tensor& width) const {
-    const int64_t rows = begin.size[0], halves = begin.size[1], d = s.q.values.size[1],
-                  count = (q_block + q_stride - 1) / q_stride;
-    const Ragged keys = numbers(queue, std::vector<int64_t>(size_t(rows), halves * k_block), rows, d);
+    const int64_t rows = begin.size[0], halves = begin.size[1];
     const Num half = segment() * halves + floor_div(place(), k_block);
     const Num centre = representative.value ? Num(0) : floor_div(load(width, half), 2);
     const Num key = (skipped() + load(begin, half) + centre) * k_block + mod(place(), k_block);
-    compute(queue, keys, load(s.k.values, (begin_of(s.k, 0) + min(key, s.m - 1)) * d + channel()), keys.values);
-    const Grids products = grids(queue, rows, count, halves * k_block), most = grids(queue, rows, 1, halves);
+    const Ragged keys = picked_rows(queue, s.k, begin_of(s.k, 0) + min(key, s.m - 1), each_tile(queue, s, halves * k_block));
+    const Grids products = grids(queue, rows, scoring(), halves * k_block), most = grids(queue, rows, 1, halves);
     Proxy dot;
     dot.scale = 1, dot.causal = false;
     queue.run->proxy(queue, queries, keys, dot, products);
     Reduce by;
-    by.kind = ReduceKind::Max, by.row_block = int(count), by.col_block = k_block;
+    by.kind = ReduceKind::Max, by.row_block = int(scoring()), by.col_block = k_block;
     queue.run->reduce(queue, products, by, most);
     compute(queue, pick(load(width, index()) > 0, load(most.cells.values, index()), -kInfinity), most.cells.values);
     return most.cells;

@@ -60,21 +60,24 @@ struct Landmark final : Mechanism {
     Grids landmark, lse;
   };
   Blocks paid(LayerView& at, const Slice& s) const {
+    Queue& queue = at.queue;
+    const int64_t blocks = (s.m + block - 1) / block;
     Proxy exact;
     exact.scale = at.mods.scale, exact.softcap = at.mods.softcap, exact.offset = s.m - s.n;
     const auto map = [&](ReduceKind kind, const ScoreFormula& make) {
-      return block_map(at.queue, s.q, s.n, s.k, s.m, exact, kind, 1, block, make);
+      return block_map(queue, s.q, s.n, s.k, s.m, exact, kind, 1, block, make);
     };
-    const auto last = [&](const Num& key) { return mod(key, block) == block - 1; };
-    const int64_t blocks = (s.m + block - 1) / block;
-    const Grids landmark = map(ReduceKind::Max, [&](const Num& x, const Num&, const Num& j) { return pick(last(j), x, -kInfinity); }),
-                most = map(ReduceKind::Max, [&](const Num& x, const Num&, const Num& j) { return pick(last(j), -kInfinity, x); }),
-                lse = map(ReduceKind::Sum, [&](const Num& x, const Num& i, const Num& j) {
-                  const Num top = load(most.cells.values, segment() * (s.n * blocks) + i * blocks + floor_div(j, block));
-                  return pick(last(j) || x == -kInfinity, -kInfinity, exp(x - top));
-                });
+    const Grids most = map(ReduceKind::Max, {}), lse = map(ReduceKind::Sum, [&](const Num& x, const Num& i, const Num& j) {
+      const Num top = load(most.cells.values, segment() * (s.n * blocks) + i * blocks + floor_div(j, block));
+      return pick(mod(j, block) == block - 1, 0, exp(x - top));
+    });
     const Tensor& sum = lse.cells.values;
-    compute(at.queue, log(load(sum, index())) + load(most.cells.values, index()), sum);
+    compute(queue, log(max(load(sum, index()), 1e-37)) + load(most.cells.values, index()), sum);
+    const Ragged keys = picked_rows(queue, s.k, begin_of(s.k, 0) + min((place() + 1) * block, s.m) - 1,
+                                    numbers(queue, std::span(&blocks, 1), 1));
+    const Grids landmark = grids(queue, s.q.heads, s.n, blocks);
+    exact.k_tile = block, exact.offset -= block - 1;  // a block's last token is its landmark
+    at.run().proxy(queue, s.q, keys, exact, landmark);
     return {landmark, lse};
   }
 };

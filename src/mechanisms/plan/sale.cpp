@@ -40,23 +40,25 @@ struct Sale final : Mechanism {
     // A sliding window already bounds what is read.
     if (at.mods.window > 0 || tau < 1e-5 || longest_keys(at) <= dense_len) return dense_plan(q_block, k_block);
     Queue& queue = at.queue;
-    const Ragged q = centred(queue, at.q), k = centred(queue, at.k), mean = mean_rows(queue, at.q);
+    const Ragged k = centred(queue, at.k);
     const Tensor lse = exact_part(at, k);
-    const Ragged q_code = coded(queue, q, (1 << (bits - 1)) - 1), k_code = coded(queue, k, (1 << (bits - 1)) - 1);
+    const int levels = (1 << (bits - 1)) - 1;
+    // [q₄, mean q, −log Σ / s] · [k₄, k, 1]
+    const int64_t d = k.values.size[1], width = 2 * d + 1;
+    const Ragged mean = mean_rows(queue, at.q), q_code = coded(queue, centred(queue, at.q), levels), k_code = coded(queue, k, levels);
+    Ragged q_side = at.q, k_side = k;
+    q_side.values = queue.scratch.take(Dtype::F32, {q_code.values.size[0], width});
+    k_side.values = queue.scratch.take(Dtype::F32, {k.values.size[0], width});
+    const Num c = channel(), q_row = begin_of(at.q, segment()) + place(), k_row = begin_of(k, segment()) + place();
+    const Num rest = pick(c < 2 * d, load(mean.values, segment() * d + c - d), load(lse, q_row) / (0 - at.scale()));
+    compute(queue, at.q, pick(c < d, load(q_code.values, q_row * d + c), rest), q_side.values);
+    compute(queue, k, pick(c < d, load(k_code.values, k_row * d + c), pick(c < 2 * d, load(k.values, k_row * d + c - d), 1)), k_side.values);
     return chosen_blocks(at, Plan::Scope::QueryHead, q_block, k_block, [&](const Slice& s) -> BlockChoice {
       const int64_t key = s.sequence * at.k.heads + s.kv_head, query = key * s.q.heads;
-      const auto of_keys = [&](const Ragged& x) { return segments(x, key, key + 1, 1); };
-      const auto of_queries = [&](const Ragged& x) { return segments(x, query, query + s.q.heads, s.q.heads); };
-      const Grids shift = grids(queue, s.q.heads, 1, s.m);
       Proxy dot;
-      dot.scale = at.mods.scale, dot.causal = false;
-      at.run().proxy(queue, of_queries(mean), of_keys(k), dot, shift);
-      dot.causal = true, dot.offset = s.m - s.n;
-      const Grids most = block_map(
-          queue, of_queries(q_code), s.n, of_keys(k_code), s.m, dot, ReduceKind::Max, q_block, k_block,
-          [&](const Num& score, const Num& i, const Num& j) {
-            return score + load(shift.cells.values, segment() * s.m + j) - load(lse, begin_of(s.q, segment()) + i);
-          });
+      dot.scale = at.scale(), dot.offset = s.m - s.n;
+      const Grids most = block_map(queue, segments(q_side, query, query + s.q.heads, s.q.heads), s.n, segments(k_side, key, key + 1, 1),
+                                   s.m, dot, ReduceKind::Max, q_block, k_block);
       const Ragged rows = rows_of(queue, most, visible_blocks(at, s, q_block, k_block));
       compute(queue, rows, pick(near(), kInfinity, load(rows.values, index())), rows.values);
       Select above;
