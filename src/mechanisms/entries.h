@@ -41,6 +41,7 @@ Entry halo();
 Entry headkv();
 Entry hip();
 Entry hylra();
+Entry hyperattention();
 Entry infllm_v2();
 Entry keydiff();
 Entry kinetics();

@@ -44,6 +44,7 @@ std::span<const Entry> registry() {
       headkv(),
       hip(),
       hylra(),
+      hyperattention(),
       infllm_v2(),
       keydiff(),
       kinetics(),

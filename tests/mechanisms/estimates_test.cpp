@@ -17,6 +17,7 @@ TEST_P(Estimates, IdentityIsDense) {
     for (const char* spec :
          {"hip(topk=1000000000)", "hip(topk=16,window=200)", "sale(tau=0)", "sale",
           "sale(tau=1,dense_len=0,local=200)", "sparsed(ratio=1)", "sparsed(step=205)", "sparsed(ratio=0.99,block=16)",
+          "hyperattention", "hyperattention(min_len=16,sample=1000000)", "hyperattention(min_len=16,block=1000000,sample=3)",
           "rectified_spaattn(remain=1)", "rectified_spaattn(topk=1000,block=16)", "rectified_spaattn(text=256)"})
       EXPECT_LT(c.dense_error(c.run(spec, backend())), kExact) << spec;
   }
@@ -388,6 +389,102 @@ TEST_P(Estimates, RectifiedSpaAttnLeavesOtherHeadsAlone) {
   for (int64_t i = 0; i < 64; ++i) {
     EXPECT_NEAR(some.find("out")->view().at<float>(0, i, 0), dense.find("out")->view().at<float>(0, i, 0), kExact);
     EXPECT_NEAR(some.find("out")->view().at<float>(1, i, 0), all.find("out")->view().at<float>(1, i, 0), kExact);
+  }
+}
+
+/// HyperAttention of one head, by its definition and with its draws.
+struct Hyper {
+  const Case& c;
+  int64_t head, min_len, block, sample, planes;
+  Rows normal;
+
+  /// Keys (or queries) begin … end − 1 in the order of their codes: place of each.
+  std::vector<int64_t> places(const Tensor& x, int64_t of, int64_t begin, int64_t end) const {
+    std::vector<int64_t> number;  // of the code in Gray order
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t code = 0;
+      for (int64_t p = 0; p < planes; ++p) {
+        double dot = 0;
+        for (int64_t e = 0; e < c.shape.d; ++e) dot += double(x.at<float>(of, i, e)) * normal[size_t(p)][size_t(e)];
+        code |= int64_t(dot > 0) << p;
+      }
+      int64_t n = 0;
+      while ((n ^ (n >> 1)) != code) ++n;
+      number.push_back(n);
+    }
+    std::vector<int64_t> order(number.size()), place(number.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return number[size_t(a)] < number[size_t(b)]; });
+    for (size_t r = 0; r < order.size(); ++r) place[size_t(order[r])] = int64_t(r);
+    return place;
+  }
+  /// Adds to weight[i][j] how often e^logit counts for queries and keys of a pair.
+  void pair(int64_t q0, int64_t q1, int64_t k0, int64_t k1, Rows& weight) const {
+    const int64_t nk = k1 - k0, before = c.first();
+    q0 = std::max(q0, before);
+    if (q0 >= q1) return;
+    if (nk < min_len) {
+      for (int64_t i = q0; i < q1; ++i)
+        for (int64_t j = k0; j < k1; ++j) weight[size_t(i - before)][size_t(j)] = 1;
+      return;
+    }
+    const int64_t kv = head / c.group(), drawn = std::min(sample, nk), blocks = ceil_of(nk, block), q_block = ceil_of(q1 - q0, blocks);
+    Random random((uint64_t(kv)) * 1000003u + uint64_t(k0));
+    std::vector<int64_t> order(static_cast<size_t>(nk));
+    std::iota(order.begin(), order.end(), 0);
+    for (int64_t i = 0; i < drawn; ++i) std::swap(order[size_t(i)], order[size_t(i + random.below(nk - i))]);
+    const std::set<int64_t> samples(order.begin(), order.begin() + drawn);
+    const auto q_place = places(c.q, head, q0 - before, q1 - before), k_place = places(c.k, kv, k0, k1);
+    for (int64_t i = q0; i < q1; ++i)
+      for (int64_t j = k0; j < k1; ++j) {
+        double& w = weight[size_t(i - before)][size_t(j)];
+        if (k_place[size_t(j - k0)] / block == q_place[size_t(i - q0)] / q_block) w = 1;
+        else if (samples.contains(j - k0)) w = double(nk) / double(drawn);
+      }
+  }
+  void halves(int64_t begin, int64_t end, Rows& weight) const {
+    if (end - begin <= min_len) {
+      for (int64_t i = std::max(begin, c.first()); i < end; ++i)
+        for (int64_t j = begin; j <= i; ++j) weight[size_t(i - c.first())][size_t(j)] = 1;
+      return;
+    }
+    const int64_t middle = begin + (end - begin + 1) / 2;
+    halves(begin, middle, weight), halves(middle, end, weight);
+    pair(middle, end, begin, middle, weight);
+  }
+};
+
+TEST_P(Estimates, HyperAttentionCountsItsBlockAndItsSamples) {
+  for (const auto& [s, min_len, block, sample, planes, causal] :
+       {std::tuple{shape(150, 150), 16, 8, 6, 3, true}, {shape(61, 203), 20, 16, 5, 4, true}, {shape(90, 90), 30, 8, 10, 7, false},
+        {shape(1, 1), 1, 4, 3, 2, true}, {shape(1, 77), 10, 8, 4, 3, true}, {shape(40, 71), 8, 8, 9, 2, false}}) {
+    const Case c(s, 14, 1.0);
+    Random random(0);
+    Rows normal(size_t(planes), std::vector<double>(size_t(s.d)));
+    for (auto& row : normal)
+      for (double& x : row) x = double(float(random.normal()));
+    ApplyInput in = c.input(backend());
+    in.causal = causal;
+    const ApplyOutput out = Case::run("hyperattention(min_len=" + std::to_string(min_len) + ",block=" + std::to_string(block) +
+                                          ",sample=" + std::to_string(sample) + ",planes=" + std::to_string(planes) + ")",
+                                      in);
+    for (int64_t head = 0; head < s.h; ++head) {
+      const Hyper hyper{c, head, min_len, block, sample, planes, normal};
+      Rows weight(size_t(s.n), std::vector<double>(size_t(s.m), 0.0));
+      if (causal) hyper.halves(0, s.m, weight);
+      else hyper.pair(0, s.m, 0, s.m, weight);
+      for (int64_t i = 0; i < s.n; ++i) {
+        auto& p = weight[size_t(i)];
+        double sum = 0;
+        for (int64_t j = 0; j < s.m; ++j) sum += p[size_t(j)] *= std::exp(c.dot(head, i, j) / std::sqrt(double(s.d)));
+        for (double& x : p) x /= sum;
+        const auto expected = c.output(head, p);
+        double worst = 0;
+        for (int64_t e = 0; e < s.d_v; ++e)
+          worst = std::max(worst, std::abs(expected[size_t(e)] - double(out.find("out")->view().at<float>(head, i, e))));
+        EXPECT_LT(worst, kExact) << "head " << head << " row " << i;
+      }
+    }
   }
 }
 

@@ -46,6 +46,8 @@ const std::vector<std::string> kSpecs = {
     "rectified_spaattn(block=8,remain=0.3,text=8)",
     "rectified_spaattn(block=8,remain=0.3,heads=1-2)",
     "landmark(block=8,topk=2)",
+    "hyperattention(min_len=16,block=8,sample=6,planes=3)",
+    "hyperattention(min_len=16,block=8,sample=6,planes=3,heads=1-2)",
     "moba(block=100,topk=1)",
     "flexprefill(block=8,gamma=0.3,min_budget=8)",
     "flexprefill(block=8,gamma=0.6,min_budget=8,tau=1)",
