@@ -31,8 +31,7 @@ Ragged last_rows(Queue& queue, const Ragged& x, int64_t rows) {
 Ragged rows_between(Queue& queue, const Ragged& x, int64_t first, int64_t last) {
   Ragged out = x;
   const int64_t all = x.segments();
-  out.offsets = compute(queue, Dtype::I64, {all + 1},
-                        pick(index() < all, begin_of(x, index()) + first, end_of(x, all - 1)));
+  out.offsets = compute(queue, Dtype::I64, {all + 1}, pick(index() < all, begin_of(x, index()) + first, end_of(x, all - 1)));
   out.ends = compute(queue, Dtype::I64, {all}, begin_of(x, index()) + last);
   return out;
 }

@@ -63,8 +63,8 @@ Num among(LayerView&, const Range& heads, const Num& head);
 using ScoreFormula = std::function<Num(const Num& score, const Num& query, const Num& key)>;
 /// Scores token by token (n queries in each segment of q, m keys in each of k), reduced to blocks of q_block × k_block.
 /// A part of the queries at a time, so scratch grows with m alone.
-Grids block_map(Queue&, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, ReduceKind, int q_block,
-                int k_block, const ScoreFormula& make = {});
+Grids block_map(Queue&, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, ReduceKind,
+                int q_block, int k_block, const ScoreFormula& make = {});
 
 /// For each tile of a slice, how many blocks of keys its last query sees; all without causality.
 std::vector<int64_t> visible_blocks(const LayerView&, const Slice&, int q_block, int k_block);

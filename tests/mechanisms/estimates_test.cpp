@@ -15,9 +15,9 @@ TEST_P(Estimates, IdentityIsDense) {
   for (const Shape s : {shape(130, 130), shape(33, 97), shape(1, 1), shape(1, 70)}) {
     const Case c(s);
     for (const char* spec :
-         {"hip(topk=1000000000)", "hip(topk=16,window=200)", "sale(tau=0)", "sale",
-          "sale(tau=1,dense_len=0,local=200)", "sparsed(ratio=1)", "sparsed(step=205)", "sparsed(ratio=0.99,block=16)",
-          "hyperattention", "hyperattention(min_len=16,sample=1000000)", "hyperattention(min_len=16,block=1000000,sample=3)",
+         {"hip(topk=1000000000)", "hip(topk=16,window=200)", "sale(tau=0)", "sale", "sale(tau=1,dense_len=0,local=200)",
+          "sparsed(ratio=1)", "sparsed(step=205)", "sparsed(ratio=0.99,block=16)", "hyperattention",
+          "hyperattention(min_len=16,sample=1000000)", "hyperattention(min_len=16,block=1000000,sample=3)",
           "rectified_spaattn(remain=1)", "rectified_spaattn(topk=1000,block=16)", "rectified_spaattn(text=256)"})
       EXPECT_LT(c.dense_error(c.run(spec, backend())), kExact) << spec;
   }
@@ -58,8 +58,10 @@ std::set<int32_t> searched(const Case& c, int64_t head, int64_t first, int64_t e
 
 TEST_P(Estimates, HipKeepsTheHalvesOfLargestProduct) {
   for (const auto& [s, topk, q_block, k_block, stride, sinks, window, centre] :
-       {std::tuple{shape(170, 170), 16, 16, 2, 2, 4, 20, true}, {shape(61, 203), 24, 8, 4, 3, 5, 9, false},
-        {shape(1, 151), 10, 16, 1, 2, 0, 7, true}, {shape(150, 150), 30, 32, 2, 2, 3, 16, true}}) {
+       {std::tuple{shape(170, 170), 16, 16, 2, 2, 4, 20, true},
+        {shape(61, 203), 24, 8, 4, 3, 5, 9, false},
+        {shape(1, 151), 10, 16, 1, 2, 0, 7, true},
+        {shape(150, 150), 30, 32, 2, 2, 3, 16, true}}) {
     const Case c(s, 3, 2.0);
     const auto plan = planned(c,
                               "hip(topk=" + std::to_string(topk) + ",q_block=" + std::to_string(q_block) +
@@ -71,7 +73,8 @@ TEST_P(Estimates, HipKeepsTheHalvesOfLargestProduct) {
     for (int64_t head = 0; head < s.h; ++head)
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = t * q_block, end = std::min<int64_t>(s.n, first + q_block), position = c.first() + first,
-                      candidates = std::max<int64_t>(0, (position + 1 - window < 0 ? 0 : (position + 1 - window) / k_block) - skipped);
+                      candidates = std::max<int64_t>(
+                          0, (position + 1 - window < 0 ? 0 : (position + 1 - window) / k_block) - skipped);
         std::set<int32_t> read;
         if (candidates > 0)
           read = searched(c, head, first, end, candidates, skipped, topk / k_block, k_block, stride, centre);
@@ -104,7 +107,8 @@ TEST_P(Estimates, SaleReadsBlocksWithAHeavyPair) {
       for (int64_t i = 0; i < x.size[1]; ++i)
         for (int64_t e = 0; e < s.d; ++e) (*mean)[size_t(e)] += double(x.at<float>(head, i, e)) / double(x.size[1]);
       for (int64_t i = 0; i < x.size[1]; ++i)
-        for (int64_t e = 0; e < s.d; ++e) rows[size_t(i)][size_t(e)] = double(x.at<float>(head, i, e)) - (*mean)[size_t(e)];
+        for (int64_t e = 0; e < s.d; ++e)
+          rows[size_t(i)][size_t(e)] = double(x.at<float>(head, i, e)) - (*mean)[size_t(e)];
       return rows;
     };
     const auto code = [&](std::vector<double> row) {
@@ -130,7 +134,8 @@ TEST_P(Estimates, SaleReadsBlocksWithAHeavyPair) {
         const int64_t end = std::min<int64_t>(s.n, (t + 1) * q_block), visible = ceil_of(c.first() + end, k_block);
         std::set<int32_t> read;
         for (int64_t b = 0; b < visible; ++b)
-          if (sale_reads_anyway(b, visible, ceil_of(local, k_block), ceil_of(segment, k_block))) read.insert(int32_t(b));
+          if (sale_reads_anyway(b, visible, ceil_of(local, k_block), ceil_of(segment, k_block)))
+            read.insert(int32_t(b));
         const std::set<int32_t> exact = read;
         for (int64_t i = t * q_block; i < end; ++i) {
           std::vector<double> full = q[size_t(i)];
@@ -173,15 +178,18 @@ TEST_P(Estimates, SaleMissesNoPairAboveTauWithoutRounding) {
 }
 
 TEST_P(Estimates, SparseDReadsByTheWeightsOfItsPlanningStep) {
-  for (const auto& [s, ratio, generated, causal, other] :
-       {std::tuple{shape(150, 150), 0.3, 40, false, false}, {shape(90, 90), 0.2, 0, false, true},
-        {shape(101, 101), 0.25, 101, false, true}, {shape(61, 131), 0.3, 30, true, false}, {shape(1, 1), 0.1, 1, false, false}}) {
+  for (const auto& [s, ratio, generated, causal, other] : {std::tuple{shape(150, 150), 0.3, 40, false, false},
+                                                           {shape(90, 90), 0.2, 0, false, true},
+                                                           {shape(101, 101), 0.25, 101, false, true},
+                                                           {shape(61, 131), 0.3, 30, true, false},
+                                                           {shape(1, 1), 0.1, 1, false, false}}) {
     const int64_t block = 16, blocks = ceil_of(s.m, block), tiles = ceil_of(s.n, block);
     const Case c(s, 7, 2.0), planning(s, other ? 70 : 7, 2.0);
     ApplyInput in = c.input(backend());
     in.causal = causal;
     if (other) in.inputs = {{"plan_q", planning.q}, {"plan_k", planning.k}};
-    const ApplyOutput out = Case::run("sparsed(block=16,ratio=" + number(ratio) + ",generated=" + std::to_string(generated) + ")", in);
+    const ApplyOutput out = Case::run(
+        "sparsed(block=16,ratio=" + number(ratio) + ",generated=" + std::to_string(generated) + ")", in);
     const auto plan = lists(out, "plan");
     const int64_t first = ceil_of(std::max<int64_t>(0, s.m - generated), block);
     const auto sees = [&, causal = causal](int64_t i, int64_t j) { return !causal || j <= c.first() + i; };
@@ -192,7 +200,8 @@ TEST_P(Estimates, SparseDReadsByTheWeightsOfItsPlanningStep) {
         for (const bool late : {false, true}) {
           std::vector<double> mass(size_t(visible), 0.0);
           for (int64_t i = t * block; i < end; ++i) {
-            const auto p = planning.weights(head, i, [&](int64_t j) { return sees(i, j) && (!late || j >= first * block); });
+            const auto p = planning.weights(head, i,
+                                            [&](int64_t j) { return sees(i, j) && (!late || j >= first * block); });
             for (int64_t j = 0; j < std::min(s.m, visible * block); ++j) mass[size_t(j / block)] += p[size_t(j)];
           }
           if (late) mass.erase(mass.begin(), mass.begin() + std::min(first, visible));
@@ -202,9 +211,8 @@ TEST_P(Estimates, SparseDReadsByTheWeightsOfItsPlanningStep) {
         }
         EXPECT_EQ(plan[size_t(head * tiles + t)], sorted(read)) << "head " << head << " tile " << t;
         for (int64_t i = t * block; i < end; ++i) {
-          const auto expected = c.output(head, c.weights(head, i, [&](int64_t j) {
-            return sees(i, j) && read.contains(int32_t(j / block));
-          }));
+          const auto expected = c.output(
+              head, c.weights(head, i, [&](int64_t j) { return sees(i, j) && read.contains(int32_t(j / block)); }));
           for (int64_t x = 0; x < s.d_v; ++x)
             EXPECT_NEAR(out.find("out")->view().at<float>(head, i, x), expected[size_t(x)], kExact);
         }
@@ -237,7 +245,8 @@ TEST_P(Estimates, RettentionCorrectsByTheLastDenseStep) {
                    now = c.output(head, c.weights(head, i, some));
         for (int64_t x = 0; x < s.d_v; ++x)
           EXPECT_NEAR(out.find("out")->view().at<float>(head, i, x),
-                      (share + 0.04 * double(step - 16)) * now[size_t(x)] + dense[size_t(x)] - share * seen[size_t(x)], kExact);
+                      (share + 0.04 * double(step - 16)) * now[size_t(x)] + dense[size_t(x)] - share * seen[size_t(x)],
+                      kExact);
       }
   }
 }
@@ -258,10 +267,11 @@ struct Rectified {
   Rows out;
   int64_t paying = 0;
 };
-Rectified rectified(const Case& c, int64_t head, int64_t t, int64_t block, double remain, int64_t topk, int64_t local, int64_t text,
-                    bool causal) {
+Rectified rectified(const Case& c, int64_t head, int64_t t, int64_t block, double remain, int64_t topk, int64_t local,
+                    int64_t text, bool causal) {
   const Shape& s = c.shape;
-  const int64_t kv = head / c.group(), first = t * block, end = std::min(s.n, first + block), own = (c.first() + first) / block,
+  const int64_t kv = head / c.group(), first = t * block, end = std::min(s.n, first + block),
+                own = (c.first() + first) / block,
                 visible = causal ? ceil_of(c.first() + end, block) : ceil_of(s.m, block);
   const double scale = 1 / std::sqrt(double(s.d));
   using Row = std::vector<double>;
@@ -295,7 +305,8 @@ Rectified rectified(const Case& c, int64_t head, int64_t t, int64_t block, doubl
   for (double x : weight) total += x;
   for (double& x : weight) x /= total;
   Rectified out;
-  for (int32_t b : top(weight, std::max<int64_t>(topk, holding(weight, double(float(remain)), true)))) out.read.insert(b);
+  for (int32_t b : top(weight, std::max<int64_t>(topk, holding(weight, double(float(remain)), true))))
+    out.read.insert(b);
   for (int64_t b = 0; b < visible; ++b) {
     const bool near = b >= own - local && b <= (c.first() + end - 1) / block + local;
     const bool stays = own * block < text || b * block < text || ((causal || local > 0) && near);
@@ -305,7 +316,8 @@ Rectified rectified(const Case& c, int64_t head, int64_t t, int64_t block, doubl
   Row comp(size_t(s.d_v), 0.0);
   for (int64_t b = 0; b < visible; ++b) {
     if (out.read.contains(int32_t(b))) continue;
-    const Row k = mean(c.k, kv, b * block, last(b)), k_off = off(c.k, kv, b * block, last(b)), v = mean(c.v, kv, b * block, last(b));
+    const Row k = mean(c.k, kv, b * block, last(b)), k_off = off(c.k, kv, b * block, last(b)),
+              v = mean(c.v, kv, b * block, last(b));
     if (std::abs(dot(q, k)) <= std::abs(dot(q_off, k)) + std::abs(dot(q, k_off))) continue;
     paid += weight[size_t(b)], ++out.paying;
     for (int64_t e = 0; e < s.d_v; ++e) comp[size_t(e)] += weight[size_t(b)] * v[size_t(e)];
@@ -341,9 +353,11 @@ Case smooth(const Shape& s, int64_t block, double noise, uint64_t seed) {
 
 TEST_P(Estimates, RectifiedSpaAttnGivesBackWhatItLeavesOut) {
   int64_t paying = 0;
-  for (const auto& [s, remain, topk, local, text, causal] :
-       {std::tuple{shape(150, 150), 0.5, 1, 0, 0, false}, {shape(90, 90), 0.3, 3, 1, 16, false}, {shape(150, 150), 0.4, 1, 0, 8, true},
-        {shape(61, 131), 0.3, 1, 0, 16, true}, {shape(1, 1), 0.3, 1, 0, 0, true}}) {
+  for (const auto& [s, remain, topk, local, text, causal] : {std::tuple{shape(150, 150), 0.5, 1, 0, 0, false},
+                                                             {shape(90, 90), 0.3, 3, 1, 16, false},
+                                                             {shape(150, 150), 0.4, 1, 0, 8, true},
+                                                             {shape(61, 131), 0.3, 1, 0, 16, true},
+                                                             {shape(1, 1), 0.3, 1, 0, 0, true}}) {
     const int64_t block = 8;
     const Case c = smooth(s, block, 0.3, 10);
     ApplyInput in = c.input(backend());
@@ -360,7 +374,8 @@ TEST_P(Estimates, RectifiedSpaAttnGivesBackWhatItLeavesOut) {
         EXPECT_EQ(plan[size_t(head * tiles + t)], sorted(expected.read)) << "head " << head << " tile " << t;
         for (size_t r = 0; r < expected.out.size(); ++r)
           for (int64_t e = 0; e < s.d_v; ++e)
-            EXPECT_NEAR(out.find("out")->view().at<float>(head, t * block + int64_t(r), e), expected.out[r][size_t(e)], kExact);
+            EXPECT_NEAR(out.find("out")->view().at<float>(head, t * block + int64_t(r), e), expected.out[r][size_t(e)],
+                        kExact);
       }
   }
   EXPECT_GT(paying, 0);
@@ -384,8 +399,8 @@ TEST_P(Estimates, RectifiedSpaAttnIsExactOnEqualRows) {
 // Heads that it does not apply to keep what they have.
 TEST_P(Estimates, RectifiedSpaAttnLeavesOtherHeadsAlone) {
   const Case c = smooth(shape(64, 64), 8, 0.3, 12);
-  const ApplyOutput some = c.run("rectified_spaattn(block=8,remain=0.2,heads=1-)", backend()), dense = c.run("dense", backend()),
-                    all = c.run("rectified_spaattn(block=8,remain=0.2)", backend());
+  const ApplyOutput some = c.run("rectified_spaattn(block=8,remain=0.2,heads=1-)", backend()),
+                    dense = c.run("dense", backend()), all = c.run("rectified_spaattn(block=8,remain=0.2)", backend());
   for (int64_t i = 0; i < 64; ++i) {
     EXPECT_NEAR(some.find("out")->view().at<float>(0, i, 0), dense.find("out")->view().at<float>(0, i, 0), kExact);
     EXPECT_NEAR(some.find("out")->view().at<float>(1, i, 0), all.find("out")->view().at<float>(1, i, 0), kExact);
@@ -414,7 +429,8 @@ struct Hyper {
     }
     std::vector<int64_t> order(number.size()), place(number.size());
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return number[size_t(a)] < number[size_t(b)]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return number[size_t(a)] < number[size_t(b)]; });
     for (size_t r = 0; r < order.size(); ++r) place[size_t(order[r])] = int64_t(r);
     return place;
   }
@@ -428,7 +444,8 @@ struct Hyper {
         for (int64_t j = k0; j < k1; ++j) weight[size_t(i - before)][size_t(j)] = 1;
       return;
     }
-    const int64_t kv = head / c.group(), drawn = std::min(sample, nk), blocks = ceil_of(nk, block), q_block = ceil_of(q1 - q0, blocks);
+    const int64_t kv = head / c.group(), drawn = std::min(sample, nk), blocks = ceil_of(nk, block),
+                  q_block = ceil_of(q1 - q0, blocks);
     Random random((uint64_t(kv)) * 1000003u + uint64_t(k0));
     std::vector<int64_t> order(static_cast<size_t>(nk));
     std::iota(order.begin(), order.end(), 0);
@@ -455,9 +472,12 @@ struct Hyper {
 };
 
 TEST_P(Estimates, HyperAttentionCountsItsBlockAndItsSamples) {
-  for (const auto& [s, min_len, block, sample, planes, causal] :
-       {std::tuple{shape(150, 150), 16, 8, 6, 3, true}, {shape(61, 203), 20, 16, 5, 4, true}, {shape(90, 90), 30, 8, 10, 7, false},
-        {shape(1, 1), 1, 4, 3, 2, true}, {shape(1, 77), 10, 8, 4, 3, true}, {shape(40, 71), 8, 8, 9, 2, false}}) {
+  for (const auto& [s, min_len, block, sample, planes, causal] : {std::tuple{shape(150, 150), 16, 8, 6, 3, true},
+                                                                  {shape(61, 203), 20, 16, 5, 4, true},
+                                                                  {shape(90, 90), 30, 8, 10, 7, false},
+                                                                  {shape(1, 1), 1, 4, 3, 2, true},
+                                                                  {shape(1, 77), 10, 8, 4, 3, true},
+                                                                  {shape(40, 71), 8, 8, 9, 2, false}}) {
     const Case c(s, 14, 1.0);
     Random random(0);
     Rows normal(size_t(planes), std::vector<double>(size_t(s.d)));
@@ -465,8 +485,9 @@ TEST_P(Estimates, HyperAttentionCountsItsBlockAndItsSamples) {
       for (double& x : row) x = double(float(random.normal()));
     ApplyInput in = c.input(backend());
     in.causal = causal;
-    const ApplyOutput out = Case::run("hyperattention(min_len=" + std::to_string(min_len) + ",block=" + std::to_string(block) +
-                                          ",sample=" + std::to_string(sample) + ",planes=" + std::to_string(planes) + ")",
+    const ApplyOutput out = Case::run("hyperattention(min_len=" + std::to_string(min_len) +
+                                          ",block=" + std::to_string(block) + ",sample=" + std::to_string(sample) +
+                                          ",planes=" + std::to_string(planes) + ")",
                                       in);
     for (int64_t head = 0; head < s.h; ++head) {
       const Hyper hyper{c, head, min_len, block, sample, planes, normal};

@@ -37,7 +37,8 @@ std::vector<double> attended(const Case& c, int64_t head, const std::vector<doub
   for (double& x : p) x /= sum;
   return c.output(head, p);
 }
-void expect_row(const ApplyOutput& out, int64_t head, int64_t i, const std::vector<double>& expected, const std::string& what) {
+void expect_row(const ApplyOutput& out, int64_t head, int64_t i, const std::vector<double>& expected,
+                const std::string& what) {
   double worst = 0;
   for (size_t e = 0; e < expected.size(); ++e) {
     const double x = out.find("out")->view().at<float>(head, i, int64_t(e));
@@ -47,10 +48,14 @@ void expect_row(const ApplyOutput& out, int64_t head, int64_t i, const std::vect
 }
 
 TEST_P(Trained, DsaReadsTheBestOfItsIndexer) {
-  for (const auto& [s, heads, width, k] : {std::tuple{shape(90, 90), 4, 8, 12}, {shape(33, 101), 1, 16, 7}, {shape(1, 1), 2, 8, 3},
-                                           {shape(1, 40), 3, 8, 5}, {shape(60, 60), 4, 8, 100}}) {
+  for (const auto& [s, heads, width, k] : {std::tuple{shape(90, 90), 4, 8, 12},
+                                           {shape(33, 101), 1, 16, 7},
+                                           {shape(1, 1), 2, 8, 3},
+                                           {shape(1, 40), 3, 8, 5},
+                                           {shape(60, 60), 4, 8, 100}}) {
     const Case c(s, 3);
-    const Buffer q = random_input({heads, s.n, width}, 4), key = random_input({s.m, width}, 5), w = random_input({s.n, heads}, 6);
+    const Buffer q = random_input({heads, s.n, width}, 4), key = random_input({s.m, width}, 5),
+                 w = random_input({s.n, heads}, 6);
     const ApplyOutput out = Case::run("dsa(topk=" + std::to_string(k) + ")",
                                       with(c, backend(), {{"index_q", q}, {"index_k", key}, {"index_w", w}}));
     const auto plan = lists(out, "plan");
@@ -67,7 +72,8 @@ TEST_P(Trained, DsaReadsTheBestOfItsIndexer) {
         score.push_back(sum);
       }
       read.push_back(top(score, k));
-      for (int64_t head = 0; head < s.h; ++head) EXPECT_EQ(plan[size_t(head * s.n + i)], read.back()) << "head " << head << " row " << i;
+      for (int64_t head = 0; head < s.h; ++head)
+        EXPECT_EQ(plan[size_t(head * s.n + i)], read.back()) << "head " << head << " row " << i;
     }
     EXPECT_LT(c.error(out,
                       [&](int64_t, int64_t i, int64_t j) {
@@ -78,8 +84,8 @@ TEST_P(Trained, DsaReadsTheBestOfItsIndexer) {
 }
 
 TEST_P(Trained, DmaReadsTheBestOfItsBiasAndAddsIt) {
-  for (const auto& [s, k, linear] : {std::tuple{shape(90, 90), 11, false}, {shape(33, 101), 20, true}, {shape(1, 1), 2, false},
-                                     {shape(50, 50), 50, false}}) {
+  for (const auto& [s, k, linear] :
+       {std::tuple{shape(90, 90), 11, false}, {shape(33, 101), 20, true}, {shape(1, 1), 2, false}, {shape(50, 50), 50, false}}) {
     const Case c(s, 7);
     const Buffer w = random_input({s.g, s.g * s.d_v}, 8, 0.3), a = random_input({s.g}, 9, 0.3);
     const ApplyOutput out = Case::run("dma(topk=" + std::to_string(k) + (linear ? ",form=linear)" : ")"),
@@ -114,8 +120,11 @@ TEST_P(Trained, DmaOfNoStepIsDense) {
 }
 
 TEST_P(Trained, SparseKReadsItsWindowAndTheBestBefore) {
-  for (const auto& [s, k, window, recency] : {std::tuple{shape(90, 90), 9, 12, 0.0}, {shape(33, 101), 5, 1, 0.05},
-                                              {shape(1, 1), 1, 0, 0.0}, {shape(1, 60), 7, 20, 0.0}, {shape(40, 40), 6, 0, 0.0}}) {
+  for (const auto& [s, k, window, recency] : {std::tuple{shape(90, 90), 9, 12, 0.0},
+                                              {shape(33, 101), 5, 1, 0.05},
+                                              {shape(1, 1), 1, 0, 0.0},
+                                              {shape(1, 60), 7, 20, 0.0},
+                                              {shape(40, 40), 6, 0, 0.0}}) {
     const Case c(s, 11);
     const Buffer u = random_input({s.g, s.m}, 12);
     const ApplyOutput out = Case::run("sparsek(topk=" + std::to_string(k) + ",window=" + std::to_string(window) +
@@ -142,8 +151,8 @@ TEST_P(Trained, SparseKReadsItsWindowAndTheBestBefore) {
 }
 
 TEST_P(Trained, MosaAttendsAmongTheTokensOfEachHead) {
-  for (const auto& [s, sparsity, first] : {std::tuple{shape(91, 91), 8.0, false}, {shape(50, 50), 3.0, true}, {shape(1, 1), 4.0, false},
-                                           {shape(3, 3), 50.0, false}}) {
+  for (const auto& [s, sparsity, first] :
+       {std::tuple{shape(91, 91), 8.0, false}, {shape(50, 50), 3.0, true}, {shape(1, 1), 4.0, false}, {shape(3, 3), 50.0, false}}) {
     const Case c(s, 13);
     Buffer r = random_input({s.h, s.n}, 14);
     for (float& x : r->span<float>()) x = float(sigmoid(x));
@@ -184,14 +193,16 @@ std::vector<double> rotated(std::vector<double> x, double position, double base)
 
 TEST_P(Trained, SeerAttentionReadsWhereItsGateOpens) {
   int64_t shut = 0;
-  for (const auto& [s, threshold, ratio, last] : {std::tuple{shape(150, 150), 0.1, 0.0, true}, {shape(61, 131), 0.15, 0.0, false},
-                                                  {shape(90, 90), 0.0, 0.5, false}, {shape(1, 1), 0.1, 0.0, true}}) {
+  for (const auto& [s, threshold, ratio, last] : {std::tuple{shape(150, 150), 0.1, 0.0, true},
+                                                  {shape(61, 131), 0.15, 0.0, false},
+                                                  {shape(90, 90), 0.0, 0.5, false},
+                                                  {shape(1, 1), 0.1, 0.0, true}}) {
     const int64_t block = 8, blocks = ceil_of(s.m, block), tiles = ceil_of(s.n, block);
     const Case c(s, 16);
     const Buffer q = random_input({s.h, s.n, s.d}, 17, 2), k = random_input({s.g, s.m, s.d}, 18),
                  w = random_input({s.h, 2 * s.d, s.d}, 19, 0.4);
-    const ApplyOutput out = Case::run("seer_attention(block=8,threshold=" + std::to_string(threshold) + ",ratio=" +
-                                          std::to_string(ratio) + (last ? ")" : ",last=false)"),
+    const ApplyOutput out = Case::run("seer_attention(block=8,threshold=" + std::to_string(threshold) +
+                                          ",ratio=" + std::to_string(ratio) + (last ? ")" : ",last=false)"),
                                       with(c, backend(), {{"plain_q", q}, {"plain_k", k}, {"w_k", w}}));
     const auto plan = lists(out, "plan");
     for (int64_t head = 0; head < s.h; ++head)
@@ -199,7 +210,8 @@ TEST_P(Trained, SeerAttentionReadsWhereItsGateOpens) {
         const int64_t end = std::min(s.n, (t + 1) * block), visible = ceil_of(c.first() + end, block);
         std::vector<double> mean(size_t(s.d), 0.0), logit;
         for (int64_t i = t * block; i < end; ++i)
-          for (int64_t e = 0; e < s.d; ++e) mean[size_t(e)] += double(q->at<float>(head, i, e)) / double(end - t * block);
+          for (int64_t e = 0; e < s.d; ++e)
+            mean[size_t(e)] += double(q->at<float>(head, i, e)) / double(end - t * block);
         mean = rotated(mean, double(c.first() + t * block), 10000);
         for (int64_t b = 0; b < visible; ++b) {
           std::vector<double> image(size_t(s.d), 0.0);
@@ -247,7 +259,8 @@ std::vector<double> grouped(const Case& c, int64_t head, int64_t i, int64_t bloc
   for (int64_t j = own * block; j <= at; ++j) total += j % block == block - 1 ? 0 : std::exp(logit(j));
   for (int32_t b : chosen) total += std::exp(landmark[size_t(b)]);
   std::vector<double> weight(size_t(c.shape.m), 0.0);
-  for (int64_t j = own * block; j <= at; ++j) weight[size_t(j)] = j % block == block - 1 ? 0 : std::exp(logit(j)) / total;
+  for (int64_t j = own * block; j <= at; ++j)
+    weight[size_t(j)] = j % block == block - 1 ? 0 : std::exp(logit(j)) / total;
   for (int32_t b : chosen) {
     double inside = 0;
     for (int64_t j = b * block; j < (b + 1) * block - 1; ++j) inside += std::exp(logit(j));
@@ -258,12 +271,17 @@ std::vector<double> grouped(const Case& c, int64_t head, int64_t i, int64_t bloc
 }
 
 TEST_P(Trained, LandmarkPaysABlockWhatItsLandmarkDraws) {
-  for (const auto& [s, block, topk] : {std::tuple{shape(90, 90), 8, 3}, {shape(61, 131), 16, 1000}, {shape(1, 1), 8, 2},
-                                       {shape(40, 77), 5, 0}, {shape(1, 64), 16, 1}}) {
+  for (const auto& [s, block, topk] : {std::tuple{shape(90, 90), 8, 3},
+                                       {shape(61, 131), 16, 1000},
+                                       {shape(1, 1), 8, 2},
+                                       {shape(40, 77), 5, 0},
+                                       {shape(1, 64), 16, 1}}) {
     const Case c(s, 20, 2.0);
-    const ApplyOutput out = c.run("landmark(block=" + std::to_string(block) + ",topk=" + std::to_string(topk) + ")", backend());
+    const ApplyOutput out = c.run("landmark(block=" + std::to_string(block) + ",topk=" + std::to_string(topk) + ")",
+                                  backend());
     for (int64_t head = 0; head < s.h; ++head)
-      for (int64_t i = 0; i < s.n; ++i) expect_row(out, head, i, c.output(head, grouped(c, head, i, block, topk)), "landmark");
+      for (int64_t i = 0; i < s.n; ++i)
+        expect_row(out, head, i, c.output(head, grouped(c, head, i, block, topk)), "landmark");
   }
 }
 
@@ -277,9 +295,11 @@ TEST_P(Trained, LandmarkOfEqualLogitsDividesByBlocks) {
 }
 
 TEST_P(Trained, NsaMixesWindowsBlocksAndLatestKeys) {
-  for (const auto& [s, stride, block, topk, window, learned] :
-       {std::tuple{shape(130, 130), 4, 16, 4, 20, false}, {shape(61, 139), 8, 8, 5, 9, true}, {shape(1, 1), 4, 8, 2, 3, false},
-        {shape(40, 40), 4, 8, 100, 1000, false}, {shape(1, 99), 4, 8, 3, 10, true}}) {
+  for (const auto& [s, stride, block, topk, window, learned] : {std::tuple{shape(130, 130), 4, 16, 4, 20, false},
+                                                                {shape(61, 139), 8, 8, 5, 9, true},
+                                                                {shape(1, 1), 4, 8, 2, 3, false},
+                                                                {shape(40, 40), 4, 8, 100, 1000, false},
+                                                                {shape(1, 99), 4, 8, 3, 10, true}}) {
     const Case c(s, 22, 2.0);
     const int64_t count = std::max<int64_t>(1, s.m / stride - 1);
     Buffer gates = random_input({s.h, s.n, 3}, 23);
@@ -298,8 +318,8 @@ TEST_P(Trained, NsaMixesWindowsBlocksAndLatestKeys) {
               (*to)->as<float>()[(kv * count + x) * (*to)->size[2] + e] = float(sum / double(2 * stride));
             }
     }
-    const ApplyOutput out = Case::run("nsa(stride=" + std::to_string(stride) + ",block=" + std::to_string(block) + ",topk=" +
-                                          std::to_string(topk) + ",window=" + std::to_string(window) + ")",
+    const ApplyOutput out = Case::run("nsa(stride=" + std::to_string(stride) + ",block=" + std::to_string(block) +
+                                          ",topk=" + std::to_string(topk) + ",window=" + std::to_string(window) + ")",
                                       with(c, backend(), inputs));
     const double scale = 1 / std::sqrt(double(s.d));
     for (int64_t kv = 0; kv < s.g; ++kv)
@@ -311,7 +331,8 @@ TEST_P(Trained, NsaMixesWindowsBlocksAndLatestKeys) {
           std::vector<double> logit, row(size_t(s.d_v), 0.0);
           for (int64_t x = 0; (x + 2) * stride <= at + 1; ++x) {
             double dot = 0;
-            for (int64_t e = 0; e < s.d; ++e) dot += double(c.q->at<float>(head, i, e)) * double(ck->at<float>(kv, x, e));
+            for (int64_t e = 0; e < s.d; ++e)
+              dot += double(c.q->at<float>(head, i, e)) * double(ck->at<float>(kv, x, e));
             logit.push_back(scale * dot);
           }
           if (!logit.empty()) {
@@ -334,7 +355,8 @@ TEST_P(Trained, NsaMixesWindowsBlocksAndLatestKeys) {
           const auto selected = c.output(head, c.weights(head, i, [&](int64_t j) {
             return j <= at && std::binary_search(read.begin(), read.end(), int32_t(j / block));
           }));
-          const auto latest = c.output(head, c.weights(head, i, [&, window = window](int64_t j) { return j <= at && at - j < window; }));
+          const auto latest = c.output(
+              head, c.weights(head, i, [&, window = window](int64_t j) { return j <= at && at - j < window; }));
           std::vector<double> row;
           for (int64_t e = 0; e < s.d_v; ++e)
             row.push_back(double(gates->at<float>(head, i, 0)) * coarse[size_t(head - kv * c.group())][size_t(e)] +
@@ -347,8 +369,10 @@ TEST_P(Trained, NsaMixesWindowsBlocksAndLatestKeys) {
 }
 
 TEST_P(Trained, RoutingTransformerAttendsInsideClusters) {
-  for (const auto& [s, clusters, window, causal] : {std::tuple{shape(60, 60), 4, 15, true}, {shape(33, 71), 3, 30, true},
-                                                    {shape(60, 60), 5, 9, false}, {shape(1, 1), 2, 4, true}}) {
+  for (const auto& [s, clusters, window, causal] : {std::tuple{shape(60, 60), 4, 15, true},
+                                                    {shape(33, 71), 3, 30, true},
+                                                    {shape(60, 60), 5, 9, false},
+                                                    {shape(1, 1), 2, 4, true}}) {
     const Case c(s, 26);
     const Buffer mu = random_input({s.h, clusters, s.d}, 27);
     ApplyInput in = with(c, backend(), {{"centroids", mu}});
@@ -395,8 +419,13 @@ TEST_P(Trained, OneClusterOfAllIsDense) {
 
 TEST(TrainedErrors, NameTheInput) {
   const Case c({2, 2, 64, 64, 16, 16});
-  for (const auto& [spec, name] : {std::pair{"dsa", "index_q"}, {"dma", "w_dt"}, {"sparsek", "importance"}, {"mosa", "router"},
-                                   {"seer_attention", "plain_q"}, {"nsa(topk=1)", "gates"}, {"routing_transformer", "centroids"}})
+  for (const auto& [spec, name] : {std::pair{"dsa", "index_q"},
+                                   {"dma", "w_dt"},
+                                   {"sparsek", "importance"},
+                                   {"mosa", "router"},
+                                   {"seer_attention", "plain_q"},
+                                   {"nsa(topk=1)", "gates"},
+                                   {"routing_transformer", "centroids"}})
     EXPECT_NE(apply(spec, c.input("reference")).error().text().find(name), std::string::npos) << spec;
   ApplyInput in = with(c, "reference", {{"router", c.q}});
   EXPECT_NE(apply("mosa", in).error().text().find("[h, n]"), std::string::npos);

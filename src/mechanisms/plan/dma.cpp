@@ -20,7 +20,8 @@ struct Dma final : Mechanism {
     using M = Dma;
     return {
         param<M, int64_t>(&M::topk, "topk", 2048, 1, 1000000000, "keys that a query reads"),
-        param(&M::form, "form", {"exp", "linear"}, 0, "of the bias: e^(A δ) as in the paper, or A δ as in an example of the code"),
+        param(&M::form, "form", {"exp", "linear"}, 0,
+              "of the bias: e^(A δ) as in the paper, or A δ as in an example of the code"),
     };
   }
   Needs needs(const ModelInfo&) const override {
@@ -52,7 +53,8 @@ struct Dma final : Mechanism {
     const Tensor w = given(at, "w_dt", "[g, g·d_v]", {g, g * d}), a = given(at, "a", "[g]", {g});
     // The part of every row of w that a KV head's values meet, and the sum of what they give.
     const Num part = floor_div(place(), g), row = mod(place(), g);
-    const Ragged weights = heads_of(queue, compute(queue, Dtype::F32, {g * g, d}, load(w, (row * g + part) * d + channel())), g, g);
+    const Ragged weights = heads_of(
+        queue, compute(queue, Dtype::F32, {g * g, d}, load(w, (row * g + part) * d + channel())), g, g);
     const Grids products = grids(queue, g, m, g);
     Proxy dot;
     dot.scale = 1, dot.causal = false;

@@ -66,7 +66,8 @@ struct Hip final : Mechanism {
     const int64_t rows = s.q.heads * s.tiles, chunks = topk / k_block,
                   most = std::max<int64_t>(1, (s.m - window) / k_block - skipped());
     const Ragged queries = sampled(queue, s);
-    const Tensor start = queue.scratch.take(Dtype::I32, {rows, chunks}), size = queue.scratch.take(Dtype::I32, {rows, chunks});
+    const Tensor start = queue.scratch.take(Dtype::I32, {rows, chunks}),
+                 size = queue.scratch.take(Dtype::I32, {rows, chunks});
     const auto edge = [&](const Num& j) { return floor_div(j * candidates(s, place()), chunks); };
     compute(queue, edge(channel()), start);
     compute(queue, edge(channel() + 1) - edge(channel()), size);
@@ -128,10 +129,13 @@ struct Hip final : Mechanism {
 }  // namespace
 
 Entry hip() {
-  Entry e = entry<Hip>("hip", "A Training-Free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention",
-                       "Lee et al., 2024, arXiv 2406.09827", 2024, uint8_t(Role::Plan));
+  Entry e = entry<Hip>(
+      "hip",
+      "A Training-Free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention",
+      "Lee et al., 2024, arXiv 2406.09827", 2024, uint8_t(Role::Plan));
   e.equation =
-      "halve each of k / b chunks of blocks, keep the k / b halves of largest max q·k(centre block), until they are single "
+      "halve each of k / b chunks of blocks, keep the k / b halves of largest max q·k(centre block), until they are "
+      "single "
       "blocks; sinks and window besides";
   e.needs = "the whole prompt";
   e.identity = "hip(topk=1000000000)";

@@ -24,7 +24,8 @@ struct HyperAttention final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = HyperAttention;
     return {
-        param<M, int64_t>(&M::min_len, "min_len", 4096, 1, 1000000000, "parts of the text no longer than this are exact"),
+        param<M, int64_t>(&M::min_len, "min_len", 4096, 1, 1000000000,
+                          "parts of the text no longer than this are exact"),
         param<M, int64_t>(&M::block, "block", 256, 1, 1000000000, "keys of a block in sorted order"),
         param<M, int64_t>(&M::sample, "sample", 256, 1, 1000000000, "keys that stand for those outside the block"),
         param(&M::planes, "planes", 7, 1, 12, "random planes that sort"),
@@ -87,7 +88,8 @@ struct HyperAttention final : Mechanism {
     for (int64_t i = 0; i < planes * d; ++i) normals.push_back(float(random.normal()));
     const Ragged normal = heads_of(queue, queue.upload(normals).reshape({planes, d}), 1, planes);
     // What is known so far, the blocks' part, the samples' part.
-    const Tensor outs = queue.scratch.take(Dtype::F32, {3, rows, width}), weights = queue.scratch.take(Dtype::F32, {3, rows}),
+    const Tensor outs = queue.scratch.take(Dtype::F32, {3, rows, width}),
+                 weights = queue.scratch.take(Dtype::F32, {3, rows}),
                  out = queue.scratch.take(Dtype::F32, {rows, width}), lse = queue.scratch.take(Dtype::F32, {rows});
     queue.move(at.out, out), queue.move(at.lse, lse);
     const size_t depths = pairs_of(longest_keys(at), at.plan.causal).size();
@@ -107,7 +109,8 @@ struct HyperAttention final : Mechanism {
 
  private:
   /// Attention of a pair in two parts, own blocks and samples, and the log of their weights.
-  void estimate(LayerView& at, const Slice& s, const Pair& pair, const Ragged& normal, const Tensor& outs, const Tensor& weights) const {
+  void estimate(LayerView& at, const Slice& s, const Pair& pair, const Ragged& normal, const Tensor& outs,
+                const Tensor& weights) const {
     Queue& queue = at.queue;
     const int64_t key = s.sequence * at.k.heads + s.kv_head, before = s.m - s.n, heads_here = s.q.heads,
                   first = std::max<int64_t>(0, pair.q_begin - before), last = pair.q_end - before, nq = last - first,
@@ -126,7 +129,8 @@ struct HyperAttention final : Mechanism {
     } else {
       // A list for each block of keys: its own and the samples. Queries point to that of their place.
       drawn = std::min(sample, nk);
-      const int64_t blocks = (nk + block - 1) / block, q_block = (nq + blocks - 1) / blocks, capacity = std::min(nk, block + drawn);
+      const int64_t blocks = (nk + block - 1) / block, q_block = (nq + blocks - 1) / blocks,
+                    capacity = std::min(nk, block + drawn);
       const Ragged k_place = places(queue, k, nk, normal), q_place = places(queue, q, nq, normal);
       const Tensor samples = queue.upload(draw(at.layer, key, pair.k_begin, nk, drawn));
       const auto in_block = [&](const Num& j, const Num& b) { return floor_div(load(k_place.values, j), block) == b; };
@@ -137,7 +141,8 @@ struct HyperAttention final : Mechanism {
       const Num own = floor_div(load(q_place.values, min(index(), heads_here * nq - 1)), q_block);
       plan.form = Plan::Form::Tokens, plan.q_tile = 1, plan.parts = 2, plan.nnz_bound = blocks * capacity;
       plan.index = read.index;
-      plan.part = compute(queue, Dtype::I32, {plan.nnz_bound}, 1 - in_block(load(read.index, index()), floor_div(index(), capacity)));
+      plan.part = compute(queue, Dtype::I32, {plan.nnz_bound},
+                          1 - in_block(load(read.index, index()), floor_div(index(), capacity)));
       plan.rowptr = compute(queue, Dtype::I64, {heads_here * nq + 1}, own * capacity);
       plan.count = compute(queue, Dtype::I32, {heads_here * nq}, load(read.count, own));
       at.run().attend(queue, q, k, v, plan, mods, outs, weights);
@@ -166,7 +171,8 @@ struct HyperAttention final : Mechanism {
       compute(queue, 2 * load(code.values, index()) + load(bit.values, index()), code.values);
     }
     const Grids in = grids(queue, all, codes, length);
-    compute(queue, in.cells, load(code.values, segment() * length + mod(place(), length)) == floor_div(place(), length), in.cells.values);
+    compute(queue, in.cells, load(code.values, segment() * length + mod(place(), length)) == floor_div(place(), length),
+            in.cells.values);
     const Lists with = chosen(queue, rows_of(queue, in, std::vector<int64_t>(size_t(codes), length)), flagged(), length);
     const Tensor begin = offsets_of(queue, all * codes, load(with.count, index()));
     const Num list = segment() * codes + load(code.values, index()), from = list * length;
@@ -193,7 +199,8 @@ Entry hyperattention() {
   Entry e = entry<HyperAttention>("hyperattention", "HyperAttention: Long-context Attention in Near-Linear Time",
                                   "Han et al., 2023, arXiv 2310.05869", 2023, Role::Plan | Role::Edit);
   e.equation =
-      "Σ e^(q·k s) ≈ Σ over the block of like codes + n / |S| Σ over samples outside it, for each half of the text before the "
+      "Σ e^(q·k s) ≈ Σ over the block of like codes + n / |S| Σ over samples outside it, for each half of the text "
+      "before the "
       "query's; exact in parts of min_len";
   e.needs = "the whole prompt";
   e.identity = "hyperattention(min_len=1000000000)";

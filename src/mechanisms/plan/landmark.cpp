@@ -30,10 +30,11 @@ struct Landmark final : Mechanism {
   Plan plan(LayerView& at) const override {
     causal_only(at, "landmark");
     Queue& queue = at.queue;
-    const int64_t blocks = (longest_keys(at) + block - 1) / block, rows = at.q.values.size[0], keys = at.k.values.size[0],
-                  capacity = std::min<int64_t>(blocks, int64_t(topk) + 1);
+    const int64_t blocks = (longest_keys(at) + block - 1) / block, rows = at.q.values.size[0],
+                  keys = at.k.values.size[0], capacity = std::min<int64_t>(blocks, int64_t(topk) + 1);
     const Num bias = at.mods.key_bias ? load(at.mods.key_bias, index()) : Num(0);
-    const Tensor hidden = queue.scratch.take(Dtype::F32, {keys}), row_factor = queue.scratch.take(Dtype::F32, {rows, blocks}),
+    const Tensor hidden = queue.scratch.take(Dtype::F32, {keys}),
+                 row_factor = queue.scratch.take(Dtype::F32, {rows, blocks}),
                  key_factor = queue.scratch.take(Dtype::F32, {keys, blocks});
     compute(queue, at.k, pick(mod(place(), block) == block - 1, -kInfinity, bias), hidden);
     compute(queue, at.k, floor_div(place(), block) == channel(), key_factor);
@@ -49,7 +50,8 @@ struct Landmark final : Mechanism {
       for (int64_t i = 0; i < s.n; ++i) visible.push_back((s.m - s.n + i) / block + 1);
       Select best;
       best.k = capacity;
-      choose(queue, force(queue, rows_of(queue, of.landmark, visible), 0, 1), best, read.part(s.row, s.row + s.q.heads * s.n));
+      choose(queue, force(queue, rows_of(queue, of.landmark, visible), 0, 1), best,
+             read.part(s.row, s.row + s.q.heads * s.n));
     });
     at.mods.key_bias = hidden, at.mods.row_factor = row_factor, at.mods.key_factor = key_factor;
     return tiled_blocks(at, block, read.index, read.count, capacity, blocks);
@@ -67,10 +69,11 @@ struct Landmark final : Mechanism {
     const auto map = [&](ReduceKind kind, const ScoreFormula& make) {
       return block_map(queue, s.q, s.n, s.k, s.m, exact, kind, 1, block, make);
     };
-    const Grids most = map(ReduceKind::Max, {}), lse = map(ReduceKind::Sum, [&](const Num& x, const Num& i, const Num& j) {
-      const Num top = load(most.cells.values, segment() * (s.n * blocks) + i * blocks + floor_div(j, block));
-      return pick(mod(j, block) == block - 1, 0, exp(x - top));
-    });
+    const Grids most = map(ReduceKind::Max, {}),
+                lse = map(ReduceKind::Sum, [&](const Num& x, const Num& i, const Num& j) {
+                  const Num top = load(most.cells.values, segment() * (s.n * blocks) + i * blocks + floor_div(j, block));
+                  return pick(mod(j, block) == block - 1, 0, exp(x - top));
+                });
     const Tensor& sum = lse.cells.values;
     compute(queue, log(max(load(sum, index()), 1e-37)) + load(most.cells.values, index()), sum);
     const Ragged keys = picked_rows(queue, s.k, begin_of(s.k, 0) + min((place() + 1) * block, s.m) - 1,
@@ -87,9 +90,12 @@ struct Landmark final : Mechanism {
 Entry landmark() {
   Entry e = entry<Landmark>("landmark", "Landmark Attention: Random-Access Infinite Context Length for Transformers",
                             "Mohtashami and Jaggi, 2023, arXiv 2305.16300", 2023, uint8_t(Role::Plan));
-  e.equation = "p = softmax over own tokens and landmarks of earlier blocks; a token of block b weighs p(landmark_b) softmax_b(q·k s)";
+  e.equation =
+      "p = softmax over own tokens and landmarks of earlier blocks; a token of block b weighs p(landmark_b) "
+      "softmax_b(q·k s)";
   e.needs = "a model trained with landmark tokens; the whole prompt, the same entries in all heads";
-  e.no_identity = "landmarks carry no value; where each landmark's logit is the log-sum-exp of its block, the rest is dense";
+  e.no_identity =
+      "landmarks carry no value; where each landmark's logit is the log-sum-exp of its block, the rest is dense";
   e.verified = {"formula"};
   return e;
 }

@@ -42,7 +42,8 @@ struct Mosa final : Mechanism {
     best.k = std::min(n, std::max<int64_t>(2, int64_t(double(n) / sparsity)));
     const Lists taken = chosen(queue, force(queue, scores, first ? 1 : 0, 0), best, best.k);
     const Tensor gain = queue.scratch.take(Dtype::F32, {h * n});
-    compute(queue, at.q, taken.has(segment(), place()) * load(router, index()) * (at.mods.gain ? load(at.mods.gain, index()) : Num(1)),
+    compute(queue, at.q,
+            taken.has(segment(), place()) * load(router, index()) * (at.mods.gain ? load(at.mods.gain, index()) : Num(1)),
             gain);
     at.mods.gain = gain;
     return tokens_plan(queue, Plan::Scope::QueryHead, int(n), taken.index, taken.count, best.k);
@@ -52,8 +53,9 @@ struct Mosa final : Mechanism {
 }  // namespace
 
 Entry mosa() {
-  Entry e = entry<Mosa>("mosa", "Mixture of Sparse Attention: Content-Based Learnable Sparse Attention via Expert-Choice Routing",
-                        "Piękos et al., 2025, arXiv 2505.00315", 2025, uint8_t(Role::Plan));
+  Entry e = entry<Mosa>(
+      "mosa", "Mixture of Sparse Attention: Content-Based Learnable Sparse Attention via Expert-Choice Routing",
+      "Piękos et al., 2025, arXiv 2505.00315", 2025, uint8_t(Role::Plan));
   e.equation = "I = top T/ρ of r; o_i = r_i softmax over j in I, j ≤ i of (q·k s) v for i in I, else 0";
   e.needs = "a trained router: --input router=…";
   e.no_identity = "the router is an input; with sparsity=1 and r = 1 it is dense";

@@ -22,7 +22,8 @@ struct Nsa final : Mechanism {
     return {
         param(&M::topk, "topk", 16, 1, 1000000000, "blocks that a query reads, the first and the two latest among them"),
         param(&M::block, "block", 64, 1, 4096, "keys of a block"),
-        param(&M::stride, "stride", 16, 1, 4096, "keys between compressed windows, which are twice as long; divides block"),
+        param(&M::stride, "stride", 16, 1, 4096,
+              "keys between compressed windows, which are twice as long; divides block"),
         param<M, int64_t>(&M::window, "window", 512, 1, 1 << 30, "latest keys of a query, its own among them"),
     };
   }
@@ -64,7 +65,8 @@ struct Nsa final : Mechanism {
         const Num more = pick(w >= 0 && w < count, shared * load(weights.cells.values, i * count + w), 0);
         compute(queue, scores.cells, load(scores.cells.values, index()) + more, scores.cells.values);
       }
-      compute(queue, scores.cells, pick(j == 0 || j >= own - 1, kInfinity, load(scores.cells.values, index())), scores.cells.values);
+      compute(queue, scores.cells, pick(j == 0 || j >= own - 1, kInfinity, load(scores.cells.values, index())),
+              scores.cells.values);
       std::vector<int64_t> visible;
       for (int64_t r = 0; r < s.n; ++r) visible.push_back((s.m - s.n + r) / block + 1);
       Select best;
@@ -80,8 +82,10 @@ struct Nsa final : Mechanism {
   Tensor edit(LayerView& at) const override {
     Queue& queue = at.queue;
     const int64_t n = at.rows[0], m = at.key_rows[0], rows = at.out.size[0], width = at.out.size[1];
-    const Tensor gates = given(at, "gates", "[h, n, 3]", {rows, 3}), coarse = queue.scratch.take(Dtype::F32, {rows, width}),
-                 latest = queue.scratch.take(Dtype::F32, {rows, width}), out = queue.scratch.take(Dtype::F32, {rows, width});
+    const Tensor gates = given(at, "gates", "[h, n, 3]", {rows, 3}),
+                 coarse = queue.scratch.take(Dtype::F32, {rows, width}),
+                 latest = queue.scratch.take(Dtype::F32, {rows, width}),
+                 out = queue.scratch.take(Dtype::F32, {rows, width});
     // A query sees the windows that end at or before it.
     Plan ended;
     ended.form = Plan::Form::Interval, ended.scope = Plan::Scope::Layer, ended.causal = false, ended.nnz_bound = n;
@@ -90,7 +94,8 @@ struct Nsa final : Mechanism {
                           channel() * max(0, min(windows(m, stride), floor_div(m - n + place() + 1, stride) - 1)));
     Mods scaled;
     scaled.scale = at.mods.scale;
-    at.run().attend(queue, at.q, compressed(at, at.k, "compressed_k"), compressed(at, at.v, "compressed_v"), ended, scaled, coarse, {});
+    at.run().attend(queue, at.q, compressed(at, at.k, "compressed_k"), compressed(at, at.v, "compressed_v"), ended,
+                    scaled, coarse, {});
     Mods near = at.mods;
     near.window = window;
     at.run().attend(queue, at.q, at.k, at.v, Plan(), near, latest, {});
@@ -106,9 +111,12 @@ Entry nsa() {
   Entry e = entry<Nsa>("nsa", "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention",
                        "Yuan et al., 2025, arXiv 2502.11089", 2025, Role::Plan | Role::Edit);
   e.equation =
-      "o = g₁ attention over compressed windows + g₂ attention over the top blocks by Σ of the windows' weights + g₃ attention "
+      "o = g₁ attention over compressed windows + g₂ attention over the top blocks by Σ of the windows' weights + g₃ "
+      "attention "
       "over i − j < w";
-  e.needs = "trained gates: --input gates=…; the learned compression, if it is not the mean: --input compressed_k=…, --input compressed_v=…";
+  e.needs =
+      "trained gates: --input gates=…; the learned compression, if it is not the mean: --input compressed_k=…, --input "
+      "compressed_v=…";
   e.no_identity = "gates are inputs; with gates (0, 1, 0) and topk of all blocks it is dense";
   e.verified = {"formula"};
   return e;

@@ -21,10 +21,13 @@ struct RectifiedSpaAttn final : Mechanism {
   static std::vector<ParamInfo> params() {
     using M = RectifiedSpaAttn;
     return {
-        param(&M::remain, "remain", 0.5, 0, 1, "share of a tile's pooled weight that is read, the crossing block included"),
+        param(&M::remain, "remain", 0.5, 0, 1,
+              "share of a tile's pooled weight that is read, the crossing block included"),
         param(&M::topk, "topk", 1, 1, 1 << 20, "blocks that a tile reads at least, by weight"),
-        param(&M::local, "local", 0, 0, 1 << 20, "blocks on either side of a tile's own that are read, its own among them"),
-        param<M, int64_t>(&M::text, "text", 0, 0, 1 << 30, "first tokens, which see all and are seen by all; whole blocks"),
+        param(&M::local, "local", 0, 0, 1 << 20,
+              "blocks on either side of a tile's own that are read, its own among them"),
+        param<M, int64_t>(&M::text, "text", 0, 0, 1 << 30,
+                          "first tokens, which see all and are seen by all; whole blocks"),
         param(&M::block, "block", 128, 1, 4096, "queries and keys of a block"),
     };
   }
@@ -41,7 +44,8 @@ struct RectifiedSpaAttn final : Mechanism {
   Plan plan(LayerView& at) const override {
     // A sliding window already bounds what is read.
     if (!sparse(at)) return dense_plan(block, block);
-    return chosen_blocks(at, Plan::Scope::QueryHead, block, block, [&](const Slice& s) { return critical(at, s, weights(at, s)); });
+    return chosen_blocks(at, Plan::Scope::QueryHead, block, block,
+                         [&](const Slice& s) { return critical(at, s, weights(at, s)); });
   }
 
   Tensor edit(LayerView& at) const override {
@@ -140,7 +144,8 @@ Entry rectified_spaattn() {
                                     "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation",
                                     "Liu et al., 2025, arXiv 2511.19835", 2025, Role::Plan | Role::Edit);
   e.equation =
-      "P ∝ |block| e^(mean q · mean k s); read the largest P until they hold `remain`; o = R o_read + Σ P_J mean(v_J) over unread "
+      "P ∝ |block| e^(mean q · mean k s); read the largest P until they hold `remain`; o = R o_read + Σ P_J mean(v_J) "
+      "over unread "
       "J with |q·k| > |δq·k| + |q·δk|, R = 1 − Σ P_J";
   e.needs = "the whole prompt";
   e.identity = "rectified_spaattn(remain=1)";

@@ -42,8 +42,8 @@ struct RoutingTransformer final : Mechanism {
     const Ragged centroids = heads_of(queue, given(at, "centroids", "[h, c, d]", {h * count, d}), h, count);
     const Lists queries = taken(queue, centroids, count, unit_rows(queue, in_f32(queue, at.q)), n),
                 keys = taken(queue, centroids, count, unit_rows(queue, in_f32(queue, at.k)), m);
-    const Tensor part = queue.scratch.take(Dtype::F32, {rows, width}), out = queue.scratch.take(Dtype::F32, {rows, width}),
-                 times = queue.scratch.take(Dtype::F32, {rows});
+    const Tensor part = queue.scratch.take(Dtype::F32, {rows, width}),
+                 out = queue.scratch.take(Dtype::F32, {rows, width}), times = queue.scratch.take(Dtype::F32, {rows});
     queue.fill(out, 0), queue.fill(times, 0);
     for (int64_t cluster = 0; cluster < count; ++cluster) {
       const Scratch scratch(queue.scratch);
@@ -71,16 +71,20 @@ struct RoutingTransformer final : Mechanism {
     queue.run->proxy(queue, centroids, unit, dot, likeness);
     Select best;
     best.k = window;
-    return chosen(queue, rows_of(queue, likeness, std::vector<int64_t>(size_t(count), length)), best, std::min(window, length));
+    return chosen(queue, rows_of(queue, likeness, std::vector<int64_t>(size_t(count), length)), best,
+                  std::min(window, length));
   }
 };
 
 }  // namespace
 
 Entry routing_transformer() {
-  Entry e = entry<RoutingTransformer>("routing_transformer", "Efficient Content-Based Sparse Attention with Routing Transformers",
+  Entry e = entry<RoutingTransformer>("routing_transformer",
+                                      "Efficient Content-Based Sparse Attention with Routing Transformers",
                                       "Roy et al., 2020, arXiv 2003.05997", 2020, Role::Plan | Role::Edit);
-  e.equation = "cluster c: the w queries and the w keys of largest q̂·μ_c, k̂·μ_c; o_i = mean over its clusters of their causal attention";
+  e.equation =
+      "cluster c: the w queries and the w keys of largest q̂·μ_c, k̂·μ_c; o_i = mean over its clusters of their causal "
+      "attention";
   e.needs = "trained centroids: --input centroids=…";
   e.no_identity = "centroids are inputs; one cluster of all tokens is dense";
   e.verified = {"formula"};

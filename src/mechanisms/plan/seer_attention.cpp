@@ -23,7 +23,8 @@ struct SeerAttention final : Mechanism {
     using M = SeerAttention;
     return {
         param(&M::threshold, "threshold", 2e-3, 0, 1, "gate from which a block is read"),
-        param(&M::ratio, "ratio", 0, 0, 1, "instead of the threshold: the share of the triangle that is read; 0: by threshold"),
+        param(&M::ratio, "ratio", 0, 0, 1,
+              "instead of the threshold: the share of the triangle that is read; 0: by threshold"),
         param(&M::last, "last", true, "the last two tiles read all"),
         param(&M::block, "block", 64, 1, 4096, "queries and keys of a block"),
         param(&M::base, "base", 10000, 1, 1e12, "of the rotary embedding"),
@@ -52,7 +53,8 @@ struct SeerAttention final : Mechanism {
     return chosen_blocks(at, Plan::Scope::QueryHead, block, block, [&](const Slice& s) -> BlockChoice {
       const int64_t query = s.kv_head * s.q.heads, blocks = (s.m + block - 1) / block, before = s.m - s.n;
       const Ragged gate_q = pooled(queue, segments(q, query, query + h / g, h / g), s.n, PoolKind::Mean, block),
-                   gate_k = transformed(queue, extremes(queue, segments(k, s.kv_head, s.kv_head + 1, 1), s), w.slice(0, query, query + h / g));
+                   gate_k = transformed(queue, extremes(queue, segments(k, s.kv_head, s.kv_head + 1, 1), s),
+                                        w.slice(0, query, query + h / g));
       const auto first_token = [&](const Ragged& x, int64_t each, int64_t from) {
         return compute(queue, Dtype::I32, {x.bound}, from + mod(index(), each) * block);
       };
@@ -66,7 +68,8 @@ struct SeerAttention final : Mechanism {
       if (ratio > 0)
         open.by = Select::By::TopK, open.k = std::max<int64_t>(1, int64_t((1 - std::sqrt(1 - ratio)) * double(blocks)));
       const Num late = mod(segment(), s.tiles) >= s.tiles - (last ? 2 : 0);
-      return united(queue, rows_of(queue, map, visible_blocks(at, s, block, block)), open, blocks, late || own_block(s, block, block));
+      return united(queue, rows_of(queue, map, visible_blocks(at, s, block, block)), open, blocks,
+                    late || own_block(s, block, block));
     });
   }
 

@@ -51,8 +51,8 @@ struct SparseD final : Mechanism {
         Proxy exact;
         exact.scale = at.mods.scale, exact.softcap = at.mods.softcap, exact.softmax = true, exact.causal = at.plan.causal;
         exact.offset = before - from * block;
-        const Grids mass = block_map(queue, queries, s.n, rows_between(queue, keys, from * block, s.m), s.m - from * block,
-                                     exact, ReduceKind::Sum, block, block);
+        const Grids mass = block_map(queue, queries, s.n, rows_between(queue, keys, from * block, s.m),
+                                     s.m - from * block, exact, ReduceKind::Sum, block, block);
         std::vector<int64_t> own;
         for (int64_t x : visible) own.push_back(std::max<int64_t>(0, x - from));
         const Ragged rows = rows_of(queue, mass, own);
@@ -78,10 +78,12 @@ Entry sparsed() {
   Entry e = entry<SparseD>("sparsed", "SparseD: Sparse Attention for Diffusion Language Models",
                            "Wang et al., 2025, arXiv 2509.24014", 2025, uint8_t(Role::Plan));
   e.equation =
-      "of the planning step's softmax(q·k s), summed over blocks: the top ⌊ρ N⌋ + 1 of all in the prompt, and those of the "
+      "of the planning step's softmax(q·k s), summed over blocks: the top ⌊ρ N⌋ + 1 of all in the prompt, and those of "
+      "the "
       "generated among themselves";
   e.needs =
-      "the whole prompt; queries and keys of the planning step, where they are others: --input plan_q=…, --input plan_k=…";
+      "the whole prompt; queries and keys of the planning step, where they are others: --input plan_q=…, --input "
+      "plan_k=…";
   e.identity = "sparsed(ratio=1)";
   e.verified = {"identity", "formula", "model"};
   return e;

@@ -39,8 +39,7 @@ struct SparseK final : Mechanism {
     importance.values = given(at, "importance", "[g, m]", {g * m});
     if (topk + window >= m) return dense_plan(1, 1);
     if (recency > 0)
-      importance.values = compute(queue, Dtype::F32, {g * m},
-                                  load(importance.values, index()) + recency * mod(index(), m));
+      importance.values = compute(queue, Dtype::F32, {g * m}, load(importance.values, index()) + recency * mod(index(), m));
     Select best;
     best.k = topk;
     const Lists kept = chosen(queue, up_to_each(queue, importance, m, n, window), best, topk);
@@ -59,7 +58,8 @@ struct SparseK final : Mechanism {
 }  // namespace
 
 Entry sparsek() {
-  Entry e = entry<SparseK>("sparsek", "Sparser is Faster and Less is More: Efficient Sparse Attention for Long-Range Transformers",
+  Entry e = entry<SparseK>("sparsek",
+                           "Sparser is Faster and Less is More: Efficient Sparse Attention for Long-Range Transformers",
                            "Lou et al., 2024, arXiv 2406.16747", 2024, uint8_t(Role::Plan));
   e.equation = "read i − j < w, and the top k of u_j + ε j among the keys before";
   e.needs = "a trained score of each token: --input importance=…";
