@@ -51,6 +51,7 @@ Entry kvzip();
 Entry lagkv();
 Entry landmark();
 Entry leverage();
+Entry light_forcing();
 Entry lychee_decode();
 Entry minference();
 Entry moa();

@@ -54,6 +54,7 @@ std::span<const Entry> registry() {
       lagkv(),
       landmark(),
       leverage(),
+      light_forcing(),
       lychee_decode(),
       minference(),
       moa(),

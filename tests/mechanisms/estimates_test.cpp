@@ -16,7 +16,8 @@ TEST_P(Estimates, IdentityIsDense) {
     const Case c(s);
     for (const char* spec :
          {"hip(topk=1000000000)", "hip(topk=16,window=200)", "sale(tau=0)", "sale", "sale(tau=1,dense_len=0,local=200)",
-          "sparsed(ratio=1)", "sparsed(step=205)", "sparsed(ratio=0.99,block=16)", "hyperattention",
+          "sparsed(ratio=1)", "sparsed(step=205)", "sparsed(ratio=0.99,block=16)", "light_forcing",
+          "light_forcing(sparsity=0,target=0,topk=1000000000,frame=16,block=16)", "hyperattention",
           "hyperattention(min_len=16,sample=1000000)", "hyperattention(min_len=16,block=1000000,sample=3)",
           "rectified_spaattn(remain=1)", "rectified_spaattn(topk=1000,block=16)", "rectified_spaattn(text=256)"})
       EXPECT_LT(c.dense_error(c.run(spec, backend())), kExact) << spec;
@@ -404,6 +405,70 @@ TEST_P(Estimates, RectifiedSpaAttnLeavesOtherHeadsAlone) {
   for (int64_t i = 0; i < 64; ++i) {
     EXPECT_NEAR(some.find("out")->view().at<float>(0, i, 0), dense.find("out")->view().at<float>(0, i, 0), kExact);
     EXPECT_NEAR(some.find("out")->view().at<float>(1, i, 0), all.find("out")->view().at<float>(1, i, 0), kExact);
+  }
+}
+
+TEST_P(Estimates, LightForcingReadsAShareOfTheBlocksOfItsFrames) {
+  for (const auto& [s, frame, frames, chunks, block, topk, first, latest, causal] :
+       {std::tuple{shape(20, 100), 10, 2, 5, 4, 2, 1, 2, false},
+        {shape(24, 141), 7, 4, 6, 8, 3, 2, 1, false},
+        {shape(131, 131), 6, 3, 8, 8, 2, 1, 3, true},
+        {shape(1, 97), 5, 2, 9, 16, 1, 0, 0, true},
+        {shape(1, 1), 1, 1, 2, 4, 1, 1, 1, true}}) {
+    const Case c(s, 15, 1.5);
+    const double sparsity = 0.8, target = 0.6;
+    // Levels fall from 1 to 0, and chunk i (of as many queries as any, i times the keys) reads 1 − σ + level · growth.
+    std::vector<double> level{0};
+    for (int64_t i = 2; i <= chunks; ++i) level.push_back(chunks > 2 ? double(chunks - i) / double(chunks - 2) : 1.0);
+    double pairs = 0, weighed = 0, read_pairs = 0;
+    for (int64_t i = 2; i <= chunks; ++i) pairs += double(i), weighed += double(i) * level[size_t(i - 1)];
+    const double growth = ((1 - target) - (1 - sparsity)) * pairs / weighed;
+    for (int64_t i = 2; i <= chunks; ++i) read_pairs += double(i) * (1 - sparsity + level[size_t(i - 1)] * growth);
+    EXPECT_NEAR(read_pairs, (1 - target) * pairs, 1e-9);
+    ApplyInput in = c.input(backend());
+    in.causal = causal;
+    const ApplyOutput out = Case::run("light_forcing(sparsity=0.8,target=0.6,frame=" + std::to_string(frame) +
+                                          ",frames=" + std::to_string(frames) + ",chunks=" + std::to_string(chunks) +
+                                          ",block=" + std::to_string(block) + ",topk=" + std::to_string(topk) +
+                                          ",first=" + std::to_string(first) + ",latest=" + std::to_string(latest) + ")",
+                                      in);
+    const auto plan = lists(out, "plan");
+    const int64_t tiles = ceil_of(s.n, block), blocks = ceil_of(s.m, block), there = ceil_of(s.m, frame);
+    for (int64_t head = 0; head < s.h; ++head)
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t begin = t * block, end = std::min<int64_t>(s.n, begin + block),
+                      chunk = (c.first() + begin) / (frame * frames),
+                      visible = causal ? ceil_of(c.first() + end, block) : blocks;
+        std::set<int32_t> read;
+        if (chunk == 0) {
+          for (int32_t b = 0; b < visible; ++b) read.insert(b);
+        } else {
+          std::vector<double> like;
+          for (int64_t f = 0; f < there; ++f)
+            like.push_back(f >= first && f < chunk * frames - latest
+                               ? mean_dot(c, head, begin, end, f * frame, std::min<int64_t>(s.m, (f + 1) * frame))
+                               : -INFINITY);
+          std::set<int64_t> seen;
+          for (int32_t f : top(like, topk))
+            if (like[size_t(f)] > -INFINITY) seen.insert(f);
+          for (int64_t f = 0; f < there; ++f)
+            if (f < first || f >= chunk * frames - latest) seen.insert(f);
+          std::vector<double> score;
+          int64_t candidates = 0;
+          for (int64_t b = 0; b < visible; ++b) {
+            const int64_t last = std::min<int64_t>(s.m, (b + 1) * block);
+            bool any = false;
+            for (int64_t j = b * block; j < last; ++j) any |= seen.contains(j / frame);
+            const bool own = causal && b >= (c.first() + begin) / block;
+            candidates += any || own;
+            score.push_back(own ? INFINITY : any ? mean_dot(c, head, begin, end, b * block, last) : -INFINITY);
+          }
+          const double share = 1 - sparsity + level[size_t(std::min<int64_t>(chunk, chunks - 1))] * growth;
+          const int64_t count = int64_t(std::ceil(std::min(1.0, share) * double(visible) - 1e-6));
+          for (int32_t b : top(score, std::min(std::max<int64_t>(1, count), candidates))) read.insert(b);
+        }
+        EXPECT_EQ(plan[size_t(head * tiles + t)], sorted(read)) << "head " << head << " tile " << t;
+      }
   }
 }
 

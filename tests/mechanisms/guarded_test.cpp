@@ -46,6 +46,7 @@ const std::vector<std::string> kSpecs = {
     "rectified_spaattn(block=8,remain=0.3,text=8)",
     "rectified_spaattn(block=8,remain=0.3,heads=1-2)",
     "landmark(block=8,topk=2)",
+    "light_forcing(frame=6,frames=2,chunks=8,topk=2,latest=2,block=4,sparsity=0.8,target=0.6)",
     "hyperattention(min_len=16,block=8,sample=6,planes=3)",
     "hyperattention(min_len=16,block=8,sample=6,planes=3,heads=1-2)",
     "moba(block=100,topk=1)",
