@@ -417,6 +417,40 @@ TEST_P(Trained, OneClusterOfAllIsDense) {
   EXPECT_LT(c.dense_error(Case::run("routing_transformer(window=50)", with(c, backend(), {{"centroids", mu}}))), kExact);
 }
 
+// Heads that a spec leaves out attend as they would without it.
+TEST_P(Trained, OtherHeadsStayDense) {
+  const Case c(shape(60, 60), 30);
+  const Shape& s = c.shape;
+  const Buffer router = constant_input({s.h, s.n}, 0.5), gates = random_input({s.h, s.n, 3}, 31),
+               mu = random_input({s.h, 3, s.d}, 32), other = random_input({s.h, s.n, s.d}, 33),
+               other_k = random_input({s.g, s.m, s.d}, 34), other_v = random_input({s.g, s.m, s.d_v}, 35),
+               u = random_input({s.g, s.m}, 36);
+  const ApplyInput in = with(c, backend(),
+                             {{"router", router},
+                              {"gates", gates},
+                              {"centroids", mu},
+                              {"dense_q", other},
+                              {"dense_k", other_k},
+                              {"dense_v", other_v},
+                              {"importance", u}});
+  const ApplyOutput dense = Case::run("dense", in);
+  for (const std::string name : {"mosa(", "nsa(topk=2,block=8,stride=4,window=5,", "routing_transformer(window=9,",
+                                 "rettention(window=3,step=19,", "sparsek(topk=3,window=4,"}) {
+    const ApplyOutput some = Case::run(name + "heads=1-)", in), all = Case::run(name + "heads=0-)", in);
+    double same = 0, more = 0;
+    for (int64_t i = 0; i < s.n; ++i)
+      for (int64_t e = 0; e < s.d_v; ++e) {
+        const auto at = [&](const ApplyOutput& out, int64_t head) {
+          return double(out.find("out")->view().at<float>(head, i, e));
+        };
+        same = std::max({same, std::abs(at(some, 0) - at(dense, 0)), std::abs(at(some, 1) - at(all, 1))});
+        more = std::max(more, std::abs(at(all, 0) - at(dense, 0)));
+      }
+    EXPECT_LT(same, kExact) << name;
+    EXPECT_GT(more, 1e-2) << name;
+  }
+}
+
 TEST(TrainedErrors, NameTheInput) {
   const Case c({2, 2, 64, 64, 16, 16});
   for (const auto& [spec, name] : {std::pair{"dsa", "index_q"},
@@ -427,6 +461,8 @@ TEST(TrainedErrors, NameTheInput) {
                                    {"nsa(topk=1)", "gates"},
                                    {"routing_transformer", "centroids"}})
     EXPECT_NE(apply(spec, c.input("reference")).error().text().find(name), std::string::npos) << spec;
+  for (const char* spec : {"dma(heads=0)", "landmark(heads=0)"})
+    EXPECT_NE(apply(spec, c.input("reference")).error().text().find("heads"), std::string::npos) << spec;
   ApplyInput in = with(c, "reference", {{"router", c.q}});
   EXPECT_NE(apply("mosa", in).error().text().find("[h, n]"), std::string::npos);
 }

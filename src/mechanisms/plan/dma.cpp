@@ -24,6 +24,9 @@ struct Dma final : Mechanism {
               "of the bias: e^(A δ) as in the paper, or A δ as in an example of the code"),
     };
   }
+  std::string check() const override {
+    return heads.all() ? "" : "a key's bias is one for all the heads that read it: leave out heads";
+  }
   Needs needs(const ModelInfo&) const override {
     Needs n;
     n.whole_prompt = n.same_entries = true;

@@ -21,6 +21,9 @@ struct Landmark final : Mechanism {
         param(&M::topk, "topk", 5, 0, 1000000000, "earlier blocks that a query reads"),
     };
   }
+  std::string check() const override {
+    return heads.all() ? "" : "a landmark is hidden from all heads: leave out heads";
+  }
   Needs needs(const ModelInfo&) const override {
     Needs n;
     n.whole_prompt = n.same_entries = true;

@@ -1,8 +1,8 @@
 #include <algorithm>
 
 #include "attention/inputs.h"
+#include "attention/maps.h"
 #include "attention/plans.h"
-#include "attention/select.h"
 #include "mechanisms/entries.h"
 
 namespace heed::mechanisms {
@@ -42,9 +42,9 @@ struct Mosa final : Mechanism {
     best.k = std::min(n, std::max<int64_t>(2, int64_t(double(n) / sparsity)));
     const Lists taken = chosen(queue, force(queue, scores, first ? 1 : 0, 0), best, best.k);
     const Tensor gain = queue.scratch.take(Dtype::F32, {h * n});
-    compute(queue, at.q,
-            taken.has(segment(), place()) * load(router, index()) * (at.mods.gain ? load(at.mods.gain, index()) : Num(1)),
-            gain);
+    const Num given_gain = at.mods.gain ? load(at.mods.gain, index()) : Num(1);
+    const Num routed = taken.has(segment(), place()) * load(router, index());
+    compute(queue, at.q, pick(among(at, heads, segment()), routed, 1) * given_gain, gain);
     at.mods.gain = gain;
     return tokens_plan(queue, Plan::Scope::QueryHead, int(n), taken.index, taken.count, best.k);
   }

@@ -99,8 +99,10 @@ struct Nsa final : Mechanism {
     Mods near = at.mods;
     near.window = window;
     at.run().attend(queue, at.q, at.k, at.v, Plan(), near, latest, {});
-    const auto gate = [&](int64_t branch) { return load(gates, place() * 3 + branch); };
-    compute(queue, gate(0) * load(coarse, index()) + gate(1) * load(at.out, index()) + gate(2) * load(latest, index()), out);
+    const Num row = floor_div(index(), width), selected = load(at.out, index());
+    const auto gate = [&](int64_t branch) { return load(gates, row * 3 + branch); };
+    const Num mixed = gate(0) * load(coarse, index()) + gate(1) * selected + gate(2) * load(latest, index());
+    compute(queue, at.q, pick(among(at, heads, segment()), mixed, selected), out);
     return out;
   }
 };

@@ -1,4 +1,5 @@
 #include "attention/inputs.h"
+#include "attention/maps.h"
 #include "attention/patterns.h"
 #include "mechanisms/entries.h"
 
@@ -57,9 +58,10 @@ struct Rettention final : Mechanism {
     const Tensor all = take(), seen = take(), out = take(), all_lse = sums(), seen_lse = sums();
     at.run().attend(at.queue, q, k, v, dense, at.mods, all, all_lse);
     at.run().attend(at.queue, q, k, v, at.plan, at.mods, seen, seen_lse);
-    const Num share = exp(load(seen_lse, place()) - load(all_lse, place()));
-    const Num residual = load(all, index()) - share * load(seen, index());
-    compute(at.queue, (share + drift * double(age() - 1)) * load(at.out, index()) + residual, out);
+    const Num row = floor_div(index(), width), share = exp(load(seen_lse, row) - load(all_lse, row));
+    const Num residual = load(all, index()) - share * load(seen, index()), now = load(at.out, index());
+    compute(at.queue, at.q,
+            pick(among(at, heads, segment()), (share + drift * double(age() - 1)) * now + residual, now), out);
     return out;
   }
 };

@@ -28,10 +28,11 @@ struct RoutingTransformer final : Mechanism {
     return n;
   }
 
-  // The clusters' attention is the whole output: nothing is read before.
+  // The clusters' attention is the whole output of its heads: nothing is read before.
   Plan plan(LayerView& at) const override {
     Plan nothing = dense_plan(1, 1);
-    at.mods.gain = compute(at.queue, Dtype::F32, {at.q.values.size[0]}, 0);
+    at.mods.gain = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
+    compute(at.queue, at.q, 1 - among(at, heads, segment()), at.mods.gain);
     return nothing;
   }
 
@@ -49,7 +50,7 @@ struct RoutingTransformer final : Mechanism {
       const Scratch scratch(queue.scratch);
       Mods mods = at.mods;
       mods.gain = queue.scratch.take(Dtype::F32, {rows});
-      compute(queue, at.q, queries.has(segment() * count + cluster, place()), mods.gain);
+      compute(queue, at.q, among(at, heads, segment()) * queries.has(segment() * count + cluster, place()), mods.gain);
       Plan plan;
       plan.form = Plan::Form::Tokens, plan.q_tile = int(n), plan.causal = at.plan.causal;
       plan.rowptr = compute(queue, Dtype::I64, {h + 1}, min(index() * count + cluster, h * count) * keys.capacity);
@@ -59,7 +60,7 @@ struct RoutingTransformer final : Mechanism {
       compute(queue, load(times, index()) + load(mods.gain, index()), times);
       compute(queue, load(out, index()) + load(part, index()), out);
     }
-    compute(queue, load(out, index()) / max(1, load(times, place())), out);
+    compute(queue, load(at.out, index()) + load(out, index()) / max(1, load(times, place())), out);
     return out;
   }
 
