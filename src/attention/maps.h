@@ -40,20 +40,20 @@ LastRows last_rows_pay(LayerView&, const Slice&, int64_t rows);
 
 /// Means of windows of 2 · stride rows, a window every `stride` rows of segments of `length` rows; F32.
 Ragged window_means(Queue&, const Ragged& x, int64_t length, int stride);
-/// What each query of a slice pays the `count` rows of `windows`, which stand for 2 · stride keys each, one every stride: softmax over those that
-/// end at or before it, summed over the heads. A row for each query, a column for each window.
+/// What each query of a slice pays the `count` rows of `windows`, each of which stands for 2 · stride keys, one every
+/// stride: softmax over those that end at or before it, summed over the heads. A row for each query.
 Grids window_weights(LayerView&, const Slice&, const Ragged& windows, int64_t count, int stride);
 
 /// Mean queries by mean keys, a grid for each query head of the slice; scale 0 is attention's own. Blocks that begin behind
 /// a tile are −∞, or 0 with softmax.
 Grids mean_map(LayerView&, const Slice&, int q_block, int k_block, Proxy how);
 
-/// Calls visit(first, last) for queries first … last − 1 of n, a multiple of `block` of them at a time: bounds what scores token
-/// by token take. Scratch that a visit takes is given back behind it.
+/// Calls visit(first, last) for queries first … last − 1 of n, a multiple of `block` of them at a time: bounds what
+/// scores token by token take. Scratch that a visit takes is given back behind it.
 void each_part(Queue&, int64_t n, int block, const std::function<void(int64_t first, int64_t last)>& visit);
 
-/// For each of the last n rows of every segment of numbers x (`length` each), those up to `behind` rows before its own: segments
-/// that overlap. No copy.
+/// For each of the last n rows of every segment of numbers x (`length` each), those up to `behind` rows before its own:
+/// segments that overlap. No copy.
 Ragged up_to_each(Queue&, const Ragged& x, int64_t length, int64_t n, int64_t behind = 0);
 
 /// Whether query head `head` is among `heads`, a parameter of a mechanism: a formula.

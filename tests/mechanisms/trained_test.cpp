@@ -1,4 +1,6 @@
 // Selectors whose weights are a trained layer's, given as inputs, against their definitions in plain loops.
+#include <bit>
+
 #include "plan_case.h"
 
 namespace heed::test {
@@ -448,6 +450,44 @@ TEST_P(Trained, OtherHeadsStayDense) {
       }
     EXPECT_LT(same, kExact) << name;
     EXPECT_GT(more, 1e-2) << name;
+  }
+}
+
+// Panels of bf16, as models have them: of numbers that bf16 holds, what is chosen is the same.
+TEST_P(Trained, PanelsMayBeRounded) {
+  const Case c(shape(64, 64), 40);
+  for (const Buffer* x : {&c.k, &c.v})
+    for (float& y : (*x)->span<float>()) y = std::bit_cast<float>(std::bit_cast<uint32_t>(y) & 0xffff0000u);
+  const Shape& s = c.shape;
+  const Buffer router = constant_input({s.h, s.n}, 0.5), gates = random_input({s.h, s.n, 3}, 41),
+               mu = random_input({s.h, 3, s.d}, 42), w_dt = random_input({s.g, s.g * s.d_v}, 43, 0.1),
+               a = random_input({s.g}, 44, 0.2), w_k = random_input({s.h, 2 * s.d, s.d}, 45, 0.3),
+               u = random_input({s.g, s.m}, 46);
+  ApplyInput in = with(c, backend(),
+                       {{"router", router},
+                        {"gates", gates},
+                        {"centroids", mu},
+                        {"w_dt", w_dt},
+                        {"a", a},
+                        {"w_k", w_k},
+                        {"plain_q", c.q},
+                        {"plain_k", c.k},
+                        {"importance", u},
+                        {"dense_q", c.q},
+                        {"dense_k", c.k},
+                        {"dense_v", c.v}});
+  for (const char* spec : {"dma(topk=20)", "sparsek(topk=9,window=8)", "mosa(sparsity=4)",
+                           "nsa(topk=3,block=8,stride=4,window=9)", "seer_attention(block=8,threshold=0.05)",
+                           "routing_transformer(window=20)", "rettention(window=9)", "landmark(block=8,topk=2)"}) {
+    in.dtype = Dtype::F32;
+    const ApplyOutput exact = Case::run(spec, in);
+    in.dtype = Dtype::BF16;
+    const ApplyOutput rounded = Case::run(spec, in);
+    double worst = 0;
+    for (int64_t x = 0; x < s.h * s.n * s.d_v; ++x)
+      worst = std::max(worst, std::abs(double(exact.find("out")->view().as<float>()[x]) -
+                                       double(rounded.find("out")->view().as<float>()[x])));
+    EXPECT_LT(worst, 0.03) << spec;  // attention may round queries too
   }
 }
 
