@@ -397,6 +397,25 @@ TEST_P(Estimates, RectifiedSpaAttnIsExactOnEqualRows) {
     }
 }
 
+// Where neighbouring keys are alike, the search finds what a tile looks at: far more than as many keys hold on average.
+TEST_P(Estimates, HipFindsHeavyKeysAmongLikeOnes) {
+  const Case c = smooth(shape(256, 256), 16, 0.2, 13);
+  const auto plan = planned(c, "hip(topk=32,q_block=16,k_block=2,sinks=0,window=1)", backend(), 16, 2);
+  double held = 0, average = 0;
+  for (int64_t head = 0; head < c.shape.h; ++head)
+    for (int64_t i = 128; i < 256; ++i) {
+      const auto p = c.causal(head, i);
+      const auto& read = plan[size_t(head * 16 + i / 16)];
+      // Of the keys before its own tile.
+      const int64_t before = i / 16 * 16;
+      for (int32_t b : read)
+        if (b * 2 < before)
+          held += p[size_t(b * 2)] + p[size_t(b * 2 + 1)],
+              average += 2.0 / double(before) * std::accumulate(p.begin(), p.begin() + before, 0.0);
+    }
+  EXPECT_GT(held, 2 * average);
+}
+
 // Heads that it does not apply to keep what they have.
 TEST_P(Estimates, RectifiedSpaAttnLeavesOtherHeadsAlone) {
   const Case c = smooth(shape(64, 64), 8, 0.3, 12);
