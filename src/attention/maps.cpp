@@ -28,6 +28,55 @@ Ragged last_rows(Queue& queue, const Ragged& x, int64_t rows) {
   return out;
 }
 
+Ragged rows_between(Queue& queue, const Ragged& x, int64_t first, int64_t last) {
+  Ragged out = x;
+  const int64_t all = x.segments();
+  out.offsets = compute(queue, Dtype::I64, {all + 1}, pick(index() < all, begin_of(x, index()) + first, end_of(x, all - 1)));
+  out.ends = compute(queue, Dtype::I64, {all}, begin_of(x, index()) + last);
+  return out;
+}
+
+Ragged picked_rows(Queue& queue, const Ragged& x, const Num& row, Ragged like) {
+  const Tensor numbers = queue.scratch.take(Dtype::I32, {like.bound});
+  compute(queue, like, row, numbers);
+  like.values = queue.scratch.take(Dtype::F32, {like.bound, x.values.size[1]});
+  queue.run->embed(queue, x.values, numbers, 1, like.values);
+  return like;
+}
+
+Ragged in_f32(Queue& queue, const Ragged& x) {
+  Ragged out = x;
+  out.values = queue.scratch.take(Dtype::F32, {x.values.size[0], x.values.size[1]});
+  queue.run->dequantise(queue, x.values, out.values);
+  return out;
+}
+
+Ragged centred(Queue& queue, const Ragged& x) {
+  const Ragged out = in_f32(queue, x);
+  const int64_t d = x.values.size[1];
+  const Ragged mean = mean_rows(queue, out);
+  compute(queue, out, load(out.values, index()) - load(mean.values, segment() * d + channel()), out.values);
+  return out;
+}
+
+Ragged coded(Queue& queue, const Ragged& x, int levels) {
+  Ragged out = x;
+  const int64_t rows = x.values.size[0], d = x.values.size[1];
+  out.values = queue.scratch.take(Dtype::F32, {rows, d});
+  const Grids top = grids(queue, 1, rows, 1);
+  {
+    const Scratch scratch(queue.scratch);
+    const Grids sizes = grids(queue, 1, rows, d);  // all rows of all segments
+    compute(queue, abs(load(x.values, index())), sizes.cells.values);
+    Reduce most;
+    most.to = Reduce::To::Rows, most.kind = ReduceKind::Max;
+    queue.run->reduce(queue, sizes, most, top);
+  }
+  const Num scale = load(top.cells.values, begin_of(x, segment()) + place()) / levels;
+  compute(queue, x, pick(scale > 0, round(load(x.values, index()) / scale) * scale, 0), out.values);
+  return out;
+}
+
 LastRows last_rows_pay(LayerView& at, const Slice& s, int64_t rows) {
   Queue& queue = at.queue;
   rows = std::min(rows, s.n);
@@ -45,6 +94,24 @@ LastRows last_rows_pay(LayerView& at, const Slice& s, int64_t rows) {
   return out;
 }
 
+Ragged window_means(Queue& queue, const Ragged& x, int64_t length, int stride) {
+  const int64_t d = x.values.size[1], windows = std::max<int64_t>(1, length / stride - 1);
+  const Ragged halves = pooled(queue, x, length, PoolKind::Mean, stride),
+               out = numbers(queue, std::vector<int64_t>(size_t(x.segments()), windows), x.heads, d);
+  const Num half = (begin_of(halves, segment()) + place()) * d + channel();
+  compute(queue, out, 0.5 * (load(halves.values, half) + load(halves.values, half + d)), out.values);
+  return out;
+}
+
+Grids window_weights(LayerView& at, const Slice& s, const Ragged& windows, int64_t count, int stride) {
+  const Grids weights = grids(at.queue, s.q.heads, s.n, count);
+  Proxy exact;
+  exact.scale = at.mods.scale, exact.softmax = true, exact.k_tile = stride;
+  exact.offset = s.m - s.n - (2 * stride - 1);  // a window is seen by the query at its end
+  at.run().proxy(at.queue, s.q, windows, exact, weights);
+  return sum_of_heads(at.queue, weights);
+}
+
 Grids mean_map(LayerView& at, const Slice& s, int q_block, int k_block, Proxy how) {
   const Ragged q = pooled(at.queue, s.q, s.n, PoolKind::Mean, q_block),
                k = pooled(at.queue, s.k, s.m, PoolKind::Mean, k_block);
@@ -53,6 +120,56 @@ Grids mean_map(LayerView& at, const Slice& s, int q_block, int k_block, Proxy ho
   how.causal = at.plan.causal, how.q_tile = q_block, how.k_tile = k_block, how.offset = s.m - s.n;
   at.run().proxy(at.queue, q, k, how, map);
   return map;
+}
+
+Ragged up_to_each(Queue& queue, const Ragged& x, int64_t length, int64_t n, int64_t behind) {
+  Ragged out = x;
+  const int64_t rows = x.segments() * n;
+  out.heads = x.heads * n, out.bound = rows * length;
+  const Num begin = begin_of(x, floor_div(index(), n));
+  out.offsets = compute(queue, Dtype::I64, {rows + 1}, pick(index() < rows, begin, end_of(x, x.segments() - 1)));
+  out.ends = compute(queue, Dtype::I64, {rows}, begin + max(0, length - n + mod(index(), n) + 1 - behind));
+  return out;
+}
+
+Num among(LayerView& at, const Range& heads, const Num& head) {
+  if (heads.all()) return 1;
+  std::vector<uint8_t> named;
+  for (int64_t i = 0; i < at.q.heads; ++i) named.push_back(heads.holds(int(i), int(at.q.heads)));
+  return load(at.queue.upload(named), head);
+}
+
+void each_part(Queue& queue, int64_t n, int block, const std::function<void(int64_t, int64_t)>& visit) {
+  constexpr int64_t rows = 512;
+  const int64_t part = std::max<int64_t>(1, rows / block) * block;
+  for (int64_t first = 0; first < n; first += part) {
+    const Scratch scratch(queue.scratch);
+    visit(first, std::min(n, first + part));
+  }
+}
+
+Grids block_map(Queue& queue, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, ReduceKind kind,
+                int q_block, int k_block, const ScoreFormula& make) {
+  const int64_t heads = q.segments(), tiles = (n + q_block - 1) / q_block, blocks = (m + k_block - 1) / k_block;
+  const Grids out = grids(queue, heads, tiles, blocks);
+  each_part(queue, n, q_block, [&](int64_t first, int64_t last) {
+    const Grids scores = grids(queue, heads, last - first, m);
+    Proxy here = how;
+    here.offset += first;
+    queue.run->proxy(queue, rows_between(queue, q, first, last), k, here, scores);
+    const Tensor& cells = scores.cells.values;
+    if (make)
+      compute(queue, scores.cells, make(load(cells, index()), first + floor_div(place(), m), mod(place(), m)), cells);
+    Reduce by;
+    by.kind = kind, by.row_block = q_block, by.col_block = k_block;
+    Grids here_out = out;
+    here_out.rows = compute(queue, Dtype::I64, {heads}, (last - first + q_block - 1) / q_block);
+    const Num begin = index() * (tiles * blocks);
+    here_out.cells.offsets = compute(queue, Dtype::I64, {heads + 1},
+                                     pick(index() < heads, begin + first / q_block * blocks, begin));
+    queue.run->reduce(queue, scores, by, here_out);
+  });
+  return out;
 }
 
 std::vector<int64_t> visible_blocks(const LayerView& at, const Slice& s, int q_block, int k_block) {
@@ -87,9 +204,7 @@ BlockChoice united(Queue& queue, const Ragged& rows, const Select& how, int64_t 
   Ragged flags = rows;
   flags.values = queue.scratch.take(Dtype::F32, {rows.values.numel()});
   compute(queue, flags, picked.has(segment(), place()) || also, flags.values);
-  Select flagged;
-  flagged.by = Select::By::Threshold, flagged.p = 0.5f;
-  return {flags, flagged};
+  return {flags, flagged()};
 }
 
 namespace {
@@ -133,14 +248,12 @@ Plan marked_keys(LayerView& at, int tile, int64_t runs, const std::function<void
     mark(s, flags);
     Ragged edges = flags;
     edges.values = queue.scratch.take(Dtype::F32, {flags.values.numel()});
-    Select edge;
-    edge.by = Select::By::Threshold, edge.p = 0.5f;
     const int64_t end = s.row + s.q.heads * s.tiles;
     const Num here = load(flags.values, index());
     compute(queue, edges, here - pick(place() == 0, 0, load(flags.values, index() - 1)), edges.values);
-    choose(queue, edges, edge, first.part(s.row, end));
+    choose(queue, edges, flagged(), first.part(s.row, end));
     compute(queue, edges, here - pick(place() == length() - 1, 0, load(flags.values, index() + 1)), edges.values);
-    choose(queue, edges, edge, last.part(s.row, end));
+    choose(queue, edges, flagged(), last.part(s.row, end));
   });
   const Tensor ranges = queue.scratch.take(Dtype::I32, {all * capacity, 2});
   compute(queue, pick(channel() == 0, load(first.index, place()), load(last.index, place()) + 1), ranges);

@@ -18,6 +18,18 @@ Ragged pooled(Queue&, const Ragged& x, int64_t length, PoolKind, int block);
 
 /// The last `rows` rows of every segment. No copy.
 Ragged last_rows(Queue&, const Ragged& x, int64_t rows);
+/// Rows first … last − 1 of every segment, which has them. No copy.
+Ragged rows_between(Queue&, const Ragged& x, int64_t first, int64_t last);
+
+/// The rows of x whose numbers in its values a formula says, for every row of `like`, which gets their values. F32.
+Ragged picked_rows(Queue&, const Ragged& x, const Num& row, Ragged like);
+
+/// A copy in F32.
+Ragged in_f32(Queue&, const Ragged& x);
+/// Rows less the mean row of their segment, F32: of keys this changes no softmax.
+Ragged centred(Queue&, const Ragged& x);
+/// Rows as whole numbers from −levels to levels times one scale, max |x| / levels, hold them. F32.
+Ragged coded(Queue&, const Ragged& x, int levels);
 
 /// What the last min(rows, n) queries of a slice pay, softmax over all they see: a row of m numbers for each query head.
 struct LastRows {
@@ -26,9 +38,33 @@ struct LastRows {
 };
 LastRows last_rows_pay(LayerView&, const Slice&, int64_t rows);
 
+/// Means of windows of 2 · stride rows, a window every `stride` rows of segments of `length` rows; F32.
+Ragged window_means(Queue&, const Ragged& x, int64_t length, int stride);
+/// What each query of a slice pays the `count` rows of `windows`, each of which stands for 2 · stride keys, one every
+/// stride: softmax over those that end at or before it, summed over the heads. A row for each query.
+Grids window_weights(LayerView&, const Slice&, const Ragged& windows, int64_t count, int stride);
+
 /// Mean queries by mean keys, a grid for each query head of the slice; scale 0 is attention's own. Blocks that begin behind
 /// a tile are −∞, or 0 with softmax.
 Grids mean_map(LayerView&, const Slice&, int q_block, int k_block, Proxy how);
+
+/// Calls visit(first, last) for queries first … last − 1 of n, a multiple of `block` of them at a time: bounds what
+/// scores token by token take. Scratch that a visit takes is given back behind it.
+void each_part(Queue&, int64_t n, int block, const std::function<void(int64_t first, int64_t last)>& visit);
+
+/// For each of the last n rows of every segment of numbers x (`length` each), those up to `behind` rows before its own:
+/// segments that overlap. No copy.
+Ragged up_to_each(Queue&, const Ragged& x, int64_t length, int64_t n, int64_t behind = 0);
+
+/// Whether query head `head` is among `heads`, a parameter of a mechanism: a formula.
+Num among(LayerView&, const Range& heads, const Num& head);
+
+/// What is made of a score token by token: formulas of the score, of its query's number in the segment, and of its key's.
+using ScoreFormula = std::function<Num(const Num& score, const Num& query, const Num& key)>;
+/// Scores token by token (n queries in each segment of q, m keys in each of k), reduced to blocks of q_block × k_block.
+/// A part of the queries at a time, so scratch grows with m alone.
+Grids block_map(Queue&, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, ReduceKind,
+                int q_block, int k_block, const ScoreFormula& make = {});
 
 /// For each tile of a slice, how many blocks of keys its last query sees; all without causality.
 std::vector<int64_t> visible_blocks(const LayerView&, const Slice&, int q_block, int k_block);
@@ -44,6 +80,12 @@ struct BlockChoice {
   Ragged rows;  // a segment for each tile: head by head of the scope, then tile by tile
   Select how;
 };
+/// Chooses what a formula flagged: 1, not 0.
+inline Select flagged() {
+  Select out;
+  out.by = Select::By::Threshold, out.p = 0.5f;
+  return out;
+}
 /// What `how` chooses of each row and, besides, what `also` (a formula of segment() and place()) names.
 BlockChoice united(Queue&, const Ragged& rows, const Select& how, int64_t capacity, const Num& also);
 

@@ -40,6 +40,15 @@ const std::vector<std::string> kSpecs = {
     "bra(region=8,topk=2)",
     "dhsa(q_block=16,k_block=8,density=0.3,last=4)",
     "proxyattn(block=8,stride=2,gamma=0.5,min_budget=0,proxies=2)",
+    "hip(topk=16,q_block=16,k_block=2,sinks=3,window=10,dense=1)",
+    "sale(dense_len=0,tau=0.05,q_block=16,k_block=8,local=8,segment=16)",
+    "sparsed(ratio=0.3,block=8,generated=20)",
+    "rectified_spaattn(block=8,remain=0.3,text=8)",
+    "rectified_spaattn(block=8,remain=0.3,heads=1-2)",
+    "landmark(block=8,topk=2)",
+    "light_forcing(frame=6,frames=2,chunks=8,topk=2,latest=2,block=4,sparsity=0.8,target=0.6)",
+    "hyperattention(min_len=16,block=8,sample=6,planes=3)",
+    "hyperattention(min_len=16,block=8,sample=6,planes=3,heads=1-2)",
     "moba(block=100,topk=1)",
     "flexprefill(block=8,gamma=0.3,min_budget=8)",
     "flexprefill(block=8,gamma=0.6,min_budget=8,tau=1)",
@@ -165,6 +174,9 @@ Walk walk(const std::shared_ptr<const Model>& model, const std::string& spec, co
 TEST(Guarded, TheWholeCatalogueIsListed) {
   for (const Entry& e : registry()) {
     if (e.kind != "mechanism" || has(e.roles, Role::State)) continue;
+    // What needs tensors that no model gives runs on guarded memory in its formula test alone.
+    if (!e.wrapper && !value_or_throw(make_mechanism(Spec{e.name, {}, {}, 0}, registry()))->needs({}).inputs.empty())
+      continue;
     const bool there = std::any_of(kSpecs.begin(), kSpecs.end(), [&](const std::string& s) {
       const size_t at = s.find(e.name);
       return at != std::string::npos && (at == 0 || !std::isalnum(static_cast<unsigned char>(s[at - 1])));

@@ -128,7 +128,11 @@ INSTANTIATE_TEST_SUITE_P(
         "lychee-decode(budget=0.33,retrieval=[0-5,24-26,48-50,72-74])", "fna(width=16,window=9,text=4)",
         "freeswim(width=16,height=16,half_width=7,half_height=4,text=4)", "halo(width=16,block=8,halo=4)",
         "clear-disc(width=16,radius=6,text=16)", "tkl(chunk=64,overlap=32)", "radial(frame=64,block=16,sink=true)",
-        "block_attention(block=64,query=32)", "blockrank(instruction=32,block=64,query=32)"),
+        "block_attention(block=64,query=32)", "blockrank(instruction=32,block=64,query=32)",
+        "hip(topk=64,q_block=16,sinks=4,window=32)", "sale(dense_len=0,q_block=16,k_block=16,local=32,segment=32)",
+        "sparsed(ratio=0.3,block=16)", "hyperattention(min_len=64,block=16,sample=16)",
+        "light_forcing(frame=16,frames=2,chunks=10,latest=3,block=8,sparsity=0.8,target=0.5)",
+        "rectified_spaattn(block=16,text=16,remain=0.7)"),
     test_name);
 
 }  // namespace

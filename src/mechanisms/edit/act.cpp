@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "attention/select.h"
+#include "attention/maps.h"
 #include "mechanisms/entries.h"
 
 namespace heed::mechanisms {
@@ -73,12 +73,7 @@ struct Act final : Mechanism {
     Select above;
     above.by = Select::By::Threshold, above.p = std::nextafter(float(threshold), INFINITY);
     at.run().select(at.queue, means, above, capacity, which, count);
-    Num others = max(0, load(count, index()) - 1);
-    if (!heads.all()) {
-      std::vector<uint8_t> chosen;
-      for (int64_t head = 0; head < h; ++head) chosen.push_back(heads.holds(int(head), int(h)));
-      others = pick(load(at.queue.upload(chosen), mod(index(), h)), others, 0);
-    }
+    const Num others = among(at, heads, mod(index(), h)) * max(0, load(count, index()) - 1);
     return {which, compute(at.queue, Dtype::I32, {all}, others), capacity};
   }
 

@@ -84,10 +84,8 @@ struct FlexPrefill final : Mechanism {
     compute(queue, chosen.cells, j <= end && verticals.has(segment(), j), chosen.cells.values);
     add(on_diagonal(first)), add(on_diagonal(end));
     add(query_aware(segment()) && cells.has(segment(), place()));
-    Select read;
-    read.by = Select::By::Threshold, read.p = 0.5f;
     const std::vector<int64_t> all(static_cast<size_t>(q_blocks), k_blocks);
-    return {rows_of(queue, chosen, all), read};
+    return {rows_of(queue, chosen, all), flagged()};
   }
 
   static Lists best(Queue& queue, const Ragged& scores, const Tensor& count, int64_t capacity) {

@@ -59,7 +59,8 @@ struct InfLlmV2 final : Mechanism {
     const Lists all = lists(queue, plan_rows(at, 1), capacity(longest));
     each_slice(at, 1, [&](const Slice& s) {
       const int64_t blocks = blocks_of(s.m), ratio = block / stride, windows = std::max<int64_t>(1, s.m / stride - 1);
-      const Grids weights = window_weights(at, s, windows), inside = grids(queue, 1, s.n, (windows + ratio - 1) / ratio);
+      const Grids weights = window_weights(at, s, window_means(queue, s.k, s.m, stride), windows, stride),
+                  inside = grids(queue, 1, s.n, (windows + ratio - 1) / ratio);
       Reduce most;
       most.kind = ReduceKind::Max, most.col_block = int(ratio);
       at.run().reduce(queue, weights, most, inside);
@@ -82,20 +83,6 @@ struct InfLlmV2 final : Mechanism {
       compute(queue, load(read.count, mod(index(), s.n)), heads.count);
     });
     return tiled_blocks(at, block, all.index, all.count, all.capacity, blocks_of(longest));
-  }
-
-  /// Softmax over the windows that end at or before each query, summed over the heads: [n, windows].
-  Grids window_weights(LayerView& at, const Slice& s, int64_t windows) const {
-    const int64_t d = s.k.values.size[1];
-    const Ragged halves = pooled(at.queue, s.k, s.m, PoolKind::Mean, stride),
-                 keys = numbers(at.queue, std::span(&windows, 1), 1, d);
-    compute(at.queue, keys, 0.5 * (load(halves.values, index()) + load(halves.values, index() + d)), keys.values);
-    const Grids weights = grids(at.queue, s.q.heads, s.n, windows);
-    Proxy exact;
-    exact.scale = at.mods.scale, exact.softmax = true, exact.k_tile = stride;
-    exact.offset = s.m - s.n - (2 * stride - 1);  // a window is seen by the query at its end
-    at.run().proxy(at.queue, s.q, keys, exact, weights);
-    return sum_of_heads(at.queue, weights);
   }
 
   Read read(LayerView& at) const override {

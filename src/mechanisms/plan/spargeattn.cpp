@@ -53,17 +53,6 @@ struct SpargeAttn final : Mechanism {
     });
   }
 
-  /// Keys less their mean over the text, which changes no softmax.
-  static Ragged centred(Queue& queue, const Ragged& k) {
-    Ragged keys = k;
-    keys.values = queue.scratch.take(Dtype::F32, {k.values.size[0], k.values.size[1]});
-    queue.run->dequantise(queue, k.values, keys.values);
-    const Ragged mean = mean_rows(queue, keys);
-    const int64_t d = k.values.size[1];
-    compute(queue, keys, load(keys.values, index()) - load(mean.values, segment() * d + channel()), keys.values);
-    return keys;
-  }
-
   /// The mean cosine of all pairs of rows of a block: the mean of unit rows, squared.
   static Ragged likeness(Queue& queue, const Ragged& unit, int64_t length, int block) {
     const Ragged mean = pooled(queue, unit, length, PoolKind::Mean, block);
