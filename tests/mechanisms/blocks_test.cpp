@@ -7,10 +7,6 @@ namespace {
 class Blocks : public Mechanisms {};
 HEED_ON_ALL_SETTINGS(Blocks);
 
-std::string number(double x) { return std::to_string(x); }
-int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
-std::vector<int32_t> sorted(const std::set<int32_t>& x) { return {x.begin(), x.end()}; }
-
 /// A tile of query rows and the blocks of keys it may read.
 struct Tile {
   int64_t head, first, end;              // query rows

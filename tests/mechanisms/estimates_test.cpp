@@ -7,10 +7,6 @@ namespace {
 class Estimates : public Mechanisms {};
 HEED_ON_ALL_SETTINGS(Estimates);
 
-std::string number(double x) { return std::to_string(x); }
-int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
-std::vector<int32_t> sorted(const std::set<int32_t>& x) { return {x.begin(), x.end()}; }
-
 TEST_P(Estimates, IdentityIsDense) {
   for (const Shape s : {shape(130, 130), shape(33, 97), shape(1, 1), shape(1, 70)}) {
     const Case c(s);

@@ -163,4 +163,8 @@ inline std::vector<int32_t> text(int64_t length, uint64_t seed) {
   return ids;
 }
 
+inline std::string number(double x) { return std::to_string(x); }
+inline int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline std::vector<int32_t> sorted(const std::set<int32_t>& x) { return {x.begin(), x.end()}; }
+
 }  // namespace heed::test

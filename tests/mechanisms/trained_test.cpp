@@ -9,8 +9,6 @@ namespace {
 class Trained : public Mechanisms {};
 HEED_ON_ALL_SETTINGS(Trained);
 
-int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Buffer random_input(std::initializer_list<int64_t> sizes, uint64_t seed, double size = 1) {
   Random random(seed);
   Buffer out(Dtype::F32, sizes);
