@@ -95,6 +95,7 @@ class LayerView {
   Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran; before it: dense, causal or not
   Read read;        // after attention of a Decode: what was read
   Tensor out, lse;  // after attention: F32, as q's rows
+  Tensor hidden;                // F32 [new tokens, hidden]: the residual stream before this layer; `heed apply` has none
   Tensor output_matrix;         // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
   LayerStore* store = nullptr;  // the new entries are in it
   Store* stores = nullptr;      // for column numbers

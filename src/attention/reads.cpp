@@ -83,7 +83,7 @@ Read named_entries(LayerView& at, Plan::Scope scope, const Ragged& entries, cons
 
 std::string whole_groups(const Range& heads) {
   return heads.all() ? ""
-                     : "heads=" + heads.text + ": all heads of a layer read at the same places; name layers instead";
+                     : "heads=" + heads.text + ": keys are moved for all heads of a layer; name layers instead";
 }
 
 Num query_position(LayerView& at) {

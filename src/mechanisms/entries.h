@@ -77,6 +77,7 @@ Entry simlayerkv();
 Entry snapkv();
 Entry spargeattn();
 Entry spatten();
+Entry squeeze_attention();
 Entry star();
 Entry stochastic_sa();
 Entry streaming_llm();

@@ -80,6 +80,7 @@ std::span<const Entry> registry() {
       snapkv(),
       spargeattn(),
       spatten(),
+      squeeze_attention(),
       star(),
       stochastic_sa(),
       streaming_llm(),

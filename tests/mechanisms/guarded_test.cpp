@@ -62,6 +62,7 @@ const std::vector<std::string> kSpecs = {
     "simlayerkv(threshold=0,recent=14)",
     "chunkkv(snapkv(budget=16,window=4),chunk=5)",
     "entropy-chunk(snapkv(budget=16,window=4),chunk=5,few=2)",
+    "squeeze-attention(snapkv(budget=16,window=4))",
     "think(share=0.7,window=4,heads=1)",
     "ov-evict(budget=12,block=4,sinks=4,recent=4)",
     "trimmed-llama(budget=0.1)",

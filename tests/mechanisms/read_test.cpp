@@ -430,7 +430,8 @@ TEST_P(Reads, APlantedKeyIsFound) {
          {"quest(budget=32)", "tidal-decode(budget=8)", "twilight(p=0.5)", "omnikv(budget=8)",
           "recycled-attention(budget=8)", "kinetics(budget=64,local=16,block=8)", "shadowkv(budget=24)",
           "double-sparsity(budget=8,factor=4)", "hylra(budget=8)", "lychee-decode(budget=8)",
-          "clusterkv(budget=24,tokens=4,sinks=2)", "pqcache(topk=0.1,sinks=2)", "rocketkv(budget=16)"})
+          "clusterkv(budget=24,tokens=4,sinks=2)", "pqcache(topk=0.1,sinks=2)", "rocketkv(budget=16)",
+          "token-select(budget=8,sinks=4,local=4)"})
       for (const auto& list : read(c, spec, backend()))
         EXPECT_TRUE(std::binary_search(list.begin(), list.end(), int32_t(place))) << spec << " at " << place;
   }

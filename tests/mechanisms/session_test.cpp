@@ -268,6 +268,7 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "token-select(budget=6,sinks=2,local=4)",
                              "long-heads(chunk=4,chunks=3)",
                              "entropy-chunk(snapkv(budget=16,window=4),chunk=5,few=2)",
+                             "squeeze-attention(snapkv(budget=16,window=4))",
                              "think(share=0.7,window=4)",
                              "ov-evict(budget=12,block=4,sinks=4,recent=4)",
                              "trimmed-llama(budget=0.1)",
@@ -291,7 +292,7 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
         "r-kv(budget=16,window=3,when=every(2))", "spatten(budget=0.4,when=every(2))", "criticalkv(h2o(budget=10))",
         "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
         "razor-attention(sinks=2,recent=8,share=0,when=every(2))", "ov-evict(budget=12,block=4,sinks=4,recent=4)",
-        "trimmed-llama(budget=0.1)", "long-heads(chunk=4,chunks=3)"}) {
+        "trimmed-llama(budget=0.1)", "long-heads(chunk=4,chunks=3)", "squeeze-attention(h2o(budget=16,when=prompt))"}) {
     SessionOptions o;
     o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);
@@ -721,6 +722,58 @@ TEST(Sessions, TrimmedLlamaTrimsAllLayersAlike) {
     EXPECT_GE(kept[2].size(), 8u);
     EXPECT_LE(kept[2].size(), 48u);
   }
+}
+
+// Cosines in plain loops; one-dimensional k-means begun with layers spread evenly; the group of the highest gives up.
+TEST(Sessions, SqueezeAttentionTakesFromLayersThatTurnTheStreamLeast) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}})
+    for (const auto& [budget, share, chunk] : {std::tuple{24, 0.35, 0}, {20, 0.5, 25}, {16, 1.0, 0}, {30, 0.0, 0}}) {
+      ModelInfo shape;
+      shape.layers = 7, shape.h = h, shape.g = g, shape.d = shape.d_v = 16, shape.hidden = 48, shape.vocabulary = 61;
+      const auto model = Model::random(shape, 64, Dtype::F32, 5);
+      Session session(model, in_f32("squeeze-attention(knorm(budget=" + std::to_string(budget) +
+                                        "),share=" + std::to_string(share) + ")",
+                                    chunk));
+      std::vector<double> cosine(7, 0.0);
+      session.tap([&, h = h](LayerView& at) {
+        const int64_t n = at.rows[0];
+        for (int64_t t = 0; t < n; ++t) {
+          double xx = 0, xy = 0, yy = 0;
+          for (int64_t c = 0; c < 48; ++c) {
+            const double x = at.hidden.at<float>(t, c);
+            double y = x;
+            for (int64_t e = 0; e < h * 16; ++e)
+              y += double(at.output_matrix.at<float>(c, e)) * double(at.out.at<float>(e / 16 * n + t, e % 16));
+            xx += x * x, xy += x * y, yy += y * y;
+          }
+          cosine[size_t(at.layer)] += xy / std::sqrt(xx * yy) / 83;
+        }
+      });
+      session.prefill(text(83, 1));
+      std::vector<double> centre = {cosine[0], cosine[2], cosine[4]};
+      std::vector<size_t> label(7);
+      for (int round = 0; round < 17; ++round) {
+        for (size_t l = 0; l < 7; ++l)
+          for (size_t x = 0; x < 3; ++x)
+            if (x == 0 || std::abs(cosine[l] - centre[x]) < std::abs(cosine[l] - centre[label[l]])) label[l] = x;
+        for (size_t x = 0; x < 3 && round < 16; ++x) {
+          double sum = 0, size = 0;
+          for (size_t l = 0; l < 7; ++l)
+            if (label[l] == x) sum += cosine[l], size += 1;
+          if (size > 0) centre[x] = sum / size;
+        }
+      }
+      const size_t least = size_t(std::max_element(centre.begin(), centre.end()) - centre.begin());
+      const double many = double(std::count(label.begin(), label.end(), least));
+      ASSERT_LT(many, 7);
+      for (int l = 0; l < 7; ++l) {
+        const double granted = share >= 1 || many == 7     ? budget
+                               : label[size_t(l)] == least ? budget * share
+                                                           : budget * (7 - many * share) / (7 - many);
+        for (int kv = 0; kv < g; ++kv)
+          EXPECT_EQ(session.store().layer(l).length(kv), std::max<int64_t>(1, int64_t(granted + 1e-6))) << "layer " << l;
+      }
+    }
 }
 
 }  // namespace

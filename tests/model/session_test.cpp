@@ -162,6 +162,7 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"random(budget=16)"}, Case{"random(budget=16,when=every(3))"}, Case{"duo-attention(sinks=2,recent=12)"},
         Case{"duo-attention(sinks=2,recent=12,heads=1)", 25}, Case{"simlayerkv(threshold=0,recent=14)"},
         Case{"chunkkv(snapkv(budget=20,window=4),chunk=5)"}, Case{"entropy-chunk(snapkv(budget=20,window=4),chunk=5,few=2)"},
+        Case{"squeeze-attention(snapkv(budget=20,window=4))"}, Case{"squeeze-attention(knorm(budget=20))", 30},
         Case{"ov-evict(budget=20,block=4,sinks=4,recent=8)"}, Case{"ov-evict(budget=20,block=4,sinks=4,recent=8)", 25},
         Case{"trimmed-llama(budget=0.1)"}, Case{"trimmed-llama(budget=0.05)", 25}, Case{"caote(h2o(budget=16))"},
         Case{"caote(snapkv(budget=20,window=4))"}, Case{"dms(keydiff,threshold=0,window=8)"},

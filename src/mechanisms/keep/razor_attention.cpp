@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -47,7 +49,9 @@ struct RazorAttention final : KeepPolicy {
     Queue& queue = at.queue;
     const int64_t all = at.store->segments();
     auto carrier = [&](const Num& s) { return load(kept.index, s * kept.capacity + sinks); };
-    auto cut = [&](const Num& s) { return load(kept.count, s) < load(at.store->pages().length, s); };
+    auto cut = [&](const Num& s) {
+      return load(kept.count, s) < load(at.store->pages().length, s) && load(kept.count, s) > sinks;
+    };
     const Num gone = cut(segment()) && place() >= sinks && place() <= carrier(segment());
     const Ragged bias = at.bias(), counts = at.per_entry();
     compute(queue, counts, pick(gone, exp(load(bias.values, index())), 0), counts.values);

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"

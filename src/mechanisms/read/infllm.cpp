@@ -1,6 +1,3 @@
-#include <algorithm>
-
-#include "attention/maps.h"
 #include "attention/reads.h"
 #include "attention/scores.h"
 #include "attention/select.h"
@@ -14,7 +11,8 @@ namespace {
 // queries asked for most while it was near, and all heads of a layer read the blocks whose keys, before rotation, the
 // query likes best. Everything beyond the window is read at the window's far end. How much a key was asked for is the sum
 // of the logits of the queries that had it in their window, as the paper has it (the released code sums probabilities);
-// with query heads that share a key each has representatives of its own, as released. Prompts are read densely.
+// with query heads that share a key each has representatives of its own, as released. Representatives are not kept apart:
+// a step scores all keys to know theirs. Prompts are read densely.
 struct InfLLM final : Mechanism {
   Budget budget;
   int sinks, local, block, representatives, first_dense;

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "attention/reads.h"
 #include "attention/scores.h"
 #include "attention/select.h"
@@ -14,8 +12,8 @@ namespace {
 // the first, the last two, and those whose representative the query, not rotated, likes best. A chunk's representative is
 // the mean of its keys by how much the chunk's own mean answer attends to them: tokens of a chunk attend to one another,
 // keys stand for values as released, and keys are rotated at their places in the chunk. Query heads of one KV head choose
-// together, by their mean. Prompts are read densely; a chunk that two parts of a prompt share is known by the queries of
-// the later part.
+// together, by their mean. Weights are kept instead of representatives, so a step scores all keys. Prompts are read
+// densely; a chunk that two parts of a prompt share is known by the queries of the later part.
 struct LongHeads final : Mechanism {
   int chunk, chunks, first_dense;
 
