@@ -9,6 +9,7 @@ Entry a2sf();
 Entry a_shape();
 Entry act();
 Entry adakv();
+Entry adaptive_rkv();
 Entry block_attention();
 Entry blockrank();
 Entry bra();

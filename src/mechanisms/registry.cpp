@@ -12,6 +12,7 @@ std::span<const Entry> registry() {
       a2sf(),
       act(),
       adakv(),
+      adaptive_rkv(),
       block_attention(),
       blockrank(),
       bra(),

@@ -65,6 +65,7 @@ const std::vector<std::string> kSpecs = {
     "squeeze-attention(snapkv(budget=16,window=4))",
     "think(share=0.7,window=4,heads=1)",
     "ov-evict(budget=12,block=4,sinks=4,recent=4)",
+    "adaptive-rkv(budget=12,block=4,sinks=4,recent=4,mass=0.5)",
     "trimmed-llama(budget=0.1)",
     "caote(h2o(budget=10))",
     "dms(keydiff,threshold=0,window=8)",

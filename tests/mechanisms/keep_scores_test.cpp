@@ -32,6 +32,7 @@ const char* kIdentities[] = {"a2sf(budget=1.0)",
                              "think(window=1000)",
                              "trimmed-llama(budget=1.0)",
                              "ov-evict(budget=1024)",
+                             "adaptive-rkv(budget=1024)",
                              "caote(h2o(budget=1.0))",
                              "dms(knorm)",
                              "headkv(snapkv(budget=1.0))"};

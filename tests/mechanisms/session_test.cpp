@@ -271,6 +271,7 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "squeeze-attention(snapkv(budget=16,window=4))",
                              "think(share=0.7,window=4)",
                              "ov-evict(budget=12,block=4,sinks=4,recent=4)",
+                             "adaptive-rkv(budget=12,block=4,sinks=4,recent=4,mass=0.5)",
                              "trimmed-llama(budget=0.1)",
                              "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
                              "razor-attention(sinks=2,recent=8,share=0)",
@@ -292,7 +293,8 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
         "r-kv(budget=16,window=3,when=every(2))", "spatten(budget=0.4,when=every(2))", "criticalkv(h2o(budget=10))",
         "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
         "razor-attention(sinks=2,recent=8,share=0,when=every(2))", "ov-evict(budget=12,block=4,sinks=4,recent=4)",
-        "trimmed-llama(budget=0.1)", "long-heads(chunk=4,chunks=3)", "squeeze-attention(h2o(budget=16,when=prompt))"}) {
+        "adaptive-rkv(budget=12,block=4,sinks=4,recent=4)", "trimmed-llama(budget=0.1)", "long-heads(chunk=4,chunks=3)",
+        "squeeze-attention(h2o(budget=16,when=prompt))"}) {
     SessionOptions o;
     o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);
@@ -639,6 +641,26 @@ TEST(Sessions, RazorAttentionsEntryStandsForAllThatWent) {
   }
 }
 
+/// What query row i of one sequence's new ones pays to each entry, all heads together.
+std::vector<double> paid_by(LayerView& at, int64_t i) {
+  const int64_t h = at.model.h, g = at.model.g, m = at.store->length(0), n = at.rows[0];
+  const Ragged keys = stored_keys(at);
+  std::vector<double> paid(size_t(m), 0.0);
+  for (int64_t head = 0; head < h; ++head) {
+    std::vector<double> p;
+    double total = 0;
+    for (int64_t j = 0; j <= m - n + i; ++j) {
+      double dot = 0;
+      for (int64_t c = 0; c < 16; ++c)
+        dot += double(at.q.values.at<float>(at.q.begin(head) + i, c)) *
+               double(keys.values.at<float>(keys.begin(head * g / h) + j, c));
+      total += p.emplace_back(std::exp(dot / 4));
+    }
+    for (size_t j = 0; j < p.size(); ++j) paid[j] += p[j] / total;
+  }
+  return paid;
+}
+
 // Votes step by step over what is held, in plain loops: the last rows of the prompt, then every token.
 TEST(Sessions, OvEvictDropsTheBlocksPaidLeast) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
@@ -652,7 +674,7 @@ TEST(Sessions, OvEvictDropsTheBlocksPaidLeast) {
                                       chunk));
         std::vector<int32_t> held;
         std::vector<double> votes, voters;
-        session.tap([&, h = h, g = g, budget = budget, block = block, sinks = sinks, recent = recent, kernel = kernel,
+        session.tap([&, g = g, budget = budget, block = block, sinks = sinks, recent = recent, kernel = kernel,
                      norm = norm](LayerView& at) {
           if (at.layer != 2) return;
           for (int kv = 0; kv < g; ++kv) {
@@ -661,21 +683,11 @@ TEST(Sessions, OvEvictDropsTheBlocksPaidLeast) {
             for (size_t j = 0; j + 1 < positions.size() && at.decoding(); ++j) EXPECT_EQ(positions[j], held[j]);
           }
           const int64_t m = at.store->length(0), n = at.rows[0], rows = std::min<int64_t>(n, 8);
-          const Ragged keys = stored_keys(at);
           std::vector<double> paid(size_t(m), 0.0);
-          for (int64_t head = 0; head < h; ++head)
-            for (int64_t i = n - rows; i < n; ++i) {
-              std::vector<double> p;
-              double total = 0;
-              for (int64_t j = 0; j <= m - n + i; ++j) {
-                double dot = 0;
-                for (int64_t c = 0; c < 16; ++c)
-                  dot += double(at.q.values.at<float>(at.q.begin(head) + i, c)) *
-                         double(keys.values.at<float>(keys.begin(head * g / h) + j, c));
-                total += p.emplace_back(std::exp(dot / 4));
-              }
-              for (size_t j = 0; j < p.size(); ++j) paid[j] += p[j] / total;
-            }
+          for (int64_t i = n - rows; i < n; ++i) {
+            const auto row = paid_by(at, i);
+            for (size_t j = 0; j < row.size(); ++j) paid[j] += row[j];
+          }
           if (!at.decoding()) votes.clear(), voters.clear();
           votes.resize(size_t(m), 0.0), voters.resize(size_t(m), 0.0);
           for (int64_t j = 0; j < m; ++j) {
@@ -709,6 +721,86 @@ TEST(Sessions, OvEvictDropsTheBlocksPaidLeast) {
           EXPECT_LT(int64_t(held.size()), budget + block);
         }
       }
+}
+
+TEST(Sessions, AdaptiveRkvDropsTheBlocksThatRepeatOthers) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [budget, block, sinks, recent, kernel, mass, chunk] :
+         {std::tuple{24, 4, 4, 8, 7, 0.5, 0}, {24, 3, 0, 6, 1, 0.2, 25}, {12, 2, 2, 2, 3, 0.9, 0}, {20, 1, 2, 5, 2, 0.3, 0}}) {
+      const auto model = tiny(h, g);
+      Session session(model, in_f32("adaptive-rkv(budget=" + std::to_string(budget) + ",block=" + std::to_string(block) +
+                                        ",sinks=" + std::to_string(sinks) + ",recent=" + std::to_string(recent) +
+                                        ",kernel=" + std::to_string(kernel) + ",mass=" + std::to_string(mass) + ")",
+                                    chunk));
+      std::vector<int32_t> held;
+      Rows history;
+      int by_mass = 0, by_redundancy = 0;
+      session.tap([&, g = g, budget = budget, block = block, sinks = sinks, recent = recent, kernel = kernel,
+                   mass = mass](LayerView& at) {
+        if (at.layer != 2) return;
+        const int64_t m = at.store->length(0), n = at.rows[0];
+        if (!at.decoding()) history.clear();
+        for (int64_t i = std::max<int64_t>(0, n - 8); i < n; ++i) history.push_back(paid_by(at, i));
+        if (history.size() > 8) history.erase(history.begin());
+        held = at.store->positions(0);
+        if (!at.decoding() || m < budget + block) return;
+        std::vector<double> paid(size_t(m), 0.0), score;
+        for (const auto& row : history)
+          for (size_t j = 0; j < row.size(); ++j) paid[j] += row[j];
+        const int64_t blocks = m / block - (sinks + recent) / block, quota = (budget - sinks - recent) / block;
+        double total = 0, sum = 0;
+        for (int64_t b = 0; b < blocks; ++b) {
+          score.push_back(0);
+          for (int64_t j = sinks + b * block; j < sinks + (b + 1) * block; ++j)
+            score.back() += *std::max_element(paid.begin() + j, paid.begin() + std::min<int64_t>(m, j + kernel));
+          total += score.back();
+        }
+        std::vector<int32_t> order = all_of(blocks), sure;
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return score[size_t(a)] > score[size_t(b)]; });
+        for (int32_t b : order) {
+          if (sum >= mass * total || int64_t(sure.size()) >= quota) break;
+          sum += score[size_t(b)], sure.push_back(b);
+        }
+        std::sort(sure.begin(), sure.end());
+        // Entries are those between the first and the latest ones.
+        const Ragged keys = stored_keys(at);
+        const int64_t size = blocks * block;
+        std::vector<double> worth(size_t(blocks), 0.0);
+        for (int64_t kv = 0; kv < g; ++kv) {
+          auto key = [&](int64_t i, int64_t c) { return double(keys.values.at<float>(keys.begin(kv) + sinks + i, c)); };
+          for (int64_t i = 0; i < size; ++i) {
+            std::vector<double> cosine(size_t(size), 0.0);
+            for (int64_t t = 0; t < size; ++t) {
+              double it = 0, ii = 0, tt = 0;
+              for (int64_t c = 0; c < 16; ++c)
+                it += key(i, c) * key(t, c), ii += key(i, c) * key(i, c), tt += key(t, c) * key(t, c);
+              if (t != i) cosine[size_t(t)] = it / std::sqrt(ii * tt);
+            }
+            const double mean = std::accumulate(cosine.begin(), cosine.end(), 0.0) / double(size);
+            for (int64_t t = 0; t < size; ++t)
+              if (cosine[size_t(t)] >= mean && !std::binary_search(sure.begin(), sure.end(), int32_t(t / block)))
+                worth[size_t(i / block)] -= cosine[size_t(t)];
+          }
+        }
+        for (int32_t b : sure) worth[size_t(b)] = INFINITY;
+        by_mass += int(sure.size()), by_redundancy += int(quota) - int(sure.size());
+        const auto stay = top(worth, quota);
+        std::vector<int32_t> left;
+        for (int64_t j = 0; j < m; ++j)
+          if (j < sinks || j >= sinks + size || std::binary_search(stay.begin(), stay.end(), int32_t((j - sinks) / block)))
+            left.push_back(held[size_t(j)]);
+        held = left;
+        history.clear();
+      });
+      session.prefill(text(50, 9));
+      for (int32_t i = 0; i < 20; ++i) {
+        session.decode(i * 5 % 61);
+        for (int kv = 0; kv < g; ++kv) EXPECT_EQ(session.store().layer(2).positions(kv), held) << "token " << i;
+      }
+      EXPECT_GT(by_mass, 0);
+      EXPECT_TRUE(by_redundancy > 0 || mass > 0.8);
+    }
 }
 
 // The layers behind the first keep what it has named.
