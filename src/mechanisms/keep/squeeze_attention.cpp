@@ -125,10 +125,12 @@ struct SqueezeAttention final : KeepWrapper {
     flags.offsets = compute(queue, Dtype::I64, {all / g + 1}, index() * layers);
     const Ragged many = spread(queue, flags, {.of = Spread::Of::Sum});
     for (int64_t l = 0; l < layers; ++l) {
-      const Num at = floor_div(index(), g) * layers + l, n = load(many.values, at), b = load(even.select(0, l), index());
-      const Num others = floor(b * (layers - n * share) / (layers - n) + 1e-6);
-      compute(queue, pick(n >= layers, b, max(1, pick(load(flags.values, at) > 0, floor(b * share + 1e-6), others))),
-              counts.select(0, l));
+      const Num own_layer = floor_div(index(), g) * layers + l;
+      const Tensor size = compute(queue, Dtype::F32, {all}, load(many.values, own_layer)),
+                   in = compute(queue, Dtype::F32, {all}, load(flags.values, own_layer));
+      const Num n = load(size, index()), b = load(even.select(0, l), index());
+      const Num part = pick(load(in, index()) > 0, share, (layers - n * share) / (layers - n));
+      compute(queue, pick(n >= layers, b, max(1, floor(b * part + 1e-6))), counts.select(0, l));
     }
     return counts;
   }
