@@ -110,7 +110,7 @@ INSTANTIATE_TEST_SUITE_P(
         "noncausal(budget=0.33,tile=64)", "expected-attention(budget=0.33)", "random(budget=0.5,sinks=4)",
         "duo-attention(sinks=4,recent=64,heads=[0,2])", "simlayerkv(recent=64,threshold=0.5)",
         "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))", "entropy-chunk(snapkv(budget=0.33))",
-        "squeeze-attention(snapkv(budget=0.33))", "think(share=0.4)", "trimmed-llama(budget=0.2)",
+        "squeeze-attention(snapkv(budget=0.33),share=0.8)", "think(share=0.4)", "trimmed-llama(budget=0.5)",
         "ov-evict(budget=96,block=16,sinks=16,recent=32)", "adaptive-rkv(budget=96,block=16,sinks=16,recent=32)",
         "dms(keydiff,threshold=-0.8,window=32)", "a-shape(sinks=4,local=64)", "tri-shape(sinks=4,local=64,last=16)",
         "triangle-mix(sinks=4,local=64,last=16)", "power(block=16,local=2)", "headkv(snapkv(budget=0.33))",

@@ -86,18 +86,21 @@ struct LongHeads final : Mechanism {
     const int64_t group = at.model.group();
     const Spread own{.of = Spread::Of::Sum, .block = chunk};
     at.read.places = entry_places(at, mod(place(), chunk));
-    const Ragged keys = stored_keys(at), before = at.column("longheads.weight"), after = at.per_entry(group);
+    const Ragged keys = stored_keys(at), share = shares(queue, paid, own), logits = at.per_entry(group);
     at.read.places = {};
+    const int64_t d = at.store->shape().d;
+    for (int64_t member = 0; member < group; ++member) {
+      Ragged answer = keys;
+      answer.values = queue.scratch.take(Dtype::F32, {keys.bound, d});
+      compute(queue, answer, load(keys.values, index()) * load(share.values, floor_div(index(), d) * group + member),
+              answer.values);
+      const Ragged like = row_dots(queue, spread(queue, answer, own), keys, at.scale());
+      compute(queue, like, load(like.values, index()), logits.values.reshape({logits.bound, group}).select(1, member));
+    }
+    const Ragged before = at.column("longheads.weight"), after = softmax(queue, logits, own);
     const Num end = (floor_div(place(), chunk) + 1) * chunk;
     const Num fresh = end <= length() && end > length() - of_sequence(queue, at.rows, segment(), keys.heads);
-    for (int64_t member = 0; member < group; ++member) {
-      const Ragged p = at.per_entry();
-      compute(queue, p, load(paid.values, index() * group + member), p.values);
-      const Ragged answer = spread(queue, combine(queue, keys, shares(queue, p, own), Combine::Multiply), own);
-      const Ragged weights = softmax(queue, row_dots(queue, answer, keys, at.scale()), own);
-      compute(queue, p, pick(fresh, load(weights.values, index()), load(before.values, index() * group + member)),
-              after.values.reshape({after.bound, group}).select(1, member));
-    }
+    compute(queue, after, pick(fresh, load(after.values, index()), load(before.values, index())), after.values);
     at.set_column("longheads.weight", after);
   }
 
