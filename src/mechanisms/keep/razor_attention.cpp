@@ -65,9 +65,10 @@ struct RazorAttention final : KeepPolicy {
       return out;
     };
     const Ragged k = mean(kept_keys(at)), v = mean(stored_values(at)), positions = stored_positions(at);
+    const Tensor first = compute(queue, Dtype::I32, {all}, pick(cut(index()), carrier(index()), 0));
     at.store->rewrite(
-        queue, compute(queue, Dtype::I32, {all}, carrier(index())), k, v,
-        compute(queue, Dtype::I32, {all}, load(positions.values, begin_of(positions, index()) + carrier(index()))));
+        queue, first, k, v,
+        compute(queue, Dtype::I32, {all}, load(positions.values, begin_of(positions, index()) + load(first, index()))));
     const Num own = cut(segment()) && place() == carrier(segment());
     compute(queue, bias, pick(own, log(of_segment(segment())), load(bias.values, index())), bias.values);
     at.set_bias(bias);
