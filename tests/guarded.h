@@ -121,7 +121,7 @@ inline void check(const Mods& m) {
 inline void check(const Rope* const& r) {
   if (r) check(r->inv_freq);
 }
-inline void check(const Read& r) { check(r.plan), check(r.rope); }
+inline void check(const Read& r) { check(r.plan), check(r.rope), check(r.places); }
 inline void check(const Read* const& r) {
   if (r) check(*r);
 }

@@ -7,10 +7,15 @@ namespace heed {
 
 Clusters clustered(Queue& queue, const Ragged& segment, int64_t length, int64_t count, int rounds, bool cosine) {
   const int64_t d = segment.values.size[1];
+  const auto room = [&](int64_t count) {
+    Ragged out = numbers(queue, std::span(&count, 1), 1, d);
+    out.values = out.values.reshape({count, d});
+    return out;
+  };
   // A copy, so that rows count from 0.
-  const Ragged rows = numbers(queue, std::span(&length, 1), 1, d);
+  const Ragged rows = room(length);
   compute(queue, rows, load(segment.values, (begin_of(segment, 0) + place()) * d + channel()), rows.values);
-  const Ragged centroids = numbers(queue, std::span(&count, 1), 1, d);
+  const Ragged centroids = room(count);
   compute(queue, centroids, load(rows.values, floor_div(place() * length, count) * d + channel()), centroids.values);
   const Clusters out{centroids.values, queue.scratch.take(Dtype::I32, {length})};
   const auto join = [&] {

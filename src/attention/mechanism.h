@@ -95,6 +95,7 @@ class LayerView {
   Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran; before it: dense, causal or not
   Read read;        // after attention of a Decode: what was read
   Tensor out, lse;  // after attention: F32, as q's rows
+  Tensor hidden;    // F32 [new tokens, hidden]: the residual stream before this layer; `heed apply` has none
   Tensor output_matrix;         // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
   LayerStore* store = nullptr;  // the new entries are in it
   Store* stores = nullptr;      // for column numbers
@@ -136,6 +137,9 @@ class LayerView {
   /// A User column of the store by name, read or written for all entries.
   Ragged column(const std::string& name) const;
   void set_column(const std::string& name, const Ragged& values) const;
+  /// The logit bias of every entry (Needs::bias).
+  Ragged bias() const;
+  void set_bias(const Ragged& values) const;
 
  private:
   int64_t step_ = 0;
@@ -173,7 +177,8 @@ struct Mechanism {
   virtual Tensor allocate(const Allocation&) const { return {}; }
   /// keep: stores entries otherwise (quantised, merged) instead of dropping them. True when that was all there is to do.
   virtual bool settle(LayerView&) const { return false; }
-  /// read: what the new token of each sequence reads (Decode). May also change at.mods.
+  /// read: what the new token of each sequence reads (Decode), and with Needs::plain_keys at which places. May also change
+  /// at.mods.
   virtual Read read(LayerView&) const { return {}; }
   /// edit: the attention output that takes the place of at.out (F32, same rows).
   virtual Tensor edit(LayerView& at) const { return at.out; }

@@ -69,6 +69,49 @@ Read best_blocks(LayerView& at, Plan::Scope scope, const Ragged& scores, int blo
   return chosen_blocks(at, scope, scores, best, block, capacity);
 }
 
+Read named_entries(LayerView& at, Plan::Scope scope, const Ragged& entries, const Num& named) {
+  Ragged flags = entries;
+  flags.values = at.queue.scratch.take(Dtype::F32, {entries.values.size[0]});
+  compute(at.queue, flags, pick(named, 1, 0), flags.values);
+  Select those;
+  those.by = Select::By::Threshold, those.p = 1;
+  const Lists tokens = chosen(at.queue, with_queries(at, flags), those, std::max<int64_t>(1, at.store->longest()));
+  Read read;
+  read.plan = tokens_plan(at.queue, scope, 1, tokens.index, tokens.count, tokens.capacity);
+  return read;
+}
+
+std::string whole_groups(const Range& heads) {
+  return heads.all() ? "" : "heads=" + heads.text + ": keys are moved for all heads of a layer; name layers instead";
+}
+
+Num query_position(LayerView& at) {
+  return load(at.q_pos, begin_of(at.q, floor_div(segment(), at.store->shape().kv_heads) * at.q.heads));
+}
+
+Ragged entry_places(LayerView& at, const Num& place) {
+  Ragged out;
+  out.offsets = at.store->offsets(at.queue), out.heads = at.store->shape().kv_heads, out.bound = at.store->entries();
+  out.values = at.queue.scratch.take(Dtype::I32, {out.bound});
+  compute(at.queue, out, place, out.values);
+  return out;
+}
+
+Ragged gathered_places(LayerView& at, const Plan& read) {
+  const int64_t g = at.store->shape().kv_heads, shared = scope_heads(read.scope, at.q.heads, g);
+  require(shared <= g, "gathered places", "query heads of one KV head read keys at different places");
+  std::vector<int64_t> first;  // row of the plan for each sequence; one without a new token has none
+  for (int64_t next = 0; int64_t rows : at.rows) first.push_back(next), next += rows > 0 ? shared : 0;
+  const Num row = of_sequence(at.queue, first, index(), g) + floor_div(mod(index(), g) * shared, g);
+  const int64_t all = at.store->segments(), block = read.k_tile;
+  const Tensor begins = compute(at.queue, Dtype::I64, {all}, load(read.rowptr, row)),
+               counts = compute(at.queue, Dtype::I32, {all}, load(read.count, row));
+  const Num begin = load(begins, segment()), count = load(counts, segment());
+  const Num before = find(read.index, begin, begin + count, floor_div(place(), block)) - begin;
+  const Num own = before * block + mod(place(), block), last = (count - 1) * block + mod(length() - 1, block);
+  return entry_places(at, query_position(at) - last + own);
+}
+
 void HeldRead::hold(Queue& queue, const Read& read) {
   auto kept = [&](const Tensor& from) {
     auto out = std::make_shared<Buffer>(Dtype::I32, std::initializer_list<int64_t>{from.numel()}, *queue.memory);

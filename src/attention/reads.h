@@ -37,8 +37,25 @@ Read chosen_blocks(LayerView&, Plan::Scope, const Ragged& scores, const Select& 
 Read best_blocks(LayerView&, Plan::Scope, const Ragged& scores, int block,
                  const std::function<Num(const Num& segment)>& count, int64_t capacity);
 
+/// Reads the entries that `named`, a formula of segment() and place() of `entries` (a segment for each query head, KV head
+/// or sequence, as the scope says), is not 0 for.
+Read named_entries(LayerView&, Plan::Scope, const Ragged& entries, const Num& named);
+
 /// Entries that a segment of `heads` to a sequence holds: a formula.
 Num held_entries(LayerView&, const Num& segment, int64_t heads);
+
+// Where plain keys are read (Needs::plain_keys), whatever their true positions are.
+
+/// A message when a mechanism that moves what all heads of a group read is given some heads only.
+std::string whole_groups(const Range& heads);
+
+/// The position of the new token of the sequence that segment() of a ragged of entries belongs to: a formula.
+Num query_position(LayerView&);
+/// A place for each entry of the store: a formula of segment() and place().
+Ragged entry_places(LayerView&, const Num& place);
+/// Places for what a read names, the new token last: they follow one another without gaps and end at the token's own
+/// position. The heads of a group read the same.
+Ragged gathered_places(LayerView&, const Plan& read);
 
 /// A read that later layers or steps take over.
 struct HeldRead : State {

@@ -50,6 +50,8 @@ Ragged plain_keys(const LayerView& at) {
   return turned(at.queue, keys, backwards(at.queue, *rope), entry_positions(at));
 }
 
+Ragged kept_keys(const LayerView& at) { return read_keys(at, nullptr); }
+
 Ragged stored_values(const LayerView& at) {
   Ragged values = at.per_entry(at.store->shape().d_v);
   values.values = values.values.reshape({values.bound, at.store->shape().d_v});

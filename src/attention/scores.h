@@ -12,6 +12,8 @@ Ragged stored_values(const LayerView&);
 Ragged stored_positions(const LayerView&);
 /// The keys before rotary embedding: as they are kept, or turned back.
 Ragged plain_keys(const LayerView&);
+/// The keys as the store keeps them, rotated or not.
+Ragged kept_keys(const LayerView&);
 
 /// x and y, element by element (kernels.h, Combine); without y, x and 1. y may be a number for each row of a wider x.
 Ragged combine(Queue&, const Ragged& x, Combine, float factor = 1);

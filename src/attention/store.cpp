@@ -159,6 +159,28 @@ void LayerStore::own(Queue& queue, Tensor until) {
   queue.run->page_own(queue, view_, until);
 }
 
+void LayerStore::rewrite(Queue& queue, Tensor first, const Ragged& k, const Ragged& v, Tensor positions) {
+  own(queue, view_.length);
+  shared_ = 0;
+  Scratch scope(queue.scratch);
+  std::vector<std::pair<int, Ragged>> beside;
+  auto keep = [&](int column, int64_t width) {
+    Ragged values{.values = queue.scratch.take(Dtype::F32, {entries(), width}),
+                  .offsets = offsets(queue),
+                  .ends = {},
+                  .heads = shape_.kv_heads,
+                  .bound = entries()};
+    queue.run->column_read(queue, view_, column, values);
+    beside.emplace_back(column, values);
+  };
+  if (store_->options_.bias) keep(kBiasColumn, 1);
+  for (size_t c = 0; c < store_->options_.columns.size(); ++c)
+    if (const Column& column = store_->options_.columns[c]; column.keeps == Column::Keeps::User)
+      keep(int(c), column.width);
+  queue.run->page_write(queue, view_, k, v, positions, first);
+  for (const auto& [column, values] : beside) queue.run->column_write(queue, view_, column, values);
+}
+
 void LayerStore::write_column(Queue& queue, int column, const Ragged& values) {
   own(queue, view_.length);
   shared_ = 0;

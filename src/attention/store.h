@@ -96,7 +96,11 @@ class LayerStore {
   /// Forgets entries whose position is ≥ `position` in every segment of `sequence`.
   void truncate(Queue&, int sequence, int64_t position);
 
-  /// Writes a User column of all entries (values [entries()(, width)]); a fork keeps its own.
+  /// Entries first[s] … of each segment (I32 [segments]) become that segment's rows of k and v, laid out as append
+  /// takes them, in the place of what they were; biases and User columns stay.
+  void rewrite(Queue&, Tensor first, const Ragged& k, const Ragged& v, Tensor positions);
+
+  /// Writes a User column (or kBiasColumn) of all entries (values [entries()(, width)]); a fork keeps its own.
   void write_column(Queue&, int column, const Ragged& values);
 
   /// True positions of a segment's entries, ascending. Waits.

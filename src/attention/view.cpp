@@ -68,6 +68,14 @@ void LayerView::set_column(const std::string& name, const Ragged& values) const 
   store->write_column(queue, column_number(stores, name), values);
 }
 
+Ragged LayerView::bias() const {
+  const Ragged values = per_entry();
+  run().column_read(queue, store->pages(), kBiasColumn, values);
+  return values;
+}
+
+void LayerView::set_bias(const Ragged& values) const { store->write_column(queue, kBiasColumn, values); }
+
 Tensor KeepPolicy::allocate(const Allocation& a) const {
   const int64_t layers = int64_t(a.scores.size()), segments = a.scores[0].segments(), g = a.scores[0].heads;
   std::vector<int32_t> counts;

@@ -62,6 +62,30 @@ void check_attention(const char* where, const Ragged& q, const Ragged& k, const 
   require(!mods.sink_logits || mods.weight == WeightFunction::Softmax, where, "sink_logits need softmax weights");
 }
 
+void check_read(const char* where, const Pages& pages, const Read* read) {
+  if (!read) return;
+  require(!pages.plain_keys || read->rope, where, "the store keeps plain keys, and the read has no rope to turn them");
+  const Ragged& places = read->places;
+  if (!places.values) return;
+  check_tensor(where, "places", places.values, {places.values.size[0]}, false, Dtype::I32);
+  require(places.segments() == pages.segments(), where, "places are numbers for the store's segments");
+}
+
+int check_column(const char* where, const Pages& pages, int column, const Ragged& values) {
+  require(values.segments() == pages.segments(), where, "values have the store's segments");
+  int width = 1;
+  if (column != kBiasColumn) {
+    require(pages.columns && column >= 0 && column < int(pages.columns->size()), where,
+            "the store has no column " + std::to_string(column));
+    const Column& c = (*pages.columns)[size_t(column)];
+    require(c.keeps == Column::Keeps::User, where, "column '" + c.name + "' is kept by the store");
+    width = c.width;
+  }
+  require(values.values.type == Dtype::F32 && (values.values.rank > 1 ? values.values.size[1] : 1) == width, where,
+          "values are F32 [keys, " + std::to_string(width) + "]");
+  return width;
+}
+
 void check_combine(const char* where, const Tensor& x, const Tensor& y, const Tensor& out) {
   require(x.type == Dtype::F32 && (x.rank == 1 || x.rank == 2), where, "x is F32 [rows] or [rows, width], got " + x.shape());
   const bool wide = x.rank == 2;

@@ -12,6 +12,12 @@ void check_attention(const char* where, const Ragged& q, const Ragged& k, const 
 void check_tensor(const char* where, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
                   bool optional = false, Dtype type = Dtype::F32);
 
+/// A read that turns plain keys has a rope, and its places are numbers for the pages' segments; a null read turns nothing.
+void check_read(const char* where, const Pages& pages, const Read* read);
+
+/// Numbers an entry of a column that column_read and column_write take; values fit it.
+int check_column(const char* where, const Pages& pages, int column, const Ragged& values);
+
 /// What combine and spread ask.
 void check_combine(const char* where, const Tensor& x, const Tensor& y, const Tensor& out);
 void check_spread(const char* where, const Ragged& x, const Spread& how, const Tensor& out);

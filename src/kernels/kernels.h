@@ -67,6 +67,14 @@ struct Read {
   enum class Positions : uint8_t { True, Cache } positions = Positions::True;  // Cache: entry i of a segment at i
   /// Needed when pages.plain_keys.
   const Rope* rope = nullptr;
+  /// I32, optional: a position for each entry, in segments of at least the pages' lengths. It is where a plain key is rotated,
+  /// whatever `positions` says; windows go by true positions all the same.
+  Ragged places = {};
+  /// Where an entry is rotated that stands at `position`. Host-visible places only.
+  int64_t place(int64_t segment, int64_t entry, int64_t position) const {
+    if (places.values) return places.values.at<int32_t>(places.begin(segment) + entry);
+    return positions == Positions::Cache ? entry : position;
+  }
 };
 
 /// Keys to observe: a panel or a store's pages.
@@ -317,7 +325,7 @@ struct Kernels {
   /// ascends. `to` may be `from`: moves go downward. Equal types of a side move raw (Token axis); others go through f32.
   /// Lengths are not changed.
   void (*page_move)(Queue&, const Pages& from, const Pages& to, Tensor index, Tensor count, int64_t capacity);
-  /// User column `column` of all entries ↔ values [keys(, width)], laid out as page_read's rows.
+  /// User column `column` (or kBiasColumn) of all entries ↔ values [keys(, width)], laid out as page_read's rows.
   void (*column_read)(Queue&, const Pages&, int column, Ragged values);
   void (*column_write)(Queue&, const Pages&, int column, const Ragged& values);
   // Page lists. These change table, layout, length and supply of the pages given, where they lie.

@@ -44,6 +44,9 @@ struct Column {
   float fill = 0;  // User: the value of a new entry
 };
 
+/// In place of a column's number: the logit biases of synthetic entries, one an entry. Pages without have 0 and take none.
+inline constexpr int kBiasColumn = -1;
+
 /// Where things lie inside a page of one store. Everything is 64-byte aligned.
 /// K is row-major [64][d]; V's order is the backend's choice (v_transposed: [d_v][64]).
 struct PageLayout {

@@ -347,7 +347,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   view.enter(step);
   view.prompt = prompt, view.store = &entries, view.stores = store.get();
   view.rows = batch.count, view.first = batch.first;
-  view.output_matrix = w.o;
+  view.hidden = x, view.output_matrix = w.o;
   view.read.rope = m.rope(l), view.read.positions = positions;
   view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);
 
@@ -410,6 +410,11 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     if (entries.entries() > 0) {
       const Read read{.plan = {}, .positions = positions, .rope = rope};
       run.page_read(queue, entries.pages(), plain_keys ? &read : nullptr, k_old, v_old, view.k_pos);
+      if (store->options().bias) {
+        Ragged bias = k_old;
+        bias.values = view.mods.key_bias = compute(queue, Dtype::F32, {rows}, 0);
+        run.column_read(queue, entries.pages(), kBiasColumn, bias);
+      }
     }
     compute(queue, k_new, load(batch.positions, load(batch.first, floor_div(segment(), m.g)) + place()), new_positions);
   }
@@ -447,7 +452,8 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
     if (reader >= 0) {
       Clock clock(times.plan);
       const Mechanism& mechanism = enter(reader);
-      view.read.plan = mechanism.read(view).plan;
+      const Read chosen = mechanism.read(view);
+      view.read.plan = chosen.plan, view.read.places = chosen.places;
       const Ragged keys{
           .values = {}, .offsets = view.store->offsets(queue), .ends = {}, .heads = view.model.g, .bound = view.store->entries()};
       view.read.plan = limit_heads(view, view.read.plan, keys, view.store->longest(), mechanism.heads);

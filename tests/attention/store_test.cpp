@@ -155,6 +155,58 @@ TEST_P(Stores, ForksGoTheirOwnWay) {
 }
 
 // A page turned to another layout keeps its entries, and takes new ones again behind a truncation into it.
+// A fork keeps what its origin writes over, and what lies beside a rewritten entry stays with both.
+TEST_P(Stores, RewrittenEntriesKeepWhatLiesBesideThem) {
+  const StoreShape shape{g, d, d};
+  StoreOptions o = options();
+  o.bias = true;
+  o.columns = {{.name = "a"}, {.name = "bounds", .keeps = Column::Keeps::KeyMax, .block = 16}, {.name = "b", .width = 3}};
+  Store store(queue, std::span(&shape, 1), o, sequences);
+  Mirror mirror = empty();
+  append(queue, store, mirror, {70, 1, 129});
+  LayerStore& layer = store.layer(0);
+  const int64_t all = layer.entries();
+  auto beside = [&](int64_t width) {
+    return Ragged{queue.scratch.take(Dtype::F32, {all, width}), layer.offsets(queue), {}, g, all};
+  };
+  const std::vector<std::pair<int, int64_t>> columns = {{kBiasColumn, 1}, {store.column("a"), 1}, {store.column("b"), 3}};
+  for (const auto& [column, width] : columns) {
+    const Ragged values = beside(width);
+    compute(queue, index() * 0.25 + column, values.values);
+    layer.write_column(queue, column, values);
+  }
+  Store fork(queue, store);
+  const Mirror before = mirror;
+  // Of every second segment two entries from its first one on, if it has them.
+  std::vector<int64_t> offsets{0};
+  std::vector<float> keys;
+  std::vector<int32_t> positions, first;
+  for (size_t s = 0; s < mirror.held.size(); ++s) {
+    auto& held = mirror.held[s];
+    const int32_t at = s % 4 == 0 ? 0 : int32_t(held.size()) - 2;
+    first.push_back(std::max(0, at));
+    for (int32_t e = at; s % 2 == 0 && held.size() > 1 && e < at + 2; ++e) {
+      held[size_t(e)].second = float(random.normal());
+      positions.push_back(held[size_t(e)].first), keys.insert(keys.end(), d, held[size_t(e)].second);
+    }
+    offsets.push_back(int64_t(positions.size()));
+  }
+  const int64_t count = int64_t(positions.size());
+  ASSERT_EQ(count, 4);
+  const Ragged k{queue.upload(keys).reshape({count, d}), queue.upload(offsets), {}, g, count};
+  layer.rewrite(queue, queue.upload(first), k, k, queue.upload(positions));
+  check(queue, store, mirror);
+  check(queue, fork, before);
+  for (Store* which : {&store, &fork})
+    for (const auto& [column, width] : columns) {
+      const Ragged values = beside(width);
+      queue.run->column_read(queue, which->layer(0).pages(), column, values);
+      const Buffer back = queue.read_back(values.values);
+      for (int64_t i = 0; i < all * width; ++i)
+        ASSERT_EQ(back->as<float>()[i], float(i) * 0.25f + float(column)) << "column " << column << " number " << i;
+    }
+}
+
 TEST_P(Stores, PagesTurnToAnotherLayoutAndBack) {
   const StoreShape shape{g, d, d};
   Store store(queue, std::span(&shape, 1), options(), sequences);

@@ -68,6 +68,7 @@ class Visit {
   Read operator()(Read r) {
     r.plan = (*this)(r.plan);
     r.rope = (*this)(r.rope);
+    r.places = (*this)(r.places);
     return r;
   }
   /// Pages, and their table with the addresses of the copies.

@@ -171,13 +171,21 @@ struct Turning {
   Poisoned inv_freq;
   Rope rope;
   Read read;
-  Turning(Random& random, int64_t d) {
+  RaggedData places;
+  Turning(Random& random, const StoreCase& store) {
+    const int64_t d = store.d;
     rope.dims = int(chance(random, 0.7) ? d : d / 4 * 2);
     rope.neox = chance(random, 0.5);
     double power = 0;
     inv_freq = filled(Dtype::F32, {rope.dims / 2}, [&] { return std::pow(1e4, -2 * power++ / rope.dims); });
     rope.inv_freq = inv_freq;
     read.positions = pick(random, {Read::Positions::True, Read::Positions::Cache});
+    if (!chance(random, 0.4)) return;
+    places = ragged(random, Dtype::I32, store.lengths, store.g, 0, Layout::any(random));
+    for (int64_t s = 0; s < places.view.segments(); ++s)
+      for (int64_t r = places.view.begin(s); r < places.view.end(s); ++r)
+        places.values->at<int32_t>(r) = int32_t(random.below(600));
+    read.places = places;
   }
 };
 
@@ -185,7 +193,7 @@ void page_read_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(30) && !testing::Test::HasFailure(); ++i) {
     const FilledStore from(random, oracle(), Kinds::Any, run.v_transposed);
     StoreCase& store = *from.store;
-    Turning turning(random, store.d);
+    Turning turning(random, store);
     turning.read.rope = &turning.rope;
     store.pages.plain_keys = chance(random, 0.5);
     const Read* read = chance(random, 0.7) ? &turning.read : nullptr;
@@ -198,7 +206,7 @@ void page_read_equals_reference(const Kernels& run, Random random) {
     to_k.values = got_k;
     to_v.values = got_v;
     SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text() + " to " + info(type).name +
-                 (store.pages.plain_keys && read ? ", turned" : ""));
+                 (store.pages.plain_keys && read ? ", turned" : "") + (read && read->places.values ? " to places" : ""));
     Queue queue;
     oracle().page_read(queue, store.pages, read, k, v, positions);
     run.page_read(queue, store.pages, read, to_k, to_v, got_positions);
@@ -299,16 +307,19 @@ void columns_are_read_and_written(const Kernels& run, Random random) {
     if (store.columns.empty()) continue;
     SCOPED_TRACE("case " + std::to_string(i) + ": " + store.text());
     Queue queue;
-    for (int column : {0, 4}) {
-      const int64_t width = store.columns[size_t(column)].width;
+    const bool biased = std::all_of(store.pages.layouts.begin(), store.pages.layouts.end(),
+                                    [](const PageLayout& l) { return l.bias_at >= 0; });
+    for (int column : {0, 4, kBiasColumn}) {
+      if (column == kBiasColumn && !biased) continue;
+      const int64_t width = column == kBiasColumn ? 1 : store.columns[size_t(column)].width;
       RaggedData values = ragged(random, Dtype::F32, store.lengths, store.g, width == 1 ? 0 : width, Layout::any(random));
       Poisoned fill = values.values.twin(), back = values.values.twin();
       Ragged to = values.view;
       to.values = fill;
       run.column_read(queue, store.pages, column, to);
+      const float at_first = column == kBiasColumn ? 0 : store.columns[size_t(column)].fill;
       for (int64_t s = 0; s < to.segments(); ++s)
-        each(to.segment(s),
-             [&](auto index) { EXPECT_EQ(number(to.segment(s), index), store.columns[size_t(column)].fill); });
+        each(to.segment(s), [&](auto index) { EXPECT_EQ(number(to.segment(s), index), at_first); });
       for (int64_t s = 0; s < to.segments(); ++s)
         each(values.view.segment(s), [&](auto index) { set(values.view.segment(s), index, random.normal()); });
       run.column_write(queue, store.pages, column, values);
@@ -390,7 +401,7 @@ void attend_store_equals_reference(const Kernels& run, Random random) {
         random, pick(random, {Plan::Form::Dense, Plan::Form::Dense, Plan::Form::Blocks, Plan::Form::Tokens}),
         pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}), 8,
         pick(random, {1, 16, 32, 64}), chance(random, 0.3) ? 3 : 1, q, from.k, k_head);
-    Turning turning(random, store.d);
+    Turning turning(random, store);
     store.pages.plain_keys = chance(random, 0.4);
     turning.read.plan = plan.plan;
     turning.read.rope = &turning.rope;
@@ -429,7 +440,8 @@ void attend_store_equals_reference(const Kernels& run, Random random) {
              {bool(mods.q_pos), ", positions"},
              {mods.window > 0, ", window"},
              {store.pages.plain_keys, ", plain keys"},
-             {turning.read.positions == Read::Positions::Cache, ", cache positions"}})
+             {turning.read.positions == Read::Positions::Cache, ", cache positions"},
+             {bool(turning.read.places.values), ", places"}})
       if (is) mods_text += name;
     SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + ", q " + info(q.values->type).name +
                  ", form " + std::to_string(int(plan.plan.form)) + ", scope " + std::to_string(int(plan.plan.scope)) +

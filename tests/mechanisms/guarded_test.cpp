@@ -70,6 +70,12 @@ const std::vector<std::string> kSpecs = {
     "duo-attention(sinks=2,recent=10,heads=1)",
     "simlayerkv(threshold=0,recent=14)",
     "chunkkv(snapkv(budget=16,window=4),chunk=5)",
+    "entropy-chunk(snapkv(budget=16,window=4),chunk=5,few=2)",
+    "squeeze-attention(snapkv(budget=16,window=4))",
+    "think(share=0.7,window=4,heads=1)",
+    "ov-evict(budget=12,block=4,sinks=4,recent=4)",
+    "adaptive-rkv(budget=12,block=4,sinks=4,recent=4,mass=0.5)",
+    "trimmed-llama(budget=0.1)",
     "caote(h2o(budget=10))",
     "dms(keydiff,threshold=0,window=8)",
     "headkv(snapkv(budget=20,window=4),window=4,scores=[1,3,2,2,5,1,1,1])",
@@ -96,6 +102,11 @@ const std::vector<std::string> kSpecs = {
     "clusterkv(budget=12,tokens=6,sinks=2,rounds=3,dense=1)",
     "pqcache(topk=0.1,recent=0.05,centroids=5,rounds=2,sinks=2)",
     "rocketkv(budget=9,page=4)",
+    "token-select(budget=6,sinks=2,local=4,dense=1)",
+    "long-heads(chunk=4,chunks=4,dense=1)",
+    "infllm(budget=8,sinks=2,local=8,block=4,representatives=2,dense=1)",
+    "razor-attention(sinks=2,recent=8,share=0)",
+    "razor-attention(sinks=2,recent=8,share=0,when=every(2),heads=1)",
     "hylra(budget=9,full=[0,2])",
     "lychee-decode(budget=9,retrieval=[4,7])",
     "recycled-attention(budget=9,stride=4)",
@@ -265,8 +276,8 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
     const int64_t before = replays();
     EXPECT_LT(farthest(plain, course(model, spec, true)), 1e-5);
     // These ask for the step or keep something of their own on the host; KIVI takes pages as it goes.
-    const char* const differ[] = {"tidal",    "recycled",        "omnikv",    "kivi",    "r-kv",  "spatten",
-                                  "shadowkv", "double-sparsity", "clusterkv", "pqcache", "hylra", "lychee"};
+    const char* const differ[] = {"tidal",           "recycled",  "omnikv",  "kivi",  "r-kv",   "spatten",   "shadowkv",
+                                  "double-sparsity", "clusterkv", "pqcache", "hylra", "lychee", "long-heads"};
     const bool differs = std::any_of(std::begin(differ), std::end(differ),
                                      [&](const char* name) { return spec.starts_with(name); });
     if (!differs) { EXPECT_GE(replays() - before, 20); }

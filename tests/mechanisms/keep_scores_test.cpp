@@ -21,6 +21,12 @@ const char* kIdentities[] = {"a2sf(budget=1.0)",
                              "duo-attention(recent=100000)",
                              "simlayerkv(threshold=1)",
                              "chunkkv(snapkv(budget=1.0))",
+                             "entropy-chunk(snapkv(budget=1.0))",
+                             "think(share=0)",
+                             "think(window=1000)",
+                             "trimmed-llama(budget=1.0)",
+                             "ov-evict(budget=1024)",
+                             "adaptive-rkv(budget=1024)",
                              "caote(h2o(budget=1.0))",
                              "dms(knorm)",
                              "headkv(snapkv(budget=1.0))"};
@@ -423,6 +429,82 @@ TEST_P(KeepScores, ChunkKvKeepsWholeChunksInAllHeads) {
       scores[size_t(j)] = std::accumulate(sum.begin() + first, sum.begin() + last, 0.0) / double(last - first);
     }
     for (const auto& list : kept(c, spec, backend())) EXPECT_EQ(list, top(scores, budget)) << spec;
+  }
+}
+
+/// kvpress' walk over chunks of `chunk`, best first: the order in which it takes entries.
+std::vector<int32_t> gated_chunks(const std::vector<double>& s, int64_t chunk, int64_t few) {
+  struct Chunk {
+    int64_t first, last;
+    double score, entropy;
+  };
+  const int64_t m = int64_t(s.size());
+  std::vector<Chunk> chunks;
+  std::vector<double> scores, entropies;
+  for (int64_t first = 0; first < m; first += chunk) {
+    Chunk x{first, std::min(m, first + chunk), 0, 0};
+    double low = 0, sum = 0;
+    for (int64_t j = first; j < x.last; ++j)
+      x.score += s[size_t(j)] / double(x.last - first), low = std::min(low, s[size_t(j)]);
+    for (int64_t j = first; j < x.last; ++j) sum += s[size_t(j)] - low;
+    for (int64_t j = first; j < x.last; ++j) {
+      const double p = (s[size_t(j)] - low) / (sum + 1e-8);
+      x.entropy -= p * std::log(p + 1e-8);
+    }
+    x.entropy = x.last - first > 1 ? std::clamp(x.entropy / std::log(double(x.last - first)), 0.0, 1.0) : 0;
+    scores.push_back(x.score), entropies.push_back(x.entropy), chunks.push_back(x);
+  }
+  std::sort(scores.begin(), scores.end()), std::sort(entropies.begin(), entropies.end());
+  const double score = scores[(scores.size() - 1) / 2], entropy = entropies[(entropies.size() - 1) / 2];
+  std::stable_sort(chunks.begin(), chunks.end(), [](const Chunk& a, const Chunk& b) { return a.score > b.score; });
+  std::vector<int32_t> order;
+  std::vector<double> rest = s;
+  for (const Chunk& x : chunks) {
+    const int64_t n = x.score >= score && x.entropy < entropy ? std::min(x.last - x.first, few) : x.last - x.first;
+    for (int64_t taken = 0; taken < n; ++taken) {
+      order.push_back(int32_t(std::max_element(rest.begin() + x.first, rest.begin() + x.last) - rest.begin()));
+      rest[size_t(order.back())] = -INFINITY;
+    }
+  }
+  while (order.size() < s.size()) {
+    order.push_back(int32_t(std::max_element(rest.begin(), rest.end()) - rest.begin()));
+    rest[size_t(order.back())] = -INFINITY;
+  }
+  return order;
+}
+
+TEST_P(KeepScores, EntropyChunkGatesChunksOfFewGoodEntries) {
+  for (const auto& [m, budget, chunk, few, window] :
+       {std::tuple{107, 40, 10, 4, 8}, {107, 33, 7, 2, 8}, {64, 20, 16, 1, 4}, {50, 12, 1, 4, 8}, {30, 25, 10, 30, 4}}) {
+    const Case c(shape(m, m), 18, 2.5);
+    for (const bool attention : {true, false}) {
+      std::vector<double> sum(size_t(m), 0.0);
+      Rows each;
+      double most = -INFINITY;
+      for (int64_t kv = 0; kv < c.shape.g; ++kv) {
+        each.push_back(snapkv_scores(c, kv, window, 5));
+        for (int64_t j = 0; j < m && !attention; ++j) {
+          double norm = 0;
+          for (int64_t e = 0; e < c.shape.d; ++e) norm += std::pow(double(c.k->at<float>(kv, j, e)), 2);
+          each.back()[size_t(j)] = -std::sqrt(norm);
+        }
+        for (double x : each.back())
+          if (std::isfinite(x)) most = std::max(most, x);
+      }
+      for (const auto& s : each)
+        for (size_t j = 0; j < sum.size(); ++j) sum[j] += std::isfinite(s[j]) ? s[j] : most + 1;
+      const std::string inner = attention ? "snapkv(budget=" + std::to_string(budget) +
+                                                ",window=" + std::to_string(window) + ")"
+                                          : "knorm(budget=" + std::to_string(budget) + ")",
+                        spec = "entropy-chunk(" + inner + ",chunk=" + std::to_string(chunk) +
+                               ",few=" + std::to_string(few) + ")";
+      std::set<int32_t> taken;  // forced ones stay, whatever the gate says of their chunk
+      for (int32_t j = int32_t(m - (attention ? window : 0)); j < m; ++j) taken.insert(j);
+      for (int32_t j : gated_chunks(sum, chunk, few))
+        if (int64_t(taken.size()) < budget) taken.insert(j);
+      const std::vector<int32_t> expected(taken.begin(), taken.end());
+      for (const auto& list : kept(c, spec, backend())) EXPECT_EQ(list, expected) << spec;
+    }
   }
 }
 

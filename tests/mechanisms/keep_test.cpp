@@ -332,7 +332,17 @@ TEST(KeepPolicies, ABudgetBelowWhatIsForcedNamesTheParameter) {
                                    {"streaming-llm(budget=4)", "sinks"},
                                    {"adakv(snapkv(budget=31))", "window"},
                                    {"snapkv(kernel=4)", "kernel"},
-                                   {"kivi(bits=3)", "bits"}}) {
+                                   {"kivi(bits=3)", "bits"},
+                                   {"ov-evict(budget=100)", "budget"},
+                                   {"ov-evict(budget=0.5)", "budget"},
+                                   {"ov-evict(budget=128)", "recent"},
+                                   {"ov-evict(sinks=40)", "sinks"},
+                                   {"trimmed-llama(heads=0)", "heads"},
+                                   {"infllm(heads=0)", "heads"},
+                                   {"infllm(block=2)", "representatives"},
+                                   {"token-select(heads=-1)", "heads"},
+                                   {"long-heads(heads=1)", "heads"},
+                                   {"long-heads(chunks=2)", "chunks"}}) {
     const auto out = apply(spec, c.input("reference"));
     ASSERT_FALSE(out.has_value()) << spec;
     EXPECT_EQ(out.error().code, Code::Invalid);

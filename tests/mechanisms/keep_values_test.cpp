@@ -46,13 +46,107 @@ TEST_P(KeepValues, IdentityKeepsAll) {
     for (const char* spec :
          {"criticalkv(snapkv(budget=1.0))", "defensivekv(budget=1.0)", "leverage(budget=1.0)", "compactor(budget=1.0)",
           "finch(budget=1.0)", "rerotate(snapkv(budget=1.0))", "cake(budget=1.0)", "capkv(budget=1.0)", "zipvl(tau=1)",
-          "chunk-local(knorm(budget=1.0),chunk=16)", "moa(alpha=[100000])", "spatten(budget=1.0)", "r-kv(budget=1.0)"}) {
+          "chunk-local(knorm(budget=1.0),chunk=16)", "moa(alpha=[100000])", "spatten(budget=1.0)", "r-kv(budget=1.0)",
+          "razor-attention", "razor-attention(recent=1,share=1)"}) {
       const ApplyOutput out = c.run_with(spec, backend());
       EXPECT_LT(c.dense_error(out), kExact) << spec;
       EXPECT_LT(kept_error(c, out), kExact) << spec;
       for (const auto& list : lists(out, "kept")) EXPECT_EQ(list, all_of(s.m)) << spec;
     }
   }
+}
+
+TEST_P(KeepValues, RazorAttentionAnswersForAllThatWent) {
+  for (const auto& [m, sinks, recent, share] :
+       {std::tuple{97, 3, 20, 0.0}, {130, 0, 10, 0.25}, {61, 4, 60, 0.0}, {50, 4, 1, 0.5}, {60, 4, 57, 0.0}, {9, 2, 5, 0.0}})
+    for (const bool alike : {false, true}) {
+      const int64_t latest = std::max<int64_t>(recent, int64_t(share * m)), gone = m - sinks - latest;
+      Case c(shape(5, m), 4);
+      if (alike)  // then nothing is lost
+        for (int64_t kv = 0; kv < c.shape.g; ++kv)
+          for (int64_t j = sinks + 1; j < m - latest; ++j) {
+            for (int64_t e = 0; e < c.shape.d; ++e) c.k->at<float>(kv, j, e) = c.k->at<float>(kv, sinks, e);
+            for (int64_t e = 0; e < c.shape.d_v; ++e) c.v->at<float>(kv, j, e) = c.v->at<float>(kv, sinks, e);
+          }
+      const ApplyOutput out = c.run("razor-attention(sinks=" + std::to_string(sinks) +
+                                        ",recent=" + std::to_string(recent) + ",share=" + std::to_string(share) + ")",
+                                    backend());
+      EXPECT_LT(c.dense_error(out), kExact);
+      std::vector<int32_t> expected = all_of(m);
+      if (gone > 1) expected.erase(expected.begin() + sinks, expected.begin() + sinks + gone - 1);
+      for (const auto& list : lists(out, "kept")) EXPECT_EQ(list, expected);
+      for (int64_t head = 0; head < c.shape.h; ++head) {
+        const int64_t kv = head / c.group();
+        std::vector<double> sum(size_t(c.shape.d_v), 0.0), mean = sum;
+        double total = 0, dot = 0;
+        for (int64_t j = 0; j < m; ++j) {
+          const bool stays = j < sinks || j >= m - latest;
+          const double w = stays ? std::exp(c.dot(head, 4, j) / std::sqrt(double(c.shape.d))) : 0;
+          total += w;
+          if (!stays) dot += c.dot(head, 4, j) / double(gone);
+          for (int64_t e = 0; e < c.shape.d_v; ++e)
+            sum[size_t(e)] += w * double(c.v->at<float>(kv, j, e)),
+                mean[size_t(e)] += stays ? 0 : double(c.v->at<float>(kv, j, e)) / double(gone);
+        }
+        const double w = gone > 0 ? double(gone) * std::exp(dot / std::sqrt(double(c.shape.d))) : 0;
+        const auto dense = c.output(head, c.causal(head, 4));
+        for (int64_t e = 0; e < c.shape.d_v; ++e) {
+          const double x = out.find("kept_out")->view().at<float>(head, e);
+          EXPECT_NEAR(x, (sum[size_t(e)] + w * mean[size_t(e)]) / (total + w), kExact) << m;
+          if (alike || gone <= 1) { EXPECT_NEAR(x, dense[size_t(e)], kExact) << m; }
+        }
+      }
+    }
+  const Case c(shape(5, 97), 4);
+  const ApplyOutput bare = c.run("razor-attention(sinks=3,recent=20,share=0,compensation=false)", backend());
+  EXPECT_LT(kept_error(c, bare), kExact);
+  for (const auto& list : lists(bare, "kept")) EXPECT_EQ(list.size(), 23u);
+}
+
+TEST_P(KeepValues, ThinkPrunesChannelsOfLeastEnergy) {
+  for (const auto& [n, m, window, share] :
+       {std::tuple{90, 90, 8, 0.5}, {5, 77, 32, 0.3}, {40, 61, 4, 0.9}, {3, 20, 2, 1.0}, {1, 1, 1, 0.5}}) {
+    const Case c(shape(n, m), 6);
+    const ApplyOutput out = c.run("think(share=" + std::to_string(share) + ",window=" + std::to_string(window) + ")",
+                                  backend());
+    EXPECT_LT(c.dense_error(out), kExact);
+    const int64_t d = c.shape.d, rows = std::min(n, window), old = std::min(std::max(0, m - window), n);
+    for (int64_t kv = 0; kv < c.shape.g; ++kv) {
+      std::vector<double> energy;
+      for (int64_t x = 0; x < d; ++x) {
+        double q = 0, k = 0;
+        for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head)
+          for (int64_t i = n - rows; i < n; ++i) q += std::pow(double(c.q->at<float>(head, i, x)), 2);
+        for (int64_t j = 0; j < m; ++j) k += std::pow(double(c.k->at<float>(kv, j, x)), 2);
+        energy.push_back(q * k);
+      }
+      const auto stays = top(energy, d - int64_t(share * double(d)));
+      Case pruned(c.shape, 6);
+      for (int64_t j = std::max(0, m - window) - old; j < m - window; ++j)
+        for (int64_t x = 0; x < d; ++x)
+          if (!std::binary_search(stays.begin(), stays.end(), int32_t(x))) pruned.k->at<float>(kv, j, x) = 0;
+      for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head) {
+        const auto expected = pruned.output(head, pruned.causal(head, n - 1));
+        for (int64_t x = 0; x < c.shape.d_v; ++x)
+          EXPECT_NEAR(out.find("kept_out")->view().at<float>(head, x), expected[size_t(x)], kExact) << m;
+      }
+    }
+  }
+}
+
+TEST_P(KeepValues, TrimmedLlamaKeepsWhatAnyHeadNames) {
+  for (const Shape s : {shape(90, 90), shape(20, 77), shape(1, 1), shape(1, 50)})
+    for (const double share : {0.1, 0.25, 0.6}) {
+      const Case c(s, 7);
+      const auto held = kept(c, "trimmed-llama(budget=" + std::to_string(share) + ")", backend());
+      const int64_t each = std::max<int64_t>(1, int64_t(share * double(s.m) + 1e-9));
+      const Rows paid = column_sums(c, s.n);
+      std::set<int32_t> any;
+      for (const auto& row : paid)
+        for (int32_t j : top(row, each)) any.insert(j);
+      EXPECT_LE(int64_t(any.size()), s.h * each);
+      for (const auto& list : held) EXPECT_EQ(list, (std::vector<int32_t>(any.begin(), any.end())));
+    }
 }
 
 /// The two stages inside one head's count.

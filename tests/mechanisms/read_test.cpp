@@ -23,12 +23,30 @@ std::vector<std::vector<int32_t>> read(const Case& c, const std::string& spec, c
 TEST_P(Reads, IdentityReadsAll) {
   for (const Shape s : {shape(1, 200), shape(40, 40), shape(3, 129), shape(1, 1)}) {
     const Case c(s);
-    for (const char* spec :
-         {"quest(budget=1.0)", "quest(budget=100000)", "tidal-decode(budget=1.0)", "recycled-attention(stride=1)",
-          "recycled-attention(budget=1.0)", "omnikv(budget=1.0)", "twilight(p=1)", "kinetics(budget=1.0)",
-          "shadowkv(budget=1.0)", "shadowkv(latest=1000)", "double-sparsity(budget=1.0)", "hylra(budget=1.0)",
-          "lychee-decode(budget=1.0)", "lychee-decode(retrieval=0-)", "clusterkv(budget=1.0)",
-          "clusterkv(tokens=1000000,budget=1000)", "rocketkv(budget=1.0)", "pqcache(topk=1)", "pqcache(recent=1)"})
+    for (const char* spec : {"quest(budget=1.0)",
+                             "quest(budget=100000)",
+                             "tidal-decode(budget=1.0)",
+                             "recycled-attention(stride=1)",
+                             "recycled-attention(budget=1.0)",
+                             "omnikv(budget=1.0)",
+                             "twilight(p=1)",
+                             "kinetics(budget=1.0)",
+                             "shadowkv(budget=1.0)",
+                             "shadowkv(latest=1000)",
+                             "double-sparsity(budget=1.0)",
+                             "hylra(budget=1.0)",
+                             "lychee-decode(budget=1.0)",
+                             "lychee-decode(retrieval=0-)",
+                             "clusterkv(budget=1.0)",
+                             "clusterkv(tokens=1000000,budget=1000)",
+                             "rocketkv(budget=1.0)",
+                             "pqcache(topk=1)",
+                             "pqcache(recent=1)",
+                             "long-heads(chunk=7,chunks=100)",
+                             "token-select(budget=1.0)",
+                             "token-select(local=1000)",
+                             "infllm(budget=1.0,block=7)",
+                             "infllm(local=100,block=32)"})
       for (const auto& list : read(c, spec, backend())) EXPECT_EQ(list, all_of(s.m)) << spec;
   }
 }
@@ -412,7 +430,8 @@ TEST_P(Reads, APlantedKeyIsFound) {
          {"quest(budget=32)", "tidal-decode(budget=8)", "twilight(p=0.5)", "omnikv(budget=8)",
           "recycled-attention(budget=8)", "kinetics(budget=64,local=16,block=8)", "shadowkv(budget=24)",
           "double-sparsity(budget=8,factor=4)", "hylra(budget=8)", "lychee-decode(budget=8)",
-          "clusterkv(budget=24,tokens=4,sinks=2)", "pqcache(topk=0.1,sinks=2)", "rocketkv(budget=16)"})
+          "clusterkv(budget=24,tokens=4,sinks=2)", "pqcache(topk=0.1,sinks=2)", "rocketkv(budget=16)",
+          "token-select(budget=8,sinks=4,local=4)"})
       for (const auto& list : read(c, spec, backend()))
         EXPECT_TRUE(std::binary_search(list.begin(), list.end(), int32_t(place))) << spec << " at " << place;
   }

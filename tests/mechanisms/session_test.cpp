@@ -1,5 +1,6 @@
 // Every mechanism inside sessions: its identity is dense in all phases, and small budgets run on what nobody tuned for.
 #include "model/session.h"
+#include "attention/scores.h"
 #include "harness.h"
 #include "mechanisms/registry.h"
 
@@ -257,6 +258,16 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "rerotate(snapkv(budget=16,window=4))",
                              "spatten(budget=0.3,when=every(2))",
                              "zipvl(tau=0.7)",
+                             "token-select(budget=6,sinks=2,local=4)",
+                             "long-heads(chunk=4,chunks=3)",
+                             "entropy-chunk(snapkv(budget=16,window=4),chunk=5,few=2)",
+                             "squeeze-attention(snapkv(budget=16,window=4))",
+                             "think(share=0.7,window=4)",
+                             "ov-evict(budget=12,block=4,sinks=4,recent=4)",
+                             "adaptive-rkv(budget=12,block=4,sinks=4,recent=4,mass=0.5)",
+                             "trimmed-llama(budget=0.1)",
+                             "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
+                             "razor-attention(sinks=2,recent=8,share=0)",
                              "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+"
                              "h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
       const double changed = distance(dense, logits(model, spec, chunk));
@@ -272,7 +283,11 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
        {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)",
         "quest(budget=8,page=4,dense=0)", "a2sf(budget=10)", "recycled-attention(budget=8,stride=4)",
         "omnikv(budget=6,filters=1,wait=0)", "caote(h2o(budget=10))", "random(budget=10,when=every(2))",
-        "r-kv(budget=16,window=3,when=every(2))", "spatten(budget=0.4,when=every(2))", "criticalkv(h2o(budget=10))"}) {
+        "r-kv(budget=16,window=3,when=every(2))", "spatten(budget=0.4,when=every(2))", "criticalkv(h2o(budget=10))",
+        "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
+        "razor-attention(sinks=2,recent=8,share=0,when=every(2))", "ov-evict(budget=12,block=4,sinks=4,recent=4)",
+        "adaptive-rkv(budget=12,block=4,sinks=4,recent=4)", "trimmed-llama(budget=0.1)", "long-heads(chunk=4,chunks=3)",
+        "squeeze-attention(h2o(budget=16,when=prompt))"}) {
     SessionOptions o;
     o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);
@@ -361,6 +376,489 @@ TEST(Sessions, OmniKvHandsTheFiltersChoiceOn) {
   session.prefill(text(50, 4));
   for (int32_t i = 0; i < 5; ++i) session.decode(i * 5 % 61);
   EXPECT_EQ(handed, 10);
+}
+
+/// Queries and keys of one layer before rotation, as they come in, in f64.
+struct PlainRows {
+  std::vector<Rows> q, k, v;  // [head][token][channel]
+  std::vector<double> turn;   // inverse frequencies
+
+  explicit PlainRows(const ModelInfo& m)
+      : q(size_t(m.h)), k(size_t(m.g)), v(size_t(m.g)), turn(size_t(m.rope(0)->dims / 2)) {
+    EXPECT_TRUE(m.rope(0)->neox);
+    for (size_t i = 0; i < turn.size(); ++i) turn[i] = double(m.rope(0)->inv_freq.at<float>(int64_t(i)));
+  }
+  void take(LayerView& at) {
+    auto rows = [](const Ragged& x, int64_t s) {
+      Rows out;
+      for (int64_t r = x.begin(s); r < x.end(s); ++r) {
+        auto& row = out.emplace_back();
+        for (int64_t c = 0; c < x.values.size[1]; ++c) row.push_back(double(x.values.at<float>(r, c)));
+      }
+      return out;
+    };
+    for (size_t head = 0; head < q.size(); ++head)
+      for (auto& row : rows(at.plain_q, int64_t(head))) q[head].push_back(row);
+    const Ragged keys = plain_keys(at), values = stored_values(at);
+    for (size_t kv = 0; kv < k.size(); ++kv) k[kv] = rows(keys, int64_t(kv)), v[kv] = rows(values, int64_t(kv));
+  }
+  size_t kv_of(size_t head) const { return head * k.size() / q.size(); }
+  /// Of query i and key j, which stands `distance` before it.
+  double dot(size_t head, size_t i, size_t j, double distance) const {
+    const auto &x = q[head][i], &y = k[kv_of(head)][j];
+    const size_t half = turn.size();
+    double sum = 0;
+    for (size_t c = 0; c < half; ++c) {
+      const double a = distance * turn[c], cos = std::cos(a), sin = std::sin(a);
+      sum += (x[c] * cos - x[c + half] * sin) * y[c] + (x[c] * sin + x[c + half] * cos) * y[c + half];
+    }
+    for (size_t c = 2 * half; c < x.size(); ++c) sum += x[c] * y[c];
+    return sum;
+  }
+  /// The largest difference of the outputs of a decoded token (of one KV head, or of all) from attention over `list`, keys
+  /// distance(rank, key) apart.
+  template <class Distance>
+  double error(LayerView& at, const std::vector<int32_t>& list, Distance distance, int64_t of = -1) const {
+    double worst = 0;
+    for (size_t head = 0; head < q.size(); ++head) {
+      if (of >= 0 && kv_of(head) != size_t(of)) continue;
+      std::vector<double> sum(v[0][0].size(), 0.0);
+      double total = 0;
+      for (size_t r = 0; r < list.size(); ++r) {
+        const double logit = dot(head, q[head].size() - 1, size_t(list[r]), distance(r, list[r])),
+                     w = std::exp(logit / std::sqrt(double(at.model.d)));
+        total += w;
+        for (size_t c = 0; c < sum.size(); ++c) sum[c] += w * v[kv_of(head)][size_t(list[r])][c];
+      }
+      for (size_t c = 0; c < sum.size(); ++c)
+        worst = std::max(worst, std::abs(sum[c] / total - double(at.out.at<float>(int64_t(head), int64_t(c)))));
+    }
+    return worst;
+  }
+};
+
+SessionOptions in_f32(const std::string& attention, int64_t chunk = 0) {
+  SessionOptions o;
+  o.attention = attention, o.backend = backend_or("reference"), o.chunk = chunk;
+  o.k.kind = o.v.kind = PageType::Kind::F32;
+  return o;
+}
+
+TEST(Sessions, TokenSelectReadsItsChoiceWithoutGaps) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [length, k, sinks, local] : {std::tuple{70, 9, 2, 5}, {41, 20, 0, 1}, {30, 12, 16, 20}}) {
+      const auto model = tiny(h, g);
+      Session session(model, in_f32("token-select(budget=" + std::to_string(k) + ",sinks=" + std::to_string(sinks) +
+                                    ",local=" + std::to_string(local) + ")"));
+      PlainRows rows(model->info());
+      int steps = 0;
+      session.tap([&, k = k, sinks = sinks, local = local](LayerView& at) {
+        if (at.layer != 2) return;
+        rows.take(at);
+        if (!at.decoding()) return;
+        const int64_t m = int64_t(rows.k[0].size());
+        std::vector<double> votes(size_t(m), 0.0);
+        for (size_t head = 0; head < rows.q.size(); ++head) {
+          std::vector<double> paid(size_t(m), 0.0);
+          double total = 0;
+          for (int64_t j = sinks; j < m - local; ++j)
+            total += paid[size_t(j)] = std::exp(rows.dot(head, rows.q[head].size() - 1, size_t(j), double(local)));
+          for (int64_t j = sinks; j < m - local; ++j) votes[size_t(j)] += paid[size_t(j)] / total;
+        }
+        for (int64_t j = 0; j < m; ++j)
+          if (j < sinks || j >= m - local) votes[size_t(j)] = INFINITY;
+        const auto list = top(votes, k + sinks + local);
+        EXPECT_EQ(first_row(at.read.plan), list);
+        EXPECT_EQ(at.read.plan.scope, Plan::Scope::Layer);
+        EXPECT_LT(rows.error(at, list, [&](size_t rank, int32_t) { return double(list.size() - 1 - rank); }), 2e-4);
+        ++steps;
+      });
+      session.prefill(text(length, 6));
+      for (int32_t i = 0; i < 6; ++i) session.decode(i * 5 % 61);
+      EXPECT_EQ(steps, 6);
+    }
+}
+
+TEST(Sessions, InfLlmReadsBlocksByWhatWasAskedForAtOneDistance) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [length, sinks, local, block, kept, budget] :
+         {std::tuple{70, 3, 16, 6, 2, 12}, {83, 0, 9, 5, 1, 17}, {40, 4, 1, 3, 3, 6}, {30, 2, 60, 8, 2, 8}})
+      for (const int64_t chunk : {0, 25}) {
+        const auto model = tiny(h, g);
+        Session session(model, in_f32("infllm(budget=" + std::to_string(budget) + ",sinks=" + std::to_string(sinks) +
+                                          ",local=" + std::to_string(local) + ",block=" + std::to_string(block) +
+                                          ",representatives=" + std::to_string(kept) + ")",
+                                      chunk));
+        PlainRows rows(model->info());
+        int steps = 0;
+        session.tap([&, sinks = sinks, local = local, block = block, kept = kept, budget = budget](LayerView& at) {
+          if (at.layer != 2) return;
+          rows.take(at);
+          if (!at.decoding()) return;
+          const int64_t m = int64_t(rows.k[0].size()), blocks = std::max<int64_t>(0, (m - local - sinks) / block);
+          std::vector<double> score(static_cast<size_t>(blocks), 0.0);
+          for (size_t head = 0; head < rows.q.size(); ++head)
+            for (int64_t b = 0; b < blocks; ++b) {
+              std::vector<double> asked;
+              for (int64_t j = sinks + b * block; j < sinks + (b + 1) * block; ++j) {
+                double& sum = asked.emplace_back(0.0);
+                for (int64_t i = j; i < std::min(m - 1, j + local); ++i)
+                  sum += rows.dot(head, size_t(i), size_t(j), double(i - j));
+              }
+              for (int32_t e : top(asked, kept))
+                score[size_t(b)] += rows.dot(head, size_t(m - 1), size_t(sinks + b * block + e), double(local - 1));
+            }
+          std::set<int32_t> list;
+          for (int32_t b : top(score, (budget + block - 1) / block))
+            for (int32_t e = 0; e < block; ++e) list.insert(sinks + b * block + e);
+          for (int64_t j = 0; j < m; ++j)
+            if (j < sinks || j >= sinks + blocks * block) list.insert(int32_t(j));
+          const std::vector<int32_t> expected(list.begin(), list.end());
+          EXPECT_EQ(first_row(at.read.plan), expected);
+          EXPECT_LT(
+              rows.error(at, expected, [&](size_t, int32_t j) { return double(std::min<int64_t>(m - 1 - j, local - 1)); }),
+              2e-4);
+          ++steps;
+        });
+        session.prefill(text(length, 7));
+        for (int32_t i = 0; i < 6; ++i) session.decode(i * 5 % 61);
+        EXPECT_EQ(steps, 6);
+      }
+}
+
+std::vector<double> turned(const PlainRows& rows, std::vector<double> x, double place) {
+  const size_t half = rows.turn.size();
+  for (size_t c = 0; c < half; ++c) {
+    const double a = place * rows.turn[c], one = x[c], two = x[c + half];
+    x[c] = one * std::cos(a) - two * std::sin(a), x[c + half] = one * std::sin(a) + two * std::cos(a);
+  }
+  return x;
+}
+
+/// softmax(scale · x·y_j) over the rows y, and the mean of the rows by it.
+std::vector<double> answer(const std::vector<double>& x, const Rows& y, double scale) {
+  std::vector<double> w, out(x.size(), 0.0);
+  for (const auto& row : y) w.push_back(std::exp(scale * std::inner_product(x.begin(), x.end(), row.begin(), 0.0)));
+  const double total = std::accumulate(w.begin(), w.end(), 0.0);
+  for (size_t j = 0; j < y.size(); ++j)
+    for (size_t c = 0; c < out.size(); ++c) out[c] += w[j] / total * y[j][c];
+  return out;
+}
+
+TEST(Sessions, LongHeadsReadsChunksByTheirRepresentatives) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [length, size, most, part] :
+         {std::tuple{83, 8, 5, 0}, {83, 8, 4, 16}, {47, 5, 6, 0}, {9, 1, 4, 3}, {20, 30, 3, 0}}) {
+      const auto model = tiny(h, g);
+      Session session(
+          model, in_f32("long-heads(chunk=" + std::to_string(size) + ",chunks=" + std::to_string(most) + ")", part));
+      PlainRows rows(model->info());
+      int steps = 0;
+      session.tap([&, h = h, g = g, size = size, most = most](LayerView& at) {
+        if (at.layer != 2) return;
+        rows.take(at);
+        if (!at.decoding()) return;
+        const int64_t m = int64_t(rows.k[0].size()), chunks = (m + size - 1) / size;
+        const Plan& plan = at.read.plan;
+        ASSERT_EQ(plan.scope, Plan::Scope::KvHead);
+        for (int64_t kv = 0; kv < g; ++kv) {
+          std::vector<double> score(static_cast<size_t>(chunks), 0.0);
+          for (int64_t b = 0; b + 2 < chunks; ++b) {  // the last two are read anyway
+            Rows keys;
+            for (int64_t j = 0; j < size; ++j)
+              keys.push_back(turned(rows, rows.k[size_t(kv)][size_t(b * size + j)], double(j)));
+            for (int64_t head = kv * h / g; head < (kv + 1) * h / g; ++head) {
+              std::vector<double> mean(16, 0.0);
+              for (int64_t i = 0; i < size; ++i) {
+                const auto o = answer(turned(rows, rows.q[size_t(head)][size_t(b * size + i)], double(i)), keys, 0.25);
+                for (size_t c = 0; c < mean.size(); ++c) mean[c] += o[c] / double(size);
+              }
+              const auto represented = answer(mean, keys, 0.25);
+              score[size_t(b)] += std::inner_product(represented.begin(), represented.end(),
+                                                     rows.q[size_t(head)].back().begin(), 0.0);
+            }
+          }
+          score[0] = INFINITY;
+          for (int64_t b = std::max<int64_t>(0, chunks - 2); b < chunks; ++b) score[size_t(b)] = INFINITY;
+          std::vector<int32_t> expected, list;
+          for (int32_t b : top(score, most))
+            for (int64_t j = b * size; j < std::min<int64_t>(m, (b + 1) * size); ++j) expected.push_back(int32_t(j));
+          for (int64_t e = plan.begin(kv); e < plan.end(kv); ++e) list.push_back(plan.index.at<int32_t>(e));
+          EXPECT_EQ(list, expected) << "length " << m << " chunk " << size;
+          EXPECT_LT(rows.error(at, list, [&](size_t rank, int32_t) { return double(list.size() - 1 - rank); }, kv), 2e-4);
+        }
+        ++steps;
+      });
+      session.prefill(text(length, 11));
+      for (int32_t i = 0; i < 12; ++i) session.decode(i * 5 % 61);
+      EXPECT_EQ(steps, 12);
+    }
+}
+
+// However often a head is cut, its one synthetic entry stands for all that went.
+TEST(Sessions, RazorAttentionsEntryStandsForAllThatWent) {
+  for (const char* when : {"prompt", "chunk", "every(1)", "every(4)"}) {
+    const auto model = tiny(6, 2);
+    Session session(model, in_f32(std::string("razor-attention(sinks=2,recent=8,share=0,when=") + when + ")", 25));
+    std::vector<Rows> keys(2);  // all that there were, rotated
+    session.tap([&](LayerView& at) {
+      if (at.layer != 0) return;
+      const Ragged now = stored_keys(at);
+      for (int64_t kv = 0; kv < 2; ++kv)
+        for (int64_t r = now.end(kv) - at.rows[0]; r < now.end(kv); ++r) {
+          auto& row = keys[size_t(kv)].emplace_back();
+          for (int64_t c = 0; c < 16; ++c) row.push_back(double(now.values.at<float>(r, c)));
+        }
+      if (!at.decoding() || at.store->length(0) >= int64_t(keys[0].size())) return;
+      // The cut of this step is still to come.
+      const Ragged bias = at.bias();
+      const int64_t gone = int64_t(keys[0].size()) - at.store->length(0) + 1;
+      for (int64_t kv = 0; kv < 2; ++kv) {
+        for (int64_t j = 0; j < at.store->length(kv); ++j)
+          EXPECT_NEAR(bias.values.at<float>(bias.begin(kv) + j), j == 2 ? std::log(double(gone)) : 0, 1e-5) << when;
+        for (int64_t c = 0; c < 16; ++c) {
+          double sum = 0;
+          for (int64_t j = 2; j < 2 + gone; ++j) sum += keys[size_t(kv)][size_t(j)][size_t(c)];
+          EXPECT_NEAR(now.values.at<float>(now.begin(kv) + 2, c), sum / double(gone), 1e-5) << when;
+        }
+      }
+    });
+    session.prefill(text(60, 8));
+    for (int32_t i = 0; i < 9; ++i) session.decode(i * 5 % 61);
+    // A token of a further prompt sees the entry as a decoded one does.
+    const auto fork = session.fork();
+    const Tensor a = session.decode(7);
+    const std::vector<float> decoded(a.as<float>(), a.as<float>() + a.numel());
+    const Tensor b = fork->prefill(std::vector<int32_t>{7});
+    EXPECT_LT(distance(decoded, {b.as<float>(), b.as<float>() + b.numel()}), 1e-4) << when;
+  }
+}
+
+/// What query row i of one sequence's new ones pays to each entry, all heads together.
+std::vector<double> paid_by(LayerView& at, int64_t i) {
+  const int64_t h = at.model.h, g = at.model.g, m = at.store->length(0), n = at.rows[0];
+  const Ragged keys = stored_keys(at);
+  std::vector<double> paid(size_t(m), 0.0);
+  for (int64_t head = 0; head < h; ++head) {
+    std::vector<double> p;
+    double total = 0;
+    for (int64_t j = 0; j <= m - n + i; ++j) {
+      double dot = 0;
+      for (int64_t c = 0; c < 16; ++c)
+        dot += double(at.q.values.at<float>(at.q.begin(head) + i, c)) *
+               double(keys.values.at<float>(keys.begin(head * g / h) + j, c));
+      total += p.emplace_back(std::exp(dot / 4));
+    }
+    for (size_t j = 0; j < p.size(); ++j) paid[j] += p[j] / total;
+  }
+  return paid;
+}
+
+// Votes step by step over what is held, in plain loops: the last rows of the prompt, then every token.
+TEST(Sessions, OvEvictDropsTheBlocksPaidLeast) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [budget, block, sinks, recent, kernel, norm] :
+         {std::tuple{24, 4, 4, 8, 7, true}, {24, 4, 4, 8, 3, false}, {12, 3, 0, 0, 1, true}, {20, 1, 2, 5, 2, true}})
+      for (const int64_t chunk : {0, 25}) {
+        const auto model = tiny(h, g);
+        Session session(model, in_f32("ov-evict(budget=" + std::to_string(budget) + ",block=" + std::to_string(block) +
+                                          ",sinks=" + std::to_string(sinks) + ",recent=" + std::to_string(recent) +
+                                          ",kernel=" + std::to_string(kernel) + ",norm=" + (norm ? "true)" : "false)"),
+                                      chunk));
+        std::vector<int32_t> held;
+        std::vector<double> votes, voters;
+        session.tap([&, g = g, budget = budget, block = block, sinks = sinks, recent = recent, kernel = kernel,
+                     norm = norm](LayerView& at) {
+          if (at.layer != 2) return;
+          for (int kv = 0; kv < g; ++kv) {
+            const auto positions = at.store->positions(kv);
+            if (held.empty()) continue;
+            for (size_t j = 0; j + 1 < positions.size() && at.decoding(); ++j) EXPECT_EQ(positions[j], held[j]);
+          }
+          const int64_t m = at.store->length(0), n = at.rows[0], rows = std::min<int64_t>(n, 8);
+          std::vector<double> paid(size_t(m), 0.0);
+          for (int64_t i = n - rows; i < n; ++i) {
+            const auto row = paid_by(at, i);
+            for (size_t j = 0; j < row.size(); ++j) paid[j] += row[j];
+          }
+          if (!at.decoding()) votes.clear(), voters.clear();
+          votes.resize(size_t(m), 0.0), voters.resize(size_t(m), 0.0);
+          for (int64_t j = 0; j < m; ++j) {
+            votes[size_t(j)] += *std::max_element(paid.begin() + j, paid.begin() + std::min<int64_t>(m, j + kernel));
+            voters[size_t(j)] += double(std::min<int64_t>(rows, m - j));
+          }
+          held = at.store->positions(0);
+          if (!at.decoding() || m < budget + block) return;
+          std::vector<double> score;
+          const int64_t blocks = m / block;
+          for (int64_t b = 0; b < blocks; ++b) {
+            double& sum = score.emplace_back(0.0);
+            for (int64_t j = b * block; j < (b + 1) * block; ++j)
+              sum += votes[size_t(j)] / (norm ? voters[size_t(j)] : 1);
+            if (b * block < sinks || b >= blocks - recent / block) sum = INFINITY;
+          }
+          const auto stay = top(score, budget / block);
+          std::vector<int32_t> left;
+          std::vector<double> their_votes, their_voters;
+          for (int64_t j = 0; j < m; ++j)
+            if (j / block >= blocks || std::binary_search(stay.begin(), stay.end(), int32_t(j / block)))
+              left.push_back(held[size_t(j)]), their_votes.push_back(votes[size_t(j)]),
+                  their_voters.push_back(voters[size_t(j)]);
+          held = left, votes = their_votes, voters = their_voters;
+        });
+        session.prefill(text(50, 9));
+        EXPECT_EQ(session.store().layer(2).length(0), 50) << "nothing goes before the first token";
+        for (int32_t i = 0; i < 20; ++i) {
+          session.decode(i * 5 % 61);
+          for (int kv = 0; kv < g; ++kv) EXPECT_EQ(session.store().layer(2).positions(kv), held);
+          EXPECT_LT(int64_t(held.size()), budget + block);
+        }
+      }
+}
+
+TEST(Sessions, AdaptiveRkvDropsTheBlocksThatRepeatOthers) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [budget, block, sinks, recent, kernel, mass, chunk] :
+         {std::tuple{24, 4, 4, 8, 7, 0.5, 0}, {24, 3, 0, 6, 1, 0.2, 25}, {12, 2, 2, 2, 3, 0.9, 0}, {20, 1, 2, 5, 2, 0.3, 0}}) {
+      const auto model = tiny(h, g);
+      Session session(model, in_f32("adaptive-rkv(budget=" + std::to_string(budget) + ",block=" + std::to_string(block) +
+                                        ",sinks=" + std::to_string(sinks) + ",recent=" + std::to_string(recent) +
+                                        ",kernel=" + std::to_string(kernel) + ",mass=" + std::to_string(mass) + ")",
+                                    chunk));
+      std::vector<int32_t> held;
+      Rows history;
+      int by_mass = 0, by_redundancy = 0;
+      session.tap([&, g = g, budget = budget, block = block, sinks = sinks, recent = recent, kernel = kernel,
+                   mass = mass](LayerView& at) {
+        if (at.layer != 2) return;
+        const int64_t m = at.store->length(0), n = at.rows[0];
+        if (!at.decoding()) history.clear();
+        for (int64_t i = std::max<int64_t>(0, n - 8); i < n; ++i) history.push_back(paid_by(at, i));
+        if (history.size() > 8) history.erase(history.begin());
+        held = at.store->positions(0);
+        if (!at.decoding() || m < budget + block) return;
+        std::vector<double> paid(size_t(m), 0.0), score;
+        for (const auto& row : history)
+          for (size_t j = 0; j < row.size(); ++j) paid[j] += row[j];
+        const int64_t blocks = m / block - (sinks + recent) / block, quota = (budget - sinks - recent) / block;
+        double total = 0, sum = 0;
+        for (int64_t b = 0; b < blocks; ++b) {
+          score.push_back(0);
+          for (int64_t j = sinks + b * block; j < sinks + (b + 1) * block; ++j)
+            score.back() += *std::max_element(paid.begin() + j, paid.begin() + std::min<int64_t>(m, j + kernel));
+          total += score.back();
+        }
+        std::vector<int32_t> order = all_of(blocks), sure;
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return score[size_t(a)] > score[size_t(b)]; });
+        for (int32_t b : order) {
+          if (sum >= mass * total || int64_t(sure.size()) >= quota) break;
+          sum += score[size_t(b)], sure.push_back(b);
+        }
+        std::sort(sure.begin(), sure.end());
+        // Entries are those between the first and the latest ones.
+        const Ragged keys = stored_keys(at);
+        const int64_t size = blocks * block;
+        std::vector<double> worth(size_t(blocks), 0.0);
+        for (int64_t kv = 0; kv < g; ++kv) {
+          auto key = [&](int64_t i, int64_t c) { return double(keys.values.at<float>(keys.begin(kv) + sinks + i, c)); };
+          for (int64_t i = 0; i < size; ++i) {
+            std::vector<double> cosine(size_t(size), 0.0);
+            for (int64_t t = 0; t < size; ++t) {
+              double it = 0, ii = 0, tt = 0;
+              for (int64_t c = 0; c < 16; ++c)
+                it += key(i, c) * key(t, c), ii += key(i, c) * key(i, c), tt += key(t, c) * key(t, c);
+              if (t != i) cosine[size_t(t)] = it / std::sqrt(ii * tt);
+            }
+            const double mean = std::accumulate(cosine.begin(), cosine.end(), 0.0) / double(size);
+            for (int64_t t = 0; t < size; ++t)
+              if (cosine[size_t(t)] >= mean && !std::binary_search(sure.begin(), sure.end(), int32_t(t / block)))
+                worth[size_t(i / block)] -= cosine[size_t(t)];
+          }
+        }
+        for (int32_t b : sure) worth[size_t(b)] = INFINITY;
+        by_mass += int(sure.size()), by_redundancy += int(quota) - int(sure.size());
+        const auto stay = top(worth, quota);
+        std::vector<int32_t> left;
+        for (int64_t j = 0; j < m; ++j)
+          if (j < sinks || j >= sinks + size || std::binary_search(stay.begin(), stay.end(), int32_t((j - sinks) / block)))
+            left.push_back(held[size_t(j)]);
+        held = left;
+        history.clear();
+      });
+      session.prefill(text(50, 9));
+      for (int32_t i = 0; i < 20; ++i) {
+        session.decode(i * 5 % 61);
+        for (int kv = 0; kv < g; ++kv) EXPECT_EQ(session.store().layer(2).positions(kv), held) << "token " << i;
+      }
+      EXPECT_GT(by_mass, 0);
+      EXPECT_TRUE(by_redundancy > 0 || mass > 0.8);
+    }
+}
+
+// The layers behind the first keep what it has named.
+TEST(Sessions, TrimmedLlamaTrimsAllLayersAlike) {
+  const auto model = tiny(6, 2);
+  for (int64_t chunk : {0, 25}) {
+    const auto kept = held(model, "trimmed-llama(budget=0.1,layers=1-)", chunk);
+    ASSERT_EQ(kept.size(), 8u);
+    for (size_t i = 2; i < kept.size(); ++i) EXPECT_EQ(kept[i], kept[2]);
+    EXPECT_EQ(kept[0].size(), 83u);
+    EXPECT_GE(kept[2].size(), 8u);
+    EXPECT_LE(kept[2].size(), 48u);
+  }
+}
+
+// Cosines in plain loops; one-dimensional k-means begun with layers spread evenly; the group of the highest gives up.
+TEST(Sessions, SqueezeAttentionTakesFromLayersThatTurnTheStreamLeast) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}})
+    for (const auto& [budget, share, chunk] : {std::tuple{24, 0.35, 0}, {20, 0.5, 25}, {16, 1.0, 0}, {30, 0.0, 0}}) {
+      ModelInfo shape;
+      shape.layers = 7, shape.h = h, shape.g = g, shape.d = shape.d_v = 16, shape.hidden = 48, shape.vocabulary = 61;
+      const auto model = Model::random(shape, 64, Dtype::F32, 5);
+      Session session(model, in_f32("squeeze-attention(knorm(budget=" + std::to_string(budget) +
+                                        "),share=" + std::to_string(share) + ")",
+                                    chunk));
+      std::vector<double> cosine(7, 0.0);
+      session.tap([&, h = h](LayerView& at) {
+        const int64_t n = at.rows[0];
+        for (int64_t t = 0; t < n; ++t) {
+          double xx = 0, xy = 0, yy = 0;
+          for (int64_t c = 0; c < 48; ++c) {
+            const double x = at.hidden.at<float>(t, c);
+            double y = x;
+            for (int64_t e = 0; e < h * 16; ++e)
+              y += double(at.output_matrix.at<float>(c, e)) * double(at.out.at<float>(e / 16 * n + t, e % 16));
+            xx += x * x, xy += x * y, yy += y * y;
+          }
+          cosine[size_t(at.layer)] += xy / std::sqrt(xx * yy) / 83;
+        }
+      });
+      session.prefill(text(83, 1));
+      std::vector<double> centre = {cosine[0], cosine[2], cosine[4]};
+      std::vector<size_t> label(7);
+      for (int round = 0; round < 17; ++round) {
+        for (size_t l = 0; l < 7; ++l)
+          for (size_t x = 0; x < 3; ++x)
+            if (x == 0 || std::abs(cosine[l] - centre[x]) < std::abs(cosine[l] - centre[label[l]])) label[l] = x;
+        for (size_t x = 0; x < 3 && round < 16; ++x) {
+          double sum = 0, size = 0;
+          for (size_t l = 0; l < 7; ++l)
+            if (label[l] == x) sum += cosine[l], size += 1;
+          if (size > 0) centre[x] = sum / size;
+        }
+      }
+      const size_t least = size_t(std::max_element(centre.begin(), centre.end()) - centre.begin());
+      const double many = double(std::count(label.begin(), label.end(), least));
+      ASSERT_LT(many, 7);
+      for (int l = 0; l < 7; ++l) {
+        const double granted = share >= 1 || many == 7     ? budget
+                               : label[size_t(l)] == least ? budget * share
+                                                           : budget * (7 - many * share) / (7 - many);
+        for (int kv = 0; kv < g; ++kv)
+          EXPECT_EQ(session.store().layer(l).length(kv), std::max<int64_t>(1, int64_t(granted + 1e-6))) << "layer " << l;
+      }
+    }
 }
 
 }  // namespace

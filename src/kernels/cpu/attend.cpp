@@ -205,7 +205,7 @@ void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read&
   constexpr const char* where = "attend_store";
   require(read.plan.form != Plan::Form::Interval, where, "a read is dense, of blocks or of tokens");
   require(!pages.layouts.empty(), where, "the store has no layouts");
-  require(!pages.plain_keys || read.rope, where, "the store keeps plain keys, and the read has no rope to turn them");
+  check_read(where, pages, &read);
   const int64_t d = pages.layouts[0].d, d_v = pages.layouts[0].d_v;
   require(q.values.rank == 2 && is_float(q.values.type) && q.values.size[1] == d, where,
           "q and the store's keys differ in width");

@@ -176,7 +176,7 @@ void KeyView::open_pages(Tile& tile, Chunk& chunk, bool values) const {
     const float* row = read_entry(side, int(key % kPage), to);
     if (turns_.rope) {
       if (row != to) std::copy_n(row, d, to);
-      rotate_row(turns_, read_->positions == Read::Positions::Cache ? key : position(key), to);
+      rotate_row(turns_, read_->place(k_segment_, key, position(key)), to);
       row = to;
     }
     chunk.k[j] = row;

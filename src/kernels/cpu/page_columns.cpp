@@ -46,43 +46,40 @@ void refresh_columns(const Pages& pages, const PageLayout& layout, char* page, i
 
 namespace {
 
-void check_column(const char* where, const Pages& pages, int column, const Ragged& values) {
-  require(column >= 0 && column < column_count(pages), where, "the store has no column " + std::to_string(column));
-  const Column& c = (*pages.columns)[size_t(column)];
-  require(c.keeps == Column::Keeps::User, where, "column '" + c.name + "' is kept by the store");
-  require(values.segments() == pages.segments(), where, "values have the store's segments");
-  const int64_t width = values.values.rank > 1 ? values.values.size[1] : 1;
-  require(values.values.type == Dtype::F32 && width == c.width, where,
-          "values are F32 [keys, " + std::to_string(c.width) + "]");
-}
-
-/// Calls body(the page's numbers, the values' row, how many entries) for every page that holds entries.
+/// Calls body(the page's numbers, null where it keeps none; the values' row; how many entries) for every page that holds
+/// entries.
 template <class Body>
 void each_column(const Pages& pages, int column, const Ragged& values, Body&& body) {
   parallel_for(pages.segments(), [&](int64_t s) {
     const int64_t held = pages.length.at<int32_t>(s);
-    for (int64_t p = 0; p * kPage < held; ++p)
-      body(column_at(pages, pages.layout_of(s, p), pages.page(s, p), column, 0), values.begin(s) + p * kPage,
-           std::min<int64_t>(kPage, held - p * kPage));
+    for (int64_t p = 0; p * kPage < held; ++p) {
+      const PageLayout& layout = pages.layout_of(s, p);
+      char* page = pages.page(s, p);
+      float* kept = column != kBiasColumn ? column_at(pages, layout, page, column, 0)
+                    : layout.bias_at < 0  ? nullptr
+                                          : reinterpret_cast<float*>(page + layout.bias_at);
+      body(kept, values.begin(s) + p * kPage, std::min<int64_t>(kPage, held - p * kPage));
+    }
   });
 }
 
 }  // namespace
 
 void column_read(Queue&, const Pages& pages, int column, Ragged values) {
-  check_column("column_read", pages, column, values);
-  const int64_t width = (*pages.columns)[size_t(column)].width, step = values.values.stride[0];
+  const int64_t width = check_column("column_read", pages, column, values), step = values.values.stride[0];
   each_column(pages, column, values, [&](const float* from, int64_t row, int64_t count) {
-    for (int64_t e = 0; e < count; ++e)
-      std::copy_n(from + e * width, width, values.values.as<float>() + (row + e) * step);
+    for (int64_t e = 0; e < count; ++e) {
+      float* to = values.values.as<float>() + (row + e) * step;
+      if (from) std::copy_n(from + e * width, width, to);
+      else *to = 0;
+    }
   });
 }
 
 void column_write(Queue&, const Pages& pages, int column, const Ragged& values) {
-  check_column("column_write", pages, column, values);
-  const int64_t width = (*pages.columns)[size_t(column)].width, step = values.values.stride[0];
+  const int64_t width = check_column("column_write", pages, column, values), step = values.values.stride[0];
   each_column(pages, column, values, [&](float* to, int64_t row, int64_t count) {
-    for (int64_t e = 0; e < count; ++e)
+    for (int64_t e = 0; to && e < count; ++e)
       std::copy_n(values.values.as<float>() + (row + e) * step, width, to + e * width);
   });
 }

@@ -113,9 +113,8 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
 
 void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged& k, const Ragged& v, Tensor positions) {
   constexpr const char* where = "page_read";
+  check_read(where, pages, read);
   const Rope* rope = pages.plain_keys && read ? read->rope : nullptr;
-  require(!pages.plain_keys || !read || rope, where,
-          "the store keeps plain keys, and the read has no rope to turn them");
   if (k.values) check_side(where, pages, k, true);
   if (v.values) check_side(where, pages, v, false);
   const Scratch scratch(queue.scratch);
@@ -140,7 +139,7 @@ void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged&
         const float* key = read_entry(PageSide::keys(layout, page), e, to);
         if (rope) {
           if (key != to) std::copy_n(key, layout.d, to);
-          rotate_row(turns, read->positions == Read::Positions::Cache ? entry : position, to);
+          rotate_row(turns, read->place(s, entry, position), to);
           key = to;
         }
         narrow_row(key, layout.d, k.values.type, const_cast<char*>(row_of(k.values, k.begin(s) + entry)));

@@ -17,8 +17,8 @@ Observed::Observed(const char* where, Queue& queue, const Ragged& q, const Keys&
   } else {
     const Pages& pages = *keys.pages;
     require(!pages.layouts.empty(), where, "the store has no layouts");
-    require(!pages.plain_keys || (keys.read && keys.read->rope), where,
-            "the store keeps plain keys, and the read has no rope to turn them");
+    require(!pages.plain_keys || keys.read, where, "the store keeps plain keys, and no read turns them");
+    check_read(where, pages, keys.read);
     require(q.values.rank == 2 && is_float(q.values.type) && q.values.size[1] == pages.layouts[0].d, where,
             "q and the store's keys differ in width");
     require(q.sequences() * pages.kv_heads == pages.segments(), where,

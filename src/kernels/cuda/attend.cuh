@@ -18,6 +18,6 @@ AttendOut attend_out(const char* where, const Plan& plan, int64_t rows, int64_t 
 void attend_plain(Queue& queue, const AttentionView& a, const AttendOut& to);
 /// The same over pages; a's keys and values name segments of at most `most_keys` entries and are not read.
 void attend_pages(Queue& queue, const AttentionView& a, const PagesView& pages, const RopeView& rope,
-                  bool cache_positions, int64_t most_keys, const AttendOut& to);
+                  const ReadPlaces& places, int64_t most_keys, const AttendOut& to);
 
 }  // namespace heed::cuda

@@ -21,7 +21,7 @@ struct PanelNumbers {
 struct PageNumbers {
   PagesView pages;
   RopeView rope;
-  bool cache_positions;
+  ReadPlaces places;
   __device__ void k(const QueryRow& at, int key, int c, float (&x)[8]) const {
     const LayoutView& l = pages.layout_of(at.k_segment, key / kPage);
     char* page = pages.page(at.k_segment, key / kPage);
@@ -29,7 +29,7 @@ struct PageNumbers {
     l.k.get8(page, entry, c, x);
     if (!rope.inv_freq || c >= rope.dims) return;
     const int half = rope.dims / 2;
-    const float position = float(cache_positions ? key : position_at(l, page, entry));
+    const float position = float(places.at(at.k_segment, key, l, page));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (c + i >= rope.dims) break;
@@ -198,8 +198,8 @@ void attend_plain(Queue& queue, const AttentionView& a, const AttendOut& to) {
 }
 
 void attend_pages(Queue& queue, const AttentionView& a, const PagesView& pages, const RopeView& rope,
-                  bool cache_positions, int64_t most_keys, const AttendOut& to) {
-  run(queue, "attend_store", a, PageNumbers{pages, rope, cache_positions}, most_keys, to);
+                  const ReadPlaces& places, int64_t most_keys, const AttendOut& to) {
+  run(queue, "attend_store", a, PageNumbers{pages, rope, places}, most_keys, to);
 }
 
 }  // namespace heed::cuda

@@ -8,7 +8,7 @@ void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read&
                   Tensor lse) {
   constexpr const char* where = "attend_store";
   require(read.plan.form != Plan::Form::Interval, where, "a read is dense, of blocks or of tokens");
-  require(!pages.plain_keys || read.rope, where, "the store keeps plain keys, and the read has no rope to turn them");
+  check_read(where, pages, &read);
   const PagesView view = pages_view(where, pages);
   check_plan(read.plan, where);
   if (read.plan.parts == 1 && !pages.layouts.empty() && q.values.rank == 2) {
@@ -25,8 +25,8 @@ void attend_store(Queue& queue, const Ragged& q, const Pages& pages, const Read&
   own.until = own.key_factor = own.row_factor = {};
   const AttentionView a = attention_view(where, q, panel.k, panel.v, &read.plan, own);
   const AttendOut to = attend_out(where, read.plan, a.q_rows, a.d_v, out, lse);
-  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr),
-               read.positions == Read::Positions::Cache, std::max<int64_t>(1, pages.length_bound), to);
+  attend_pages(queue, a, view, rope_view(pages.plain_keys ? read.rope : nullptr), read_places(read),
+               std::max<int64_t>(1, pages.length_bound), to);
 }
 
 }  // namespace heed::cuda

@@ -6,11 +6,16 @@ namespace {
 
 /// Grid: entries (strided), segments.
 template <bool kWrite>
-__global__ void column_kernel(const __grid_constant__ PagesView pages, int column, Matrix values, Segments at) {
-  const int s = blockIdx.y, width = pages.column[column].width, count = pages.length[s] * width;
+__global__ void column_kernel(const __grid_constant__ PagesView pages, int column, int width, Matrix values, Segments at) {
+  const int s = blockIdx.y, count = pages.length[s] * width;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
     const int e = i / width, c = i % width;
-    float& kept = pages.column_at(pages.layout_of(s, e / kPage), pages.page(s, e / kPage), column, e % kPage)[c];
+    const LayoutView& l = pages.layout_of(s, e / kPage);
+    char* page = pages.page(s, e / kPage);
+    float none = 0;
+    float& kept = column != kBiasColumn ? pages.column_at(l, page, column, e % kPage)[c]
+                  : l.bias_at >= 0      ? bias_at(l, page, e % kPage)
+                                        : none;
     const int64_t row = at.begin(s) + e;
     if (kWrite) kept = values.get(row, c);
     else values.set(row, c, kept);
@@ -19,16 +24,11 @@ __global__ void column_kernel(const __grid_constant__ PagesView pages, int colum
 
 template <bool kWrite>
 void move_column(Queue& queue, const char* where, const Pages& pages, int column, const Ragged& values) {
-  require(pages.columns && column >= 0 && column < int(pages.columns->size()) &&
-              (*pages.columns)[size_t(column)].keeps == Column::Keeps::User,
-          where, "column " + std::to_string(column) + " is not one that a mechanism writes");
-  const int width = (*pages.columns)[size_t(column)].width;
-  require((values.values.rank > 1 ? values.values.size[1] : 1) == width, where,
-          "the column is " + std::to_string(width) + " wide");
+  const int width = check_column(where, pages, column, values);
   const PagesView view = pages_view(where, pages);
   launch(queue, where, column_kernel<kWrite>,
          dim3(blocks_for(ceil_div(pages.length_bound * width, 256), view.segments), unsigned(view.segments)), 256, 0,
-         view, column, matrix(values.values), segments(values));
+         view, column, width, matrix(values.values), segments(values));
 }
 
 }  // namespace

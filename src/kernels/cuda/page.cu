@@ -77,8 +77,7 @@ PagesView pages_view(const char* where, const Pages& pages) {
 }
 
 Unpacked unpack(Queue& queue, const char* where, const Pages& pages, const Read* read, bool keys, bool values) {
-  require(!pages.plain_keys || (read && read->rope), where,
-          "the store keeps plain keys, and the read has no rope to turn them");
+  require(!pages.plain_keys || read, where, "the store keeps plain keys, and no read turns them");
   const PagesView view = pages_view(where, pages);
   const int64_t segments = pages.segments(), bound = std::max<int64_t>(1, pages.length_bound), rows = segments * bound;
   const Tensor offsets = queue.scratch.take(Dtype::I64, {segments + 1}), ends = queue.scratch.take(Dtype::I64, {segments});

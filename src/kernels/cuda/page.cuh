@@ -115,6 +115,24 @@ PagesView pages_view(const char* where, const Pages& pages);
 __device__ inline int32_t& position_at(const LayoutView& l, char* page, int entry) {
   return reinterpret_cast<int32_t*>(page + l.position_at)[entry];
 }
+/// Where plain keys are turned.
+struct ReadPlaces {
+  const int32_t* given = nullptr;
+  Segments segments;
+  bool cache = false;
+  __device__ int at(int segment, int entry, const LayoutView& l, char* page) const {
+    if (given) return given[segments.begin(segment) + entry];
+    return cache ? entry : position_at(l, page, entry % kPage);
+  }
+};
+inline ReadPlaces read_places(const Read& read) {
+  ReadPlaces out;
+  out.given = read.places.values.as<int32_t>();
+  if (out.given) out.segments = segments(read.places);
+  out.cache = read.positions == Read::Positions::Cache;
+  return out;
+}
+
 __device__ inline float& bias_at(const LayoutView& l, char* page, int entry) {
   return reinterpret_cast<float*>(page + l.bias_at)[entry];
 }

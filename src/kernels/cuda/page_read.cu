@@ -9,7 +9,7 @@ struct Wanted {
   int32_t* positions;
   Segments positions_at;
   RopeView rope;
-  bool cache_positions;
+  ReadPlaces places;
 };
 
 /// Grid: pages (strided), segments.
@@ -30,7 +30,7 @@ __global__ void page_read_kernel(const __grid_constant__ PagesView pages, const 
           continue;
         }
         const int first = to.rope.first(i), second = to.rope.second(i);
-        const int position = to.cache_positions ? p * kPage + entry : position_at(l, page, entry);
+        const int position = to.places.at(s, p * kPage + entry, l, page);
         float a = l.k.get(page, entry, first), b = l.k.get(page, entry, second);
         turn(a, b, float(position) * to.rope.inv_freq[i]);
         to.k.set(row + entry, first, a);
@@ -52,9 +52,8 @@ __global__ void page_read_kernel(const __grid_constant__ PagesView pages, const 
 
 void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged& k, const Ragged& v, Tensor positions) {
   constexpr const char* where = "page_read";
+  check_read(where, pages, read);
   const Rope* rope = pages.plain_keys && read ? read->rope : nullptr;
-  require(!pages.plain_keys || !read || rope, where,
-          "the store keeps plain keys, and the read has no rope to turn them");
   const PagesView view = pages_view(where, pages);
   Wanted to{};
   to.k = matrix(k.values);
@@ -64,7 +63,7 @@ void page_read(Queue& queue, const Pages& pages, const Read* read, const Ragged&
   to.positions = positions.as<int32_t>();
   to.positions_at = k.offsets ? to.ks : to.vs;
   to.rope = rope_view(rope);
-  to.cache_positions = read && read->positions == Read::Positions::Cache;
+  if (read) to.places = read_places(*read);
   launch(queue, where, page_read_kernel,
          dim3(blocks_for(ceil_div(pages.length_bound, kPage), view.segments), unsigned(view.segments)), 256, 0, view, to);
 }

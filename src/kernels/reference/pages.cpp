@@ -66,9 +66,8 @@ void page_write(Queue&, const Pages& pages, const Ragged& k, const Ragged& v, Te
 
 void page_read(Queue&, const Pages& pages, const Read* read, const Ragged& k, const Ragged& v, Tensor positions) {
   constexpr const char* where = "page_read";
+  check_read(where, pages, read);
   const Rope* rope = pages.plain_keys && read ? read->rope : nullptr;
-  require(!pages.plain_keys || !read || rope, where,
-          "the store keeps plain keys, and the read has no rope to turn them");
   for (int64_t s = 0; s < pages.segments(); ++s)
     each_page(pages, s, 0, held(pages, s), [&](const Page& page, int in_page, int count, int64_t e) {
       for (int i = 0; i < count; ++i, ++e) {
@@ -76,7 +75,7 @@ void page_read(Queue&, const Pages& pages, const Read* read, const Ragged& k, co
         if (k.values) {
           std::vector<double> key;
           for (int c = 0; c < page.layout.d; ++c) key.push_back(double(page.k().get(in_page + i, c)));
-          if (rope) rotate(*rope, read->positions == Read::Positions::Cache ? e : position, key.data());
+          if (rope) rotate(*rope, read->place(s, e, position), key.data());
           set_row(k.values, k.begin(s) + e, key);
         }
         if (v.values)
@@ -155,16 +154,17 @@ namespace {
 /// Calls body(number in the page, number in values) for every number of a User column.
 template <class Body>
 void each_column_number(const char* where, const Pages& pages, int column, const Ragged& values, Body&& body) {
-  require(pages.columns && column >= 0 && column < int(pages.columns->size()) &&
-              (*pages.columns)[size_t(column)].keeps == Column::Keeps::User,
-          where, "column " + std::to_string(column) + " is not one that a mechanism writes");
-  const int width = (*pages.columns)[size_t(column)].width;
-  require(reference::width(values.values) == width, where, "the column is " + std::to_string(width) + " wide");
+  const int width = check_column(where, pages, column, values);
   for (int64_t s = 0; s < pages.segments(); ++s)
     each_page(pages, s, 0, held(pages, s), [&](const Page& page, int in_page, int count, int64_t e) {
       for (int i = 0; i < count; ++i)
-        for (int c = 0; c < width; ++c)
-          body(page.column(column, in_page + i)[c], offset(values.values, values.begin(s) + e + i, c));
+        for (int c = 0; c < width; ++c) {
+          float none = 0;
+          float& kept = column != kBiasColumn ? page.column(column, in_page + i)[c]
+                        : page.has_bias()     ? page.bias(in_page + i)
+                                              : none;
+          body(kept, offset(values.values, values.begin(s) + e + i, c));
+        }
     });
 }
 }  // namespace
@@ -210,8 +210,7 @@ void page_score(Queue&, const Ragged& q, const Pages& pages, int low, int high, 
 
 Unpacked::Unpacked(const char* where, const Pages& pages, const Read* read) {
   require(!pages.layouts.empty(), where, "the store has no layouts");
-  require(!pages.plain_keys || (read && read->rope), where,
-          "the store keeps plain keys, and the read has no rope to turn them");
+  require(!pages.plain_keys || read, where, "the store keeps plain keys, and no read turns them");
   offsets = Buffer(Dtype::I64, {pages.segments() + 1});
   int64_t total = 0;
   for (int64_t s = 0; s < pages.segments(); ++s) {

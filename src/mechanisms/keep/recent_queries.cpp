@@ -23,6 +23,18 @@ void RecentQueries::take(const LayerView& at) {
   held = {q, position, count};
 }
 
+Ragged RecentQueries::rows(const LayerView& at) const {
+  Queue& queue = at.queue;
+  const Layer& held = layers_[size_t(at.layer)];
+  const int64_t all = at.q.segments();
+  Ragged out;
+  out.values = *held.q, out.heads = at.q.heads, out.bound = all * rows_;
+  const Num s = index();
+  out.offsets = compute(queue, Dtype::I64, {all + 1}, (s + 1) * rows_ - pick(s < all, load(*held.count, s), rows_));
+  out.ends = compute(queue, Dtype::I64, {all}, (s + 1) * rows_);
+  return out;
+}
+
 Ragged RecentQueries::logits(const LayerView& at) const {
   Queue& queue = at.queue;
   const Layer& held = layers_[size_t(at.layer)];

@@ -8,6 +8,8 @@ struct RecentQueries final : State {
   RecentQueries(int layers, int rows) : rows_(rows), layers_(size_t(layers)) {}
   /// The layer's new queries; called in every step.
   void take(const LayerView&);
+  /// They themselves, up to `rows` for each query head.
+  Ragged rows(const LayerView&) const;
   /// Their logits with each entry: for each (sequence, KV head) a run as long as its entries for every (row, query head of
   /// its group), query head by query head; −∞ throughout where a sequence has had fewer queries.
   Ragged logits(const LayerView&) const;
