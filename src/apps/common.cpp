@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <iostream>
 #include <numeric>
@@ -107,6 +108,7 @@ std::string size_text(double bytes) {
 }
 
 std::string fixed(double x, int digits) {
+  if (std::isnan(x)) return "–";
   char buffer[64];
   std::snprintf(buffer, sizeof buffer, "%.*f", digits, x);
   return buffer;
