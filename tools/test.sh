@@ -62,7 +62,7 @@ compiled() {
 
 # The sanitizers' tests, then each fuzz target: its kept inputs and a few seconds of new ones.
 sanitized() {
-  GTEST_FILTER='-*RealModel.*:*GreedyTest.*:Recording.*:Guarded.Sessions*' HEED_CASES=0.1 suites "$1" fuzz -E '^(apps|lab)$'
+  GTEST_FILTER='-*RealModel.*:*GreedyTest.*:Recording.*:Guarded.Sessions*' HEED_CASES=0.1 suites "$1" fuzz -j 2 -E '^(apps|lab)$'
   local program target
   for program in build-fuzz/fuzz_*; do
     [ -x "$program" ] || continue
