@@ -142,7 +142,7 @@ class Mechanisms : public testing::TestWithParam<Setting> {
 };
 #define HEED_ON_ALL_SETTINGS(SUITE)                                                                             \
   INSTANTIATE_TEST_SUITE_P(                                                                                     \
-      All, SUITE,                                                                                               \
+      Settings, SUITE,                                                                                          \
       testing::Values(Setting{"reference", 2, 2}, Setting{"reference", 6, 2}, Setting{backend_or("cpu"), 2, 2}, \
                       Setting{backend_or("cpu"), 6, 2}, Setting{backend_or("cpu"), 8, 1}, Setting{"guarded", 6, 2}))
 
