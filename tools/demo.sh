@@ -25,7 +25,7 @@ arguments=()
 for spec in "${mechanisms[@]}"; do arguments+=(--attention "$spec"); done
 
 mkdir -p out
-# On the processor also where there is a GPU: what is measured of attention is read back layer by layer and token by token.
+# On the processor also where there is a GPU, as the table in README.md was made.
 build/heed compare --backend cpu -m models/smollm2-135m.gguf -f models/text.txt -c "${LENGTH:-4096}" "${arguments[@]}" \
   --report out/report.html "$@"
 say "the same with charts: file://$PWD/out/report.html"

@@ -7,9 +7,9 @@ namespace heed {
 
 Clusters clustered(Queue& queue, const Ragged& segment, int64_t length, int64_t count, int rounds, bool cosine) {
   const int64_t d = segment.values.size[1];
-  const auto room = [&](int64_t count) {
-    Ragged out = numbers(queue, std::span(&count, 1), 1, d);
-    out.values = out.values.reshape({count, d});
+  const auto room = [&](int64_t n) {
+    Ragged out = numbers(queue, std::span(&n, 1), 1, d);
+    out.values = out.values.reshape({n, d});  // also where d is 1
     return out;
   };
   // A copy, so that rows count from 0.

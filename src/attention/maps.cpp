@@ -133,10 +133,13 @@ Ragged up_to_each(Queue& queue, const Ragged& x, int64_t length, int64_t n, int6
 }
 
 Num among(LayerView& at, const Range& heads, const Num& head) {
-  if (heads.all()) return 1;
-  std::vector<uint8_t> named;
-  for (int64_t i = 0; i < at.q.heads; ++i) named.push_back(heads.holds(int(i), int(at.q.heads)));
-  return load(at.queue.upload(named), head);
+  return heads.all() ? Num(1) : among(at.queue, heads, at.q.heads, head);
+}
+
+Plan replaced(LayerView& at, const Range& heads, int q_block, int k_block) {
+  at.mods.gain = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
+  compute(at.queue, at.q, 1 - among(at, heads, mod(segment(), at.q.heads)), at.mods.gain);
+  return dense_plan(q_block, k_block);
 }
 
 void each_part(Queue& queue, int64_t n, int block, const std::function<void(int64_t, int64_t)>& visit) {

@@ -58,6 +58,8 @@ Ragged up_to_each(Queue&, const Ragged& x, int64_t length, int64_t n, int64_t be
 
 /// Whether query head `head` is among `heads`, a parameter of a mechanism: a formula.
 Num among(LayerView&, const Range& heads, const Num& head);
+/// The plan of a mechanism whose edit() makes the whole output of those heads: they give 0 (Mods::gain).
+Plan replaced(LayerView&, const Range& heads, int q_block, int k_block);
 
 /// What is made of a score token by token: formulas of the score, of its query's number in the segment, and of its key's.
 using ScoreFormula = std::function<Num(const Num& score, const Num& query, const Num& key)>;
@@ -80,12 +82,6 @@ struct BlockChoice {
   Ragged rows;  // a segment for each tile: head by head of the scope, then tile by tile
   Select how;
 };
-/// Chooses what a formula flagged: 1, not 0.
-inline Select flagged() {
-  Select out;
-  out.by = Select::By::Threshold, out.p = 0.5f;
-  return out;
-}
 /// What `how` chooses of each row and, besides, what `also` (a formula of segment() and place()) names.
 BlockChoice united(Queue&, const Ragged& rows, const Select& how, int64_t capacity, const Num& also);
 

@@ -73,9 +73,7 @@ Read named_entries(LayerView& at, Plan::Scope scope, const Ragged& entries, cons
   Ragged flags = entries;
   flags.values = at.queue.scratch.take(Dtype::F32, {entries.values.size[0]});
   compute(at.queue, flags, pick(named, 1, 0), flags.values);
-  Select those;
-  those.by = Select::By::Threshold, those.p = 1;
-  const Lists tokens = chosen(at.queue, with_queries(at, flags), those, std::max<int64_t>(1, at.store->longest()));
+  const Lists tokens = chosen(at.queue, with_queries(at, flags), flagged(), std::max<int64_t>(1, at.store->longest()));
   Read read;
   read.plan = tokens_plan(at.queue, scope, 1, tokens.index, tokens.count, tokens.capacity);
   return read;

@@ -123,6 +123,12 @@ Lists chosen(Queue& queue, const Ragged& scores, const Select& how, int64_t capa
   return out;
 }
 
+Num among(Queue& queue, const Range& heads, int64_t count, const Num& head) {
+  std::vector<uint8_t> named;
+  for (int64_t i = 0; i < count; ++i) named.push_back(heads.holds(int(i), int(count)));
+  return load(queue.upload(named), head);
+}
+
 Ragged with_queries(LayerView& at, const Ragged& scores) {
   const int64_t rows = int64_t(asking(at).size()) * scores.heads;
   if (rows == scores.segments()) return scores;

@@ -50,6 +50,16 @@ Lists lists(Queue&, int64_t segments, int64_t capacity);
 void choose(Queue&, const Ragged& scores, const Select&, const Lists& into);
 Lists chosen(Queue&, const Ragged& scores, const Select&, int64_t capacity);
 
+/// Chooses what a formula flagged: 1, not 0.
+inline Select flagged() {
+  Select out;
+  out.by = Select::By::Threshold, out.p = 0.5f;
+  return out;
+}
+
+/// Whether head `head` of `count` is among `heads`: a formula.
+Num among(Queue&, const Range& heads, int64_t count, const Num& head);
+
 /// The segments of scores (a number of heads for each sequence) whose sequence has a query, in order: the rows of a plan that
 /// read() makes, where a sequence without a new token has none.
 Ragged with_queries(LayerView&, const Ragged& scores);

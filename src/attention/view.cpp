@@ -99,11 +99,7 @@ void evict(LayerView& at, const KeepPolicy& policy, const Ragged& scores, Tensor
   const int64_t segments = scores.segments(), g = scores.heads, capacity = std::max<int64_t>(1, at.store->longest());
   const Num length = load(at.store->pages().length, index());
   Num many = clamp(load(counts, index()), 0, length);
-  if (!heads.all()) {
-    std::vector<uint8_t> named;
-    for (int64_t head = 0; head < g; ++head) named.push_back(heads.holds(int(head), int(g)));
-    many = pick(load(at.queue.upload(named), mod(index(), g)), many, length);
-  }
+  if (!heads.all()) many = pick(among(at.queue, heads, g, mod(index(), g)), many, length);
   Select best;
   best.count = compute(at.queue, Dtype::I32, {segments}, many);
   const Lists kept = chosen(at.queue, policy.rank(at, scores, best.count), best, capacity);

@@ -40,16 +40,19 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
   return worst;
 }
 
-TEST(Sessions, IdentitiesAreDense) {
-  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}}) {
-    const auto model = tiny(h, g);
-    for (int64_t chunk : {0, 25}) {
-      const auto dense = logits(model, "dense", chunk);
-      for (const Entry& e : registry())
-        EXPECT_LT(distance(dense, logits(model, e.identity, chunk)), 1e-4) << e.identity << " chunk " << chunk;
-    }
-  }
+/// Heads, KV heads and the size of a prompt's parts: tests of their own, so that shards share them.
+class EveryIdentity : public testing::TestWithParam<std::tuple<int, int, int64_t>> {};
+
+TEST_P(EveryIdentity, IsDense) {
+  const auto& [h, g, chunk] = GetParam();
+  const auto model = tiny(h, g);
+  const auto dense = logits(model, "dense", chunk);
+  for (const Entry& e : registry())
+    EXPECT_LT(distance(dense, logits(model, e.identity, chunk)), 1e-4) << e.identity << " chunk " << chunk;
 }
+INSTANTIATE_TEST_SUITE_P(Sessions, EveryIdentity,
+                         testing::Values(std::tuple{6, 2, 0}, std::tuple{6, 2, 25}, std::tuple{3, 3, 0},
+                                         std::tuple{3, 3, 25}));
 
 // Streaming heads whose keys are turned to their places are StreamingLLM: it makes room before a step for what these cut
 // behind it.

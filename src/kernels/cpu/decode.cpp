@@ -94,6 +94,7 @@ struct Shared {
   int64_t first_piece = 0, pieces = 0;
 };
 
+/// What one piece of work reads.
 struct SharedRange {
   int64_t shared, begin, end;  // keys (Dense) or entries of the plan's row
 };

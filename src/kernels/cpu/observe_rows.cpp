@@ -8,7 +8,7 @@
 namespace heed::HEED_ISA {
 namespace {
 
-/// RowTotals of the lanes of a tile.
+/// Of the lanes of a tile.
 struct RowTotals {
   float *entropy, *distance, *best, *best_key;  // [kTile]; best in log2
   float* span;                                  // [spans][kTile]

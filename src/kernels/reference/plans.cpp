@@ -10,12 +10,12 @@ namespace heed::reference {
 namespace {
 
 /// The panel's segments, or what would be a panel of the pages' entries, with their positions where a window asks for them.
-struct PanelOf {
+struct SeenKeys {
   std::vector<int64_t> offsets{0};
   std::vector<int32_t> positions;
   Ragged keys;
   Mods mods;
-  PanelOf(const Keys& from, const Mods& given) : mods(given) {
+  SeenKeys(const Keys& from, const Mods& given) : mods(given) {
     if (from.panel) {
       keys = *from.panel;
       return;
@@ -102,7 +102,7 @@ double pairs_of(const Plan& plan, const PlanRows& rows, const Ragged& q, const R
 
 void count_pairs(Queue&, const Plan& plan, const Ragged& q, const Keys& keys, const Mods& mods, Tensor pairs) {
   check_tensor("count_pairs", "pairs", pairs, {q.heads}, false, Dtype::F64);
-  const PanelOf seen(keys, mods);
+  const SeenKeys seen(keys, mods);
   const PlanRows rows(plan, q, seen.keys.heads);
   auto head = [&](int64_t h) {
     for (int64_t s = 0; s < q.sequences(); ++s)

@@ -100,8 +100,8 @@ Entry defensivekv() {
   Entry e = entry<DefensiveKV>("defensivekv", "Taming the Fragility of KV Cache Eviction in LLM Inference",
                                "Feng et al., 2025, arXiv 2510.13334", 2025, uint8_t(Role::Keep));
   e.equation =
-      "s_j = max(x_j, mean x) n_j / Σ over KV heads of n_j, x_j = max over rows and the group of smoothed P_ij, n_j = "
-      "‖W_O v_j‖₁; keep the best of the layer's pool";
+      "s_j = max(x_j, mean x) n_j / Σ over KV heads of n_j, x_j = max over rows and the group of smoothed P_ij, n_j "
+      "= ‖W_O v_j‖₁; keep the best of the layer's pool";
   e.needs = "the output matrix";
   e.identity = "defensivekv(budget=1.0)";
   e.verified = {"identity", "formula", "model"};

@@ -77,9 +77,8 @@ Entry entropy_chunk() {
   Entry e = entry<EntropyChunk>("entropy-chunk", "ChunkKV behind an entropy gate, as in kvpress",
                                 "kvpress 0.5, after Liu et al., 2025", 2025, uint8_t(Role::Keep));
   e.equation =
-      "chunkkv, but of a chunk with score ≥ the median and entropy < the median only the best 4 entries; the rest of "
-      "the "
-      "budget to the best others";
+      "chunkkv, but of a chunk with score ≥ the median and entropy < the median only the best 4 entries; the rest "
+      "of the budget to the best others";
   e.needs = "a keep policy inside";
   e.identity = "entropy-chunk(snapkv(budget=1.0))";
   e.verified = {"identity", "formula", "model"};

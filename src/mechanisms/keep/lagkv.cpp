@@ -66,8 +66,8 @@ Entry lagkv() {
   Entry e = entry<LagKV>("lagkv", "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important",
                          "Liang et al., 2025, arXiv 2504.04704", 2025, uint8_t(Role::Keep));
   e.equation =
-      "u_j = std_c((x_jc − min_c) / (max_c − min_c)), ranges of the next partition; s = softmax u of keys + of values, "
-      "ranked in its partition";
+      "u_j = std_c((x_jc − min_c) / (max_c − min_c)), ranges of the next partition; s = softmax u of keys + of "
+      "values, ranked in its partition";
   e.needs = "nothing";
   e.identity = "lagkv(budget=1.0)";
   e.verified = {"identity", "formula", "model"};

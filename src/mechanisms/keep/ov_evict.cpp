@@ -1,77 +1,14 @@
 #include <algorithm>
 
-#include "attention/scores.h"
-#include "attention/select.h"
 #include "mechanisms/entries.h"
+#include "mechanisms/keep/ov_blocks.h"
 
 namespace heed::mechanisms {
 
 namespace {
 
-// The cache eviction of OpenVINO GenAI: while decoding, whole blocks between the first and the latest entries leave, the
-// same in all heads of a layer. Votes are what all heads together pay, smoothed towards the keys before; those of a
-// prompt are its last rows'.
-struct OvBlocks : KeepPolicy {
-  int block, sinks, recent, rows, kernel;
-
-  template <class M>
-  static std::vector<ParamInfo> block_params(std::vector<ParamInfo> more) {
-    std::vector<ParamInfo> all = keep_params<M>(
-        "672", "every(1)",
-        {
-            param(&M::block, "block", 32, 1, 1 << 20, "entries that go together; divides budget, sinks and recent"),
-            param(&M::sinks, "sinks", 32, 0, 1 << 20, "first entries that always stay"),
-            param(&M::recent, "recent", 128, 0, 1 << 20, "latest entries of whole blocks that always stay"),
-            param(&M::rows, "rows", 8, 1, 256, "last queries of a prompt that vote"),
-            param(&M::kernel, "kernel", 7, 1, 63, "a key's vote is the largest of so many from it on"),
-        });
-    all.insert(all.end(), more.begin(), more.end());
-    return all;
-  }
-  std::string check() const override {
-    if (budget.fraction) return "the budget is a number of entries: whole blocks";
-    for (const auto& [size, name] :
-         {std::pair{int64_t(budget.amount), "budget"}, {int64_t(sinks), "sinks"}, {int64_t(recent), "recent"}})
-      if (size % block)
-        return std::string(name) + "=" + std::to_string(size) + " is no multiple of block=" + std::to_string(block);
-    return too_small(budget, int64_t(sinks) + recent, "sinks + recent");
-  }
-
-  /// Nothing goes before the first token is decoded.
-  bool settle(LayerView& at) const override { return !at.decoding(); }
-  int64_t entries(const Budget& kept, const ModelInfo&, int, int64_t length) const override {
-    return kept.entries(length) + block - 1;
-  }
-  Tensor allocate(const Allocation& a) const override {
-    const int64_t layers = int64_t(a.scores.size()), all = a.scores[0].segments();
-    const Tensor counts = a.queue.scratch.take(Dtype::I32, {layers, all});
-    for (int64_t l = 0; l < layers; ++l) {
-      const Num length = length_of(a.scores[size_t(l)], index());
-      compute(a.queue, min(length, a.budget.amount + mod(length, block)), counts.select(0, l));
-    }
-    return counts;
-  }
-
- protected:
-  Ragged smoothed(LayerView& at, const Ragged& paid) const {
-    Ragged votes = paid;
-    for (int after = 1; after < kernel; ++after) {
-      const Ragged before = votes;
-      votes.values = at.queue.scratch.take(Dtype::F32, {paid.values.size[0]});
-      const Num other = pick(place() + after < length(), load(paid.values, index() + after), -kInfinity);
-      compute(at.queue, votes, max(load(before.values, index()), other), votes.values);
-    }
-    return votes;
-  }
-  /// Scores whose first and latest entries stay.
-  Ragged held(LayerView& at, const Ragged& scores) const {
-    const Num stays = place() < sinks || place() >= length() - mod(length(), block) - recent;
-    compute(at.queue, scores, pick(stays, kInfinity, load(scores.values, index())), scores.values);
-    return scores;
-  }
-};
-
-// Its own score: votes add up, each divided (norm) by how many queries could give it.
+// The cache eviction of OpenVINO GenAI by its own score: votes add up, each divided (norm) by how many queries could give
+// it.
 struct OvEvict final : OvBlocks {
   bool norm;
 
@@ -107,126 +44,16 @@ struct OvEvict final : OvBlocks {
   }
 };
 
-// Adaptive R-KV, in the same engine: the blocks that hold most of what the last rows paid stay, and what is left of the
-// budget goes to the blocks that repeat the others least. An eviction forgets what rows before it paid.
-struct AdaptiveRKV final : OvBlocks {
-  double mass;
-
-  static std::vector<ParamInfo> params() {
-    return block_params<AdaptiveRKV>(
-        {param(&AdaptiveRKV::mass, "mass", 0.9, 0, 1, "share of what is paid that stays whatever it repeats")});
-  }
-  Needs needs(const ModelInfo&) const override {
-    Needs n;
-    n.columns = {{.name = "adaptive.rows", .width = rows}};  // what each of the last rows paid, the newest last
-    return n;
-  }
-
-  void observe(LayerView& at) const override {
-    if (at.phase == Phase::Replay) return;
-    Queue& queue = at.queue;
-    const Ragged before = at.column("adaptive.rows"), after = at.per_entry(rows);
-    if (at.decoding()) {
-      Observe how;
-      how.rows = Observe::Rows::Sum, how.heads = Observe::Heads::LayerMean;
-      const Ragged paid = at.observe(at.q, how, &at.read.plan);
-      const Num old = pick(channel() + 1 < rows, load(before.values, index() + 1),
-                           load(paid.values, floor_div(index(), rows)));
-      const Num idle = of_sequence(queue, at.rows, segment(), after.heads) == 0;
-      compute(queue, after, pick(idle, load(before.values, index()), old), after.values);
-    } else {
-      const Ragged paid = row_weights(at, rows);
-      const Tensor columns = after.values.reshape({after.bound, rows});
-      for (int r = 0; r < rows; ++r) {
-        const Ragged heads = members(queue, paid, rows, r),
-                     sum = spread(queue, heads, {.of = Spread::Of::Sum, .over = Spread::Over::Heads});
-        const Num first = begin_of(sum, floor_div(segment(), after.heads) * heads.heads);
-        compute(queue, after, load(sum.values, first + place()) / at.model.h, columns.select(1, r));
-      }
-    }
-    at.set_column("adaptive.rows", after);
-  }
-  void fold(LayerView& at, const Lists& kept) const override {
-    const Ragged rows_now = at.column("adaptive.rows");
-    const Num stays = load(kept.count, segment()) >= length();  // nothing goes
-    compute(at.queue, rows_now, pick(stays, load(rows_now.values, index()), 0), rows_now.values);
-    at.set_column("adaptive.rows", rows_now);
-  }
-
-  /// Whole blocks between the first and the latest entries.
-  Num candidates(const Num& length) const { return max(0, floor_div(length, block) - (sinks + recent) / block); }
-
-  Ragged score(LayerView& at) const override {
-    Queue& queue = at.queue;
-    const Ragged rows_paid = at.column("adaptive.rows"), paid = at.per_entry(), out = at.per_entry();
-    const int64_t all = paid.segments(), g = paid.heads, sequences = all / g, most = at.store->longest();
-    compute(queue, paid, 0, paid.values), compute(queue, out, 0, out.values);
-    for (int r = 0; r < rows; ++r)
-      compute(queue, paid, load(paid.values, index()) + load(rows_paid.values, index() * rows + r), paid.values);
-    auto between = [&](const Ragged& x) {
-      Ragged part = without_first(queue, x, sinks);
-      part.ends = compute(queue, Dtype::I64, {all}, begin_of(part, index()) + candidates(length_of(x, index())) * block);
-      return part;
-    };
-    const Ragged blocks = spread(queue, between(smoothed(at, paid)), {.of = Spread::Of::Sum, .block = block});
-    const Ragged votes = numbers(queue, sequences, floor_div(length_of(blocks, index() * g), block), 1,
-                                 sequences * (most / block + 1));
-    compute(queue, votes, load(blocks.values, begin_of(blocks, segment() * g) + place() * block), votes.values);
-    Select best;
-    best.by = Select::By::TopP, best.p = float(mass);
-    const int64_t quota = (int64_t(budget.amount) - sinks - recent) / block;
-    const Lists sure = chosen(queue, votes, best, std::clamp<int64_t>(quota, 1, most / block + 1));
-
-    // How much a key says of what the others that are not sure say, those most alike.
-    const Ragged to = between(out), keys = between(unit_rows(queue, stored_keys(at)));
-    int64_t cells = 0;
-    for (int64_t s = 0; s < all; ++s) cells += at.store->length(s) * at.store->length(s);
-    Grids alike, of_row;
-    alike.rows = alike.cols = of_row.rows = compute(queue, Dtype::I64, {all}, length_of(keys, index()));
-    alike.cells = numbers(queue, all, load(alike.rows, index()) * load(alike.rows, index()), g, cells);
-    of_row.cols = compute(queue, Dtype::I64, {all}, 1), of_row.cells = to;
-    Proxy cosine;
-    cosine.scale = 1 / float(at.store->shape().d), cosine.causal = false;
-    queue.run->proxy(queue, keys, keys, cosine, alike);
-    const Num n = load(alike.rows, segment()), row = floor_div(place(), n), col = mod(place(), n),
-              cell = load(alike.cells.values, index());
-    compute(queue, alike.cells, pick(row == col, 0, cell), alike.cells.values);
-    queue.run->reduce(queue, alike, {.to = Reduce::To::Rows, .kind = ReduceKind::Mean}, of_row);
-    const Num is_sure = sure.has(floor_div(segment(), g), floor_div(col, block));
-    const Num low = cell < load(to.values, begin_of(to, segment()) + row);
-    compute(queue, alike.cells, pick(low || is_sure, 0, cell), alike.cells.values);
-    queue.run->reduce(queue, alike, {.to = Reduce::To::Rows}, of_row);
-    const Ragged heads = spread(queue, to, {.of = Spread::Of::Mean, .over = Spread::Over::Heads});
-    const Ragged repeats = spread(queue, heads, {.of = Spread::Of::Sum, .block = block});
-    compute(queue, to,
-            pick(sure.has(floor_div(segment(), g), floor_div(place(), block)), 1e30, -1 * load(repeats.values, index())),
-            out.values);
-    return held(at, out);
-  }
-};
-
 }  // namespace
 
 Entry ov_evict() {
   Entry e = entry<OvEvict>("ov-evict", "Cache eviction, as in OpenVINO GenAI", "Intel, OpenVINO GenAI", 2024,
                            uint8_t(Role::Keep));
   e.equation =
-      "A_j += max over j … j + 6 of Σ over heads of P_j; while decoding evict the blocks of 32 with the lowest Σ A / "
-      "age";
+      "A_j += max over j … j + 6 of Σ over heads of P_j; while decoding evict the blocks of 32 with the lowest Σ A "
+      "/ age";
   e.needs = "two numbers beside each entry";
   e.identity = "ov-evict(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
-  return e;
-}
-
-Entry adaptive_rkv() {
-  Entry e = entry<AdaptiveRKV>("adaptive-rkv", "Adaptive R-KV, as in OpenVINO GenAI", "Intel, OpenVINO GenAI", 2025,
-                               uint8_t(Role::Keep));
-  e.equation =
-      "the blocks that the last rows paid most stay up to a share of 0.9; of the others D those with the lowest "
-      "Σ over i of the block and t of D of cos(k_i, k_t), where it is above its row's mean";
-  e.needs = "the weights of the last rows beside each entry; while it cuts, n² numbers";
-  e.identity = "adaptive-rkv(budget=1000000000)";
   e.verified = {"identity", "formula", "model"};
   return e;
 }

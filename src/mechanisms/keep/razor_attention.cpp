@@ -82,8 +82,8 @@ Entry razor_attention() {
                                   "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",
                                   "Tang et al., 2024, arXiv 2407.15891", 2024, uint8_t(Role::Keep));
   e.equation =
-      "heads that do not retrieve keep {0 … s − 1}, the last r entries, and one entry for the N others: mean key, mean "
-      "value, logit bias log N";
+      "heads that do not retrieve keep {0 … s − 1}, the last r entries, and one entry for the N others: mean key, "
+      "mean value, logit bias log N";
   e.needs = "a logit bias beside each entry; which heads retrieve (heads=, a profile): `heed heads` finds them";
   e.identity = "razor-attention(recent=1000000000)";
   e.verified = {"identity", "formula", "model"};

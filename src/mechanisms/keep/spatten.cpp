@@ -127,8 +127,8 @@ Entry spatten() {
                            "SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning",
                            "Wang et al., 2021, arXiv 2012.09852", 2021, uint8_t(Role::Keep));
   e.equation =
-      "S_t += Σ over heads and queries of P_it in every layer and step; layer l keeps the top n_l of what layer l − 1 "
-      "kept";
+      "S_t += Σ over heads and queries of P_it in every layer and step; layer l keeps the top n_l of what layer l − "
+      "1 kept";
   e.needs = "column sums of the whole prompt";
   e.identity = "spatten(budget=1.0)";
   e.verified = {"identity", "formula", "model"};

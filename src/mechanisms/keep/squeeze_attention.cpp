@@ -143,8 +143,8 @@ Entry squeeze_attention() {
       "squeeze-attention", "SqueezeAttention: 2D Management of KV-Cache in LLM Inference via Layer-wise Optimal Budget",
       "Wang et al., 2024, arXiv 2404.04793", 2024, uint8_t(Role::Keep));
   e.equation =
-      "c_l = mean cos(x, x + attention(x)); the layers of the highest of three groups hold p B, the others share the "
-      "rest";
+      "c_l = mean cos(x, x + attention(x)); the layers of the highest of three groups hold p B, the others share "
+      "the rest";
   e.needs = "a keep policy inside; the residual stream, and another product with the output matrix in prompts";
   e.identity = "squeeze-attention(snapkv(budget=1.0),share=1.0)";
   e.verified = {"identity", "formula", "model"};

@@ -66,8 +66,8 @@ Entry think() {
   Entry e = entry<Think>("think", "ThinK: Thinner Key Cache by Query-Driven Pruning",
                          "Xu et al., 2024, arXiv 2407.21018", 2024, uint8_t(Role::Keep));
   e.equation =
-      "s_c = mean over the last queries and the group of q_c² · mean_j k_jc²; the lowest r d channels of old keys are "
-      "0";
+      "s_c = mean over the last queries and the group of q_c² · mean_j k_jc²; the lowest r d channels of old keys "
+      "are 0";
   e.needs = "nothing";
   e.identity = "think(share=0)";
   e.verified = {"identity", "formula", "model"};

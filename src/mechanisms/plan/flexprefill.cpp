@@ -160,8 +160,8 @@ Entry flexprefill() {
       "flexprefill", "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference",
       "Lai et al., 2025, arXiv 2502.20766", 2025, uint8_t(Role::Plan));
   e.equation =
-      "√JS(mean estimate, last block's masses) < τ: blocks of mean maps that hold γ; else columns and diagonals that "
-      "hold γ";
+      "√JS(mean estimate, last block's masses) < τ: blocks of mean maps that hold γ; else columns and diagonals "
+      "that hold γ";
   e.needs = "the whole prompt";
   e.identity = "flexprefill(gamma=1)";
   e.verified = {"identity", "formula", "model"};

@@ -135,8 +135,7 @@ Entry hip() {
       "Lee et al., 2024, arXiv 2406.09827", 2024, uint8_t(Role::Plan));
   e.equation =
       "halve each of k / b chunks of blocks, keep the k / b halves of largest max q·k(centre block), until they are "
-      "single "
-      "blocks; sinks and window besides";
+      "single blocks; sinks and window besides";
   e.needs = "the whole prompt";
   e.identity = "hip(topk=1000000000)";
   e.verified = {"identity", "formula", "model"};

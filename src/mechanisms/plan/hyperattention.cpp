@@ -64,11 +64,7 @@ struct HyperAttention final : Mechanism {
   /// The exact parts: of a causal text its last halves, of others nothing.
   Plan plan(LayerView& at) const override {
     if (!estimates(at)) return dense_plan(64, 64);
-    if (!at.plan.causal) {
-      at.mods.gain = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
-      compute(at.queue, at.q, 1 - among(at, heads, mod(segment(), at.q.heads)), at.mods.gain);
-      return dense_plan(64, 64);
-    }
+    if (!at.plan.causal) return replaced(at, heads, 64, 64);
     return pattern_plan(at, [this](int64_t i, int64_t m, const AddKeys& add) {
       int64_t begin = 0, end = m;
       while (end - begin > min_len) {
@@ -200,8 +196,7 @@ Entry hyperattention() {
                                   "Han et al., 2023, arXiv 2310.05869", 2023, Role::Plan | Role::Edit);
   e.equation =
       "Σ e^(q·k s) ≈ Σ over the block of like codes + n / |S| Σ over samples outside it, for each half of the text "
-      "before the "
-      "query's; exact in parts of min_len";
+      "before the query's; exact in parts of min_len";
   e.needs = "the whole prompt";
   e.identity = "hyperattention(min_len=1000000000)";
   e.verified = {"identity", "formula", "model"};

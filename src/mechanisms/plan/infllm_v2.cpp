@@ -120,9 +120,8 @@ Entry infllm_v2() {
                             "InfLLM-V2: Dense-Sparse Switchable Attention for Seamless Short-to-Long Adaptation",
                             "2025, arXiv 2509.24663", 2025, Role::Plan | Role::Read);
   e.equation =
-      "p = Σ over the group of softmax(q · mean of 32 keys s); score(J) = max of p over the windows that touch block "
-      "J; read "
-      "the top blocks";
+      "p = Σ over the group of softmax(q · mean of 32 keys s); score(J) = max of p over the windows that touch "
+      "block J; read the top blocks";
   e.needs = "the whole prompt, and a column of means: 1 / stride of the keys in f32";
   e.identity = "infllm_v2(topk=1000000)";
   e.verified = {"identity", "formula", "model"};

@@ -113,8 +113,7 @@ Entry light_forcing() {
                                 "Lv et al., 2026, arXiv 2602.04789", 2026, uint8_t(Role::Plan));
   e.equation =
       "of the frames with largest mean q · mean k, the first, the latest and its own chunk's, the top (1 − σ_i) N "
-      "blocks; σ_i = "
-      "σ − α_i β, β so that all chunks leave out the target";
+      "blocks; σ_i = σ − α_i β, β so that all chunks leave out the target";
   e.needs = "the whole prompt";
   e.identity = "light_forcing(sparsity=0,target=0,topk=1000000000,frame=16,block=16)";
   e.verified = {"identity", "formula", "model"};

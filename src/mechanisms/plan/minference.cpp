@@ -97,8 +97,8 @@ Entry minference() {
       "minference", "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
       "Jiang et al., 2024, arXiv 2407.02490", 2024, uint8_t(Role::Plan));
   e.equation =
-      "vertical-slash: j ∈ top-nV of Σ_i P_ij or i − j ∈ top-nS of Σ_{i−j=o} P_ij over the last 64 rows; block-sparse: "
-      "top-k of mean q · mean k; a-shape: j < sinks or i − j < local";
+      "vertical-slash: j ∈ top-nV of Σ_i P_ij or i − j ∈ top-nS of Σ_{i−j=o} P_ij over the last 64 rows; "
+      "block-sparse: top-k of mean q · mean k; a-shape: j < sinks or i − j < local";
   e.needs = "the whole prompt, and which heads have which pattern";
   e.identity = "minference(columns=1000000000)";
   e.verified = {"identity", "formula", "model"};

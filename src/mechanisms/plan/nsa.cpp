@@ -113,12 +113,11 @@ Entry nsa() {
   Entry e = entry<Nsa>("nsa", "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention",
                        "Yuan et al., 2025, arXiv 2502.11089", 2025, Role::Plan | Role::Edit);
   e.equation =
-      "o = g₁ attention over compressed windows + g₂ attention over the top blocks by Σ of the windows' weights + g₃ "
-      "attention "
-      "over i − j < w";
+      "o = g₁ attention over compressed windows + g₂ attention over the top blocks by Σ of the windows' weights + "
+      "g₃ attention over i − j < w";
   e.needs =
-      "trained gates: --input gates=…; the learned compression, if it is not the mean: --input compressed_k=…, --input "
-      "compressed_v=…";
+      "trained gates: --input gates=…; the learned compression, if it is not the mean: --input compressed_k=…, "
+      "--input compressed_v=…";
   e.no_identity = "gates are inputs; with gates (0, 1, 0) and topk of all blocks it is dense";
   e.verified = {"formula"};
   return e;

@@ -106,9 +106,8 @@ Entry proxyattn() {
   Entry e = entry<ProxyAttn>("proxyattn", "ProxyAttn: Guided Sparse Attention via Representative Heads",
                              "Wang et al., 2025, arXiv 2509.24745", 2025, uint8_t(Role::Plan));
   e.equation =
-      "A[I, J] = max of softmax(mean_h q · mean_h k s) over every 4th token; a head reads its top ⌈b N⌉, b the share "
-      "of blocks "
-      "that hold γ of its last queries' mass";
+      "A[I, J] = max of softmax(mean_h q · mean_h k s) over every 4th token; a head reads its top ⌈b N⌉, b the "
+      "share of blocks that hold γ of its last queries' mass";
   e.needs = "the whole prompt, the same entries in all heads";
   e.identity = "proxyattn(gamma=1)";
   e.verified = {"identity", "formula", "model"};

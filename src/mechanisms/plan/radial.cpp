@@ -89,8 +89,7 @@ Entry radial() {
                           "Li et al., 2025, arXiv 2506.19852", 2025, uint8_t(Role::Plan));
   e.equation =
       "frames D apart: |r − c| ≤ decay · 2^(bits(T) − bits(D)), at least a tile; where that is less than 128, only "
-      "every "
-      "(128 / it)-th D";
+      "every (128 / it)-th D";
   e.needs = "the whole prompt";
   e.identity = "radial(frame=1000000000)";
   e.verified = {"identity", "formula", "model"};

@@ -144,9 +144,8 @@ Entry rectified_spaattn() {
                                     "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation",
                                     "Liu et al., 2025, arXiv 2511.19835", 2025, Role::Plan | Role::Edit);
   e.equation =
-      "P ∝ |block| e^(mean q · mean k s); read the largest P until they hold `remain`; o = R o_read + Σ P_J mean(v_J) "
-      "over unread "
-      "J with |q·k| > |δq·k| + |q·δk|, R = 1 − Σ P_J";
+      "P ∝ |block| e^(mean q · mean k s); read the largest P until they hold `remain`; o = R o_read + Σ P_J "
+      "mean(v_J) over unread J with |q·k| > |δq·k| + |q·δk|, R = 1 − Σ P_J";
   e.needs = "the whole prompt";
   e.identity = "rectified_spaattn(remain=1)";
   e.verified = {"identity", "formula", "model"};

@@ -73,8 +73,8 @@ Entry rettention() {
                               "Re-ttention: Ultra Sparse Visual Generation via Attention Statistical Reshape",
                               "Chen et al., 2025, arXiv 2505.22918", 2025, Role::Plan | Role::Edit);
   e.equation =
-      "o = (ρ + 0.04 t) softmax over M of (q·k s) v + R; ρ and R those of the last dense step: its mass on M, and o − "
-      "ρ o_M";
+      "o = (ρ + 0.04 t) softmax over M of (q·k s) v + R; ρ and R those of the last dense step: its mass on M, and o "
+      "− ρ o_M";
   e.needs = "the last dense step: --input dense_q=…, --input dense_k=…, --input dense_v=…";
   e.no_identity = "it takes another step's statistics; with the step's own, and no drift, it is dense";
   e.verified = {"formula"};

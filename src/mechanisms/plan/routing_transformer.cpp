@@ -28,13 +28,7 @@ struct RoutingTransformer final : Mechanism {
     return n;
   }
 
-  // The clusters' attention is the whole output of its heads: nothing is read before.
-  Plan plan(LayerView& at) const override {
-    Plan nothing = dense_plan(1, 1);
-    at.mods.gain = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
-    compute(at.queue, at.q, 1 - among(at, heads, segment()), at.mods.gain);
-    return nothing;
-  }
+  Plan plan(LayerView& at) const override { return replaced(at, heads, 1, 1); }
 
   Tensor edit(LayerView& at) const override {
     Queue& queue = at.queue;
@@ -84,8 +78,8 @@ Entry routing_transformer() {
                                       "Efficient Content-Based Sparse Attention with Routing Transformers",
                                       "Roy et al., 2020, arXiv 2003.05997", 2020, Role::Plan | Role::Edit);
   e.equation =
-      "cluster c: the w queries and the w keys of largest q̂·μ_c, k̂·μ_c; o_i = mean over its clusters of their causal "
-      "attention";
+      "cluster c: the w queries and the w keys of largest q̂·μ_c, k̂·μ_c; o_i = mean over its clusters of their "
+      "causal attention";
   e.needs = "trained centroids: --input centroids=…";
   e.no_identity = "centroids are inputs; one cluster of all tokens is dense";
   e.verified = {"formula"};

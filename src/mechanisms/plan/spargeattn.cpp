@@ -67,8 +67,7 @@ Entry spargeattn() {
                               "Zhang et al., 2025, arXiv 2502.18137", 2025, uint8_t(Role::Plan));
   e.equation =
       "P = softmax of mean q · mean k s over blocks with mean cosine > θ; read the largest P while Σ ≤ τ, and all "
-      "blocks of "
-      "unlike rows";
+      "blocks of unlike rows";
   e.needs = "the whole prompt";
   e.identity = "spargeattn(tau=1)";
   e.verified = {"identity", "formula", "model"};

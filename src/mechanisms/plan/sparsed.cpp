@@ -78,9 +78,8 @@ Entry sparsed() {
   Entry e = entry<SparseD>("sparsed", "SparseD: Sparse Attention for Diffusion Language Models",
                            "Wang et al., 2025, arXiv 2509.24014", 2025, uint8_t(Role::Plan));
   e.equation =
-      "of the planning step's softmax(q·k s), summed over blocks: the top ⌊ρ N⌋ + 1 of all in the prompt, and those of "
-      "the "
-      "generated among themselves";
+      "of the planning step's softmax(q·k s), summed over blocks: the top ⌊ρ N⌋ + 1 of all in the prompt, and those "
+      "of the generated among themselves";
   e.needs =
       "the whole prompt; queries and keys of the planning step, where they are others: --input plan_q=…, --input "
       "plan_k=…";

@@ -95,13 +95,11 @@ Entry infllm() {
                           "InfLLM: Training-Free Long-Context Extrapolation for LLMs with an Efficient Context Memory",
                           "Xiao et al., 2024, arXiv 2402.04617", 2024, uint8_t(Role::Read));
   e.equation =
-      "score(block) = Σ over heads of R(w − 1) q · mean of its representatives' keys; read sinks, the top blocks, the "
-      "rest "
-      "and the last w, at distance min(i − j, w − 1)";
+      "score(block) = Σ over heads of R(w − 1) q · mean of its representatives' keys; read sinks, the top blocks, "
+      "the rest and the last w, at distance min(i − j, w − 1)";
   e.needs =
-      "keys kept before rotation, a number beside each entry for each query head; all entries in all layers: goes with "
-      "no "
-      "policy that drops some";
+      "keys kept before rotation, a number beside each entry for each query head; all entries in all layers: goes "
+      "with no policy that drops some";
   e.identity = "infllm(local=1000000000)";
   e.verified = {"identity", "formula", "model"};
   return e;

@@ -132,12 +132,11 @@ Entry long_heads() {
   Entry e = entry<LongHeads>("long-heads", "LongHeads: Multi-Head Attention is Secretly a Long Context Processor",
                              "Lu et al., 2024, arXiv 2402.10685", 2024, uint8_t(Role::Read));
   e.equation =
-      "c = Σ_j softmax_j(ō · k_j / √d) k_j over a chunk, ō the mean of its own answers; read the first chunk, the last "
-      "two "
-      "and the top of q · c; the i-th entry of them is rotated at i";
+      "c = Σ_j softmax_j(ō · k_j / √d) k_j over a chunk, ō the mean of its own answers; read the first chunk, the "
+      "last two and the top of q · c; the i-th entry of them is rotated at i";
   e.needs =
-      "keys kept before rotation, the last queries, a number beside each entry for each query head; all entries in all "
-      "layers: goes with no policy that drops some";
+      "keys kept before rotation, the last queries, a number beside each entry for each query head; all entries in "
+      "all layers: goes with no policy that drops some";
   e.identity = "long-heads(chunks=1000000)";
   e.verified = {"identity", "formula", "model"};
   return e;

@@ -65,8 +65,8 @@ Entry omnikv() {
   Entry e = entry<OmniKV>("omnikv", "OmniKV: Dynamic Context Selection for Efficient Long-Context LLMs",
                           "Hao et al., 2025, ICLR", 2025, uint8_t(Role::Read));
   e.equation =
-      "filter layers: dense, and I = top-k_j of max over heads of P_j; later layers: attend over I and all generated "
-      "tokens";
+      "filter layers: dense, and I = top-k_j of max over heads of P_j; later layers: attend over I and all "
+      "generated tokens";
   e.needs = "all entries in all layers: goes with no policy that drops some";
   e.identity = "omnikv(budget=1.0)";
   e.verified = {"identity", "formula", "model"};

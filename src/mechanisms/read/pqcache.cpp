@@ -149,8 +149,8 @@ Entry pqcache() {
   Entry e = entry<PqCache>("pqcache", "PQCache: Product Quantization-based KVCache for Long Context LLM Inference",
                            "Zhang et al., 2024, arXiv 2407.12820", 2024, uint8_t(Role::Read));
   e.equation =
-      "logit_j = Σ over halves of q_s · c_s(code of k_j,s); read the top of Σ over the group of softmax, sinks and the "
-      "latest";
+      "logit_j = Σ over halves of q_s · c_s(code of k_j,s); read the top of Σ over the group of softmax, sinks and "
+      "the latest";
   e.needs = "two numbers beside each entry, and 64 centroids for each half of a KV head's channels";
   e.identity = "pqcache(topk=1)";
   e.verified = {"identity", "formula", "model"};

@@ -89,9 +89,8 @@ Entry shadowkv() {
   Entry e = entry<ShadowKV>("shadowkv", "ShadowKV: KV Cache in Shadows for High-Throughput Long-Context LLM Inference",
                             "Sun et al., 2024, arXiv 2410.21465", 2024, uint8_t(Role::Read));
   e.equation =
-      "max over the group of softmax(q · l s), l the mean key of a chunk; read the top B / 8 chunks, outliers (lowest "
-      "min "
-      "cos(k, l)) and the latest";
+      "max over the group of softmax(q · l s), l the mean key of a chunk; read the top B / 8 chunks, outliers "
+      "(lowest min cos(k, l)) and the latest";
   e.needs = "a column of means, 1 / chunk of the keys in f32, and a number beside each entry";
   e.identity = "shadowkv(budget=1.0)";
   e.verified = {"identity", "formula", "model"};

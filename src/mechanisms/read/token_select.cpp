@@ -58,12 +58,12 @@ struct TokenSelect final : Mechanism {
 Entry token_select() {
   Entry e = entry<TokenSelect>(
       "token-select",
-      "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic "
-      "Token-Level KV Cache Selection",
+      "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV "
+      "Cache Selection",
       "Wu et al., 2024, arXiv 2411.02886", 2024, uint8_t(Role::Read));
   e.equation =
-      "read {0 … s − 1} ∪ top K of Σ over heads of softmax_j(R(w) q · k_j) ∪ the last w; the i-th of them is rotated "
-      "at i";
+      "read {0 … s − 1} ∪ top K of Σ over heads of softmax_j(R(w) q · k_j) ∪ the last w; the i-th of them is "
+      "rotated at i";
   e.needs = "keys kept before rotation; all entries in all layers: goes with no policy that drops some";
   e.identity = "token-select(budget=1.0)";
   e.verified = {"identity", "formula", "model"};
