@@ -109,11 +109,13 @@ TEST_P(Blocks, MInferenceReadsBlocksOfHighestMean) {
 
 TEST_P(Blocks, MInferenceHasAPatternForEachHead) {
   const Case c(shape(165, 165), 5);
+  std::vector<std::set<int32_t>> best;  // of the first head, by tile
+  for (int64_t b = 0; b * 8 < 165; ++b)
+    best.push_back(best_means(c, {0, b * 8, std::min<int64_t>(165, (b + 1) * 8), b, b, b + 1}, 8, 3));
   expect_keys(c, "minference(pattern=a-shape,sinks=5,local=9,blocks=0,topk=3,block=8)", backend(), 8,
               [&](int64_t head, int64_t i, int64_t j) {
                 if (head > 0) return j < 5 || (j <= i && i - j < 9);
-                Tile t{head, i / 8 * 8, std::min<int64_t>(165, (i / 8 + 1) * 8), i / 8, i / 8, i / 8 + 1};
-                return best_means(c, t, 8, 3).contains(int32_t(j / 8));
+                return best[size_t(i / 8)].contains(int32_t(j / 8));
               });
 }
 
