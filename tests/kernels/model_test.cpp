@@ -105,6 +105,66 @@ void matmul_equals_reference(const Kernels& run, Random random) {
     }
 }
 
+/// Weights spread around zero, as trained ones are, in formats that say nothing of it.
+void centre(Dtype type, void* at) {
+  const auto low = [](auto* block, double middle) { return f16(-middle * double(float(block->d))); };
+  const auto same = [](uint8_t* scales) {  // six bits of scale equal six bits of minimum
+    for (int i = 0; i < 4; ++i) scales[4 + i] = scales[i], scales[8 + i] = uint8_t(scales[8 + i] % 16 * 17);
+  };
+  if (type == Dtype::Q4_1) {
+    auto* b = static_cast<BlockQ4_1*>(at);
+    b->m = low(b, 7.5);
+  } else if (type == Dtype::Q5_1) {
+    auto* b = static_cast<BlockQ5_1*>(at);
+    b->m = low(b, 15.5);
+  } else if (type == Dtype::Q2_K) {
+    auto* b = static_cast<BlockQ2_K*>(at);
+    for (uint8_t& both : b->scales) both = uint8_t(both % 16 * 17);
+    b->dmin = low(b, -1.5);
+  } else if (type == Dtype::Q4_K) {
+    auto* b = static_cast<BlockQ4_K*>(at);
+    same(b->scales);
+    b->dmin = low(b, -7.5);
+  } else if (type == Dtype::Q5_K) {
+    auto* b = static_cast<BlockQ5_K*>(at);
+    same(b->scales);
+    b->dmin = low(b, -15.5);
+  }
+}
+
+/// Rounding activations x to steps of s moves a product by √(Σ w² s² / 12) and no more: what a format adds to all weights of
+/// a run must meet the same rounded activations as their codes do.
+void matmul_rounds_activations_once(const Kernels& run, Random random) {
+  for (Dtype type : all_types) {
+    if (!is_block(type)) continue;
+    const int64_t inputs = 768, outputs = 64, tokens = pick<int64_t>(random, {1, 2, 4});
+    const Weights w(random, type, outputs, inputs);
+    const DtypeInfo kind = info(type);
+    for (int64_t b = 0; b < outputs * inputs / kind.block; ++b) centre(type, w.memory->as<char>() + b * kind.bytes);
+    const Poisoned x = filled(Dtype::F32, {tokens, inputs}, [&] { return random.normal(); });
+    Poisoned want(Dtype::F32, {tokens, outputs}), got = want.twin();
+    Queue queue;
+    oracle().matmul(queue, w.view, x, {}, false, want);
+    run.matmul(queue, w.view, x, {}, false, got);
+    double expected = 0, error = 0;
+    std::vector<float> row(static_cast<size_t>(inputs));
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t o = 0; o < outputs; ++o) {
+        dequantise_row(type, w.view.slice(0, o, o + 1).data, inputs, row.data());
+        for (int64_t first = 0; first < inputs; first += 32) {
+          double top = 0, squares = 0;
+          for (int64_t c = first; c < first + 32; ++c) {
+            top = std::max(top, std::abs(double(x->at<float>(t, c))));
+            squares += double(row[size_t(c)]) * double(row[size_t(c)]);
+          }
+          expected += squares * top * top / (127.0 * 127 * 12);
+        }
+        error += std::pow(double(got->at<float>(t, o)) - double(want->at<float>(t, o)), 2);
+      }
+    EXPECT_LT(std::sqrt(error), 1.35 * std::sqrt(expected)) << info(type).name << ", " << tokens << " tokens";
+  }
+}
+
 void matmul_each_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
     // Matrices of one input may be of different types, as q, k and v are.
@@ -370,6 +430,7 @@ TEST(Reference, HeadsAreSplitTurnedAndMerged) {
 std::vector<Check> model_checks() {
   using enum Check::Against;
   return {{Reference, "matmul", matmul_equals_reference},
+          {Reference, "matmul_rounding", matmul_rounds_activations_once},
           {Reference, "matmul_each", matmul_each_equals_reference},
           {Reference, "matmul_glu", matmul_glu_equals_reference},
           {Reference, "embed", embed_equals_reference},

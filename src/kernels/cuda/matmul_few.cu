@@ -31,7 +31,9 @@ struct Few {
   }
 };
 
-/// One warp a run of 32 activations.
+/// One warp a run of 32 activations. Sums are of the rounded activations, as the products of codes are: an error of rounding
+/// then meets the weight, small and of either sign, and not its code from 0 to 15. Decoding SmolLM2 (Q4_1), logits were 0.23 to
+/// 0.42 (rms) from a CPU's with sums of x and are 0.12 to 0.20 with these, as two kinds of CPU are from each other.
 __global__ void quantise_kernel(Matrix x, int64_t runs, int per_row, int8_t* codes, float* scales, float* sums) {
   await();
   const int64_t run = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
@@ -39,8 +41,9 @@ __global__ void quantise_kernel(Matrix x, int64_t runs, int per_row, int8_t* cod
   const int lane = threadIdx.x % 32;
   const float value = x.row<float>(run / per_row)[run % per_row * 32 + lane];
   const float scale = warp_max(fabsf(value)) / 127;
-  codes[run * 32 + lane] = int8_t(scale > 0 ? rintf(value / scale) : 0.0f);
-  const float sum = warp_sum(value, 16);
+  const float code = scale > 0 ? rintf(value / scale) : 0.0f;
+  codes[run * 32 + lane] = int8_t(code);
+  const float sum = scale * warp_sum(code, 16);
   if (lane == 0) scales[run] = scale;
   if (lane % 16 == 0) sums[run * 2 + lane / 16] = sum;
 }
