@@ -38,9 +38,9 @@ threads=$(build/heed info --json | python3 -c 'import json, sys; print(json.load
 rows() { python3 -c '
 import json, sys
 for r in json.load(sys.stdin):
-    test = f"pp{r["n_prompt"]}" if r["n_prompt"] else f"tg{r["n_gen"]}"
-    if r["n_depth"]: test += f" @ d{r["n_depth"]}"
-    print(sys.argv[1], test, f"{r["avg_ts"]:.1f}", f"{r["stddev_ts"]:.1f}", sep="\t")' "$1"; }
+    test = "pp%d" % r["n_prompt"] if r["n_prompt"] else "tg%d" % r["n_gen"]
+    if r["n_depth"]: test += " @ d%d" % r["n_depth"]
+    print(sys.argv[1], test, "%.1f" % r["avg_ts"], "%.1f" % r["stddev_ts"], sep="\t")' "$1"; }
 
 {
   build/heed bench -m "$model" -t "$threads" -o json "$@" | rows heed

@@ -28,6 +28,7 @@ std::unique_ptr<Command> tokenize_command();
 std::unique_ptr<Command> list_command();
 std::unique_ptr<Command> info_command();
 std::unique_ptr<Command> heads_command();
+std::unique_ptr<Command> calibrate_command();
 std::unique_ptr<Command> bench_command();
 
 /// Flags of every command that opens a model.

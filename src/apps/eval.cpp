@@ -4,6 +4,7 @@
 
 #include "apps/command.h"
 #include "apps/eval_rows.h"
+#include "base/hash.h"
 #include "lab/agreement.h"
 #include "lab/compare.h"
 #include "lab/eval_report.h"

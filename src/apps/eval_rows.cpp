@@ -28,12 +28,6 @@ Json to_json(const TaskRow& row, const std::string& attention) {
   return out;
 }
 
-std::string hexadecimal(uint64_t number) {
-  char text[17];
-  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(number));
-  return text;
-}
-
 void show(const Json& out) {
   for (const auto& [key, value] : out.items()) {
     if (key == "tasks") continue;

@@ -10,6 +10,4 @@ Json to_json(const TaskRow& row, const std::string& attention);
 /// The document for a person: tables of what are rows, lines of what are numbers.
 void show(const Json& out);
 
-std::string hexadecimal(uint64_t number);
-
 }  // namespace heed::apps

@@ -38,32 +38,17 @@ class Heads final : public Command {
   int run() override {
     const auto model = flags_.load();
     const std::vector<int32_t> text = tokens_of(*model, file_);
-    require(int64_t(text.size()) >= context_, file_.c_str(),
-            "it has " + std::to_string(text.size()) + " tokens, fewer than -c " + std::to_string(context_),
-            "give a longer text or a smaller -c");
-    HeadOptions options;
-    options.session = flags_.session("dense");
     Progress progress("heads");
-    const auto views = head_views(model, std::span(text).first(size_t(context_)), options);
-    RetrievalScores scores;
-    if (prompts_ > 0) {
-      const Tokenizer& words = tokenizer(*model);
-      const auto prompts = retrieval_prompts(words, text, context_, prompts_, seed_);
-      RetrievalOptions retrieval;
-      retrieval.limit = 16;
-      retrieval.backend = flags_.backend, retrieval.device = flags_.device;
-      retrieval.stop = words.encode(".");
-      for (int32_t token : words.encode("\n")) retrieval.stop.push_back(token);
-      scores = retrieval_heads(model, prompts, retrieval,
-                               [&](int64_t done, int64_t all) { progress.at(double(done) / double(all)); });
-    }
+    const HeadStudy study = study_heads(model, text, context_, prompts_, seed_, flags_.session("dense"),
+                                        [&](double share) { progress.at(share); });
+    const RetrievalScores& scores = study.retrieval;
     progress.clear();
 
     const ModelInfo& m = model->info();
     Json heads = Json::array();
     for (int l = 0; l < m.layers; ++l)
       for (int h = 0; h < m.h; ++h) {
-        const HeadView& v = views[size_t(l)][size_t(h)];
+        const HeadView& v = study.views[size_t(l)][size_t(h)];
         heads.push_back({{"layer", l},
                          {"head", h},
                          {"retrieval", scores.counted ? Json(scores.at(l, h)) : Json(nullptr)},

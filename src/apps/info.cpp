@@ -1,6 +1,7 @@
 #include <iostream>
 
 #include "apps/catalogue.h"
+#include "base/hash.h"
 #include "base/threads.h"
 #include "kernels/kernels.h"
 #include "lab/machine.h"
@@ -26,6 +27,7 @@ Json describe(const Model& model) {
   return {{"path", model.path()},
           {"name", model.name()},
           {"architecture", m.architecture},
+          {"hash", hexadecimal(m.hash)},
           {"bytes", model.bytes()},
           {"parameters", parameters(model)},
           {"layers", m.layers},

@@ -25,6 +25,7 @@ constexpr Named commands[] = {
     {"list", "the catalogue of mechanisms", list_command},
     {"info", "one mechanism, a model, or this machine", info_command},
     {"heads", "which heads retrieve, which look near, where the sinks are", heads_command},
+    {"calibrate", "what a mechanism must be told of this model's heads, as a profile", calibrate_command},
     {"bench", "tokens per second, as llama-bench; `bench kernels`: every kernel beside the machine's limits", bench_command},
 };
 

@@ -2,6 +2,7 @@
 #include <nlohmann/json.hpp>
 
 #include "attention/spec.h"
+#include "base/hash.h"
 
 namespace heed {
 namespace {
@@ -25,8 +26,8 @@ Result<std::string> range_text(const nlohmann::json& value) {
   return fail(Code::Invalid, "", "layers and heads are text, a number or a list");
 }
 
-/// A profile's specs, each with the layers and heads that its line names.
-Result<std::vector<Spec>> read_profile(const std::string& path) {
+/// A profile's specs, each with the layers and heads that its line names. `hash`: of the model at hand, 0 when there is none.
+Result<std::vector<Spec>> read_profile(const std::string& path, uint64_t hash) {
   const std::string where = "profile " + path;
   std::ifstream file(path, std::ios::binary);
   if (!file) return fail(Code::NotFound, where, "cannot be opened", "give the path of a JSON file: @profile.json");
@@ -40,6 +41,17 @@ Result<std::vector<Spec>> read_profile(const std::string& path) {
   if (json.is_discarded()) return fail(Code::Invalid, where, "is not JSON", shape);
   if (!json.is_object() || !json.contains("attention"))
     return fail(Code::Invalid, where, "has no \"attention\"", shape);
+  if (json.contains("model")) {
+    if (!json["model"].is_string()) return fail(Code::Invalid, where, "\"model\" is no text", shape);
+    const auto made_for = json["model"].get<std::string>();
+    if (made_for.size() != 16 || made_for.find_first_not_of("0123456789abcdef") != std::string::npos)
+      return fail(Code::Invalid, where, "\"model\" is no hash of 16 hexadecimal digits",
+                  "`heed info MODEL` shows a model's");
+    if (hash != 0 && made_for != hexadecimal(hash))
+      return fail(Code::Invalid, where,
+                  "was made for a model with the hash " + made_for + "; this one's is " + hexadecimal(hash),
+                  "`heed calibrate` makes one for this model");
+  }
   const auto& attention = json["attention"];
   auto parse = [&](const std::string& spec) -> Result<std::vector<Spec>> {
     if (spec.starts_with("@")) return fail(Code::Invalid, where, "names another profile", "write its specs here");
@@ -106,7 +118,8 @@ std::vector<int> Composition::edits(int layer) const {
 Result<Composition> Composition::parse(const std::string& text, const ModelInfo& model, std::span<const Entry> registry) {
   const size_t first = text.find_first_not_of(" \t\n\r");
   const bool profile = first != std::string::npos && text[first] == '@';
-  auto specs = profile ? read_profile(text.substr(first + 1, text.find_last_not_of(" \t\n\r") - first)) : parse_spec(text);
+  auto specs = profile ? read_profile(text.substr(first + 1, text.find_last_not_of(" \t\n\r") - first), model.hash)
+                       : parse_spec(text);
   if (!specs) return tl::unexpected(specs.error());
 
   Composition out;

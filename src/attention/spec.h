@@ -64,7 +64,8 @@ class Composition {
     uint8_t roles = 0;
   };
   /// "dense" and the empty text have no parts. "@file.json" reads a profile: {"attention": SPEC} or
-  /// {"attention": [{"spec": SPEC, "layers": RANGE, "heads": RANGE}, …]}.
+  /// {"attention": [{"spec": SPEC, "layers": RANGE, "heads": RANGE}, …]}; with "model": the hash (hexadecimal()) of the
+  /// model that it was made for, it is refused for others.
   /// Errors: unknown names (with the nearest one), bad parameters, two claims on a role of a layer, layers or heads the
   /// model does not have.
   static Result<Composition> parse(const std::string& text, const ModelInfo& model, std::span<const Entry> registry);

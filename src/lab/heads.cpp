@@ -83,4 +83,28 @@ std::vector<RetrievalPrompt> retrieval_prompts(const Tokenizer& words, std::span
   return out;
 }
 
+HeadStudy study_heads(std::shared_ptr<const Model> model, std::span<const int32_t> text, int64_t length, int prompts,
+                      uint64_t seed, const SessionOptions& session, const std::function<void(double)>& progress) {
+  require(int64_t(text.size()) >= length, "heads",
+          "the text has " + std::to_string(text.size()) + " tokens, fewer than -c " + std::to_string(length),
+          "give a longer text or a smaller -c");
+  HeadStudy out;
+  HeadOptions options;
+  options.session = session;
+  out.views = head_views(model, text.first(size_t(length)), options);
+  if (prompts == 0) return out;
+  const Tokenizer* words = model->tokenizer();
+  require(words != nullptr, "heads", "this file has no tokenizer, and needles are text", "--prompts 0 does without");
+  RetrievalOptions retrieval;
+  retrieval.limit = 16;
+  retrieval.backend = session.backend, retrieval.device = session.device;
+  retrieval.stop = words->encode(".");
+  for (int32_t token : words->encode("\n")) retrieval.stop.push_back(token);
+  const auto needles = retrieval_prompts(*words, text, length, prompts, seed);
+  out.retrieval = retrieval_heads(model, needles, retrieval, [&](int64_t done, int64_t all) {
+    if (progress) progress(double(done) / double(all));
+  });
+  return out;
+}
+
 }  // namespace heed

@@ -1,5 +1,6 @@
 // What kind of head each one is: where it looks on a text.
 #pragma once
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -31,5 +32,16 @@ std::vector<std::vector<HeadView>> head_views(std::shared_ptr<const Model> model
 /// sentence that repeats it.
 std::vector<RetrievalPrompt> retrieval_prompts(const Tokenizer& words, std::span<const int32_t> text, int64_t length,
                                                int count, uint64_t seed);
+
+/// Where heads look, and which of them retrieve.
+struct HeadStudy {
+  std::vector<std::vector<HeadView>> views;
+  RetrievalScores retrieval;  // counted is 0 when nobody looked, or no needle was found
+};
+
+/// head_views of the first `length` tokens, and retrieval_heads over `prompts` of that length (0: do not look). progress(share)
+/// may be empty. Throws Error(Invalid) when the text is too short, or Error(Unsupported) without a tokenizer.
+HeadStudy study_heads(std::shared_ptr<const Model> model, std::span<const int32_t> text, int64_t length, int prompts,
+                      uint64_t seed, const SessionOptions& session, const std::function<void(double)>& progress = {});
 
 }  // namespace heed

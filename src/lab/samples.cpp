@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 
+#include "base/hash.h"
 #include "lab/files.h"
 
 namespace heed {
@@ -79,12 +80,6 @@ void SampleFile::add(const Json& key, const Json& result) {
   done_[identity(key)] = std::move(line);
 }
 
-std::string fingerprint(std::string_view bytes) {
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (char c : bytes) hash = (hash ^ uint8_t(c)) * 0x100000001b3ull;
-  char text[17];
-  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
-  return text;
-}
+std::string fingerprint(std::string_view bytes) { return hexadecimal(fnv1a(bytes)); }
 
 }  // namespace heed

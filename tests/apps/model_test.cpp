@@ -371,6 +371,30 @@ TEST_F(OnModel, HeadsGivesSharesOfAttention) {
   expect_complaint(heed({"heads", "-m", model_, "-f", text_, "-c", "1000000"}), 2, "1000000");
 }
 
+TEST_F(OnModel, CalibrateMakesAProfileThatItsModelRuns) {
+  TinyModel longer;
+  longer.context = 2048;
+  longer.write(model_);
+  write("text.txt", prose(1200));
+  const std::string profile = path("duo.json");
+  const auto calibrate = [&](const std::string& spec, const std::string& to) {
+    return heed(
+        {"calibrate", spec, "-m", model_, "-f", text_, "-o", to, "-c", "512", "--prompts", "1", "--share", "0.5"});
+  };
+  const Outcome made = calibrate("duo-attention(sinks=2,recent=20)", profile);
+  ASSERT_EQ(made.status, 0) << made.err;
+  const std::vector<std::string> run{"run", "-m", model_, "-f", text_, "-n", "4", "--attention", "@" + profile};
+  const Outcome ran = heed(run);
+  EXPECT_EQ(ran.status, 0) << ran.err;
+  longer.layers = 3;  // another model
+  longer.write(model_);
+  expect_complaint(heed(run), 2, "heed calibrate");
+  expect_complaint(calibrate("snapkv", profile), 2, "duo-attention");
+  expect_complaint(calibrate("duo-attention(heads=0)", profile), 2, "heads=");
+  expect_complaint(calibrate("duo-attention(sinks=x)", profile), 2, "sinks");
+  EXPECT_NE(calibrate("duo-attention", path("no/such/folder.json")).status, 0);
+}
+
 // Dense attention written out, on a causal group of two heads, each reading its own KV head.
 TEST_F(OnModel, ApplyGivesAttentionOfArrays) {
   const int64_t h = 2, n = 7, d = 4;

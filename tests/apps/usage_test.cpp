@@ -13,7 +13,7 @@ TEST_F(Usage, EveryCommandHasHelpWithExamples) {
   EXPECT_EQ(all.status, 0);
   EXPECT_EQ(heed({}).out, all.out);
   for (const char* command :
-       {"run", "compare", "eval", "trace", "apply", "tokenize", "list", "info", "heads", "bench"}) {
+       {"run", "compare", "eval", "trace", "apply", "tokenize", "list", "info", "heads", "calibrate", "bench"}) {
     EXPECT_NE(all.out.find(std::string("\n  ") + command), std::string::npos) << command;
     const Outcome one = heed({command, "--help"});
     EXPECT_EQ(one.status, 0);

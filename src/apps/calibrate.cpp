@@ -1,0 +1,81 @@
+#include "lab/calibrate.h"
+
+#include <iostream>
+
+#include "apps/command.h"
+#include "lab/files.h"
+#include "lab/progress.h"
+#include "mechanisms/registry.h"
+
+namespace heed::apps {
+namespace {
+
+class Calibrate final : public Command {
+ public:
+  void declare(CLI::App& app) override {
+    flags_.declare(app);
+    std::string known;
+    for (const Calibrated& c : calibrated_mechanisms()) known += std::string("\n  ") + c.name + ": " + c.learns;
+    app.add_option("mechanism", spec_, "a mechanism, with what else it is to be given")->type_name("SPEC")->required();
+    app.add_option("-f,--file", file_, "the text to learn from; - is standard input")->type_name("FILE")->required();
+    app.add_option("-o,--output", output_, "the profile to write")->type_name("FILE.json")->required();
+    app.add_option("--share", share_, "of the KV heads, those that retrieve most (-1: as usual for the mechanism)")
+        ->type_name("X")
+        ->check(CLI::Range(-1.0, 1.0));
+    app.add_option("-c,--ctx-size", context_, "tokens of a prompt")
+        ->type_name("N")
+        ->check(CLI::Range(int64_t(512), int64_t(1) << 24))
+        ->capture_default_str();
+    app.add_option("--prompts", prompts_,
+                   "needles to look for, at different depths; 0: heads are ranked by how far they look")
+        ->type_name("N")
+        ->check(CLI::Range(0, 1000))
+        ->capture_default_str();
+    app.add_option("-s,--seed", seed_, "of the needles")->type_name("N");
+    add_json(app, json_);
+    app.footer("Finds:" + known +
+               "\n\nThe profile names its model, and other models refuse it.\n\n"
+               "Examples:\n"
+               "  heed calibrate \"duo-attention(sinks=4,recent=256)\" -m model.gguf -f book.txt -o duo.json\n"
+               "  heed calibrate \"headkv(snapkv(budget=512))\" -m model.gguf -f book.txt -o headkv.json\n"
+               "  heed run -m model.gguf -f book.txt --attention @duo.json");
+  }
+
+  int run() override {
+    // What is wrong with the spec is said before a model is loaded.
+    const std::vector<Spec> specs = value_or_throw(parse_spec(spec_));
+    require(specs.size() == 1, "calibrate", "one mechanism at a time, not " + std::to_string(specs.size()),
+            "join profiles by hand");
+    const Calibrated what = value_or_throw(find_calibrated(specs[0].name));
+    const auto model = flags_.load();
+    value_or_throw(Composition::parse(spec_, model->info(), registry()));
+    const std::vector<int32_t> text = tokens_of(*model, file_);
+    Progress progress("calibrate");
+    const HeadStudy study = study_heads(model, text, context_, prompts_, seed_, flags_.session("dense"),
+                                        [&](double share) { progress.at(share); });
+    progress.clear();
+    const Json profile = calibrate(specs[0], model->info(), study, share_ < 0 ? what.share : share_);
+    value_or_throw(write_file(output_, profile.dump(2) + "\n"));
+    if (json_) return print(profile), 0;
+    std::cout << output_ << ": " << what.learns << '\n';
+    if (prompts_ > 0)
+      std::cerr << study.retrieval.counted << " of " << prompts_ << " needles were found by the model"
+                << (study.retrieval.counted ? "" : "; heads are ranked by how far they look") << '\n';
+    return 0;
+  }
+
+ private:
+  ModelFlags flags_;
+  std::string spec_, file_, output_;
+  double share_ = -1;
+  int64_t context_ = 2048;
+  int prompts_ = 6;
+  uint64_t seed_ = 0;
+  bool json_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<Command> calibrate_command() { return std::make_unique<Calibrate>(); }
+
+}  // namespace heed::apps
