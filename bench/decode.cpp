@@ -39,14 +39,15 @@ double read_rate(const Buffer& memory) {
   const int64_t parts = 256, each = memory->bytes() / 8 / parts;
   std::vector<uint64_t> sums(parts * 8);
   const double seconds = best(8, [&] {
-    parallel_for(parts, [&](int64_t p) {
+    const auto add = [&](int, int64_t p) {
       uint64_t sum[8] = {};
       const uint64_t* from = words + p * each;
       for (int64_t i = 0; i + 8 <= each; i += 8)
         for (int k = 0; k < 8; ++k) sum[k] += from[i + k];
       for (int k = 1; k < 8; ++k) sum[0] += sum[k];
       sums[size_t(p * 8)] = sum[0];
-    });
+    };
+    parallel_for(parts, threads(), add, Deal::Stretches);
   });
   return double(memory->bytes()) / seconds * 1e-9;
 }

@@ -257,12 +257,20 @@ void parallel_for(int64_t count, FunctionRef<void(int64_t i)> body) {
   parallel_for(count, threads(), [&](int, int64_t i) { body(i); });
 }
 
-void parallel_for(int64_t count, int workers, FunctionRef<void(int worker, int64_t i)> body) {
+void parallel_for(int64_t count, int workers, FunctionRef<void(int worker, int64_t i)> body, Deal deal) {
   if (count <= 0) return;
+  workers = std::min(workers, threads());
   if (inside_region || count == 1 || workers <= 1) {
     const Flush scope;
     for (int64_t i = 0; i < count; ++i) body(0, i);
     return;
+  }
+  if (deal == Deal::Stretches) {
+    const int64_t each = (count + workers - 1) / workers;
+    return parallel_for(each * workers, workers, [&](int worker, int64_t i) {
+      const int64_t item = i % workers * each + i / workers;
+      if (item < count) body(worker, item);
+    });
   }
   // So many that their number would not fit a ticket are handed out by handfuls.
   constexpr int64_t most = 1 << 19;

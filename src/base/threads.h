@@ -39,7 +39,13 @@ void parallel(FunctionRef<void(int i)> body);
 /// caller, with no region at all.
 void parallel_for(int64_t count, FunctionRef<void(int64_t i)> body);
 
+/// How items are shared out before the idle help the busy.
+enum class Deal : uint8_t {
+  Cards,      // worker w begins with items w, w + workers, …: neighbours are worked on at once and share what is cached
+  Stretches,  // each worker begins with a stretch of neighbours: for items that lie one behind the other in memory
+};
+
 /// The same for a body that is told which of at most `workers` workers runs it, so that each can have memory of its own.
-void parallel_for(int64_t count, int workers, FunctionRef<void(int worker, int64_t i)> body);
+void parallel_for(int64_t count, int workers, FunctionRef<void(int worker, int64_t i)> body, Deal deal = Deal::Cards);
 
 }  // namespace heed

@@ -78,12 +78,13 @@ double read_rate() {
   double best = 0;
   for (int round = 0; round < 5; ++round) {
     const double begin = now();
-    parallel_for(parts, [&](int64_t p) {
+    const auto read = [&](int, int64_t p) {
       uint64_t sum[8] = {};
       for (int64_t i = p * each; i + 8 <= (p + 1) * each; i += 8)
         for (int j = 0; j < 8; ++j) sum[j] |= data[i + j];
       for (uint64_t s : sum) asm volatile("" : : "r"(s) : "memory");
-    });
+    };
+    parallel_for(parts, threads(), read, Deal::Stretches);
     best = std::max(best, double(bytes) / (now() - begin) * 1e-9);
   }
   return best;

@@ -44,6 +44,8 @@ TEST_P(Threads, ForVisitsEveryIndexOnce) {
     std::vector<int> visits(static_cast<size_t>(count), 0);
     parallel_for(count, [&](int64_t i) { ++visits[size_t(i)]; });
     EXPECT_EQ(visits, std::vector<int>(size_t(count), 1));
+    parallel_for(count, 3, [&](int, int64_t i) { ++visits[size_t(i)]; }, Deal::Stretches);
+    EXPECT_EQ(visits, std::vector<int>(size_t(count), 2));
   }
   parallel_for(-5, [](int64_t) { FAIL(); });
 }
@@ -53,6 +55,8 @@ TEST_P(Threads, ForVisitsMoreThanATicketCounts) {
   std::vector<uint8_t> visits(size_t(count), 0);
   parallel_for(count, [&](int64_t i) { ++visits[size_t(i)]; });
   EXPECT_EQ(visits, std::vector<uint8_t>(size_t(count), 1));
+  parallel_for(count, 100, [&](int, int64_t i) { ++visits[size_t(i)]; }, Deal::Stretches);
+  EXPECT_EQ(visits, std::vector<uint8_t>(size_t(count), 2));
 }
 
 TEST_P(Threads, AWorkerHeldUpByOneItemLeavesTheRestToOthers) {
@@ -64,6 +68,23 @@ TEST_P(Threads, AWorkerHeldUpByOneItemLeavesTheRestToOthers) {
         while (done.load() < 39) std::this_thread::yield();
       ++done;
     });
+    ASSERT_EQ(done.load(), 40);
+  }
+}
+
+/// A worker that never comes leaves its stretch to the others, from its beginning.
+TEST_P(Threads, AHeldUpWorkersStretchIsTakenOver) {
+  if (GetParam() == 1) return;
+  for (int round = 0; round < 20; ++round) {
+    std::atomic<int> done{0};
+    parallel_for(
+        40, GetParam(),
+        [&](int worker, int64_t) {
+          if (worker == 1)
+            while (done.load() < 39) std::this_thread::yield();
+          ++done;
+        },
+        Deal::Stretches);
     ASSERT_EQ(done.load(), 40);
   }
 }

@@ -223,16 +223,19 @@ class Decode {
     left_ = queue_.scratch.take(Dtype::I64, {std::max<int64_t>(int64_t(shared_.size()), 1)}).as<int64_t>();
     for (size_t i = 0; i < shared_.size(); ++i) left_[i] = shared_[i].pieces;
     const int64_t floats = 2 * kRows * d_ + 2 * (k_scales + v_scales);
-    parallel_with(queue_, floats * int64_t(sizeof(float)), int64_t(pieces_.size()), [&](char* memory, int64_t i) {
-      auto* numbers = reinterpret_cast<float*>(memory);
-      Worker worker{numbers, numbers + kRows * d_, {}};
-      float* scales = numbers + 2 * kRows * d_;
-      for (Batch& batch : worker.batch) {
-        batch.k_scales.memory = scales, batch.v_scales.memory = scales + k_scales;
-        scales += k_scales + v_scales;
-      }
-      work(worker, i);
-    });
+    parallel_with(
+        queue_, floats * int64_t(sizeof(float)), int64_t(pieces_.size()),
+        [&](char* memory, int64_t i) {
+          auto* numbers = reinterpret_cast<float*>(memory);
+          Worker worker{numbers, numbers + kRows * d_, {}};
+          float* scales = numbers + 2 * kRows * d_;
+          for (Batch& batch : worker.batch) {
+            batch.k_scales.memory = scales, batch.v_scales.memory = scales + k_scales;
+            scales += k_scales + v_scales;
+          }
+          work(worker, i);
+        },
+        Deal::Stretches);
   }
 
  private:
