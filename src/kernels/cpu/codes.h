@@ -128,6 +128,25 @@ HEED_INLINE Acc load_strided(const void* first) {
   return _mm256_cvtph_ps(_mm_insert_epi16(x, half(7), 7));
 }
 
+/// kSums pairs of half-precision numbers, `stride` bytes apart: all first ones, then all second ones.
+template <int stride>
+HEED_INLINE void load_strided_pairs(const void* pairs, Acc& first, Acc& second) {
+  const auto four = [&](int from) {
+    const auto pair = [&](int i) {
+      int bits;
+      std::memcpy(&bits, static_cast<const char*>(pairs) + (from + i) * stride, 4);
+      return bits;
+    };
+    __m128i x = _mm_cvtsi32_si128(pair(0));
+    x = _mm_insert_epi32(x, pair(1), 1);
+    x = _mm_insert_epi32(x, pair(2), 2);
+    return _mm_insert_epi32(x, pair(3), 3);
+  };
+  const __m128i a = four(0), b = four(4), half = _mm_set1_epi32(0xffff);
+  first = _mm256_cvtph_ps(_mm_packus_epi32(_mm_and_si128(a, half), _mm_and_si128(b, half)));
+  second = _mm256_cvtph_ps(_mm_packus_epi32(_mm_srli_epi32(a, 16), _mm_srli_epi32(b, 16)));
+}
+
 /// out[i] = by · byte i.
 HEED_INLINE void scale_bytes(uint64_t bytes, float by, float out[8]) {
   const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))));
@@ -246,6 +265,12 @@ HEED_INLINE Acc load_strided(const void* first) {
   x = vld1_lane_f16(reinterpret_cast<const __fp16*>(p + 2 * stride), x, 2);
   x = vld1_lane_f16(reinterpret_cast<const __fp16*>(p + 3 * stride), x, 3);
   return vcvt_f32_f16(x);
+}
+
+template <int stride>
+HEED_INLINE void load_strided_pairs(const void* pairs, Acc& first, Acc& second) {
+  first = load_strided<stride>(pairs);
+  second = load_strided<stride>(static_cast<const char*>(pairs) + 2);
 }
 
 HEED_INLINE void scale_bytes(uint64_t bytes, float by, float out[8]) {
