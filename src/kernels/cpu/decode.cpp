@@ -107,7 +107,7 @@ struct Softmax {
 };
 
 void prefetch(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
 }
 int64_t row_bytes(const PageType& type, int width) { return int64_t(width) * type.bits() / 8; }
 
