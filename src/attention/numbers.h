@@ -75,6 +75,7 @@ inline Num log(const Num& x) { return {Numbers::Op::Log, {&x}}; }
 inline Num log1p(const Num& x) { return {Numbers::Op::Log1p, {&x}}; }
 inline Num sqrt(const Num& x) { return {Numbers::Op::Sqrt, {&x}}; }
 inline Num tanh(const Num& x) { return {Numbers::Op::Tanh, {&x}}; }
+inline Num acos(const Num& x) { return {Numbers::Op::Acos, {&x}}; }
 
 /// Of segment s of a ragged.
 inline Num begin_of(const Ragged& r, const Num& s) { return load(r.offsets, s); }

@@ -38,6 +38,7 @@ struct Numbers {
     Log1p,
     Sqrt,
     Tanh,
+    Acos,
   };
   struct Step {
     Op op = Op::Constant;

@@ -26,7 +26,7 @@ struct Program {
         push();
         continue;
       }
-      switch (random.below(6)) {
+      switch (random.below(7)) {
         case 0: load(random, Op::Load); break;
         case 1: step(pick(random, {Op::Floor, Op::Round})); break;
         case 2: step(Op::Pick), depth -= 2; break;
@@ -46,6 +46,7 @@ struct Program {
       case 2: clamp(0, 1e9), step(Op::Log1p); break;
       case 3: clamp(1, 1e9), step(Op::Log); break;
       case 4: step(Op::Tanh); break;
+      case 5: clamp(-1, 1), step(Op::Acos); break;
       default: clamp(0, 200);
     }
   }

@@ -67,6 +67,7 @@ __device__ double evaluate(const Numbers& what, const Place& at) {
       case Op::Log1p: to = log1p(x); continue;
       case Op::Sqrt: to = sqrt(x); continue;
       case Op::Tanh: to = tanh(x); continue;
+      case Op::Acos: to = acos(x); continue;
       default: break;
     }
     const double a = stack[--top - 1], b = x;

@@ -105,6 +105,7 @@ void evaluate(const Numbers& what, const Run& run, int n, double (*stack)[kRun])
       case Op::Log1p: unary([](double a) { return std::log1p(a); }); break;
       case Op::Sqrt: unary([](double a) { return std::sqrt(a); }); break;
       case Op::Tanh: unary([](double a) { return std::tanh(a); }); break;
+      case Op::Acos: unary([](double a) { return std::acos(a); }); break;
     }
   }
 }
