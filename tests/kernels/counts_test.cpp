@@ -72,12 +72,12 @@ struct Program {
     Numbers::Step& s = step(op);
     s.type = type, s.size = size, s.data = data.back()->data;
   }
-  /// The row's place among data[begin] … data[end − 1].
+  /// The row's place among data[begin] … data[end − 1], or how far those two go on alike.
   void find(Random& random) {
     constant(double(random.below(3)));
     constant(double(3 + random.below(5)));
     step(Op::Place), ++depth;
-    load(random, pick(random, {Op::Find, Op::Has}));
+    load(random, pick(random, {Op::Find, Op::Has, Op::Matches}));
     what.steps[size_t(what.count - 1)].size = std::max<int64_t>(8, what.steps[size_t(what.count - 1)].size);
     data.back() = Buffer(what.steps[size_t(what.count - 1)].type, {what.steps[size_t(what.count - 1)].size});
     double x = 0;

@@ -19,6 +19,7 @@ struct Loki final : Mechanism {
   Budget budget;
   double rank;
   Choice keys;
+  bool centre;
   int rounds, first_dense;
 
   static std::vector<ParamInfo> params() {
@@ -28,6 +29,9 @@ struct Loki final : Mechanism {
         param(&M::rank, "rank", 0.25, 0, 1, "share of the head dim that is looked at, one direction at least"),
         param(&M::keys, "keys", {"rotated", "plain"}, 0,
               "whose main directions: keys as attention reads them, or before rotation"),
+        param(&M::centre, "centre", true,
+              "of keys less their mean, as released; false: of keys as they are, by which small models find first "
+              "tokens"),
         param(&M::rounds, "rounds", 20, 0, 1000, "of orthogonal iteration"),
         dense_layers_param(&M::first_dense, 0),
     };
@@ -44,7 +48,8 @@ struct Loki final : Mechanism {
     if (at.decoding() || at.phase == Phase::Replay || reads_all(at, first_dense)) return;
     Queue& queue = at.queue;
     const int64_t d = at.store->shape().d, all = at.store->segments();
-    const Tensor found = main_directions(queue, centred(queue, keys.value ? plain_keys(at) : stored_keys(at)),
+    const Ragged rows = keys.value ? plain_keys(at) : stored_keys(at);
+    const Tensor found = main_directions(queue, centre ? centred(queue, rows) : rows,
                                          std::max<int64_t>(1, int64_t(rank * double(d))), rounds);
     auto& held = static_cast<Projections&>(at.state()).of[at.layer];
     const auto now = std::make_shared<Buffer>(Dtype::F32, std::initializer_list<int64_t>{all, d, d}, *queue.memory);

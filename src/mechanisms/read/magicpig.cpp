@@ -91,24 +91,18 @@ struct MagicPig final : Mechanism {
     const int64_t d = at.q.values.size[1], group = at.model.group();
     const Ragged codes = at.column("magicpig.codes");
     const Tensor rows = compute(queue, Dtype::F32, {at.q.segments(), d},
-                                load(at.q.values, begin_of(at.q, place()) * d + channel())),
-                 query = hashed(queue, rows, *own.planes, bits);
+                                load(at.q.values, begin_of(at.q, place()) * d + channel()));
+    // Codes of entries, and behind them those of the queries.
     const int64_t entries = codes.bound;
+    const Tensor both = queue.scratch.take(Dtype::F32, {entries + at.q.segments(), tables});
+    queue.move(codes.values, both.slice(0, 0, entries));
+    queue.move(hashed(queue, rows, *own.planes, bits), both.slice(0, entries, both.size[0]));
     if (!own.met || own.met->numel() < entries * group)
       own.met = Buffer(Dtype::F32, {(entries + entries / 4) * group}, *queue.memory);
     Ragged met = codes;
     met.values = own.met->slice(0, 0, entries * group).reshape({entries, group});
-    {
-      const Scratch scratch(queue.scratch);
-      const Grids same = grids(queue, 1, entries, tables), sum = grids(queue, 1, entries, 1);
-      for (int64_t member = 0; member < group; ++member) {
-        compute(queue, codes, load(codes.values, index()) == load(query, (segment() * group + member) * tables + channel()),
-                same.cells.values.reshape({entries, tables}));
-        queue.run->reduce(queue, same, {.to = Reduce::To::Rows}, sum);
-        compute(queue, codes, pick(load(codes.values, index() * tables) < 0, kInfinity, load(sum.cells.values, index())),
-                met.values.select(1, member));
-      }
-    }
+    const Num entry = floor_div(index(), group) * tables, query = (entries + segment() * group + channel()) * tables;
+    compute(queue, met, pick(load(both, entry) < 0, kInfinity, matches(both, entry, query, tables)), met.values);
     left_to_edit(at, heads);
     const Ragged tokens = by_query_head(queue, met, group);
     return named_entries(at, Plan::Scope::QueryHead, tokens, load(tokens.values, index()) >= 2);
