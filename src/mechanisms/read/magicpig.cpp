@@ -2,6 +2,7 @@
 #include <numbers>
 
 #include "attention/clusters.h"
+#include "attention/inputs.h"
 #include "attention/reads.h"
 #include "attention/scores.h"
 #include "attention/select.h"
@@ -35,7 +36,7 @@ struct MagicPig final : Mechanism {
 
   Needs needs(const ModelInfo&) const override {
     Needs n;
-    n.columns = {{.name = "magicpig.codes", .width = tables, .fill = -1}};
+    n.columns = {{.name = "magicpig.codes", .width = tables, .fill = -1}, {.name = "magicpig.size"}};
     return n;
   }
 
@@ -77,11 +78,15 @@ struct MagicPig final : Mechanism {
     const auto now = std::make_shared<Buffer>(Dtype::F32, std::initializer_list<int64_t>{all * d}, *queue.memory);
     compute(queue, pick(fed(floor_div(index(), d)), load(mean.values, index()), held ? load(*held, index()) : Num(0)), *now);
     held = now;
-    const Tensor code = hashed(queue, less_mean(queue, keys, *now).values, *own.planes, bits);
+    Ragged centred = keys;
+    centred.values = queue.scratch.take(Dtype::F32, {keys.values.size[0], d});
+    compute(queue, keys, load(keys.values, index()) - load(*now, segment() * d + channel()), centred.values);
+    const Tensor code = hashed(queue, centred.values, *own.planes, bits);
     const Num read_anyway = place() < sinks || place() >= length() - local;
     compute(queue, codes, pick(fed(segment()), pick(read_anyway, -1, load(code, index())), load(codes.values, index())),
             codes.values);
     at.set_column("magicpig.codes", codes);
+    at.set_column("magicpig.size", row_norms(queue, centred));
   }
 
   Read read(LayerView& at) const override {
@@ -113,38 +118,35 @@ struct MagicPig final : Mechanism {
     if (!at.decoding() || whole(at) || !own.means.contains(at.layer)) return at.out;
     Queue& queue = at.queue;
     const int64_t group = at.model.group();
-    const Ragged keys = stored_keys(at), centred = less_mean(queue, keys, *own.means.at(at.layer)),
-                 sizes = row_norms(queue, centred), lengths = row_norms(queue, at.q);
+    const Ragged keys = stored_keys(at), sizes = at.column("magicpig.size"), lengths = row_norms(queue, at.q);
+    Ragged mean = heads_of(queue, *own.means.at(at.layer), keys.segments(), 1);
+    mean.heads = keys.heads;
     // In one table they meet with probability p = (1 − θ/π)^K; w is that of two tables or more.
-    const auto each = [&](Dtype type) {
-      Ragged out = at.per_entry(group);
-      out.values = queue.scratch.take(type, {out.bound * group}).reshape({out.bound, group});
+    const auto beside = [&](Ragged rows, Dtype type) {  // numbers for each query head
+      rows.values = queue.scratch.take(type, {rows.values.size[0] * group}).reshape({rows.values.size[0], group});
+      return rows;
+    };
+    const auto products = [&](const Ragged& rows) {
+      const Ragged out = beside(rows, Dtype::F32);
+      Observe how;
+      how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
+      Mods dot;
+      dot.scale = 1;
+      at.run().observe(queue, at.q, {.panel = &rows, .pages = nullptr, .read = nullptr}, nullptr, dot, how, out);
       return out;
     };
-    const Ragged products = at.per_entry(group), once = each(Dtype::F64), twice = each(Dtype::F64), bias = each(Dtype::F32);
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
-    Mods dot;
-    dot.scale = 1;
-    at.run().observe(queue, at.q, {.panel = &centred, .pages = nullptr, .read = nullptr}, nullptr, dot, how, products);
+    const Ragged with_keys = products(keys), with_mean = products(mean), once = beside(keys, Dtype::F64),
+                 twice = beside(keys, Dtype::F64), bias = beside(keys, Dtype::F32);
     const Num size = load(sizes.values, floor_div(index(), group)) *
                      load(lengths.values, begin_of(at.q, segment() * group + channel()));
-    const Num cosine = clamp(load(products.values, index()) / max(size, 1e-30), -1, 1);
+    const Num product = load(with_keys.values, index()) - load(with_mean.values, segment() * group + channel()),
+              cosine = clamp(product / max(size, 1e-30), -1, 1);
     compute(queue, once, exp(bits * log(1 - acos(cosine) / std::numbers::pi)), once.values);
     const Num p = load(once.values, index()), never = log1p(0 - p), met = load(own.met, index());
     compute(queue, twice, 1 - exp(tables * never) - tables * p * exp((tables - 1) * never), twice.values);
     const Num off = 0 - log(load(twice.values, index()) + 1e-4);
     compute(queue, bias, pick(met == kInfinity, 0, pick(met >= 2, off, -kInfinity)), bias.values);
     return biased_output(at, heads, keys, bias.values);
-  }
-
- private:
-  static Ragged less_mean(Queue& queue, const Ragged& keys, const Tensor& mean) {
-    Ragged out = keys;
-    const int64_t d = keys.values.size[1];
-    out.values = queue.scratch.take(Dtype::F32, {keys.values.size[0], d});
-    compute(queue, keys, load(keys.values, index()) - load(mean, segment() * d + channel()), out.values);
-    return out;
   }
 };
 
@@ -156,7 +158,7 @@ Entry magicpig() {
   e.equation =
       "read j that meets q in two of L tables; logit q·k_j s − log w, p = (1 − θ/π)^K, w = 1 − (1 − p)^L − L p (1 − "
       "p)^(L−1)";
-  e.needs = "a number beside each entry for each table";
+  e.needs = "a number beside each entry for each table, and one more";
   e.identity = "magicpig(local=1000000000)";
   e.verified = {"identity", "formula", "model"};
   return e;
