@@ -1,9 +1,37 @@
 #include "attention/clusters.h"
 
+#include <algorithm>
+#include <numbers>
+
+#include "attention/inputs.h"
+#include "attention/maps.h"
 #include "attention/scores.h"
 #include "attention/select.h"
 
 namespace heed {
+
+Tensor hashed(Queue& queue, const Tensor& rows, const Tensor& planes, int bits) {
+  const int64_t count = rows.size[0], sides = planes.size[0], tables = sides / bits;
+  const Tensor out = queue.scratch.take(Dtype::F32, {count, tables});
+  const Ragged all = heads_of(queue, rows, 1, count), normals = heads_of(queue, planes, 1, sides);
+  constexpr int64_t part = 1024;  // rows at a time: bounds what their sides take
+  for (int64_t first = 0; first < count; first += part) {
+    const Scratch scratch(queue.scratch);
+    const int64_t n = std::min(part, count - first);
+    const Grids side = grids(queue, 1, n, sides);
+    Grids code = grids(queue, 1, n, tables);
+    code.cells.values = out.slice(0, first, first + n).reshape({n * tables});
+    Proxy dot;
+    dot.scale = 1, dot.causal = false;
+    queue.run->proxy(queue, n == count ? all : rows_between(queue, all, first, first + n), normals, dot, side);
+    const Num bit = round(exp(mod(index(), bits) * std::numbers::ln2));
+    compute(queue, pick(load(side.cells.values, index()) > 0, bit, 0), side.cells.values);
+    Reduce sum;
+    sum.col_block = bits;
+    queue.run->reduce(queue, side, sum, code);
+  }
+  return out;
+}
 
 Clusters clustered(Queue& queue, const Ragged& segment, int64_t length, int64_t count, int rounds, bool cosine) {
   const int64_t d = segment.values.size[1];

@@ -1,4 +1,4 @@
-// Clusters of rows: k-means where the rows lie.
+// Rows that lie together: k-means and hash codes, made where the rows lie.
 #pragma once
 #include "attention/mechanism.h"
 
@@ -8,6 +8,11 @@ struct Clusters {
   Tensor centroids;  // F32 [count, d]
   Tensor labels;     // I32, as the rows of the segment
 };
+
+/// Codes of rows (F32 [rows, d]) in some tables of `bits` random planes each, whose normals are F32 [tables · bits,
+/// d]: bit b of a code says that the row lies on the upper side of plane b (SimHash; Charikar, 2002). [rows, tables],
+/// scratch.
+Tensor hashed(Queue&, const Tensor& rows, const Tensor& planes, int bits);
 
 /// k-means (Lloyd, 1982) of one segment of `length` ≥ 1 rows (F32), begun with rows spread evenly over it: `rounds`
 /// times every row joins a centroid and centroids become the means of their rows; one that nobody joins stays. Rows

@@ -15,7 +15,7 @@ Num::Num(Numbers::Op op, std::initializer_list<const Num*> inputs, const Tensor&
   }
   Numbers::Step& last = program_.steps[size_t(count)];
   last.op = op;
-  if (op == Numbers::Op::Load || op == Numbers::Op::Find || op == Numbers::Op::Has) {
+  if (op == Numbers::Op::Load || op == Numbers::Op::Find || op == Numbers::Op::Has || op == Numbers::Op::Matches) {
     require(data.contiguous(), "Num", "numbers are loaded from contiguous tensors, not " + data.shape());
     last.type = data.type, last.data = data.data, last.size = data.numel();
   }

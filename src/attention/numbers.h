@@ -47,6 +47,10 @@ inline Num find(const Tensor& x, const Num& begin, const Num& end, const Num& va
 inline Num holds(const Tensor& x, const Num& begin, const Num& end, const Num& value) {
   return {Numbers::Op::Has, {&begin, &end, &value}, x};
 }
+/// How many of x[a] … x[a + n − 1] equal x[b] … x[b + n − 1], each its own; outside x as load() has it.
+inline Num matches(const Tensor& x, const Num& a, const Num& b, const Num& n) {
+  return {Numbers::Op::Matches, {&a, &b, &n}, x};
+}
 
 inline Num operator+(const Num& a, const Num& b) { return {Numbers::Op::Add, {&a, &b}}; }
 inline Num operator-(const Num& a, const Num& b) { return {Numbers::Op::Sub, {&a, &b}}; }
@@ -75,6 +79,7 @@ inline Num log(const Num& x) { return {Numbers::Op::Log, {&x}}; }
 inline Num log1p(const Num& x) { return {Numbers::Op::Log1p, {&x}}; }
 inline Num sqrt(const Num& x) { return {Numbers::Op::Sqrt, {&x}}; }
 inline Num tanh(const Num& x) { return {Numbers::Op::Tanh, {&x}}; }
+inline Num acos(const Num& x) { return {Numbers::Op::Acos, {&x}}; }
 
 /// Of segment s of a ragged.
 inline Num begin_of(const Ragged& r, const Num& s) { return load(r.offsets, s); }

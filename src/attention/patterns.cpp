@@ -63,21 +63,18 @@ void add_tile(Rows& rows, const Pattern& pattern, int64_t first, int64_t last, i
   rows.rowptr.push_back(int64_t(rows.index.size()));
 }
 
-}  // namespace
-
-Plan pattern_plan(LayerView& at, const Pattern& pattern) {
-  const int64_t g = at.k.heads;
-  bool alike = true;
-  for (size_t s = 0; s < at.key_rows.size(); ++s) alike &= at.key_rows[s] == at.key_rows[s / size_t(g) * size_t(g)];
+/// Rows for the heads of a scope, each of which has a pattern and the keys of a KV head.
+Plan planned(LayerView& at, Plan::Scope scope, const std::function<const Pattern&(int64_t head)>& of_head) {
+  const int64_t g = at.k.heads, heads = scope_heads(scope, at.q.heads, g);
   Rows rows;
   for (int64_t s = 0; s < at.sequences(); ++s)
-    for (int64_t head = 0; head < (alike ? 1 : g); ++head) {
-      const int64_t n = at.rows[size_t(s)], m = at.key_rows[size_t(s * g + head)];
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t n = at.rows[size_t(s)], m = at.key_rows[size_t(s * g + head * g / heads)];
       for (int64_t first = 0; first < n; first += kTile)
-        add_tile(rows, pattern, first, std::min(n, first + kTile), n, m, at.plan.causal);
+        add_tile(rows, of_head(head), first, std::min(n, first + kTile), n, m, at.plan.causal);
     }
   Plan plan;
-  plan.form = Plan::Form::Blocks, plan.scope = alike ? Plan::Scope::Layer : Plan::Scope::KvHead;
+  plan.form = Plan::Form::Blocks, plan.scope = scope;
   plan.q_tile = plan.k_tile = kTile, plan.causal = at.plan.causal;
   const int64_t count = int64_t(rows.index.size());
   plan.nnz_bound = count;
@@ -89,6 +86,19 @@ Plan pattern_plan(LayerView& at, const Pattern& pattern) {
   for (const Mask& m : rows.masks) words.insert(words.end(), m.begin(), m.end());
   plan.bits = at.queue.upload(words).reshape({int64_t(rows.masks.size()), kTile, 1});
   return plan;
+}
+
+}  // namespace
+
+Plan pattern_plan(LayerView& at, const Pattern& pattern) {
+  const int64_t g = at.k.heads;
+  bool alike = true;
+  for (size_t s = 0; s < at.key_rows.size(); ++s) alike &= at.key_rows[s] == at.key_rows[s / size_t(g) * size_t(g)];
+  return planned(at, alike ? Plan::Scope::Layer : Plan::Scope::KvHead, [&](int64_t) -> const Pattern& { return pattern; });
+}
+
+Plan pattern_plan(LayerView& at, const std::function<const Pattern&(int64_t head)>& of_head) {
+  return planned(at, Plan::Scope::QueryHead, of_head);
 }
 
 void TokenMap::add(const AddKeys& keys, int64_t y, int64_t x0, int64_t x1) const {

@@ -15,6 +15,8 @@ using Pattern = std::function<void(int64_t i, int64_t m, const AddKeys& add)>;
 /// The plan that reads what `pattern` names, for all heads alike, as blocks of 64 × 64 with bit masks where they are cut.
 /// Key numbers count the entries that the queries see, so behind an eviction a pattern is one of what is left.
 Plan pattern_plan(LayerView&, const Pattern& pattern);
+/// Likewise with a pattern for each query head.
+Plan pattern_plan(LayerView&, const std::function<const Pattern&(int64_t head)>& of_head);
 
 /// Tokens laid out as rows of a map behind `text` tokens, which see all and are seen by all.
 struct TokenMap {

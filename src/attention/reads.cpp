@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "attention/maps.h"
 #include "attention/plans.h"
 #include "attention/scores.h"
 #include "attention/select.h"
@@ -77,6 +78,29 @@ Read named_entries(LayerView& at, Plan::Scope scope, const Ragged& entries, cons
   Read read;
   read.plan = tokens_plan(at.queue, scope, 1, tokens.index, tokens.count, tokens.capacity);
   return read;
+}
+
+void left_to_edit(LayerView& at, const Range& heads) {
+  at.mods.gain = at.queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
+  compute(at.queue, at.q, 1 - among(at, heads, mod(segment(), at.q.heads)), at.mods.gain);
+}
+
+Tensor biased_output(LayerView& at, const Range& heads, const Ragged& keys, const Tensor& bias) {
+  Queue& queue = at.queue;
+  const int64_t group = at.model.group(), rows = at.out.size[0], width = at.out.size[1];
+  const Tensor out = queue.scratch.take(Dtype::F32, {rows, width}), lse = queue.scratch.take(Dtype::F32, {rows});
+  const Ragged values = stored_values(at);
+  const Num other = at.stores->options().bias ? load(at.bias().values, index()) : Num(0);
+  Mods mods = at.mods;
+  mods.gain = {}, mods.key_bias = queue.scratch.take(Dtype::F32, {keys.bound});
+  for (int64_t member = 0; member < group; ++member) {
+    compute(queue, keys, other + load(bias, index() * group + member), mods.key_bias);
+    at.run().attend(queue, members(queue, at.q, group, member), keys, values, {}, mods, out, lse);
+  }
+  const Num inside = among(at, heads, mod(segment(), at.q.heads));
+  compute(queue, at.q, pick(inside, load(lse, index()), load(at.lse, index())), at.lse);
+  compute(queue, at.q, pick(inside, load(out, index()), load(at.out, index())), out);
+  return out;
 }
 
 std::string whole_groups(const Range& heads) {

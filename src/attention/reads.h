@@ -44,6 +44,14 @@ Read named_entries(LayerView&, Plan::Scope, const Ragged& entries, const Num& na
 /// Entries that a segment of `heads` to a sequence holds: a formula.
 Num held_entries(LayerView&, const Num& segment, int64_t heads);
 
+/// The output of a reader whose logits get a bias that depends on the query, which pages do not know: what the new
+/// tokens' query heads among `heads` make of all entries, bias F32 [entries, group] beside them (−∞: not read), over
+/// keys as stored_keys() gives them. Other heads keep at.out; at.lse follows. For edit(), behind a read() that has
+/// given those heads a gain of 0 (left_to_edit).
+Tensor biased_output(LayerView&, const Range& heads, const Ragged& keys, const Tensor& bias);
+/// In read(): heads among `heads` attend to nothing, since edit() makes their output.
+void left_to_edit(LayerView&, const Range& heads);
+
 // Where plain keys are read (Needs::plain_keys), whatever their true positions are.
 
 /// A message when a mechanism that moves what all heads of a group read is given some heads only.

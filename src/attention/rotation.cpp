@@ -2,6 +2,7 @@
 
 #include "attention/scores.h"
 #include "attention/select.h"
+#include "base/random.h"
 
 namespace heed {
 namespace {
@@ -92,6 +93,49 @@ Tensor inverse(Queue& queue, const Tensor& matrix, double ridge) {
     std::swap(a, next);
   }
   compute(queue, load(a, index()), out.reshape({count * d, d}));
+  return out;
+}
+
+Tensor main_directions(Queue& queue, const Ragged& x, int64_t rank, int rounds) {
+  const int64_t d = x.values.size[1], all = x.segments();
+  const Tensor out = queue.scratch.take(Dtype::F32, {all, d, d}), flat = out.reshape({all * d, d});
+  const Num unit = mod(place(), d) == channel();
+  if (rank >= d) return compute(queue, unit, flat), out;
+  const Scratch scratch(queue.scratch);
+  const Tensor sums = outer_sums(queue, x);
+  const Ragged diagonal = numbers(queue, all, d, all, all * d);
+  compute(queue, load(sums, index() * d + mod(index(), d)), diagonal.values);
+  const Ragged trace = spread(queue, diagonal, {.of = Spread::Of::Sum});
+  const Tensor squares = compute(queue, Dtype::F32, {all * d, d},
+                                 load(sums, index()) / max(load(trace.values, place()), 1e-30) + unit * 1e-5);
+  Random random(1);
+  std::vector<float> normals;
+  for (int64_t i = 0; i < rank * d; ++i) normals.push_back(float(random.normal()));
+  Ragged rows = numbers(queue, all, rank, all, all * rank);  // the directions, [rank, d] a segment
+  rows.values = compute(queue, Dtype::F32, {all * rank, d}, load(queue.upload(normals), mod(index(), rank * d)));
+  const auto products = [&](const Ragged& a, const Ragged& b) {  // a b^T
+    const Grids out = grids(queue, all, rank, rank);
+    Proxy dot;
+    dot.scale = 1, dot.causal = false;
+    queue.run->proxy(queue, a, b, dot, out);
+    return out.cells.values.reshape({all, rank, rank});
+  };
+  const auto mixed = [&](const Tensor& matrix, const Ragged& y) {  // matrix y
+    Ragged x = rows;
+    x.values = matrix.reshape({all * rank, rank});
+    return transformed(queue, x, y.values.reshape({all, rank, d}));
+  };
+  // Y = B C becomes (B C B^T)^-1 Y: the same span, and rows that are orthonormal once it stays.
+  for (int round = 0; round < rounds; ++round) {
+    const Scratch inner(queue.scratch);
+    const Ragged next = transformed(queue, rows, squares.reshape({all, d, d}));
+    queue.move(mixed(inverse(queue, products(rows, next)), next).values, rows.values);
+  }
+  const Ragged dual = mixed(inverse(queue, products(rows, rows)), rows);
+  Ragged columns = diagonal;
+  columns.values = compute(queue, Dtype::F32, {all * d, rank},
+                           load(rows.values, (floor_div(place(), d) * rank + channel()) * d + mod(place(), d)));
+  queue.move(transformed(queue, columns, dual.values.reshape({all, rank, d})).values, flat);
   return out;
 }
 

@@ -21,6 +21,10 @@ Tensor outer_sums(Queue&, const Ragged& x);
 /// (matrix + ridge · I)^-1 of symmetric matrices F32 [count, d, d] that become positive definite so: Gauss–Jordan in f64
 /// without pivoting, 2 d launches.
 Tensor inverse(Queue&, const Tensor& matrix, double ridge = 0);
+/// The projection on the `rank` main directions of every segment's rows, eigenvectors of Σ x x^T to its largest
+/// eigenvalues: F32 [segments, d, d], symmetric. By orthogonal iteration from random rows: the error falls by
+/// λ_rank+1 / λ_rank a round (eigenvalues below 1e-5 of their sum count as that), about 2 rank launches each.
+Tensor main_directions(Queue&, const Ragged& x, int64_t rank, int rounds);
 
 /// The new queries as they would stand, on average, at the next `count` positions (a power of 2): turned back to before
 /// their rotation, then by the mean of the rotations to come.

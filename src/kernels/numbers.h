@@ -19,6 +19,7 @@ struct Numbers {
     Load,      // i → step.data[i]; an i outside is taken to the nearest end, and nothing lies in an empty tensor: 0
     Find,      // begin, end, x → the first i of begin … end − 1 with data[i] ≥ x, else end: data ascends there
     Has,       // begin, end, x → 1 when x is among data[begin] … data[end − 1], else 0: data ascends there
+    Matches,   // a, b, n → how many i < n have data[a + i] == data[b + i], elements outside as Load has them
     Add,
     Sub,
     Mul,
@@ -38,6 +39,7 @@ struct Numbers {
     Log1p,
     Sqrt,
     Tanh,
+    Acos,
   };
   struct Step {
     Op op = Op::Constant;

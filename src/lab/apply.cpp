@@ -177,7 +177,11 @@ class Harness {
     at.q = {q_, offsets, ends, h_, h_ * n_};
     at.q_pos = at.mods.q_pos = q_pos_;
     at.read.plan = limit_heads(at, enter(at, reader).read(at).plan, prompt.k, m_, part(reader).heads);
-    queue_.run->attend_store(queue_, at.q, store_->layer(0).pages(), at.read, at.mods, prompt.out, prompt.lse);
+    at.out = prompt.out, at.lse = prompt.lse;
+    queue_.run->attend_store(queue_, at.q, store_->layer(0).pages(), at.read, at.mods, at.out, at.lse);
+    // Edits of other mechanisms are the prompt's, and done.
+    if (has(composition_.parts()[size_t(reader)].roles, Role::Edit))
+      compute(queue_, at.q, load(enter(at, reader).edit(at), index()), at.out);
     std::vector<std::vector<int32_t>> tokens(static_cast<size_t>(h_));
     const Plan plan = host_(at.read.plan);
     const Ragged q = host_.segments(at.q), k = host_.segments(prompt.k);

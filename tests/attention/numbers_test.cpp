@@ -94,6 +94,22 @@ TEST_P(Numbers, FindingIsALowerBound) {
   }
 }
 
+TEST_P(Numbers, MatchesCountsEqualElements) {
+  Random random(9);
+  std::vector<float> data;
+  for (int i = 0; i < 200; ++i) data.push_back(float(random.below(3)));
+  const Tensor x = queue.upload(data);
+  const auto got = back<int32_t>(
+      compute(queue, Dtype::I32, {60}, matches(x, index() * 3, 200 - index() * 4, mod(index(), 37))));
+  for (int64_t i = 0; i < 60; ++i) {
+    int32_t count = 0;
+    for (int64_t k = 0; k < i % 37; ++k)
+      count += data[size_t(std::min<int64_t>(199, i * 3 + k))] ==
+               data[size_t(std::clamp<int64_t>(200 - i * 4 + k, 0, 199))];
+    EXPECT_EQ(got[size_t(i)], count) << i;
+  }
+}
+
 TEST_P(Numbers, AFormulaTooLongIsRefused) {
   Num sum = 1;
   EXPECT_THROW(for (int i = 0; i < 100; ++i) sum = sum + index(), Error);

@@ -26,7 +26,7 @@ struct Program {
         push();
         continue;
       }
-      switch (random.below(6)) {
+      switch (random.below(7)) {
         case 0: load(random, Op::Load); break;
         case 1: step(pick(random, {Op::Floor, Op::Round})); break;
         case 2: step(Op::Pick), depth -= 2; break;
@@ -46,6 +46,7 @@ struct Program {
       case 2: clamp(0, 1e9), step(Op::Log1p); break;
       case 3: clamp(1, 1e9), step(Op::Log); break;
       case 4: step(Op::Tanh); break;
+      case 5: clamp(-1, 1), step(Op::Acos); break;
       default: clamp(0, 200);
     }
   }
@@ -71,12 +72,12 @@ struct Program {
     Numbers::Step& s = step(op);
     s.type = type, s.size = size, s.data = data.back()->data;
   }
-  /// The row's place among data[begin] … data[end − 1].
+  /// The row's place among data[begin] … data[end − 1], or how far those two go on alike.
   void find(Random& random) {
     constant(double(random.below(3)));
     constant(double(3 + random.below(5)));
     step(Op::Place), ++depth;
-    load(random, pick(random, {Op::Find, Op::Has}));
+    load(random, pick(random, {Op::Find, Op::Has, Op::Matches}));
     what.steps[size_t(what.count - 1)].size = std::max<int64_t>(8, what.steps[size_t(what.count - 1)].size);
     data.back() = Buffer(what.steps[size_t(what.count - 1)].type, {what.steps[size_t(what.count - 1)].size});
     double x = 0;

@@ -126,6 +126,20 @@ const std::vector<std::string> kSpecs = {
     "radial(frame=20,block=8)",
     "block_attention(block=16,query=5)",
     "blockrank(instruction=5,block=16,query=5)",
+    "loki(budget=9,rounds=3,dense=1)",
+    "loki(budget=9,rounds=3,keys=plain,heads=1-2)",
+    "retrieval-attention(topk=5,sinks=2,recent=4)",
+    "magicpig(tables=20,bits=3,sinks=2,local=6,dense=2)",
+    "magicpig(tables=20,bits=3,sinks=2,local=6,dense=0,heads=1-2)",
+    "squeezed-attention(threshold=0.01,tokens=6,recent=5,rounds=3)",
+    "triforce(budget=16)",
+    "sinklora(groups=3)",
+    "knot-forcing(frame=5,frames=2,window=2)",
+    "q-filters(budget=12,rounds=3)",
+    "spec-kv(budget=16,window=4)",
+    "spec-kv(budget=16,window=4,look=3)",
+    "forcing-kv(frame=6,share=0.4)",
+    "forcing-kv(frame=6,parts=2,share=0.4,static=[2,5],when=every(2))",
 };
 
 std::shared_ptr<const Model> tiny() {
@@ -276,8 +290,10 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
     const int64_t before = replays();
     EXPECT_LT(farthest(plain, course(model, spec, true)), 1e-5);
     // These ask for the step or keep something of their own on the host; KIVI takes pages as it goes.
-    const char* const differ[] = {"tidal",           "recycled",  "omnikv",  "kivi",  "r-kv",   "spatten",   "shadowkv",
-                                  "double-sparsity", "clusterkv", "pqcache", "hylra", "lychee", "long-heads"};
+    const char* const differ[] = {"tidal",    "recycled", "omnikv",          "kivi",      "r-kv",
+                                  "spatten",  "shadowkv", "double-sparsity", "clusterkv", "pqcache",
+                                  "hylra",    "lychee",   "long-heads",      "loki",      "retrieval",
+                                  "magicpig", "squeezed", "forcing-kv"};
     const bool differs = std::any_of(std::begin(differ), std::end(differ),
                                      [&](const char* name) { return spec.starts_with(name); });
     if (!differs) { EXPECT_GE(replays() - before, 20); }

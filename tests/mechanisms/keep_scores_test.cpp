@@ -29,7 +29,12 @@ const char* kIdentities[] = {"a2sf(budget=1.0)",
                              "adaptive-rkv(budget=1024)",
                              "caote(h2o(budget=1.0))",
                              "dms(knorm)",
-                             "headkv(snapkv(budget=1.0))"};
+                             "headkv(snapkv(budget=1.0))",
+                             "q-filters(budget=1.0)",
+                             "spec-kv(budget=1.0)",
+                             "forcing-kv(share=1)",
+                             "forcing-kv(frame=6,share=1)",
+                             "forcing-kv(frame=1000,parts=1,share=0)"};
 
 TEST_P(KeepScores, IdentityKeepsAll) {
   for (const Shape s : {shape(97, 97), shape(1, 1), shape(5, 130)}) {
@@ -40,6 +45,133 @@ TEST_P(KeepScores, IdentityKeepsAll) {
       EXPECT_LT(kept_error(c, out), kExact) << spec;
       for (const auto& list : lists(out, "kept")) EXPECT_EQ(list, all_of(s.m)) << spec;
     }
+  }
+}
+
+// Queries near a line: their own first singular vector is found, whichever way it points; or one that is given
+// counts.
+TEST_P(KeepScores, QFiltersScoreAlongOneDirection) {
+  for (const Shape s : {shape(90, 90), shape(33, 131), shape(2, 20)}) {
+    Case c(s, 30);
+    Random random(31);
+    Buffer line(Dtype::F32, {s.g, s.d});
+    for (float& x : line->span<float>()) x = float(random.normal());
+    for (int64_t head = 0; head < s.h; ++head)
+      for (int64_t i = 0; i < s.n; ++i) {
+        const double along = 2 + random.normal();
+        for (int64_t e = 0; e < s.d; ++e)
+          c.q->at<float>(head, i, e) += float(along * double(line->at<float>(head / c.group(), e)));
+      }
+    const auto held = kept(c, "q-filters(budget=17,sinks=2,rounds=60)", backend());
+    ApplyInput in = c.input(backend());
+    in.inputs["filters"] = line;
+    const auto given = lists(Case::run("q-filters(budget=17,sinks=2)", in), "kept");
+    for (int64_t kv = 0; kv < s.g; ++kv) {
+      // Power iteration on Σ q q^T, written out.
+      std::vector<double> f(size_t(s.d), 1.0), mean(size_t(s.d), 0.0);
+      for (int round = 0; round < 300; ++round) {
+        std::vector<double> next(size_t(s.d), 0.0);
+        for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head)
+          for (int64_t i = 0; i < s.n; ++i) {
+            double dot = 0;
+            for (int64_t e = 0; e < s.d; ++e) dot += double(c.q->at<float>(head, i, e)) * f[size_t(e)];
+            for (int64_t e = 0; e < s.d; ++e) {
+              const double q = c.q->at<float>(head, i, e);
+              next[size_t(e)] += dot * q;
+              if (round == 0) mean[size_t(e)] += q;
+            }
+          }
+        const double size = std::sqrt(std::inner_product(next.begin(), next.end(), next.begin(), 0.0));
+        for (size_t e = 0; e < f.size(); ++e) f[e] = next[e] / size;
+      }
+      const double sign = std::inner_product(f.begin(), f.end(), mean.begin(), 0.0) > 0 ? 1 : -1;
+      std::vector<double> own, other;
+      for (int64_t j = 0; j < s.m; ++j) {
+        own.push_back(j < 2 ? INFINITY : 0), other.push_back(own.back());
+        for (int64_t e = 0; e < s.d; ++e) {
+          own.back() += sign * f[size_t(e)] * double(c.k->at<float>(kv, j, e));
+          other.back() += double(line->at<float>(kv, e)) * double(c.k->at<float>(kv, j, e));
+        }
+      }
+      expect_top(held[size_t(kv)], own, 17, "q-filters");
+      expect_top(given[size_t(kv)], other, 17, "q-filters, given");
+    }
+  }
+}
+
+TEST_P(KeepScores, SpecKvTakesWhatADraftLooksAt) {
+  for (const auto& [n, m, window, look, kernel, budget] : {std::tuple{90, 90, 8, 5, 7, 30},
+                                                           {40, 121, 16, 20, 1, 33},
+                                                           {60, 60, 4, 0, 3, 20},
+                                                           {30, 30, 2, 12, 5, 25},
+                                                           {12, 40, 3, 9, 3, 10}}) {
+    const Case c(shape(n, m), 32, 2.0);
+    const auto held = kept(c,
+                           "spec-kv(budget=" + std::to_string(budget) + ",window=" + std::to_string(window) +
+                               ",look=" + std::to_string(look) + ",kernel=" + std::to_string(kernel) + ")",
+                           backend());
+    const int64_t text = m - look, prefix = text - window;
+    for (int64_t kv = 0; kv < c.shape.g; ++kv) {
+      std::vector<double> votes(static_cast<size_t>(m), 0.0), score(size_t(text), INFINITY);
+      for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head)
+        for (int64_t i = std::max(0, n - look - window); i < n; ++i) {
+          const auto p = c.causal(head, i);
+          for (size_t j = 0; j < p.size(); ++j) votes[j] = std::max(votes[j], p[j]);
+        }
+      for (int64_t j = 0; j < prefix; ++j)
+        score[size_t(j)] = *std::max_element(votes.begin() + std::max<int64_t>(0, j - kernel / 2),
+                                             votes.begin() + std::min<int64_t>(prefix, j + kernel / 2 + 1));
+      expect_top(held[size_t(kv)], score, budget, "spec-kv, " + std::to_string(m));
+    }
+  }
+}
+
+TEST_P(KeepScores, ForcingKvKeepsWhatTheNextFrameResemblesLeast) {
+  for (const auto& [m, frame, parts, share, fixed] :
+       {std::tuple{150, 12, 3, 0.33, -1}, {100, 20, 4, 0.5, 0}, {97, 6, 6, 0.2, 1}, {40, 20, 5, 0.5, -1}, {30, 40, 2, 0.0, 0}}) {
+    const Case c(shape(m, m), 33);
+    const int64_t g = c.shape.g;
+    const auto is_fixed = [&, fixed = fixed](int64_t kv) { return fixed == kv; };
+    const auto held = kept(c,
+                           "forcing-kv(frame=" + std::to_string(frame) + ",parts=" + std::to_string(parts) + ",share=" +
+                               std::to_string(share) + (fixed < 0 ? "" : ",static=" + std::to_string(fixed)) + ")",
+                           backend());
+    const int64_t frames = m / frame, part = frame / parts, dynamic = g - (fixed >= 0 && fixed < g);
+    std::vector<double> unlike;
+    for (int64_t x = parts; x < (frames - 1) * parts; ++x) {
+      double sum = 0;
+      for (int64_t j = x * part; j < (x + 1) * part; ++j) {
+        double both = 0, one = 0, two = 0;
+        for (int64_t kv = 0; kv < g; ++kv)
+          for (int64_t e = 0; e < c.shape.d && !is_fixed(kv); ++e) {
+            const double a = c.k->at<float>(kv, j, e), b = c.k->at<float>(kv, j + frame, e);
+            both += a * b, one += a * a, two += b * b;
+          }
+        sum += both / std::sqrt(one * two);
+      }
+      unlike.push_back(-sum / double(part));
+    }
+    const auto stays = top(unlike, std::llround(share * double(unlike.size())));
+    for (int64_t kv = 0; kv < g; ++kv) {
+      std::vector<int32_t> expected;
+      for (int64_t j = 0; j < m; ++j)
+        if (j < frame || j >= (frames - 1) * frame ||
+            (!is_fixed(kv) && std::binary_search(stays.begin(), stays.end(), int32_t(j / part - parts))))
+          expected.push_back(int32_t(j));
+      if (dynamic > 0 || is_fixed(kv)) { EXPECT_EQ(held[size_t(kv)], expected) << m << " KV head " << kv; }
+    }
+  }
+}
+
+// Two frames alike: the first of them goes.
+TEST_P(KeepScores, ForcingKvDropsAFrameThatRepeats) {
+  Case c(shape(60, 60), 34);
+  for (int64_t kv = 0; kv < c.shape.g; ++kv)
+    for (int64_t j = 20; j < 30; ++j)
+      for (int64_t e = 0; e < c.shape.d; ++e) c.k->at<float>(kv, j + 10, e) = c.k->at<float>(kv, j, e);
+  for (const auto& list : kept(c, "forcing-kv(frame=10,parts=2,share=0.75)", backend())) {
+    EXPECT_EQ(list.size(), 50u);
+    for (int32_t j = 20; j < 30; ++j) EXPECT_FALSE(std::binary_search(list.begin(), list.end(), j));
   }
 }
 
@@ -618,6 +750,23 @@ TEST(KeepScorePolicies, ParametersThatCannotBeAreNamed) {
     ASSERT_FALSE(out.has_value()) << spec;
     EXPECT_EQ(out.error().code, Code::Invalid);
     EXPECT_NE(out.error().text().find(name), std::string::npos) << out.error().text();
+  }
+}
+
+TEST(KeepScoreErrors, AreSaid) {
+  const Case c({2, 2, 40, 40, 16, 16});
+  for (const auto& [spec, words] : {std::pair{"forcing-kv(frame=10,parts=4)", "parts=4"},
+                                    {"q-filters(when=every(3))", "when=every(n)"},
+                                    {"q-filters(budget=3,sinks=5)", "sinks"},
+                                    {"spec-kv(kernel=4)", "kernel=4"},
+                                    {"spec-kv(budget=8,window=20)", "window"},
+                                    {"loki(rank=2)", "rank"},
+                                    {"magicpig(tables=1)", "tables"},
+                                    {"squeezed-attention(threshold=-1)", "threshold"},
+                                    {"sinklora(groups=0)", "groups"}}) {
+    const auto out = apply(spec, c.input("reference"));
+    ASSERT_FALSE(out) << spec;
+    EXPECT_NE(out.error().text().find(words), std::string::npos) << out.error().text();
   }
 }
 

@@ -103,6 +103,32 @@ TEST_P(KeepValues, RazorAttentionAnswersForAllThatWent) {
   for (const auto& list : lists(bare, "kept")) EXPECT_EQ(list.size(), 23u);
 }
 
+TEST_P(KeepValues, LeanKPrunesGivenChannelsBetweenTheEnds) {
+  for (const auto& [n, m, sinks, recent] : {std::tuple{90, 90, 8, 12}, {77, 77, 0, 0}, {40, 40, 30, 30}, {1, 1, 0, 0}}) {
+    const Case c(shape(n, m), 16);
+    Random random(17);
+    Buffer mask(Dtype::F32, {c.shape.g, c.shape.d});
+    for (float& x : mask->span<float>()) x = float(random.below(2));
+    ApplyInput in = c.input(backend());
+    in.inputs["channels"] = mask;
+    const ApplyOutput out = Case::run("leank(sinks=" + std::to_string(sinks) + ",recent=" + std::to_string(recent) + ")", in);
+    EXPECT_LT(c.dense_error(out), kExact);
+    Case pruned(c.shape, 16);
+    for (int64_t kv = 0; kv < c.shape.g; ++kv)
+      for (int64_t j = sinks; j < m - recent; ++j)
+        for (int64_t x = 0; x < c.shape.d; ++x) pruned.k->at<float>(kv, j, x) *= mask->at<float>(kv, x);
+    double changed = 0;
+    for (int64_t head = 0; head < c.shape.h; ++head) {
+      const auto expected = pruned.output(head, pruned.causal(head, n - 1)), whole = c.output(head, c.causal(head, n - 1));
+      for (int64_t x = 0; x < c.shape.d_v; ++x) {
+        EXPECT_NEAR(out.find("kept_out")->view().at<float>(head, x), expected[size_t(x)], kExact) << m;
+        changed = std::max(changed, std::abs(expected[size_t(x)] - whole[size_t(x)]));
+      }
+    }
+    EXPECT_EQ(changed > 1e-3, m > 1 && sinks + recent < m);
+  }
+}
+
 TEST_P(KeepValues, ThinkPrunesChannelsOfLeastEnergy) {
   for (const auto& [n, m, window, share] :
        {std::tuple{90, 90, 8, 0.5}, {5, 77, 32, 0.3}, {40, 61, 4, 0.9}, {3, 20, 2, 1.0}, {1, 1, 1, 0.5}}) {

@@ -136,7 +136,11 @@ INSTANTIATE_TEST_SUITE_P(
         "hip(topk=64,q_block=16,sinks=4,window=32)", "sale(dense_len=0,q_block=16,k_block=16,local=32,segment=32)",
         "sparsed(ratio=0.3,block=16)", "hyperattention(min_len=64,block=16,sample=16)",
         "light_forcing(frame=16,frames=2,chunks=10,latest=3,block=8,sparsity=0.8,target=0.5)",
-        "rectified_spaattn(block=16,text=16,remain=0.7)"),
+        "rectified_spaattn(block=16,text=16,remain=0.7)", "loki(budget=0.33)",
+        "retrieval-attention(topk=64,sinks=4,recent=32)", "magicpig(tables=100,bits=6,sinks=4,local=32)",
+        "squeezed-attention(threshold=0.002,recent=32)", "triforce(budget=0.33)", "sinklora(groups=2,shifted=0.5)",
+        "knot-forcing(frame=16,frames=2,window=6)", "q-filters(budget=0.5,sinks=4)", "spec-kv(budget=0.33)",
+        "forcing-kv(frame=24,share=0.33)"),
     test_name);
 
 }  // namespace

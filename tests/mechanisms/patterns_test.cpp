@@ -67,7 +67,11 @@ TEST_P(Patterns, IdentityIsDense) {
                              "block_attention(query=200)",
                              "block_attention(segments=[200])",
                              "blockrank(block=1000000000)",
-                             "blockrank(instruction=200)"})
+                             "blockrank(instruction=200)",
+                             "sinklora(groups=1,shifted=0)",
+                             "sinklora(sinks=200)",
+                             "knot-forcing(window=1000000000)",
+                             "knot-forcing(frame=3,reference=100)"})
       EXPECT_LT(c.dense_error(c.run(spec, backend())), kExact) << spec;
   }
 }
@@ -83,6 +87,46 @@ TEST_P(Patterns, ShapesAreSinksAndAWindow) {
       expect_mask(c, "tri-shape" + range + ",last=" + std::to_string(last) + ")", backend(), tri);
       expect_mask(c, "triangle-mix" + range + ",from=0,last=" + std::to_string(last) + ")", backend(), tri);
     }
+  }
+}
+
+TEST_P(Patterns, SinkLoraShiftsTheGroupsOfItsLastHeads) {
+  for (const Shape s : {shape(200, 200), shape(90, 231), shape(64, 64)}) {
+    const Case c(s, 12);
+    for (const auto& [groups, sinks, shifted] :
+         {std::tuple{4, 4, 0.5}, {3, 0, 1.0}, {7, 2, 0.34}, {5, 1, 0.0}, {1, 0, 1.0}}) {
+      const int64_t size = ceil_of(s.m, groups);
+      const ApplyOutput out = c.run("sinklora(groups=" + std::to_string(groups) + ",sinks=" + std::to_string(sinks) +
+                                        ",shifted=" + std::to_string(shifted) + ")",
+                                    backend());
+      EXPECT_LT(c.error(out,
+                        [&, sinks = sinks, shifted = shifted](int64_t head, int64_t i, int64_t j) {
+                          // Rolled back by half a group, as LongLoRA does, but that the ends do not meet.
+                          const bool later = head >= s.h - int64_t(shifted * double(s.h));
+                          const int64_t half = later ? size / 2 : 0, x = c.first() + i - half, y = j - half;
+                          return j < sinks || (x < 0 && y < 0) || (x >= 0 && y >= 0 && x / size == y / size);
+                        }),
+                kExact)
+          << groups << " groups";
+    }
+  }
+}
+
+TEST_P(Patterns, KnotForcingSeesReferenceWindowAndChunk) {
+  for (const Shape s : {shape(150, 150), shape(40, 171)}) {
+    const Case c(s, 13);
+    for (const auto& [frame, frames, reference, window] :
+         {std::tuple{7, 3, 1, 2}, {16, 1, 0, 0}, {5, 4, 2, 3}, {64, 1, 1, 1}, {1, 1, 3, 9}})
+      expect_either(c,
+                    "knot-forcing(frame=" + std::to_string(frame) + ",frames=" + std::to_string(frames) +
+                        ",reference=" + std::to_string(reference) + ",window=" + std::to_string(window) + ")",
+                    backend(),
+                    [frame = frame, frames = frames, reference = reference, window = window](int64_t i, int64_t j) {
+                      const int64_t x = i / frame - reference, y = j / frame - reference;  // frames of the video
+                      if (y < 0) return true;
+                      if (x < 0) return false;
+                      return y / frames == x / frames || (y < x / frames * frames && y >= x / frames * frames - window);
+                    });
   }
 }
 

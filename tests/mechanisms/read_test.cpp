@@ -1,4 +1,6 @@
-#include "harness.h"
+#include <numbers>
+
+#include "keep_case.h"
 
 namespace heed::test {
 namespace {
@@ -46,7 +48,17 @@ TEST_P(Reads, IdentityReadsAll) {
                              "token-select(budget=1.0)",
                              "token-select(local=1000)",
                              "infllm(budget=1.0,block=7)",
-                             "infllm(local=100,block=32)"})
+                             "infllm(local=100,block=32)",
+                             "loki(budget=1.0)",
+                             "retrieval-attention(topk=1000)",
+                             "retrieval-attention(sinks=1000)",
+                             "retrieval-attention(recent=1000)",
+                             "magicpig(local=1000)",
+                             "magicpig(sinks=1000)",
+                             "squeezed-attention(threshold=0)",
+                             "squeezed-attention(recent=1000)",
+                             "triforce(budget=1.0)",
+                             "triforce(chunk=1000)"})
       for (const auto& list : read(c, spec, backend())) EXPECT_EQ(list, all_of(s.m)) << spec;
   }
 }
@@ -372,6 +384,308 @@ TEST_P(Reads, PqCacheReadsByCodesOfHalves) {
   }
 }
 
+/// Eigenvectors of a symmetric matrix as rows, by falling eigenvalue (Jacobi's rotations).
+Rows eigenvectors(Rows a) {
+  const size_t d = a.size();
+  Rows v(d, std::vector<double>(d, 0.0));
+  for (size_t i = 0; i < d; ++i) v[i][i] = 1;
+  for (int sweep = 0; sweep < 30; ++sweep)
+    for (size_t p = 0; p < d; ++p)
+      for (size_t q = p + 1; q < d; ++q) {
+        if (std::abs(a[p][q]) < 1e-300) continue;
+        const double angle = 0.5 * std::atan2(2 * a[p][q], a[q][q] - a[p][p]), cos = std::cos(angle), sin = std::sin(angle);
+        const auto turn = [&](double& x, double& y) {
+          const double was = x;
+          x = cos * was - sin * y, y = sin * was + cos * y;
+        };
+        for (size_t i = 0; i < d; ++i) turn(a[i][p], a[i][q]);
+        for (size_t i = 0; i < d; ++i) turn(a[p][i], a[q][i]);
+        for (size_t i = 0; i < d; ++i) turn(v[p][i], v[q][i]);
+      }
+  std::vector<double> values;
+  for (size_t i = 0; i < d; ++i) values.push_back(a[i][i]);
+  std::vector<int32_t> order = all_of(int64_t(d));
+  std::sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return values[size_t(x)] > values[size_t(y)]; });
+  Rows out;
+  for (int32_t i : order) out.push_back(v[size_t(i)]);
+  return out;
+}
+
+/// Keys that lie near a few directions which are no channels, with a mean that is none of them; queries likewise.
+Case along_directions(Shape s, uint64_t seed) {
+  Case c(s, seed);
+  Random random(seed + 1);
+  for (int64_t kv = 0; kv < s.g; ++kv) {
+    Rows u(size_t(s.d), std::vector<double>(size_t(s.d)));
+    for (auto& row : u)
+      for (double& x : row) x = random.normal() / std::sqrt(double(s.d));
+    const auto spread = [&](Buffer& x, int64_t at, int64_t rows, double mean) {
+      for (int64_t i = 0; i < rows; ++i) {
+        std::vector<double> y(size_t(s.d), mean);
+        for (int64_t e = 0; e < s.d; ++e)
+          for (int64_t b = 0; b < s.d; ++b)
+            y[size_t(b)] += 4 * std::pow(0.6, double(e)) * double(x->at<float>(at, i, e)) * u[size_t(e)][size_t(b)];
+        for (int64_t e = 0; e < s.d; ++e) x->at<float>(at, i, e) = float(y[size_t(e)]);
+      }
+    };
+    spread(c.k, kv, s.m, 0.7);
+    for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head) spread(c.q, head, s.n, 0);
+  }
+  return c;
+}
+
+TEST_P(Reads, LokiRanksAlongMainDirections) {
+  for (const auto& [n, m, rank, budget, centre] : {std::tuple{40, 150, 0.25, 33, true},
+                                                   {90, 90, 0.5, 20, true},
+                                                   {1, 70, 0.13, 9, true},
+                                                   {2, 203, 0.0, 50, true},
+                                                   {3, 60, 1.0, 12, true},
+                                                   {2, 150, 0.25, 33, false},
+                                                   {2, 80, 0.13, 12, false}}) {
+    const Case c = along_directions(shape(n, m), 21);
+    const auto tokens = read(c,
+                             "loki(rounds=60,budget=" + std::to_string(budget) + ",rank=" + std::to_string(rank) +
+                                 (centre ? ")" : ",centre=false)"),
+                             backend());
+    const int64_t d = c.shape.d, r = std::max<int64_t>(1, int64_t(rank * double(d)));
+    int64_t missed = 0, missed_by_channels = 0;  // of the entries that rank highest exactly
+    for (int64_t kv = 0; kv < c.shape.g; ++kv) {
+      std::vector<double> mean(size_t(d), 0.0);
+      for (int64_t j = 0; j < m; ++j)
+        for (int64_t e = 0; e < d && centre; ++e) mean[size_t(e)] += double(c.k->at<float>(kv, j, e)) / double(m);
+      Rows covariance(size_t(d), std::vector<double>(size_t(d), 0.0));
+      for (int64_t j = 0; j < m; ++j)
+        for (int64_t a = 0; a < d; ++a)
+          for (int64_t b = 0; b < d; ++b)
+            covariance[size_t(a)][size_t(b)] += (double(c.k->at<float>(kv, j, a)) - mean[size_t(a)]) *
+                                                (double(c.k->at<float>(kv, j, b)) - mean[size_t(b)]);
+      const Rows directions = eigenvectors(covariance);
+      const auto along = [&](const Buffer& x, int64_t at, int64_t row, int64_t which) {
+        double sum = 0;
+        for (int64_t e = 0; e < d; ++e) sum += double(x->at<float>(at, row, e)) * directions[size_t(which)][size_t(e)];
+        return sum;
+      };
+      for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head) {
+        std::vector<double> score(static_cast<size_t>(m), 0.0), exact;
+        for (int64_t j = 0; j < m; ++j) {
+          for (int64_t which = 0; which < r; ++which)
+            score[size_t(j)] += along(c.q, head, n - 1, which) * along(c.k, kv, j, which);
+          exact.push_back(c.dot(head, n - 1, j));
+        }
+        expect_top(tokens[size_t(head)], score, budget, "loki, rank " + std::to_string(r));
+        const auto wanted = top(exact, budget);
+        if (r == d) { EXPECT_EQ(tokens[size_t(head)], wanted); }
+        std::vector<double> plain(static_cast<size_t>(m), 0.0);
+        for (int64_t j = 0; j < m; ++j)
+          for (int64_t e = 0; e < r; ++e)
+            plain[size_t(j)] += double(c.q->at<float>(head, n - 1, e)) * double(c.k->at<float>(kv, j, e));
+        const auto shared = [&](const std::vector<int32_t>& x) {
+          std::vector<int32_t> both;
+          std::set_intersection(x.begin(), x.end(), wanted.begin(), wanted.end(), std::back_inserter(both));
+          return int64_t(both.size());
+        };
+        missed += budget - shared(tokens[size_t(head)]), missed_by_channels += budget - shared(top(plain, budget));
+      }
+    }
+    if (r <= 2) { EXPECT_GT(missed, 0); }
+    if (r < d) { EXPECT_LT(missed, missed_by_channels) << "rank " << r; }
+  }
+}
+
+TEST_P(Reads, RetrievalAttentionReadsEndsAndTheBestOfTheRest) {
+  for (const auto& [m, topk, sinks, recent] :
+       {std::tuple{150, 20, 4, 10}, {203, 7, 0, 0}, {61, 5, 30, 31}, {90, 0, 3, 5}, {40, 9, 100, 2}}) {
+    const Case c(shape(2, m), 22);
+    const auto tokens = read(c,
+                             "retrieval-attention(topk=" + std::to_string(topk) + ",sinks=" + std::to_string(sinks) +
+                                 ",recent=" + std::to_string(recent) + ")",
+                             backend());
+    for (int64_t head = 0; head < c.shape.h; ++head) {
+      std::vector<double> rest;
+      std::set<int32_t> expected;
+      for (int64_t j = 0; j < m; ++j) {
+        const bool end = j < sinks || j >= m - recent - 1;  // the query counts as generated
+        if (end) expected.insert(int32_t(j));
+        rest.push_back(end ? -INFINITY : c.dot(head, 1, j));
+      }
+      for (int32_t j : top(rest, std::min<int64_t>(topk, m - int64_t(expected.size())))) expected.insert(j);
+      EXPECT_EQ(tokens[size_t(head)], sorted(expected)) << m;
+    }
+  }
+}
+
+/// What MagicPIG's tables say of the last query and each key: in how many of them they meet, and with which
+/// probability they meet in two or more; infinity for keys that are read anyway.
+struct Met {
+  std::vector<double> tables, chance;
+};
+Met met(const Case& c, int64_t head, int64_t tables, int64_t bits, int64_t sinks, int64_t local, uint64_t seed) {
+  const int64_t m = c.shape.m, d = c.shape.d, kv = head / c.group();
+  Random random(seed);
+  Rows planes(size_t(tables * bits), std::vector<double>(size_t(d)));
+  for (auto& plane : planes)
+    for (double& x : plane) x = double(float(random.normal()));
+  std::vector<double> mean(size_t(d), 0.0), q(size_t(d), 0.0);
+  for (int64_t j = sinks; j < m - local; ++j)
+    for (int64_t e = 0; e < d; ++e) mean[size_t(e)] += double(c.k->at<float>(kv, j, e)) / double(m - local - sinks);
+  for (int64_t e = 0; e < d; ++e) q[size_t(e)] = double(c.q->at<float>(head, c.shape.n - 1, e));
+  Met out;
+  for (int64_t j = 0; j < m; ++j) {
+    std::vector<double> k(static_cast<size_t>(d));
+    for (int64_t e = 0; e < d; ++e) k[size_t(e)] = double(c.k->at<float>(kv, j, e)) - mean[size_t(e)];
+    const auto dot = [&](const std::vector<double>& a, const std::vector<double>& b) {
+      return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+    };
+    int64_t count = 0;
+    for (int64_t t = 0; t < tables; ++t) {
+      bool same = true;
+      for (int64_t b = 0; b < bits; ++b)
+        same &= (dot(planes[size_t(t * bits + b)], q) > 0) == (dot(planes[size_t(t * bits + b)], k) > 0);
+      count += same;
+    }
+    const double angle = std::acos(std::clamp(dot(q, k) / std::sqrt(dot(q, q) * dot(k, k)), -1.0, 1.0)),
+                 p = std::pow(1 - angle / std::numbers::pi, double(bits));
+    out.tables.push_back(j < sinks || j >= m - local ? INFINITY : double(count));
+    out.chance.push_back(1 - std::pow(1 - p, double(tables)) - double(tables) * p * std::pow(1 - p, double(tables - 1)));
+  }
+  return out;
+}
+
+TEST_P(Reads, MagicPigWeighsWhatItsTablesMeet) {
+  for (const auto& [n, m, tables, bits, sinks, local, seed] :
+       {std::tuple{2, 150, 20, 4, 4, 10, 0}, {40, 90, 60, 6, 0, 0, 3}, {1, 61, 2, 1, 3, 5, 1}, {3, 203, 150, 10, 4, 64, 2}}) {
+    const Case c(shape(n, m), 23);
+    const ApplyOutput out = c.run("magicpig(tables=" + std::to_string(tables) + ",bits=" + std::to_string(bits) +
+                                      ",sinks=" + std::to_string(sinks) + ",local=" + std::to_string(local) +
+                                      ",seed=" + std::to_string(seed) + ")",
+                                  backend());
+    const auto tokens = lists(out, "read");
+    for (int64_t head = 0; head < c.shape.h; ++head) {
+      const Met found = met(c, head, tables, bits, sinks, local, uint64_t(seed));
+      std::vector<int32_t> expected;
+      std::vector<double> weight(size_t(m), 0.0);
+      double total = 0;
+      for (int64_t j = 0; j < m; ++j) {
+        if (found.tables[size_t(j)] < 2) continue;
+        expected.push_back(int32_t(j));
+        const double share = found.tables[size_t(j)] == INFINITY ? 1 : found.chance[size_t(j)] + 1e-4;
+        total += weight[size_t(j)] = std::exp(c.dot(head, n - 1, j) / std::sqrt(double(c.shape.d))) / share;
+      }
+      EXPECT_EQ(tokens[size_t(head)], expected);
+      for (double& x : weight) x /= std::max(total, 1e-300);
+      const auto row = c.output(head, weight);
+      for (int64_t e = 0; e < c.shape.d_v; ++e)
+        EXPECT_NEAR(out.find("out")->view().at<float>(head, n - 1, e), row[size_t(e)], kExact) << "head " << head;
+      EXPECT_NEAR(out.find("lse")->view().at<float>(head, n - 1), expected.empty() ? -INFINITY : std::log(total), 1e-4);
+    }
+    for (int64_t head = 0; head < c.shape.h; ++head)
+      for (int64_t i = 0; i + 1 < n; ++i) {  // the prompt is dense
+        const auto row = c.output(head, c.causal(head, i));
+        for (int64_t e = 0; e < c.shape.d_v; ++e)
+          EXPECT_NEAR(out.find("out")->view().at<float>(head, i, e), row[size_t(e)], kExact);
+      }
+  }
+}
+
+// A key is met as often as its weight says, and with so many tables that all are met the estimate is the thing
+// itself.
+TEST_P(Reads, MagicPigsWeightIsHowOftenAKeyIsMet) {
+  const Case c(shape(1, 40), 24);
+  constexpr int64_t kSeeds = 60;
+  std::vector<double> often(40, 0.0);
+  for (int64_t seed = 0; seed < kSeeds; ++seed) {
+    const std::string spec = "magicpig(tables=12,bits=2,sinks=0,local=0,seed=" + std::to_string(seed) + ")";
+    const auto tokens = lists(c.run(spec, backend()), "read");
+    for (int32_t j : tokens[0]) often[size_t(j)] += 1.0 / double(kSeeds);
+  }
+  const auto chance = met(c, 0, 12, 2, 0, 0, 0).chance;
+  double apart = 0, low = 1, high = 0;
+  for (size_t j = 0; j < 40; ++j) {
+    apart += std::abs(often[j] - chance[j]) / 40;
+    low = std::min(low, chance[j]), high = std::max(high, chance[j]);
+  }
+  EXPECT_LT(apart, 0.06);  // of 60 draws: 0.05 on average for chances of 0.5
+  EXPECT_GT(high - low, 0.3);
+  EXPECT_LT(c.dense_error(c.run("magicpig(tables=200,bits=1,sinks=0,local=0)", backend())), 1e-3);
+}
+
+TEST_P(Reads, MagicPigLeavesOtherHeadsAlone) {
+  const Case c(shape(3, 90), 27);
+  const std::string spec = "magicpig(tables=20,bits=4,sinks=4,local=10";
+  const ApplyOutput all = c.run(spec + ")", backend()), some = c.run(spec + ",heads=1-)", backend());
+  EXPECT_EQ(lists(some, "read")[0], all_of(90));
+  for (int64_t head = 0; head < c.shape.h; ++head) {
+    const auto dense = c.output(head, c.causal(head, 2));
+    double apart = 0;
+    for (int64_t e = 0; e < c.shape.d_v; ++e) {
+      const double x = some.find("out")->view().at<float>(head, 2, e), y = all.find("out")->view().at<float>(head, 2, e);
+      EXPECT_NEAR(x, head == 0 ? dense[size_t(e)] : y, kExact);
+      apart = std::max(apart, std::abs(y - dense[size_t(e)]));
+    }
+    EXPECT_GT(apart, 1e-3);
+    EXPECT_TRUE(std::isfinite(some.find("lse")->view().at<float>(head, 2)));
+  }
+}
+
+TEST_P(Reads, SqueezedAttentionReadsClustersAboveItsThreshold) {
+  for (const auto& [m, tokens, rounds, recent, threshold] : {std::tuple{150, 10, 0, 20, 0.004},
+                                                             {150, 10, 2, 0, 0.01},
+                                                             {97, 7, 4, 33, 0.002},
+                                                             {60, 100, 2, 10, 0.5},
+                                                             {30, 5, 1, 29, 0.9}}) {
+    const Case c(shape(2, m), 25);
+    const auto tokens_read = read(c,
+                                  "squeezed-attention(threshold=" + std::to_string(threshold) +
+                                      ",tokens=" + std::to_string(tokens) + ",rounds=" + std::to_string(rounds) +
+                                      ",recent=" + std::to_string(recent) + ")",
+                                  backend());
+    Case prefix(shape(2, m - recent), 25);  // what is clustered
+    for (int64_t kv = 0; kv < c.shape.g; ++kv)
+      for (int64_t j = 0; j < m - recent; ++j)
+        for (int64_t e = 0; e < c.shape.d; ++e) prefix.k->at<float>(kv, j, e) = c.k->at<float>(kv, j, e);
+    const int64_t count = std::max(1, (m - recent) / tokens), d = c.shape.d;
+    for (int64_t kv = 0; kv < c.shape.g; ++kv) {
+      const auto [centroids, label] = k_means(prefix, kv, 0, d, count, rounds, true);
+      std::vector<double> size(size_t(count), 0.0);
+      for (int64_t x : label) ++size[size_t(x)];
+      for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head) {
+        std::vector<double> weight;
+        double total = 0;
+        for (int64_t x = 0; x < count; ++x) {
+          double dot = 0;
+          for (int64_t e = 0; e < d; ++e) dot += double(c.q->at<float>(head, 1, e)) * centroids[size_t(x)][size_t(e)];
+          weight.push_back(std::exp(dot / std::sqrt(double(d))));
+          total += size[size_t(x)] * weight.back();
+        }
+        std::vector<int32_t> expected;
+        for (int64_t j = 0; j < m; ++j)
+          if (j >= m - recent || weight[size_t(label[size_t(j)])] / total >= threshold) expected.push_back(int32_t(j));
+        EXPECT_EQ(tokens_read[size_t(head)], expected) << m << " head " << head;
+      }
+    }
+  }
+}
+
+TEST_P(Reads, TriForceReadsChunksOfTheLastQuery) {
+  for (const auto& [n, m, chunk, budget] :
+       {std::tuple{2, 150, 8, 40}, {40, 203, 5, 60}, {1, 61, 16, 16}, {3, 30, 8, 1}, {2, 7, 8, 100}}) {
+    const Case c(shape(n, m), 26);
+    const auto tokens = read(c, "triforce(budget=" + std::to_string(budget) + ",chunk=" + std::to_string(chunk) + ")",
+                             backend());
+    const int64_t chunks = m / chunk;
+    for (int64_t head = 0; head < c.shape.h; ++head) {
+      std::vector<double> score;
+      for (int64_t b = 0; b < chunks; ++b) {
+        score.push_back(b == 0 ? INFINITY : 0);
+        for (int64_t j = b * chunk; j < (b + 1) * chunk; ++j) score.back() += c.dot(head, n - 1, j) / double(chunk);
+      }
+      auto expected = keys_of(top(score, std::max(1, budget / chunk)), chunk, m);
+      for (int64_t j = chunks * chunk; j < m; ++j) expected.push_back(int32_t(j));
+      EXPECT_EQ(tokens[size_t(head)], expected) << m;
+    }
+  }
+}
+
 TEST_P(Reads, RocketKvReadsByOneSidedBoundsOfItsChannels) {
   for (const auto& [m, page, channels, budget] :
        {std::tuple{150, 4, 0.25, 33}, {203, 8, 0.5, 60}, {61, 1, 1.0, 20}, {90, 2, 0.13, 7}}) {
@@ -431,7 +745,8 @@ TEST_P(Reads, APlantedKeyIsFound) {
           "recycled-attention(budget=8)", "kinetics(budget=64,local=16,block=8)", "shadowkv(budget=24)",
           "double-sparsity(budget=8,factor=4)", "hylra(budget=8)", "lychee-decode(budget=8)",
           "clusterkv(budget=24,tokens=4,sinks=2)", "pqcache(topk=0.1,sinks=2)", "rocketkv(budget=16)",
-          "token-select(budget=8,sinks=4,local=4)"})
+          "token-select(budget=8,sinks=4,local=4)", "loki(budget=8)", "retrieval-attention(topk=1,sinks=4,recent=4)",
+          "triforce(budget=24)", "squeezed-attention(threshold=0.01,tokens=4,recent=8)"})
       for (const auto& list : read(c, spec, backend()))
         EXPECT_TRUE(std::binary_search(list.begin(), list.end(), int32_t(place))) << spec << " at " << place;
   }
@@ -440,7 +755,7 @@ TEST_P(Reads, APlantedKeyIsFound) {
 TEST_P(Reads, MoreBudgetReadsMore) {
   const Case c(shape(1, 180), 5);
   for (const char* name : {"quest", "tidal-decode", "recycled-attention", "omnikv", "kinetics", "shadowkv",
-                           "double-sparsity", "hylra", "lychee-decode", "clusterkv", "rocketkv"}) {
+                           "double-sparsity", "hylra", "lychee-decode", "clusterkv", "rocketkv", "loki", "triforce"}) {
     std::vector<std::vector<int32_t>> before(static_cast<size_t>(c.shape.h));
     for (int budget : {16, 48, 96, 180}) {
       const auto now = read(c, std::string(name) + "(budget=" + std::to_string(budget) + ")", backend());

@@ -65,6 +65,15 @@ TEST(Sessions, RerotateReadsWhatStaysAtItsPlace) {
   }
 }
 
+// Entries' own biases count where a reader's edit makes the output.
+TEST(Sessions, MagicPigSeesTheBiasOfAnEntry) {
+  const auto model = tiny(6, 2);
+  const std::string razor = "razor-attention(sinks=2,recent=8,share=0";
+  const auto own = logits(model, razor + ")", 0);
+  EXPECT_LT(distance(own, logits(model, razor + ")+magicpig(local=1000,dense=0)", 0)), 1e-4);
+  EXPECT_GT(distance(own, logits(model, razor + ",compensation=false)", 0)), 1e-4);
+}
+
 /// What each head of each layer holds behind a prompt.
 std::vector<std::vector<int32_t>> held(const std::shared_ptr<const Model>& model, const std::string& spec, int64_t chunk) {
   SessionOptions o;
@@ -271,6 +280,16 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "trimmed-llama(budget=0.1)",
                              "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
                              "razor-attention(sinks=2,recent=8,share=0)",
+                             "loki(budget=9)",
+                             "retrieval-attention(topk=4,sinks=2,recent=4)",
+                             "magicpig(tables=20,bits=3,sinks=2,local=6,dense=0)",
+                             "squeezed-attention(threshold=0.03,tokens=6,recent=5)",
+                             "triforce(budget=16)",
+                             "sinklora(groups=3)",
+                             "knot-forcing(frame=5,frames=2,window=2)",
+                             "q-filters(budget=10)",
+                             "spec-kv(budget=16,window=4)",
+                             "forcing-kv(frame=6,share=0.3)",
                              "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+"
                              "h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
       const double changed = distance(dense, logits(model, spec, chunk));
@@ -282,15 +301,30 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
 
 TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
   const auto model = tiny(6, 2);
-  for (const char* spec :
-       {"tidal-decode(budget=9,selection=1,correction=2)", "h2o(budget=10)", "kivi(residual=0)",
-        "quest(budget=8,page=4,dense=0)", "a2sf(budget=10)", "recycled-attention(budget=8,stride=4)",
-        "omnikv(budget=6,filters=1,wait=0)", "caote(h2o(budget=10))", "random(budget=10,when=every(2))",
-        "r-kv(budget=16,window=3,when=every(2))", "spatten(budget=0.4,when=every(2))", "criticalkv(h2o(budget=10))",
-        "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
-        "razor-attention(sinks=2,recent=8,share=0,when=every(2))", "ov-evict(budget=12,block=4,sinks=4,recent=4)",
-        "adaptive-rkv(budget=12,block=4,sinks=4,recent=4)", "trimmed-llama(budget=0.1)", "long-heads(chunk=4,chunks=3)",
-        "squeeze-attention(h2o(budget=16,when=prompt))"}) {
+  for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)",
+                           "h2o(budget=10)",
+                           "kivi(residual=0)",
+                           "quest(budget=8,page=4,dense=0)",
+                           "a2sf(budget=10)",
+                           "recycled-attention(budget=8,stride=4)",
+                           "omnikv(budget=6,filters=1,wait=0)",
+                           "caote(h2o(budget=10))",
+                           "random(budget=10,when=every(2))",
+                           "r-kv(budget=16,window=3,when=every(2))",
+                           "spatten(budget=0.4,when=every(2))",
+                           "criticalkv(h2o(budget=10))",
+                           "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
+                           "razor-attention(sinks=2,recent=8,share=0,when=every(2))",
+                           "ov-evict(budget=12,block=4,sinks=4,recent=4)",
+                           "adaptive-rkv(budget=12,block=4,sinks=4,recent=4)",
+                           "trimmed-llama(budget=0.1)",
+                           "long-heads(chunk=4,chunks=3)",
+                           "squeeze-attention(h2o(budget=16,when=prompt))",
+                           "loki(budget=9)",
+                           "magicpig(tables=20,bits=3,sinks=2,local=6)",
+                           "squeezed-attention(threshold=0.03,tokens=6,recent=5)",
+                           "triforce(budget=16)",
+                           "forcing-kv(frame=6,when=every(2))"}) {
     SessionOptions o;
     o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);

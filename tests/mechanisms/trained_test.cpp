@@ -247,6 +247,91 @@ TEST_P(Trained, SeerAttentionReadsWhereItsGateOpens) {
   EXPECT_GT(shut, 0);
 }
 
+/// A cache by NAtS' rules: what each token finds in it, [KV head][token][key].
+std::vector<std::vector<std::vector<bool>>> nats_cache(const Case& c, const Buffer& types, int64_t window) {
+  std::vector<std::vector<std::vector<bool>>> out;
+  for (int64_t kv = 0; kv < c.shape.g; ++kv) {
+    auto& seen = out.emplace_back();
+    std::vector<bool> held(size_t(c.shape.m), false);
+    const auto type = [&](int64_t j) {
+      const auto x = [&](int64_t which) { return types->at<float>(kv, j, which); };
+      return j == 0 || x(0) >= std::max(x(1), x(2)) ? 0 : x(1) >= x(2) ? 1 : 2;
+    };
+    for (int64_t i = 0; i < c.shape.m; ++i) {
+      held[size_t(i)] = true;
+      for (int64_t j = 0; j < i; ++j)
+        if (type(j) == 2 && i - j > window) held[size_t(j)] = false;  // a ring
+      seen.push_back(held);
+      for (int64_t j = 0; j < i && type(i) == 0; ++j)
+        if (type(j) == 1) held[size_t(j)] = false;  // behind a global token's own attention
+    }
+  }
+  return out;
+}
+
+TEST_P(Trained, NatsIsACacheThatDropsByType) {
+  for (const auto& [s, window] : {std::pair{shape(90, 90), 5}, {shape(33, 131), 20}, {shape(1, 1), 3}, {shape(1, 60), 0}}) {
+    const Case c(s, 60);
+    const Buffer types = random_input({s.g, s.m, 3}, 61);
+    const auto seen = nats_cache(c, types, window);
+    const ApplyOutput out = Case::run("nats(window=" + std::to_string(window) + ")", with(c, backend(), {{"types", types}}));
+    int64_t hidden = 0;
+    EXPECT_LT(c.error(out,
+                      [&](int64_t head, int64_t i, int64_t j) {
+                        const bool held = seen[size_t(head / c.group())][size_t(c.first() + i)][size_t(j)];
+                        hidden += !held;
+                        return held;
+                      }),
+              kExact);
+    EXPECT_EQ(hidden > 0, s.m > 1);
+  }
+}
+
+TEST_P(Trained, NatsOfOneTypeIsDenseOrAWindow) {
+  const Case c(shape(60, 80), 62);
+  const Shape& s = c.shape;
+  for (int64_t which = 0; which < 3; ++which) {
+    Buffer types = constant_input({s.g, s.m, 3}, 0);
+    for (int64_t x = which; x < s.g * s.m * 3; x += 3) types->as<float>()[x] = 1;
+    const ApplyOutput out = Case::run("nats(window=9)", with(c, backend(), {{"types", types}}));
+    // The first token is global; without another, local ones are seen to the end.
+    EXPECT_LT(c.error(out, [&](int64_t, int64_t i, int64_t j) { return which < 2 || j == 0 || c.first() + i - j <= 9; }), kExact)
+        << which;
+  }
+}
+
+TEST_P(Trained, FlashBlockJoinsAnEarlierStepsRest) {
+  for (const auto& [s, block, causal] : {std::tuple{shape(90, 90), 16, false},
+                                         {shape(33, 131), 40, false},
+                                         {shape(60, 60), 7, true},
+                                         {shape(1, 1), 4, false},
+                                         {shape(40, 40), 100, false}}) {
+    const Case c(s, 63), before(s, 64);
+    ApplyInput in = with(c, backend(), {{"cached_q", before.q}});
+    in.causal = causal;
+    const ApplyOutput out = Case::run("flashblock(block=" + std::to_string(block) + ")", in);
+    const double scale = 1 / std::sqrt(double(s.d));
+    for (int64_t head = 0; head < s.h; ++head)
+      for (int64_t i = 0; i < s.n; ++i) {
+        const int64_t at = c.first() + i, first = at / block * block;
+        std::vector<double> logits(size_t(s.m), -INFINITY);
+        for (int64_t j = 0; j < std::min<int64_t>(s.m, first + block); ++j) {
+          double old = 0;
+          for (int64_t e = 0; e < s.d; ++e)
+            old += double(before.q->at<float>(head, i, e)) * double(c.k->at<float>(head / c.group(), j, e));
+          if (j < first) logits[size_t(j)] = scale * old;
+          else if (!causal || j <= at) logits[size_t(j)] = scale * c.dot(head, i, j);
+        }
+        expect_row(out, head, i, attended(c, head, logits), "flashblock");
+      }
+  }
+}
+
+TEST_P(Trained, FlashBlockWithItsOwnQueriesIsDense) {
+  const Case c(shape(60, 90), 65);
+  EXPECT_LT(c.dense_error(Case::run("flashblock(block=13)", with(c, backend(), {{"cached_q", c.q}}))), kExact);
+}
+
 /// Landmark's grouped softmax of one row: own tokens beside the landmarks of chosen blocks, tokens of those by their own softmax.
 std::vector<double> grouped(const Case& c, int64_t head, int64_t i, int64_t block, int64_t topk) {
   const int64_t at = c.first() + i, own = at / block;
@@ -424,7 +509,7 @@ TEST_P(Trained, OtherHeadsStayDense) {
   const Buffer router = constant_input({s.h, s.n}, 0.5), gates = random_input({s.h, s.n, 3}, 31),
                mu = random_input({s.h, 3, s.d}, 32), other = random_input({s.h, s.n, s.d}, 33),
                other_k = random_input({s.g, s.m, s.d}, 34), other_v = random_input({s.g, s.m, s.d_v}, 35),
-               u = random_input({s.g, s.m}, 36);
+               u = random_input({s.g, s.m}, 36), cached = random_input({s.h, s.n, s.d}, 37);
   const ApplyInput in = with(c, backend(),
                              {{"router", router},
                               {"gates", gates},
@@ -432,10 +517,11 @@ TEST_P(Trained, OtherHeadsStayDense) {
                               {"dense_q", other},
                               {"dense_k", other_k},
                               {"dense_v", other_v},
-                              {"importance", u}});
+                              {"importance", u},
+                              {"cached_q", cached}});
   const ApplyOutput dense = Case::run("dense", in);
   for (const std::string name : {"mosa(", "nsa(topk=2,block=8,stride=4,window=5,", "routing_transformer(window=9,",
-                                 "rettention(window=3,step=19,", "sparsek(topk=3,window=4,"}) {
+                                 "rettention(window=3,step=19,", "sparsek(topk=3,window=4,", "flashblock(block=9,"}) {
     const ApplyOutput some = Case::run(name + "heads=1-)", in), all = Case::run(name + "heads=0-)", in);
     double same = 0, more = 0;
     for (int64_t i = 0; i < s.n; ++i)
@@ -497,9 +583,12 @@ TEST(TrainedErrors, NameTheInput) {
                                    {"mosa", "router"},
                                    {"seer_attention", "plain_q"},
                                    {"nsa(topk=1)", "gates"},
-                                   {"routing_transformer", "centroids"}})
+                                   {"routing_transformer", "centroids"},
+                                   {"nats", "types"},
+                                   {"flashblock", "cached_q"},
+                                   {"leank", "channels"}})
     EXPECT_NE(apply(spec, c.input("reference")).error().text().find(name), std::string::npos) << spec;
-  for (const char* spec : {"dma(heads=0)", "landmark(heads=0)"})
+  for (const char* spec : {"dma(heads=0)", "landmark(heads=0)", "nats(heads=0)"})
     EXPECT_NE(apply(spec, c.input("reference")).error().text().find("heads"), std::string::npos) << spec;
   ApplyInput in = with(c, "reference", {{"router", c.q}});
   EXPECT_NE(apply("mosa", in).error().text().find("[h, n]"), std::string::npos);

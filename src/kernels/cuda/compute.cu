@@ -50,6 +50,15 @@ __device__ double evaluate(const Numbers& what, const Place& at) {
         stack[top - 1] = s.op == Op::Find ? double(low) : double(low < end && element(s, double(low)) == x);
         continue;
       }
+      case Op::Matches: {
+        top -= 2;
+        const double a = stack[top - 1], b = stack[top];
+        const int64_t n = int64_t(stack[top + 1]);
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; ++i) count += element(s, a + double(i)) == element(s, b + double(i));
+        stack[top - 1] = double(count);
+        continue;
+      }
       case Op::Pick:
         top -= 2;
         stack[top - 1] = stack[top - 1] != 0 ? stack[top] : stack[top + 1];
@@ -67,6 +76,7 @@ __device__ double evaluate(const Numbers& what, const Place& at) {
       case Op::Log1p: to = log1p(x); continue;
       case Op::Sqrt: to = sqrt(x); continue;
       case Op::Tanh: to = tanh(x); continue;
+      case Op::Acos: to = acos(x); continue;
       default: break;
     }
     const double a = stack[--top - 1], b = x;

@@ -25,6 +25,19 @@ double element(const Step& s, double i) {
   return double(static_cast<const T*>(s.data)[at]);
 }
 
+template <class T>
+int64_t matches(const Step& s, double a, double b, double n) {
+  int64_t count = 0;
+  const int64_t length = int64_t(n);
+  if (a >= 0 && b >= 0 && std::max(a, b) + n <= double(s.size)) {
+    const T *x = static_cast<const T*>(s.data) + int64_t(a), *y = static_cast<const T*>(s.data) + int64_t(b);
+    for (int64_t i = 0; i < length; ++i) count += float(x[i]) == float(y[i]);
+    return count;
+  }
+  for (int64_t i = 0; i < length; ++i) count += element<T>(s, a + double(i)) == element<T>(s, b + double(i));
+  return count;
+}
+
 template <class F>
 void with_type(Dtype type, F f) {
   switch (type) {
@@ -83,6 +96,13 @@ void evaluate(const Numbers& what, const Run& run, int n, double (*stack)[kRun])
           }
         });
         break;
+      case Op::Matches:
+        top -= 2;
+        with_type(s.type, [&]<class T>(T) {
+          for (int i = 0; i < n; ++i)
+            stack[top - 1][i] = double(matches<T>(s, stack[top - 1][i], stack[top][i], stack[top + 1][i]));
+        });
+        break;
       case Op::Add: binary([](double a, double b) { return a + b; }); break;
       case Op::Sub: binary([](double a, double b) { return a - b; }); break;
       case Op::Mul: binary([](double a, double b) { return a * b; }); break;
@@ -105,6 +125,7 @@ void evaluate(const Numbers& what, const Run& run, int n, double (*stack)[kRun])
       case Op::Log1p: unary([](double a) { return std::log1p(a); }); break;
       case Op::Sqrt: unary([](double a) { return std::sqrt(a); }); break;
       case Op::Tanh: unary([](double a) { return std::tanh(a); }); break;
+      case Op::Acos: unary([](double a) { return std::acos(a); }); break;
     }
   }
 }

@@ -24,14 +24,19 @@ std::string SnapKV::check() const {
 
 Ragged SnapKV::score(LayerView& at) const {
   Observe how;
+  how.rows = rows;
   how.heads = group.value ? Observe::Heads::GroupMax : Observe::Heads::GroupMean;
-  const Ragged votes = at.observe(at.last_queries(window), how);
+  const Ragged votes = at.observe(at.last_queries(window + look), how);
   // Only keys before the window compete, and the smoothing ends where they end.
-  const std::vector<int64_t> recent = affordable(at, budget, window);
+  std::vector<int64_t> recent = affordable(at, budget, window);
+  for (int64_t& count : recent) count += look;
   Ragged smoothed = at.per_entry();
   at.run().smooth(at.queue, without_last(at.queue, votes, recent), pool.value ? PoolKind::Max : PoolKind::Mean, kernel,
                   smoothed.values);
-  return force_last(at.queue, smoothed, recent);
+  force_last(at.queue, smoothed, recent);
+  if (look > 0)
+    compute(at.queue, smoothed, pick(place() >= length() - look, -kInfinity, load(smoothed.values, index())), smoothed.values);
+  return smoothed;
 }
 
 Entry snapkv() {

@@ -8,6 +8,8 @@ namespace heed::mechanisms {
 struct SnapKV : KeepPolicy {
   int window, kernel;
   Choice pool, group;
+  Observe::Rows rows = Observe::Rows::Mean;  // over the queries that vote
+  int look = 0;                              // last tokens that vote and never stay
 
   static std::vector<ParamInfo> params();
   std::string check() const override;
