@@ -43,12 +43,23 @@ struct OvBlocks : KeepPolicy {
     const Tensor counts = a.queue.scratch.take(Dtype::I32, {layers, all});
     for (int64_t l = 0; l < layers; ++l) {
       const Num length = length_of(a.scores[size_t(l)], index());
-      compute(a.queue, min(length, a.budget.amount + mod(length, block)), counts.select(0, l));
+      compute(a.queue, min(length, a.budget.amount + mod(length, block) + beside(length)), counts.select(0, l));
     }
     return counts;
   }
 
  protected:
+  /// Entries that stay besides the budget, of `length`.
+  virtual Num beside(const Num&) const { return 0; }
+  /// Whole blocks between the first and the latest entries.
+  Num candidates(const Num& length) const { return max(0, floor_div(length, block) - (sinks + recent) / block); }
+  /// The entries of those blocks. No copy.
+  Ragged between(Queue& queue, const Ragged& x) const {
+    Ragged part = without_first(queue, x, sinks);
+    part.ends = compute(queue, Dtype::I64, {x.segments()},
+                        begin_of(part, index()) + candidates(length_of(x, index())) * block);
+    return part;
+  }
   Ragged smoothed(LayerView& at, const Ragged& paid) const {
     Ragged votes = paid;
     for (int after = 1; after < kernel; ++after) {
