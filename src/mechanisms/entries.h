@@ -35,6 +35,7 @@ Entry duo_attention();
 Entry entropy_chunk();
 Entry expected_attention();
 Entry fast_kvzip();
+Entry fastgen();
 Entry finch();
 Entry flexprefill();
 Entry flux_layer_router();

@@ -38,6 +38,7 @@ std::span<const Entry> registry() {
       entropy_chunk(),
       expected_attention(),
       fast_kvzip(),
+      fastgen(),
       finch(),
       flexprefill(),
       flux_layer_router(),

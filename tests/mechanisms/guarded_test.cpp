@@ -76,6 +76,7 @@ const std::vector<std::string> kSpecs = {
     "ov-evict(budget=12,block=4,sinks=4,recent=4)",
     "lu-kv(knorm(budget=10),lost=[0.8,0.9,0.5,0.7,1,0.3,0.9,0.6])",
     "kvcompose(budget=0.2)",
+    "fastgen(recovered=0.2,frequent=0.2,local=0.1)",
     "kvcompose(budget=0.2,structured=false,norm=true)",
     "lserve(budget=16,page=8,part=4,streaming=[1,4],sinks=2,local=9,recent=6)",
     "lserve(budget=16,page=4,part=2,every=3)+h2o(budget=30)",

@@ -1,5 +1,6 @@
-// Keep policies to which a curve or a network is given, against their definitions in plain loops.
+// Keep policies to which a curve, a network or the kinds of tokens are given, against their definitions in plain loops.
 #include "keep_case.h"
+#include "session_case.h"
 
 namespace heed::test {
 namespace {
@@ -173,6 +174,132 @@ TEST_P(KeepGiven, KvZapNamesWhatItNeeds) {
     ASSERT_FALSE(out.has_value());
     EXPECT_NE(out.error().text().find("--input"), std::string::npos) << out.error().text();
   }
+}
+
+/// FastGen's smallest cache that holds an entry, from kinds of tokens (0, 1 punctuation, 2 control) and what was paid.
+std::vector<int> fastgen_levels(const std::vector<int>& kinds, const std::vector<double>& paid, int64_t most, int64_t latest) {
+  const auto hitters = top(paid, most);
+  std::vector<int> out;
+  for (int64_t j = 0; j < int64_t(kinds.size()); ++j)
+    out.push_back(kinds[size_t(j)] == 2                                            ? 1
+                  : kinds[size_t(j)] == 1                                          ? 2
+                  : std::binary_search(hitters.begin(), hitters.end(), int32_t(j)) ? 3
+                  : j >= int64_t(kinds.size()) - latest                            ? 4
+                                                                                   : 5);
+  return out;
+}
+/// The first cache that holds `recovered` of what each of the heads paid.
+int fastgen_kind(const std::vector<int>& levels, const Rows& paid, double recovered) {
+  for (int kind = 1; kind < 5; ++kind) {
+    double least = INFINITY;
+    for (const auto& head : paid) {
+      double held = 0, all = 0;
+      for (size_t j = 0; j < head.size(); ++j) all += head[j], held += levels[j] <= kind ? head[j] : 0;
+      least = std::min(least, held / all);
+    }
+    if (least >= recovered) return kind;
+  }
+  return 5;
+}
+
+TEST_P(KeepGiven, FastGenGivesEachHeadTheSmallestCacheThatSuffices) {
+  std::set<int> seen;
+  for (const Shape s : {shape(90, 90), shape(20, 61)})
+    for (const double recovered : {0.08, 0.25, 0.45, 0.6, 0.7, 0.95, 1.0}) {
+      const Case c(s, 6);
+      Random random(7);
+      Buffer tokens(Dtype::F32, {s.m});
+      std::vector<int> kinds;
+      for (float& x : tokens->span<float>()) {
+        kinds.push_back(std::max(0, int(random.below(6)) - 3));
+        x = float(kinds.back());
+      }
+      const auto held = kept_with(c, "fastgen(frequent=0.2,local=0.25,recovered=" + std::to_string(recovered) + ")",
+                                  backend(), {{"tokens", tokens}});
+      const Rows paid = column_sums(c, s.n);
+      for (int64_t kv = 0; kv < s.g; ++kv) {
+        const Rows own(paid.begin() + kv * c.group(), paid.begin() + (kv + 1) * c.group());
+        std::vector<double> sum(size_t(s.m), 0.0);
+        for (const auto& head : own)
+          for (size_t j = 0; j < head.size(); ++j) sum[j] += head[j];
+        const auto levels = fastgen_levels(kinds, sum, int64_t(0.2 * double(s.m)), int64_t(0.25 * double(s.m)));
+        const int kind = recovered < 1 ? fastgen_kind(levels, own, recovered) : 5;
+        std::vector<int32_t> expected;
+        for (int32_t j = 0; j < s.m; ++j)
+          if (levels[size_t(j)] <= kind) expected.push_back(j);
+        EXPECT_EQ(held[size_t(kv)], expected) << "recovered " << recovered << " kind " << kind;
+        seen.insert(kind);
+      }
+    }
+  EXPECT_GE(seen.size(), 4u);
+}
+
+// Entry by entry in plain loops: a head keeps its kind while decoding, and what it names.
+TEST(KeepGivenSessions, FastGenKeepsWhatAHeadsKindNames) {
+  std::set<int> seen;
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const double recovered : {0.15, 0.35, 0.45, 0.6, 0.9}) {
+      const int64_t length = 50, d = 16, group = h / g;
+      ModelInfo info;
+      info.layers = 3, info.h = h, info.g = g, info.d = info.d_v = int(d), info.hidden = 48, info.vocabulary = 61;
+      info.scale = 10;  // so that tokens pay unequally
+      for (int id = 0; id < 61; ++id) info.token_classes.push_back(uint8_t(id % 5 == 0 ? 2 : id % 5 == 1 ? 1 : 0));
+      const auto ids = text(length + 12, 9);
+      Session session(Model::random(info, 64, Dtype::F32, 5),
+                      in_f32("fastgen(frequent=0.1,local=0.1,recovered=" + std::to_string(recovered) + ")"));
+      struct Entry {
+        int32_t position;
+        std::vector<double> paid;  // by query head
+      };
+      std::vector<std::vector<Entry>> entries(static_cast<size_t>(g));
+      std::vector<int> kind(static_cast<size_t>(g), 0);
+      int32_t fed = 0;
+      session.tap([&, g = g](LayerView& at) {
+        if (at.layer != 1) return;
+        const int64_t n = at.rows[0];
+        const Ragged keys = stored_keys(at);
+        for (int64_t kv = 0; kv < g; ++kv) {
+          auto& own = entries[size_t(kv)];
+          for (int32_t i = 0; i < n; ++i) own.push_back({fed + i, std::vector<double>(size_t(group), 0.0)});
+          std::vector<int32_t> positions;
+          for (const Entry& e : own) positions.push_back(e.position);
+          ASSERT_EQ(at.store->positions(kv), positions);
+          const int64_t m = int64_t(own.size());
+          for (int64_t member = 0; member < group; ++member)
+            for (int64_t i = 0; i < n; ++i) {
+              std::vector<double> p;
+              double total = 0;
+              for (int64_t j = 0; j <= m - n + i; ++j) {
+                double dot = 0;
+                for (int64_t c = 0; c < d; ++c)
+                  dot += double(at.q.values.at<float>(at.q.begin(kv * group + member) + i, c)) *
+                         double(keys.values.at<float>(keys.begin(kv) + j, c));
+                total += p.emplace_back(std::exp(10 * dot));
+              }
+              for (size_t j = 0; j < p.size(); ++j) own[j].paid[size_t(member)] += p[j] / total;
+            }
+          std::vector<int> kinds;
+          std::vector<double> sum;
+          Rows paid(static_cast<size_t>(group));
+          for (const Entry& e : own) {
+            kinds.push_back(info.token_classes[size_t(ids[size_t(e.position)])]);
+            sum.push_back(std::accumulate(e.paid.begin(), e.paid.end(), 0.0));
+            for (size_t member = 0; member < paid.size(); ++member) paid[member].push_back(e.paid[member]);
+          }
+          const auto levels = fastgen_levels(kinds, sum, length / 10, length / 10);
+          if (!at.decoding()) seen.insert(kind[size_t(kv)] = fastgen_kind(levels, paid, recovered));
+          std::vector<Entry> left;
+          for (size_t j = 0; j < own.size(); ++j)
+            if (levels[j] <= kind[size_t(kv)]) left.push_back(own[j]);
+          own = left;
+        }
+        fed += int32_t(n);
+      });
+      session.prefill(std::span(ids).first(size_t(length)));
+      for (int64_t i = length; i < int64_t(ids.size()); ++i) session.decode(ids[size_t(i)]);
+      EXPECT_EQ(fed, length + 12);
+    }
+  EXPECT_GE(seen.size(), 4u);
 }
 
 }  // namespace

@@ -270,6 +270,8 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "ov-evict(budget=12,block=4,sinks=4,recent=4)",
                              "lu-kv(knorm(budget=10),lost=[0.8,0.9,0.5,0.7,1,0.3,0.9,0.6])",
                              "kvcompose(budget=0.2)",
+                             "fastgen(recovered=0.2,frequent=0.2,local=0.1)",
+                             "fastgen(recovered=0.2,frequent=0.2,local=0.1)",
                              "kvcompose(budget=0.2,structured=false,norm=true)",
                              "lserve(budget=16,page=8,part=4,streaming=[1,4],sinks=2,local=9,recent=6)",
                              "self-extend(group=3,window=8)",
