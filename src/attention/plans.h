@@ -29,8 +29,8 @@ Plan tokens_plan(Queue&, Plan::Scope, int q_tile, Tensor index, Tensor count, in
 struct KeyRange {
   Num begin, end;
 };
-/// An Interval plan of up to two ranges in each of its `rows` rows; empty ones are left out, and the second of two begins no
-/// earlier than the first one ends.
+/// An Interval plan of up to two ranges in each of its `rows` rows; empty ones are left out, and the second of two
+/// begins no earlier than the first one ends.
 Plan ranges_plan(Queue&, Plan::Scope, int q_tile, int64_t rows, const KeyRange& first, const KeyRange& second = {0, 0});
 
 /// Calls visit(query row of the segment, first key, past-the-last key) for everything that query head `head` of sequence

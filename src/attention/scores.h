@@ -59,11 +59,12 @@ Ragged over_runs(const LayerView&, const Ragged& runs, Spread::Of of);
 /// (Feng et al., 2025). What a norm behind the output matrix does to it is left out.
 Ragged output_norms(const LayerView&);
 
-/// For every row t of a segment of `like`, the sum of the rows i of that segment of x (end to end from row 0) with to[i] = t;
-/// rows whose number is negative or past the end are in no sum. to: I32, as x's rows. F32, laid out as `like`.
+/// For every row t of a segment of `like`, the sum of the rows i of that segment of x (end to end from row 0) with
+/// to[i] = t; rows whose number is negative or past the end are in no sum. to: I32, as x's rows. F32, laid out as
+/// `like`.
 Ragged sums_by(Queue&, const Ragged& x, const Tensor& to, const Ragged& like);
-/// For every row of a segment of `like` (end to end from row 0), the mean of the rows first … last − 1 of that segment of x,
-/// 0 of none; first and last are formulas of a row of `like`. F32, as `like`'s rows and of x's width.
+/// For every row of a segment of `like` (end to end from row 0), the mean of the rows first … last − 1 of that
+/// segment of x, 0 of none; first and last are formulas of a row of `like`. F32, as `like`'s rows and of x's width.
 Ragged range_means(Queue&, const Ragged& like, const Ragged& x, const Num& first, const Num& last);
 
 /// x without the first `rows` rows of every segment. No copy.

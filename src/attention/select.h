@@ -93,8 +93,8 @@ enum class Pool : uint8_t {
 /// the pool win, +∞ first. The sum over a pool is kept, up to its number of entries. Returns I32 [layers, segments].
 Tensor divide(const Allocation&, std::span<const Ragged> scores, Tensor counts, Pool pool);
 
-/// `even` (I32 [layers, segments]) with other counts for the layers that have no sliding window: what `share` makes of their
-/// scores and their rows of `even`.
+/// `even` (I32 [layers, segments]) with other counts for the layers that have no sliding window: what `share` makes
+/// of their scores and their rows of `even`.
 Tensor without_windows(const Allocation& a, const Tensor& even,
                        const std::function<Tensor(std::span<const Ragged> scores, const Tensor& granted)>& share);
 

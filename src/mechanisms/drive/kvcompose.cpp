@@ -6,11 +6,11 @@ namespace heed::mechanisms {
 
 namespace {
 
-// KVCompose (2025): behind the prompt the model reads it once more, and an entry is worth the most that any token of the
-// second reading pays it, in the mean over the group, together with its mean over the layer's heads. All heads of a layer
-// hold equally many entries, each its own: their sorted scores, averaged rank by rank, are one list for the layer, and
-// layers share one pool of these. The first layer's list is the largest of all, rank by rank. Layers with a sliding window
-// see nothing of the prompt then: they stay out of the pool and keep the newest.
+// KVCompose (2025): behind the prompt the model reads it once more, and an entry is worth the most that any token of
+// the second reading pays it, in the mean over the group, together with its mean over the layer's heads. All heads of
+// a layer hold equally many entries, each its own: their sorted scores, averaged rank by rank, are one list for the
+// layer, and layers share one pool of these. The first layer's list is the largest of all, rank by rank. Layers with
+// a sliding window see nothing of the prompt then: they stay out of the pool and keep the newest.
 struct KvCompose final : KeepPolicy {
   bool norm, structured;
 
@@ -95,8 +95,7 @@ Entry kvcompose() {
                              "2025, arXiv 2509.05165", 2025, Role::Keep | Role::Drive);
   e.equation =
       "a_j = mean over the group of max over rows of the prompt read again of P_j; s = a + mean over heads of a; "
-      "layers "
-      "share one pool of c_r = mean over heads of the r-th largest s";
+      "layers share one pool of c_r = mean over heads of the r-th largest s";
   e.needs = "the prompt read a second time";
   e.identity = "kvcompose(budget=1.0)";
   e.verified = {"identity", "formula", "model"};

@@ -9,10 +9,11 @@ namespace heed::mechanisms {
 
 namespace {
 
-// Self-Extend (Jin et al., 2024), in its exact form: keys within the window stand at their true distance, those beyond it at
-// positions divided by the group's size, so that no distance leaves the range that the model was trained for; one softmax
-// over both. In prompts the two parts are read apart and merged. (llama.cpp's form divides positions in place, once for
-// good.) Layers with a sliding window are left alone, and what others gather of attention is that of true distances.
+// Self-Extend (Jin et al., 2024), in its exact form: keys within the window stand at their true distance, those
+// beyond it at positions divided by the group's size, so that no distance leaves the range that the model was trained
+// for; one softmax over both. In prompts the two parts are read apart and merged. (llama.cpp's form divides positions
+// in place, once for good.) Layers with a sliding window are left alone, and what others gather of attention is that
+// of true distances.
 struct SelfExtend final : Mechanism {
   int group;
   int64_t window;

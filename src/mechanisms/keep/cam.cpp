@@ -8,10 +8,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// CaM (Zhang et al., 2024), as in kvpress: of what goes while decoding, the values of entries that decoded tokens paid much
-// are spread over the next entries that stay. Whether one is merged is drawn: with the share of what it was paid in what
-// the entries of its window were paid on average. All heads keep the same. Nothing is merged behind a prompt, whose own
-// queries do not count, so every entry that goes between cuts is a candidate.
+// CaM (Zhang et al., 2024), as in kvpress: of what goes while decoding, the values of entries that decoded tokens
+// paid much are spread over the next entries that stay. Whether one is merged is drawn: with the share of what it was
+// paid in what the entries of its window were paid on average. All heads keep the same. Nothing is merged behind a
+// prompt, whose own queries do not count, so every entry that goes between cuts is a candidate.
 struct Cam final : KeepWrapper {
   int window;
   int64_t seed;
@@ -97,9 +97,8 @@ Entry cam() {
   Entry e = entry<Cam>("cam", "CaM: Cache Merging for Memory-efficient LLMs Inference", "Zhang et al., 2024, ICML",
                        2024, uint8_t(Role::Keep));
   e.equation =
-      "an entry i that goes adds v_i / w to the next w entries that stay, with probability A_i / mean of their A; A = "
-      "Σ "
-      "over decoded tokens of P";
+      "an entry i that goes adds v_i / w to the next w entries that stay, with probability A_i / mean of their A; A"
+      " = Σ over decoded tokens of P";
   e.needs = "a keep policy inside that cuts while decoding: when=every(512)";
   e.identity = "cam(snapkv(budget=1.0))";
   e.verified = {"identity", "formula", "model"};

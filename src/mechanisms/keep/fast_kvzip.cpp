@@ -10,9 +10,9 @@ namespace heed::mechanisms {
 
 namespace {
 
-// Fast KVzip (Kim et al., 2026): a trained gate compares, in 16 channels, a token's key with 16 fixed ones by queries made
-// of the same token; the share it wins is what the entry is worth. The lowest go, over all layers and heads together. The
-// first entries and the latest 2 % always stay (4096 of a text of 32000 or more).
+// Fast KVzip (Kim et al., 2026): a trained gate compares, in 16 channels, a token's key with 16 fixed ones by queries
+// made of the same token; the share it wins is what the entry is worth. The lowest go, over all layers and heads
+// together. The first entries and the latest 2 % always stay (4096 of a text of 32000 or more).
 struct FastKVzip final : KeepPolicy {
   int sinks;
   Choice share;
@@ -91,9 +91,8 @@ Entry fast_kvzip() {
   Entry e = entry<FastKVzip>("fast-kvzip", "Fast KVzip: Efficient and Accurate LLM Inference with Gated KV Eviction",
                              "Kim et al., 2026, arXiv 2601.17668", 2026, uint8_t(Role::Keep));
   e.equation =
-      "s_j = mean over the group of 1 / (1 + Σ_f exp(q_j·(k_f − k_j) / 4 − b)), q, k = RMS norms of W x_j; keep the "
-      "best of "
-      "all layers and heads";
+      "s_j = mean over the group of 1 / (1 + Σ_f exp(q_j·(k_f − k_j) / 4 − b)), q, k = RMS norms of W x_j; keep the"
+      " best of all layers and heads";
   e.needs = "a trained gate for each layer and its hidden states: --input x=…, w_q=…, b_q=…, w_k=…, b=…, fixed_k=…";
   e.no_identity = "the gate is an input; with budget=1.0 it is dense";
   e.verified = {"formula"};

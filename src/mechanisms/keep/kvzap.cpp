@@ -6,9 +6,9 @@ namespace heed::mechanisms {
 
 namespace {
 
-// KVzap (Jegou, 2026): a small network tells from a token's hidden state alone what KVzip would find its entries worth, so
-// that nothing is repeated; dms(kvzap, threshold=…) cuts by it as the paper does. GELU is its tanh form, which differs from
-// the exact one by less than 5e-4.
+// KVzap (Jegou, 2026): a small network tells from a token's hidden state alone what KVzip would find its entries
+// worth, so that nothing is repeated; dms(kvzap, threshold=…) cuts by it as the paper does. GELU is its tanh form,
+// which differs from the exact one by less than 5e-4.
 struct KvZap final : KeepPolicy {
   static std::vector<ParamInfo> params() { return keep_params<KvZap>("0.3", "prompt"); }
 

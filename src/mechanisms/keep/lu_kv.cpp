@@ -10,9 +10,9 @@ namespace heed::mechanisms {
 
 namespace {
 
-// LU-KV (2026): what each head can do without is a matter of the model and the budget, measured once; a layer's heads lose
-// what the curve of the budget says, rounded so that the layer's total holds. The curve is given, its row for the budget
-// at hand alone. Entries of a head go by the inner score, expected-attention(eps=0.02) in the paper.
+// LU-KV (2026): what each head can do without is a matter of the model and the budget, measured once; a layer's heads
+// lose what the curve of the budget says, rounded so that the layer's total holds. The curve is given, its row for
+// the budget at hand alone. Entries of a head go by the inner score, expected-attention(eps=0.02) in the paper.
 struct LuKv final : KeepWrapper {
   NumberList lost;
   int sinks, recent;

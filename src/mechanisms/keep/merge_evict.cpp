@@ -7,9 +7,9 @@ namespace heed::mechanisms {
 
 namespace {
 
-// Merging on eviction, as in kvpress (after ToMe and D2O): the value of an entry that goes is blended into that of the
-// entry which stays and whose key is most alike; keys stay as they are. A further cut starts from the blended values.
-// No logit bias says that an entry stands for more than itself.
+// Merging on eviction, as in kvpress (after ToMe and D2O): the value of an entry that goes is blended into that of
+// the entry which stays and whose key is most alike; keys stay as they are. A further cut starts from the blended
+// values. No logit bias says that an entry stands for more than itself.
 struct MergeEvict final : KeepWrapper {
   double least, share;
 
@@ -85,8 +85,8 @@ Entry merge_evict() {
   Entry e = entry<MergeEvict>("merge-evict", "Merging on eviction, as in kvpress",
                               "kvpress 0.5, after Bolya et al., 2022", 2022, uint8_t(Role::Keep));
   e.equation =
-      "v_t ← (v_t + Σ u_i v_i) / (1 + Σ u_i) over entries i that go and are most like t; u_i = cos⁺ ‖v_i‖ / (‖v_i‖ + "
-      "‖v_t‖)";
+      "v_t ← (v_t + Σ u_i v_i) / (1 + Σ u_i) over entries i that go and are most like t; u_i = cos⁺ ‖v_i‖ / (‖v_i‖ "
+      "+ ‖v_t‖)";
   e.needs = "a keep policy inside";
   e.identity = "merge-evict(snapkv(budget=1.0))";
   e.verified = {"identity", "formula", "model"};

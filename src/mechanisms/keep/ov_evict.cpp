@@ -45,10 +45,11 @@ struct OvEvict : OvBlocks {
   }
 };
 
-// KVCrush (Jha et al., 2025), as in OpenVINO GenAI: a few of the blocks that would go stay after all, so that what stays
-// looks like what went. A block's entries are coded by whether they are in the better half, and blocks are taken evenly
-// along their order of distance from an anchor. They come on top of the budget, and a cut waits until a block more than
-// that is full (the engine cuts at the budget, and rescues none where fewer would go). The paper groups single tokens.
+// KVCrush (Jha et al., 2025), as in OpenVINO GenAI: a few of the blocks that would go stay after all, so that what
+// stays looks like what went. A block's entries are coded by whether they are in the better half, and blocks are
+// taken evenly along their order of distance from an anchor. They come on top of the budget, and a cut waits until a
+// block more than that is full (the engine cuts at the budget, and rescues none where fewer would go). The paper
+// groups single tokens.
 struct KvCrush final : OvEvict {
   int rescued;
   Choice anchor;
@@ -61,10 +62,6 @@ struct KvCrush final : OvEvict {
         param(&M::anchor, "anchor", {"random", "zeros", "ones", "mean", "alternating"}, 0,
               "the code that blocks are compared with; random: the same draws in every layer and step"),
     });
-  }
-
-  int64_t entries(const Budget& kept, const ModelInfo& model, int layer, int64_t length) const override {
-    return OvEvict::entries(kept, model, layer, length) + int64_t(rescued) * block;
   }
 
   Ragged score(LayerView& at) const override {
@@ -107,10 +104,7 @@ struct KvCrush final : OvEvict {
   }
 
  protected:
-  Num beside(const Num& length) const override {
-    const Num gone = floor_div(length, block) - int64_t(budget.amount) / block;
-    return pick(gone >= rescued, rescued * block, 0);
-  }
+  int beside() const override { return rescued * block; }
   Tensor anchors(Queue& queue) const {
     Random random(0);
     std::vector<float> bits;
@@ -142,8 +136,7 @@ Entry kvcrush() {
       "Jha et al., 2025, arXiv 2503.00022", 2025, uint8_t(Role::Keep));
   e.equation =
       "ov-evict; of the E blocks that go, by Hamming distance of their bits to an anchor, every ⌊E / b⌋-th of the "
-      "first "
-      "stays, b in all";
+      "first stays, b in all";
   e.needs = "two numbers beside each entry";
   e.identity = "kvcrush(budget=1000000000)";
   e.verified = {"identity", "formula", "model"};

@@ -12,10 +12,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// Flux Attention (2026): a small network looks at the first and the last queries of a prompt and decides for a layer, once,
-// whether it reads everything or sinks and a window; decoding goes on as decided. Queries are those before rotation: where q
-// is rotated they come as an input of their own. While decoding the window ends at the token itself, in a prompt it is of
-// whole blocks, as in the block-sparse kernels that the authors use.
+// Flux Attention (2026): a small network looks at the first and the last queries of a prompt and decides for a layer,
+// once, whether it reads everything or sinks and a window; decoding goes on as decided. Queries are those before
+// rotation: where q is rotated they come as an input of their own. While decoding the window ends at the token
+// itself, in a prompt it is of whole blocks, as in the block-sparse kernels that the authors use.
 struct FluxLayerRouter final : Mechanism {
   int pooled;
   int64_t block, sinks, window;

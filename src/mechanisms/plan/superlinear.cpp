@@ -9,10 +9,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// Superlinear attention (2026) in two steps: a query of its own looks at keys further and further apart, and around the
-// best of them the attention query reads a span as long as the gaps there are, so that spans together reach every key.
-// Each span is read on its own together with the latest keys, and what is read is mixed by the search's scores. Searching
-// and reading take O(√i) keys of each query i.
+// Superlinear attention (2026) in two steps: a query of its own looks at keys further and further apart, and around
+// the best of them the attention query reads a span as long as the gaps there are, so that spans together reach every
+// key. Each span is read on its own together with the latest keys, and what is read is mixed by the search's scores.
+// Searching and reading take O(√i) keys of each query i.
 struct Superlinear final : Mechanism {
   int spans, window;
   double back, ahead;

@@ -10,10 +10,10 @@ namespace heed::mechanisms {
 
 namespace {
 
-// LServe (Yang et al., 2025): streaming heads read sinks and the latest keys, in prompts and while decoding (rounded outward
-// to pages there); the others are dense in prompts and read whole pages while decoding. A page is worth the most that any
-// of its parts can score, and a choice holds for a few tokens; a page born since is read too. Which heads stream is given
-// (DuoAttention's gates; the paper takes half of them), and how keys are quantised is left out.
+// LServe (Yang et al., 2025): streaming heads read sinks and the latest keys, in prompts and while decoding (rounded
+// outward to pages there); the others are dense in prompts and read whole pages while decoding. A page is worth the
+// most that any of its parts can score, and a choice holds for a few tokens; a page born since is read too. Which
+// heads stream is given (DuoAttention's gates; the paper takes half of them), and how keys are quantised is left out.
 struct LServe final : Mechanism {
   Range streaming;
   Budget budget;
@@ -111,8 +111,8 @@ Entry lserve() {
   Entry e = entry<LServe>("lserve", "LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention",
                           "Yang et al., 2025, arXiv 2502.14866", 2025, Role::Plan | Role::Read);
   e.equation =
-      "streaming heads: j < s or i − j < w; others, every 4 tokens: the top pages of 64 by max over parts of 16 of Σ_c "
-      "max(q_c min_c, q_c max_c)";
+      "streaming heads: j < s or i − j < w; others, every 4 tokens: the top pages of 64 by max over parts of 16 of "
+      "Σ_c max(q_c min_c, q_c max_c)";
   e.needs = "which heads stream (streaming=); bounds of every 16 keys, a flag beside each entry for each query head";
   e.identity = "lserve(budget=1.0)";
   e.verified = {"identity", "formula", "model"};
