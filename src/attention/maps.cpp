@@ -37,7 +37,7 @@ Ragged rows_between(Queue& queue, const Ragged& x, int64_t first, int64_t last) 
 }
 
 Ragged picked_rows(Queue& queue, const Ragged& x, const Num& row, Ragged like) {
-  const Tensor numbers = queue.scratch.take(Dtype::I32, {like.bound});
+  const Tensor numbers = compute(queue, Dtype::I32, {like.bound}, 0);  // also where no segment lies
   compute(queue, like, row, numbers);
   like.values = queue.scratch.take(Dtype::F32, {like.bound, x.values.size[1]});
   queue.run->embed(queue, x.values, numbers, 1, like.values);

@@ -30,6 +30,9 @@ constexpr uint8_t operator|(Role a, Role b) { return uint8_t(uint8_t(a) | uint8_
 constexpr uint8_t operator|(uint8_t a, Role b) { return uint8_t(a | uint8_t(b)); }
 constexpr bool has(uint8_t roles, Role role) { return (roles & uint8_t(role)) != 0; }
 
+/// What a token is to policies that keep some for what they are. Punctuation is that of ASCII, alone or with spaces.
+enum class TokenClass : uint8_t { Text, Punctuation, Control };
+
 /// The shape of a model, as far as attention is concerned.
 struct ModelInfo {
   std::string architecture;
@@ -38,12 +41,13 @@ struct ModelInfo {
   int d = 0, d_v = 0;
   int hidden = 0;
   int vocabulary = 0;
-  int64_t context = 0;             // tokens it was trained for; 0: unknown
-  std::vector<int64_t> windows;    // for each layer: its sliding window, 0 for none; empty: none anywhere
-  std::vector<const Rope*> ropes;  // for each layer; empty or null: no rotary embedding
-  float scale = 0;                 // of the logits; 0: 1/√d
-  float softcap = 0;               // of the logits; 0: none
-  uint64_t hash = 0;               // of the weights file, for calibrations
+  int64_t context = 0;                 // tokens it was trained for; 0: unknown
+  std::vector<int64_t> windows;        // for each layer: its sliding window, 0 for none; empty: none anywhere
+  std::vector<const Rope*> ropes;      // for each layer; empty or null: no rotary embedding
+  float scale = 0;                     // of the logits; 0: 1/√d
+  float softcap = 0;                   // of the logits; 0: none
+  uint64_t hash = 0;                   // of the weights file, for calibrations
+  std::vector<uint8_t> token_classes;  // TokenClass of every token of the vocabulary; empty: unknown
 
   int group() const { return h / g; }
   int64_t window(int layer) const { return windows.empty() ? 0 : windows[size_t(layer)]; }
@@ -95,6 +99,7 @@ class LayerView {
   Plan plan;        // after attention of a Prompt, Chunk or Replay: the plan that ran; before it: dense, causal or not
   Read read;        // after attention of a Decode: what was read
   Tensor out, lse;  // after attention: F32, as q's rows
+  Tensor ids;       // I32 [new tokens], as `first` counts them; `heed apply` has none
   Tensor hidden;    // F32 [new tokens, hidden]: the residual stream before this layer; `heed apply` has none
   Tensor output_matrix;         // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
   LayerStore* store = nullptr;  // the new entries are in it

@@ -7,6 +7,21 @@
 
 namespace heed {
 
+Plan ranges_plan(Queue& queue, Plan::Scope scope, int q_tile, int64_t rows, const KeyRange& first, const KeyRange& second) {
+  const auto kept = [&](const Num& what) { return compute(queue, Dtype::I32, {rows}, what); };
+  const Tensor begin = kept(first.begin), end = kept(first.end), next = kept(second.begin), last = kept(second.end);
+  const auto there = [&](const Num& row) { return load(begin, row) < load(end, row); };
+  const Num row = floor_div(place(), 2);
+  Plan plan;
+  plan.form = Plan::Form::Interval, plan.scope = scope, plan.q_tile = q_tile, plan.nnz_bound = 2 * rows;
+  plan.rowptr = compute(queue, Dtype::I64, {rows + 1}, 2 * index());
+  plan.count = kept(there(index()) + (load(next, index()) < load(last, index())));
+  plan.index = compute(queue, Dtype::I32, {2 * rows, 2},
+                       pick(mod(place(), 2) == 0 && there(row), pick(channel() == 0, load(begin, row), load(end, row)),
+                            pick(channel() == 0, load(next, row), load(last, row))));
+  return plan;
+}
+
 void each_interval(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods, int64_t s, int64_t head_number,
                    const std::function<void(int64_t, int64_t, int64_t)>& visit) {
   const PlanRows rows(plan, q, k.heads);

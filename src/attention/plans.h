@@ -25,6 +25,14 @@ Plan blocks_plan(Queue&, Plan::Scope, int q_tile, int k_tile, Tensor index, Tens
 /// A Tokens plan, likewise.
 Plan tokens_plan(Queue&, Plan::Scope, int q_tile, Tensor index, Tensor count, int64_t capacity);
 
+/// Keys begin … end − 1 of a plan's row: formulas of index(), the row. Empty where they do not ascend.
+struct KeyRange {
+  Num begin, end;
+};
+/// An Interval plan of up to two ranges in each of its `rows` rows; empty ones are left out, and the second of two
+/// begins no earlier than the first one ends.
+Plan ranges_plan(Queue&, Plan::Scope, int q_tile, int64_t rows, const KeyRange& first, const KeyRange& second = {0, 0});
+
 /// Calls visit(query row of the segment, first key, past-the-last key) for everything that query head `head` of sequence
 /// `s` reads under plan, causality, window and until: the plan as a set, for pictures and exports.
 void each_interval(const Plan&, const Ragged& q, const Ragged& k, const Mods&, int64_t s, int64_t head,

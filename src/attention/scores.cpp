@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention/plans.h"
 #include "attention/rotation.h"
 #include "attention/select.h"
 
@@ -57,6 +58,11 @@ Ragged stored_values(const LayerView& at) {
   values.values = values.values.reshape({values.bound, at.store->shape().d_v});
   at.run().page_read(at.queue, at.store->pages(), nullptr, {}, values, {});
   return values;
+}
+
+void set_values(const LayerView& at, const Ragged& values) {
+  at.store->rewrite(at.queue, compute(at.queue, Dtype::I32, {values.segments()}, 0), kept_keys(at), values,
+                    entry_positions(at));
 }
 
 Ragged stored_positions(const LayerView& at) {
@@ -249,6 +255,41 @@ Ragged output_norms(const LayerView& at) {
   return out;
 }
 
+Ragged sums_by(Queue& queue, const Ragged& x, const Tensor& to, const Ragged& like) {
+  // The gradient of picked rows: each picks one value with weight 1, e^(0 − 0).
+  const int64_t rows = x.values.size[0], places = like.values.size[0], w = width(x);
+  const auto zeros = [&](int64_t n, int64_t columns) { return compute(queue, Dtype::F32, {n, columns}, 0); };
+  Ragged q = x, k = like, v = like, out = like;
+  q.heads = k.heads = v.heads = 1;  // segments of a sequence may be unequally long
+  q.values = zeros(rows, 1), k.values = zeros(places, 1), v.values = zeros(places, w);
+  Plan picks = tokens_plan(queue, Plan::Scope::QueryHead, 1, to,
+                           compute(queue, Dtype::I32, {rows}, load(to, index()) >= 0), 1);
+  picks.causal = false;
+  out.values = queue.scratch.take(Dtype::F32, {places, w});
+  const Tensor d_q = queue.scratch.take(Dtype::F32, {rows, 1}), d_k = queue.scratch.take(Dtype::F32, {places, 1});
+  queue.run->attend_backward(queue, q, k, v, picks, {}, zeros(rows, w), compute(queue, Dtype::F32, {rows}, 0),
+                             x.values.reshape({rows, w}), d_q, d_k, out.values, {}, {});
+  if (x.values.rank == 1) out.values = out.values.reshape({places});
+  return out;
+}
+
+Ragged range_means(Queue& queue, const Ragged& like, const Ragged& x, const Num& first, const Num& last) {
+  // Attention that weighs all it sees alike.
+  const int64_t rows = like.values.size[0], count = x.values.size[0], w = width(x);
+  Ragged q = like, k = x, v = x, out = like;
+  q.heads = k.heads = v.heads = 1;
+  q.values = compute(queue, Dtype::F32, {rows, 1}, 0), k.values = compute(queue, Dtype::F32, {count, 1}, 0);
+  v.values = x.values.reshape({count, w});
+  const Tensor begins = queue.scratch.take(Dtype::I32, {rows}), ends = queue.scratch.take(Dtype::I32, {rows});
+  compute(queue, q, first, begins), compute(queue, q, last, ends);
+  Plan ranges = ranges_plan(queue, Plan::Scope::QueryHead, 1, rows, {load(begins, index()), load(ends, index())});
+  ranges.causal = false;
+  out.values = queue.scratch.take(Dtype::F32, {rows, w});
+  queue.run->attend(queue, q, k, v, ranges, {}, out.values, {});
+  if (x.values.rank == 1) out.values = out.values.reshape({rows});
+  return out;
+}
+
 Ragged without_first(Queue& queue, const Ragged& x, int64_t rows) {
   Ragged out = x;
   const int64_t all = x.segments();
@@ -283,6 +324,12 @@ Tensor passing(const Allocation& a, float least) {
     a.queue.run->select(a.queue, scores, best, capacity, index, counts.select(0, l));
   }
   return counts;
+}
+
+Ragged newest_seen(const LayerView& at) {
+  const Ragged age = at.per_entry();
+  compute(at.queue, age, pick(place() < length() - at.model.window(at.layer), -kInfinity, place()), age.values);
+  return age;
 }
 
 Ragged by_age(const LayerView& at, int64_t sinks) { return force(at.queue, stored_positions(at), sinks, 0); }

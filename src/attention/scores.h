@@ -15,6 +15,9 @@ Ragged plain_keys(const LayerView&);
 /// The keys as the store keeps them, rotated or not.
 Ragged kept_keys(const LayerView&);
 
+/// Values of all entries, laid out as stored_values gives them, in the place of theirs.
+void set_values(const LayerView&, const Ragged& values);
+
 /// x and y, element by element (kernels.h, Combine); without y, x and 1. y may be a number for each row of a wider x.
 Ragged combine(Queue&, const Ragged& x, Combine, float factor = 1);
 Ragged combine(Queue&, const Ragged& x, const Ragged& y, Combine, float factor = 1);
@@ -56,6 +59,14 @@ Ragged over_runs(const LayerView&, const Ragged& runs, Spread::Of of);
 /// (Feng et al., 2025). What a norm behind the output matrix does to it is left out.
 Ragged output_norms(const LayerView&);
 
+/// For every row t of a segment of `like`, the sum of the rows i of that segment of x (end to end from row 0) with
+/// to[i] = t; rows whose number is negative or past the end are in no sum. to: I32, as x's rows. F32, laid out as
+/// `like`.
+Ragged sums_by(Queue&, const Ragged& x, const Tensor& to, const Ragged& like);
+/// For every row of a segment of `like` (end to end from row 0), the mean of the rows first … last − 1 of that
+/// segment of x, 0 of none; first and last are formulas of a row of `like`. F32, as `like`'s rows and of x's width.
+Ragged range_means(Queue&, const Ragged& like, const Ragged& x, const Num& first, const Num& last);
+
 /// x without the first `rows` rows of every segment. No copy.
 Ragged without_first(Queue&, const Ragged& x, int64_t rows);
 /// The query heads that come `member`-th in their groups, as a ragged of one segment for each KV head. No copy.
@@ -63,6 +74,9 @@ Ragged members(Queue&, const Ragged& q, int64_t group, int64_t member);
 
 /// How many entries of each (layer, segment) score `least` or more: I32 [layers, segments].
 Tensor passing(const Allocation&, float least);
+
+/// Of a layer with a sliding window: the later the better, −∞ for entries that the window has left.
+Ragged newest_seen(const LayerView&);
 
 /// Whose keys stay for their place: the first `sinks` first, then the later the better.
 Ragged by_age(const LayerView&, int64_t sinks);

@@ -61,6 +61,13 @@ Ragged by_query_head(Queue& queue, const Ragged& columns, int64_t group) {
   return out;
 }
 
+Ragged of_blocks(Queue& queue, const Ragged& x, int64_t block) {
+  const Ragged out = numbers(queue, x.segments(), ceil_div(length_of(x, index()), block), x.heads,
+                             x.bound / block + x.segments());
+  compute(queue, out, load(x.values, begin_of(x, segment()) + place() * block), out.values);
+  return out;
+}
+
 Grids grids(Queue& queue, int64_t heads, int64_t rows, int64_t cols) {
   Grids out;
   out.cells.heads = heads, out.cells.bound = heads * rows * cols;
@@ -211,6 +218,20 @@ Tensor divide(const Allocation& a, std::span<const Ragged> scores, Tensor counts
     compute(queue, load(before, member) - others, out.select(0, l));
   }
   return out;
+}
+
+Tensor without_windows(const Allocation& a, const Tensor& even,
+                       const std::function<Tensor(std::span<const Ragged>, const Tensor&)>& share) {
+  std::vector<Ragged> scores;
+  std::vector<int64_t> which;
+  for (int64_t l = 0; l < even.size[0]; ++l)
+    if (a.model.window(a.first_layer + int(l)) == 0) scores.push_back(a.scores[size_t(l)]), which.push_back(l);
+  if (which.empty()) return even;
+  const Tensor granted = a.queue.scratch.take(Dtype::I32, {int64_t(which.size()), even.size[1]});
+  for (size_t i = 0; i < which.size(); ++i) a.queue.move(even.select(0, which[i]), granted.select(0, int64_t(i)));
+  const Tensor won = share(scores, granted);
+  for (size_t i = 0; i < which.size(); ++i) a.queue.move(won.select(0, int64_t(i)), even.select(0, which[i]));
+  return even;
 }
 
 void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&)>& visit) {

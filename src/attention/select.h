@@ -26,6 +26,9 @@ Ragged numbers(Queue&, int64_t segments, const Num& lengths, int64_t heads, int6
 /// Numbers beside the entries of KV heads, [entries, group] (Observe::Heads::Each), as one run for each query head.
 Ragged by_query_head(Queue&, const Ragged& columns, int64_t group);
 
+/// The first number of every `block` of them in each segment: ⌈length / block⌉, of blocks that share theirs.
+Ragged of_blocks(Queue&, const Ragged& x, int64_t block);
+
 /// A number for each sequence, seen by the segment s of which sequence s / heads is one: a formula.
 Num of_sequence(Queue&, std::span<const int64_t> numbers, const Num& s, int64_t heads);
 
@@ -89,6 +92,11 @@ enum class Pool : uint8_t {
 /// Divides between the members of a pool what `counts` (I32 [layers, segments]) grants them together: the best scores of
 /// the pool win, +∞ first. The sum over a pool is kept, up to its number of entries. Returns I32 [layers, segments].
 Tensor divide(const Allocation&, std::span<const Ragged> scores, Tensor counts, Pool pool);
+
+/// `even` (I32 [layers, segments]) with other counts for the layers that have no sliding window: what `share` makes
+/// of their scores and their rows of `even`.
+Tensor without_windows(const Allocation& a, const Tensor& even,
+                       const std::function<Tensor(std::span<const Ragged> scores, const Tensor& granted)>& share);
 
 /// One KV head of one sequence with the query heads that read it. Planners score slice by slice, which bounds scratch.
 struct Slice {

@@ -2,12 +2,14 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 
 namespace heed {
 
 /// SplitMix64 over (seed, counter): statistically sound for tests, sampling and synthetic data; not cryptographic.
 class Random {
  public:
+  /// Seeds that differ by little give streams that are each other's, a few numbers on: mixed() keeps them apart.
   explicit Random(uint64_t seed = 0) : state_(seed * 0x9e3779b97f4a7c15ull + 0x853c49e6748fea9bull) {}
   uint64_t next() {
     uint64_t z = (state_ += 0x9e3779b97f4a7c15ull);
@@ -28,5 +30,12 @@ class Random {
  private:
   uint64_t state_;
 };
+
+/// A seed made of several numbers, whose order counts.
+inline uint64_t mixed(std::initializer_list<uint64_t> numbers) {
+  uint64_t seed = 0;
+  for (uint64_t x : numbers) seed = Random(seed ^ Random(x).next()).next();
+  return seed;
+}
 
 }  // namespace heed

@@ -1,6 +1,7 @@
 #include "model/model.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <optional>
 
@@ -12,6 +13,21 @@ namespace {
 constexpr const char* kKnown = "llama, qwen2, qwen3, gemma3";
 
 std::string layer_name(int layer, const char* what) { return "blk." + std::to_string(layer) + "." + what; }
+
+std::vector<uint8_t> token_classes(const Tokenizer& tokenizer, int vocabulary) {
+  std::vector<uint8_t> out;
+  for (int32_t id = 0; id < vocabulary; ++id) {
+    bool punctuation = false, other = false;
+    for (const char c : tokenizer.piece(id)) {
+      const auto byte = static_cast<unsigned char>(c);
+      punctuation |= byte < 128 && std::ispunct(byte), other |= byte >= 128 || std::isalnum(byte);
+    }
+    out.push_back(uint8_t(tokenizer.is_control(id) ? TokenClass::Control
+                          : punctuation && !other  ? TokenClass::Punctuation
+                                                   : TokenClass::Text));
+  }
+  return out;
+}
 
 Buffer rope_table(int dims, double base, double scale, const Tensor& factors) {
   Buffer table(Dtype::F32, {dims / 2});
@@ -157,7 +173,10 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
   for (const Gguf::Entry& entry : file.tensors()) model->bytes_ += entry.tensor.bytes();
   // Files without a vocabulary say "none"; they run on token numbers.
   const std::string_view vocabulary = value_or_throw(file.string("tokenizer.ggml.model", "none"));
-  if (vocabulary != "none" && vocabulary != "no_vocab") model->tokenizer_ = value_or_throw(Tokenizer::from(file));
+  if (vocabulary != "none" && vocabulary != "no_vocab") {
+    model->tokenizer_ = value_or_throw(Tokenizer::from(file));
+    m.token_classes = token_classes(*model->tokenizer_, m.vocabulary);
+  }
   return model;
 } catch (const Error& error) { return tl::unexpected(error.failure()); }
 

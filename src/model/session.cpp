@@ -347,7 +347,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   view.enter(step);
   view.prompt = prompt, view.store = &entries, view.stores = store.get();
   view.rows = batch.count, view.first = batch.first;
-  view.hidden = x, view.output_matrix = w.o;
+  view.ids = batch.ids, view.hidden = x, view.output_matrix = w.o;
   view.read.rope = m.rope(l), view.read.positions = positions;
   view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);
 

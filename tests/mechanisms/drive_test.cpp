@@ -87,6 +87,9 @@ class FakeRun final : public Run {
       for (int64_t kv = 0; kv < shape_.g; ++kv) kept.push_back(store_->layer(l).positions(kv));
   }
 
+  /// Keys and values of the prompt.
+  const Case& prompt(int l) const { return prompt_[size_t(l)]; }
+
   std::vector<std::vector<int32_t>> requests, kept;
   std::vector<Feed> feeds;
 
@@ -164,6 +167,62 @@ TEST_P(Drives, KvZipKeepsWhatRepeatingLooksAt) {
         expected[first + size_t(i / length)].push_back(int32_t(i % length));
     }
     EXPECT_EQ(run.kept, expected) << share;
+  }
+}
+
+TEST_P(Drives, KvComposeKeepsWhatASecondReadingLooksAt) {
+  const int64_t length = 100, g = GetParam().g, group = GetParam().h / g;
+  for (const auto& [spec, norm, structured, budget] : {std::tuple{"kvcompose(budget=0.3)", false, true, 0.3},
+                                                       {"kvcompose(budget=0.2,norm=true)", true, true, 0.2},
+                                                       {"kvcompose(budget=0.3,structured=false)", false, false, 0.3},
+                                                       {"kvcompose(budget=1.0)", false, true, 1.0}}) {
+    const FakeRun run(GetParam(), spec, length);
+    ASSERT_EQ(run.requests.size(), 1u);
+    EXPECT_EQ(run.requests[0], all_of(length));
+    std::vector<std::vector<double>> score;  // [layer · g]
+    std::vector<double> pool, composite;
+    for (int l = 0; l < FakeRun::kLayers; ++l) {
+      const Case& c = run.feeds[0].layers[size_t(l)];
+      std::vector<double> mean(size_t(length), 0.0);
+      for (int64_t kv = 0; kv < g; ++kv) {
+        auto& own = score.emplace_back(size_t(length), 0.0);
+        for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
+          std::vector<double> most(size_t(length), 0.0);
+          for (int64_t i = 0; i < length; ++i) {
+            const auto p = c.causal(head, i);
+            for (size_t j = 0; j < most.size(); ++j) most[j] = std::max(most[j], p[j]);
+          }
+          for (size_t j = 0; j < most.size(); ++j) own[j] += most[j] / double(group);
+        }
+        for (int64_t j = 0; j < length && norm; ++j) own[size_t(j)] *= test::norm(run.prompt(l).v, kv, j);
+        for (size_t j = 0; j < mean.size(); ++j) mean[j] += own[j] / double(g);
+      }
+      std::vector<double> ranked(size_t(length), 0.0);
+      for (int64_t kv = 0; kv < g; ++kv) {
+        auto& own = score[size_t(l * g + kv)];
+        for (size_t j = 0; j < mean.size(); ++j) own[j] += mean[j];
+        pool.insert(pool.end(), own.begin(), own.end());
+        std::vector<double> sorted = own;
+        std::sort(sorted.rbegin(), sorted.rend());
+        for (size_t r = 0; r < sorted.size(); ++r) ranked[r] += sorted[r] / double(g);
+      }
+      composite.insert(composite.end(), ranked.begin(), ranked.end());
+    }
+    for (size_t i = size_t(length); i < composite.size(); ++i)
+      composite[i % size_t(length)] = std::max(composite[i % size_t(length)], composite[i]);
+    const int64_t each = int64_t(budget * double(length) + 1e-9);
+    std::vector<int64_t> count(score.size(), 0);
+    if (structured) {
+      for (int32_t i : top(composite, each * FakeRun::kLayers))
+        for (int64_t kv = 0; kv < g; ++kv) ++count[size_t(i / length * g + kv)];
+    } else {
+      for (int32_t i : top(pool, each * int64_t(score.size()))) ++count[size_t(i / length)];
+    }
+    for (size_t s = 0; s < score.size(); ++s) {
+      EXPECT_EQ(run.kept[s], top(score[s], count[s])) << spec << " head " << s;
+      if (structured) { EXPECT_EQ(run.kept[s].size(), run.kept[s / size_t(g) * size_t(g)].size()); }
+    }
+    if (structured) { EXPECT_GE(run.kept[0].size(), run.kept.back().size()); }
   }
 }
 

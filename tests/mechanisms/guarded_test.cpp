@@ -74,6 +74,20 @@ const std::vector<std::string> kSpecs = {
     "squeeze-attention(snapkv(budget=16,window=4))",
     "think(share=0.7,window=4,heads=1)",
     "ov-evict(budget=12,block=4,sinks=4,recent=4)",
+    "lu-kv(knorm(budget=10),lost=[0.8,0.9,0.5,0.7,1,0.3,0.9,0.6])",
+    "kvcompose(budget=0.2)",
+    "fastgen(recovered=0.2,frequent=0.2,local=0.1)",
+    "kvcompose(budget=0.2,structured=false,norm=true)",
+    "lserve(budget=16,page=8,part=4,streaming=[1,4],sinks=2,local=9,recent=6)",
+    "lserve(budget=16,page=4,part=2,every=3)+h2o(budget=30)",
+    "self-extend(group=3,window=8)",
+    "snapkv(budget=30,window=4)+self-extend(group=3,window=8)",
+    "kvcrush(budget=12,block=4,sinks=4,recent=4,rescued=2)",
+    "kvcrush(budget=12,block=3,sinks=3,recent=3,rescued=2,anchor=mean)",
+    "merge-evict(snapkv(budget=16,window=4))",
+    "merge-evict(adakv(h2o(budget=10)),least=0.2,share=0.5)",
+    "cam(knorm(budget=12,when=every(2)),window=4)",
+    "critical-ada(snapkv(budget=16,window=4))",
     "adaptive-rkv(budget=12,block=4,sinks=4,recent=4,mass=0.5)",
     "trimmed-llama(budget=0.1)",
     "caote(h2o(budget=10))",
@@ -293,7 +307,7 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
     const char* const differ[] = {"tidal",    "recycled", "omnikv",          "kivi",      "r-kv",
                                   "spatten",  "shadowkv", "double-sparsity", "clusterkv", "pqcache",
                                   "hylra",    "lychee",   "long-heads",      "loki",      "retrieval",
-                                  "magicpig", "squeezed", "forcing-kv"};
+                                  "magicpig", "squeezed", "forcing-kv",      "cam(",      "lserve"};
     const bool differs = std::any_of(std::begin(differ), std::end(differ),
                                      [&](const char* name) { return spec.starts_with(name); });
     if (!differs) { EXPECT_GE(replays() - before, 20); }

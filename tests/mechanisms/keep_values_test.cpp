@@ -44,10 +44,11 @@ TEST_P(KeepValues, IdentityKeepsAll) {
   for (const Shape s : {shape(97, 97), shape(1, 1), shape(5, 130)}) {
     const WithOutput c(s);
     for (const char* spec :
-         {"criticalkv(snapkv(budget=1.0))", "defensivekv(budget=1.0)", "leverage(budget=1.0)", "compactor(budget=1.0)",
-          "finch(budget=1.0)", "rerotate(snapkv(budget=1.0))", "cake(budget=1.0)", "capkv(budget=1.0)", "zipvl(tau=1)",
-          "chunk-local(knorm(budget=1.0),chunk=16)", "moa(alpha=[100000])", "spatten(budget=1.0)", "r-kv(budget=1.0)",
-          "razor-attention", "razor-attention(recent=1,share=1)"}) {
+         {"criticalkv(snapkv(budget=1.0))", "critical-ada(snapkv(budget=1.0))", "defensivekv(budget=1.0)",
+          "leverage(budget=1.0)", "compactor(budget=1.0)", "finch(budget=1.0)", "rerotate(snapkv(budget=1.0))",
+          "cake(budget=1.0)", "capkv(budget=1.0)", "zipvl(tau=1)", "chunk-local(knorm(budget=1.0),chunk=16)",
+          "moa(alpha=[100000])", "spatten(budget=1.0)", "r-kv(budget=1.0)", "razor-attention",
+          "razor-attention(recent=1,share=1)"}) {
       const ApplyOutput out = c.run_with(spec, backend());
       EXPECT_LT(c.dense_error(out), kExact) << spec;
       EXPECT_LT(kept_error(c, out), kExact) << spec;
@@ -211,10 +212,14 @@ TEST_P(KeepValues, CriticalKvAroundAdaKvDividesFirst) {
   }
   std::vector<int64_t> counts(size_t(g), 0);
   for (int32_t i : top(pool, g * budget)) ++counts[size_t(i / m)];
-  const auto held = c.kept_with("criticalkv(adakv(snapkv(budget=30,window=8),port=true))", backend());
-  for (int64_t kv = 0; kv < g; ++kv)
-    expect_top(held[size_t(kv)], two_stages(c, kv, base[size_t(kv)], counts[size_t(kv)], 0.5), counts[size_t(kv)],
-               "critical-ada");
+  for (const char* spec :
+       {"criticalkv(adakv(snapkv(budget=30,window=8),port=true))", "critical-ada(snapkv(budget=30,window=8))"}) {
+    const auto held = c.kept_with(spec, backend());
+    for (int64_t kv = 0; kv < g; ++kv)
+      expect_top(held[size_t(kv)], two_stages(c, kv, base[size_t(kv)], counts[size_t(kv)], 0.5), counts[size_t(kv)], spec);
+  }
+  EXPECT_EQ(c.kept_with("critical-ada(snapkv(budget=30,window=8),alpha=1,first=1)", backend()),
+            c.kept_with("snapkv(budget=30,window=8)", backend()));
 }
 
 TEST_P(KeepValues, CriticalKvNamesTheMatrixItNeeds) {

@@ -74,6 +74,22 @@ std::shared_ptr<const Model> RealModel::model_;
 std::vector<std::vector<double>> RealModel::dense_;
 class RealModelIdentity : public RealModel {};
 
+TEST(RealModelTokens, HaveClasses) {
+  const std::string path = std::string(HEED_MODELS) + "/smollm2-135m.gguf";
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << "models/smollm2-135m.gguf is not there";
+  const auto model = value_or_throw(Model::load(path));
+  const ModelInfo& info = model->info();
+  ASSERT_EQ(int(info.token_classes.size()), info.vocabulary);
+  const auto kind = [&](const char* text) {
+    const auto ids = model->tokenizer()->encode(text, {.special = true});
+    EXPECT_EQ(ids.size(), 1u) << text;
+    return TokenClass(info.token_classes[size_t(ids[0])]);
+  };
+  for (const char* text : {".", ",", " (", "..."}) EXPECT_EQ(kind(text), TokenClass::Punctuation) << text;
+  for (const char* text : {" the", "a", "7", "\n", " "}) EXPECT_EQ(kind(text), TokenClass::Text) << text;
+  for (const char* text : {"<|im_end|>", "<|im_start|>"}) EXPECT_EQ(kind(text), TokenClass::Control) << text;
+}
+
 std::string test_name(const testing::TestParamInfo<std::string>& info) {
   std::string name = info.param;
   for (char& c : name)
@@ -102,19 +118,24 @@ TEST_P(RealModel, AThirdOfTheTextKeepsMostOfThePrediction) {
 INSTANTIATE_TEST_SUITE_P(
     Specs, RealModel,
     testing::Values(
-        "streaming-llm(budget=96)", "snapkv(budget=0.33)", "pyramidkv(budget=0.33,beta=2)", "adakv(snapkv(budget=0.33))",
-        "h2o(budget=0.33)", "tova(budget=0.33)", "knorm(budget=0.33)", "quest(budget=0.33)", "tidal-decode(budget=0.33)",
-        "xattention(block=16,threshold=0.9)", "moba(block=16,topk=6)", "flexprefill(block=16,min_budget=64)",
-        "kivi(residual=64)", "kvzip(budget=0.33,chunk=128)", "act(heads=0)", "a2sf(budget=0.33)",
-        "observed-attention(budget=0.33)", "keydiff(budget=0.33)", "cur(budget=0.33)", "lagkv(budget=0.5,lag=32)",
-        "noncausal(budget=0.33,tile=64)", "expected-attention(budget=0.33)", "random(budget=0.5,sinks=4)",
-        "duo-attention(sinks=4,recent=64,heads=[0,2])", "simlayerkv(recent=64,threshold=0.5)",
-        "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))", "entropy-chunk(snapkv(budget=0.33))",
-        "squeeze-attention(snapkv(budget=0.33),share=0.8)", "think(share=0.4)", "trimmed-llama(budget=0.5)",
-        "ov-evict(budget=96,block=16,sinks=16,recent=32)", "adaptive-rkv(budget=96,block=16,sinks=16,recent=32)",
-        "dms(keydiff,threshold=-0.8,window=32)", "a-shape(sinks=4,local=64)", "tri-shape(sinks=4,local=64,last=16)",
-        "triangle-mix(sinks=4,local=64,last=16)", "power(block=16,local=2)", "headkv(snapkv(budget=0.33))",
-        "twilight(p=0.9)", "recycled-attention(budget=64,stride=4)", "omnikv(budget=64)", "star(block=64,query=16)",
+        "streaming-llm(budget=96)", "snapkv(budget=0.33)", "pyramidkv(budget=0.33,beta=2)",
+        "adakv(snapkv(budget=0.33))", "h2o(budget=0.33)", "tova(budget=0.33)", "knorm(budget=0.33)",
+        "quest(budget=0.33)", "tidal-decode(budget=0.33)", "xattention(block=16,threshold=0.9)",
+        "moba(block=16,topk=6)", "flexprefill(block=16,min_budget=64)", "kivi(residual=64)",
+        "kvzip(budget=0.33,chunk=128)", "act(heads=0)", "a2sf(budget=0.33)", "observed-attention(budget=0.33)",
+        "keydiff(budget=0.33)", "cur(budget=0.33)", "lagkv(budget=0.5,lag=32)", "noncausal(budget=0.33,tile=64)",
+        "expected-attention(budget=0.33)", "random(budget=0.5,sinks=4)", "duo-attention(sinks=4,recent=64,heads=[0,2])",
+        "simlayerkv(recent=64,threshold=0.5)", "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))",
+        "entropy-chunk(snapkv(budget=0.33))", "squeeze-attention(snapkv(budget=0.33),share=0.8)", "think(share=0.4)",
+        "trimmed-llama(budget=0.5)", "ov-evict(budget=96,block=16,sinks=16,recent=32)",
+        "lu-kv(expected-attention(budget=0.33,eps=0.02))", "kvcompose(budget=0.33)", "fastgen(recovered=0.8)",
+        "lserve(budget=96,page=16,part=4,streaming=[0,4,8,20-30],sinks=16,local=64,recent=64)",
+        "self-extend(group=4,window=64)", "kvcrush(budget=64,block=16,sinks=16,recent=16,rescued=2)",
+        "merge-evict(snapkv(budget=0.33))", "cam(h2o(budget=0.33,when=every(4)))", "critical-ada(snapkv(budget=0.33))",
+        "adaptive-rkv(budget=96,block=16,sinks=16,recent=32)", "dms(keydiff,threshold=-0.8,window=32)",
+        "a-shape(sinks=4,local=64)", "tri-shape(sinks=4,local=64,last=16)", "triangle-mix(sinks=4,local=64,last=16)",
+        "power(block=16,local=2)", "headkv(snapkv(budget=0.33))", "twilight(p=0.9)",
+        "recycled-attention(budget=64,stride=4)", "omnikv(budget=64)", "star(block=64,query=16)",
         "criticalkv(snapkv(budget=0.33))", "defensivekv(budget=0.33)", "leverage(budget=0.8)",
         "compactor(budget=0.33,tile=64)", "finch(budget=0.33)", "rerotate(snapkv(budget=0.33))", "cake(budget=0.33)",
         "capkv(budget=0.33)", "zipvl(tau=0.9)", "chunk-local(snapkv(budget=0.33),chunk=64)", "r-kv(budget=0.33)",

@@ -1,18 +1,9 @@
 // Every mechanism inside sessions: its identity is dense in all phases, and small budgets run on what nobody tuned for.
-#include "model/session.h"
-#include "attention/scores.h"
-#include "harness.h"
 #include "mechanisms/registry.h"
+#include "session_case.h"
 
 namespace heed::test {
 namespace {
-
-std::shared_ptr<const Model> tiny(int h, int g) {
-  ModelInfo shape;
-  shape.layers = 4, shape.h = h, shape.g = g, shape.d = shape.d_v = 16, shape.hidden = 48, shape.vocabulary = 61;
-  shape.windows = {0, 24, 0, 0};
-  return Model::random(shape, 64, Dtype::F32, 5);
-}
 
 /// Logits of every decoded step of two sequences of unequal length, one of them idle at times, the prompt in parts of `chunk`.
 std::vector<float> logits(const std::shared_ptr<const Model>& model, const std::string& spec, int64_t chunk) {
@@ -45,7 +36,7 @@ class EveryIdentity : public testing::TestWithParam<std::tuple<int, int, int64_t
 
 TEST_P(EveryIdentity, IsDense) {
   const auto& [h, g, chunk] = GetParam();
-  const auto model = tiny(h, g);
+  const auto model = tiny_model(h, g);
   const auto dense = logits(model, "dense", chunk);
   for (const Entry& e : registry())
     EXPECT_LT(distance(dense, logits(model, e.identity, chunk)), 1e-4) << e.identity << " chunk " << chunk;
@@ -58,7 +49,7 @@ INSTANTIATE_TEST_SUITE_P(Sessions, EveryIdentity,
 // behind it.
 TEST(Sessions, RerotateReadsWhatStaysAtItsPlace) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}}) {
-    const auto model = tiny(h, g);
+    const auto model = tiny_model(h, g);
     const auto moved = logits(model, "rerotate(duo-attention(sinks=2,recent=12))", 0);
     EXPECT_LT(distance(moved, logits(model, "streaming-llm(sinks=2,window=13)", 0)), 1e-5);
     EXPECT_GT(distance(moved, logits(model, "duo-attention(sinks=2,recent=12)", 0)), 1e-4);
@@ -67,11 +58,21 @@ TEST(Sessions, RerotateReadsWhatStaysAtItsPlace) {
 
 // Entries' own biases count where a reader's edit makes the output.
 TEST(Sessions, MagicPigSeesTheBiasOfAnEntry) {
-  const auto model = tiny(6, 2);
+  const auto model = tiny_model(6, 2);
   const std::string razor = "razor-attention(sinks=2,recent=8,share=0";
   const auto own = logits(model, razor + ")", 0);
   EXPECT_LT(distance(own, logits(model, razor + ")+magicpig(local=1000,dense=0)", 0)), 1e-4);
   EXPECT_GT(distance(own, logits(model, razor + ",compensation=false)", 0)), 1e-4);
+}
+
+// A part as large as its page, chosen anew at every token, is Quest's bound.
+TEST(Sessions, LServeOfWholePagesIsQuest) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}}) {
+    const auto model = tiny_model(h, g);
+    const auto pages = logits(model, "lserve(budget=32,page=8,part=8,every=1)", 0);
+    EXPECT_LT(distance(pages, logits(model, "quest(budget=32,page=8,dense=0)", 0)), 1e-5);
+    EXPECT_GT(distance(pages, logits(model, "dense", 0)), 1e-4);
+  }
 }
 
 /// What each head of each layer holds behind a prompt.
@@ -89,7 +90,7 @@ std::vector<std::vector<int32_t>> held(const std::shared_ptr<const Model>& model
 
 // A store that keeps keys plain gives policies the same keys, rotated or not, as one that keeps them rotated.
 TEST(Sessions, PoliciesSeeTheSameKeysHoweverTheyAreKept) {
-  const auto model = tiny(6, 2);
+  const auto model = tiny_model(6, 2);
   for (int64_t chunk : {0, 25})
     for (const std::string spec : {"leverage(budget=20)", "leverage(budget=20,sketch=8)", "keydiff(budget=20)"}) {
       const auto kept = held(model, spec, chunk), moved = held(model, "rerotate(" + spec + ")", chunk);
@@ -126,7 +127,7 @@ TEST(Sessions, CakeDividesABudgetBetweenLayers) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}})
     for (const auto& [budget, tau1, tau2] : {std::tuple{24, 1.6, 0.4}, {24, 1.0, 4.0}, {60, 1.0, 1.0}}) {
       const int64_t window = 8, n = 83;
-      const auto model = tiny(h, g);
+      const auto model = tiny_model(h, g);
       const ModelInfo& m = model->info();
       SessionOptions o;
       o.attention = "cake(window=8,budget=" + std::to_string(budget) + ",tau1=" + std::to_string(tau1) +
@@ -177,7 +178,7 @@ TEST(Sessions, CakeDividesABudgetBetweenLayers) {
 TEST(Sessions, SpattenDropsATokenInAllDeeperLayers) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}}) {
     const int64_t n = 83;
-    const auto model = tiny(h, g);
+    const auto model = tiny_model(h, g);
     SessionOptions o;
     o.attention = "spatten(budget=0.6)", o.backend = backend_or("reference"), o.k.kind = o.v.kind = PageType::Kind::F32;
     Session session(model, o);
@@ -209,7 +210,7 @@ TEST(Sessions, SpattenDropsATokenInAllDeeperLayers) {
 }
 
 TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
-  const auto model = tiny(6, 2);
+  const auto model = tiny_model(6, 2);
   for (int64_t chunk : {0, 25}) {
     const auto dense = logits(model, "dense", chunk);
     for (const char* spec : {"streaming-llm(window=12)",
@@ -276,6 +277,17 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "squeeze-attention(snapkv(budget=16,window=4))",
                              "think(share=0.7,window=4)",
                              "ov-evict(budget=12,block=4,sinks=4,recent=4)",
+                             "lu-kv(knorm(budget=10),lost=[0.8,0.9,0.5,0.7,1,0.3,0.9,0.6])",
+                             "kvcompose(budget=0.2)",
+                             "fastgen(recovered=0.2,frequent=0.2,local=0.1)",
+                             "fastgen(recovered=0.2,frequent=0.2,local=0.1)",
+                             "kvcompose(budget=0.2,structured=false,norm=true)",
+                             "lserve(budget=16,page=8,part=4,streaming=[1,4],sinks=2,local=9,recent=6)",
+                             "self-extend(group=3,window=8)",
+                             "kvcrush(budget=12,block=4,sinks=4,recent=4,rescued=2)",
+                             "merge-evict(snapkv(budget=16,window=4))",
+                             "cam(knorm(budget=12,when=every(3)),window=4)",
+                             "critical-ada(snapkv(budget=16,window=4))",
                              "adaptive-rkv(budget=12,block=4,sinks=4,recent=4,mass=0.5)",
                              "trimmed-llama(budget=0.1)",
                              "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
@@ -300,7 +312,7 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
 }
 
 TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
-  const auto model = tiny(6, 2);
+  const auto model = tiny_model(6, 2);
   for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)",
                            "h2o(budget=10)",
                            "kivi(residual=0)",
@@ -324,7 +336,13 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
                            "magicpig(tables=20,bits=3,sinks=2,local=6)",
                            "squeezed-attention(threshold=0.03,tokens=6,recent=5)",
                            "triforce(budget=16)",
-                           "forcing-kv(frame=6,when=every(2))"}) {
+                           "forcing-kv(frame=6,when=every(2))",
+                           "merge-evict(h2o(budget=10))",
+                           "cam(h2o(budget=10,when=every(2)))",
+                           "kvcrush(budget=12,block=4,sinks=4,recent=4,rescued=2)",
+                           "kvcompose(budget=0.2)",
+                           "lserve(budget=16,page=8,part=4,every=3,streaming=[1,4],sinks=2,recent=6)",
+                           "self-extend(group=3,window=8)"}) {
     SessionOptions o;
     o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);
@@ -340,13 +358,6 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
   }
 }
 
-/// What query head 0 of a decoded token reads in a layer.
-std::vector<int32_t> first_row(const Plan& plan) {
-  std::vector<int32_t> out;
-  for (int64_t e = plan.begin(0); e < plan.end(0); ++e) out.push_back(plan.index.at<int32_t>(e));
-  return out;
-}
-
 /// Σ or max over the group of the weights that the last query pays to the entries of the first KV head, over all of them.
 std::vector<double> paid(LayerView& at, Observe::Heads heads) {
   Observe how;
@@ -360,7 +371,7 @@ std::vector<double> paid(LayerView& at, Observe::Heads heads) {
 TEST(Sessions, RecycledAttentionReadsTheLastFullStepsBest) {
   SessionOptions o;
   o.attention = "recycled-attention(budget=9,stride=4)", o.backend = "reference";
-  Session session(tiny(6, 2), o);
+  Session session(tiny_model(6, 2), o);
   std::vector<double> scores;
   int full = 0, partial = 0;
   session.tap([&](LayerView& at) {
@@ -387,7 +398,7 @@ TEST(Sessions, RecycledAttentionReadsTheLastFullStepsBest) {
 TEST(Sessions, OmniKvHandsTheFiltersChoiceOn) {
   SessionOptions o;
   o.attention = "omnikv(budget=7,filters=0,wait=1)", o.backend = "reference";
-  Session session(tiny(6, 2), o);
+  Session session(tiny_model(6, 2), o);
   std::vector<double> most;
   int handed = 0;
   session.tap([&](LayerView& at) {
@@ -415,76 +426,10 @@ TEST(Sessions, OmniKvHandsTheFiltersChoiceOn) {
   EXPECT_EQ(handed, 10);
 }
 
-/// Queries and keys of one layer before rotation, as they come in, in f64.
-struct PlainRows {
-  std::vector<Rows> q, k, v;  // [head][token][channel]
-  std::vector<double> turn;   // inverse frequencies
-
-  explicit PlainRows(const ModelInfo& m)
-      : q(size_t(m.h)), k(size_t(m.g)), v(size_t(m.g)), turn(size_t(m.rope(0)->dims / 2)) {
-    EXPECT_TRUE(m.rope(0)->neox);
-    for (size_t i = 0; i < turn.size(); ++i) turn[i] = double(m.rope(0)->inv_freq.at<float>(int64_t(i)));
-  }
-  void take(LayerView& at) {
-    auto rows = [](const Ragged& x, int64_t s) {
-      Rows out;
-      for (int64_t r = x.begin(s); r < x.end(s); ++r) {
-        auto& row = out.emplace_back();
-        for (int64_t c = 0; c < x.values.size[1]; ++c) row.push_back(double(x.values.at<float>(r, c)));
-      }
-      return out;
-    };
-    for (size_t head = 0; head < q.size(); ++head)
-      for (auto& row : rows(at.plain_q, int64_t(head))) q[head].push_back(row);
-    const Ragged keys = plain_keys(at), values = stored_values(at);
-    for (size_t kv = 0; kv < k.size(); ++kv) k[kv] = rows(keys, int64_t(kv)), v[kv] = rows(values, int64_t(kv));
-  }
-  size_t kv_of(size_t head) const { return head * k.size() / q.size(); }
-  /// Of query i and key j, which stands `distance` before it.
-  double dot(size_t head, size_t i, size_t j, double distance) const {
-    const auto &x = q[head][i], &y = k[kv_of(head)][j];
-    const size_t half = turn.size();
-    double sum = 0;
-    for (size_t c = 0; c < half; ++c) {
-      const double a = distance * turn[c], cos = std::cos(a), sin = std::sin(a);
-      sum += (x[c] * cos - x[c + half] * sin) * y[c] + (x[c] * sin + x[c + half] * cos) * y[c + half];
-    }
-    for (size_t c = 2 * half; c < x.size(); ++c) sum += x[c] * y[c];
-    return sum;
-  }
-  /// The largest difference of the outputs of a decoded token (of one KV head, or of all) from attention over `list`, keys
-  /// distance(rank, key) apart.
-  template <class Distance>
-  double error(LayerView& at, const std::vector<int32_t>& list, Distance distance, int64_t of = -1) const {
-    double worst = 0;
-    for (size_t head = 0; head < q.size(); ++head) {
-      if (of >= 0 && kv_of(head) != size_t(of)) continue;
-      std::vector<double> sum(v[0][0].size(), 0.0);
-      double total = 0;
-      for (size_t r = 0; r < list.size(); ++r) {
-        const double logit = dot(head, q[head].size() - 1, size_t(list[r]), distance(r, list[r])),
-                     w = std::exp(logit / std::sqrt(double(at.model.d)));
-        total += w;
-        for (size_t c = 0; c < sum.size(); ++c) sum[c] += w * v[kv_of(head)][size_t(list[r])][c];
-      }
-      for (size_t c = 0; c < sum.size(); ++c)
-        worst = std::max(worst, std::abs(sum[c] / total - double(at.out.at<float>(int64_t(head), int64_t(c)))));
-    }
-    return worst;
-  }
-};
-
-SessionOptions in_f32(const std::string& attention, int64_t chunk = 0) {
-  SessionOptions o;
-  o.attention = attention, o.backend = "reference", o.chunk = chunk;
-  o.k.kind = o.v.kind = PageType::Kind::F32;
-  return o;
-}
-
 TEST(Sessions, TokenSelectReadsItsChoiceWithoutGaps) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
     for (const auto& [length, k, sinks, local] : {std::tuple{70, 9, 2, 5}, {41, 20, 0, 1}, {30, 12, 16, 20}}) {
-      const auto model = tiny(h, g);
+      const auto model = tiny_model(h, g);
       Session session(model, in_f32("token-select(budget=" + std::to_string(k) + ",sinks=" + std::to_string(sinks) +
                                     ",local=" + std::to_string(local) + ")"));
       PlainRows rows(model->info());
@@ -521,7 +466,7 @@ TEST(Sessions, InfLlmReadsBlocksByWhatWasAskedForAtOneDistance) {
     for (const auto& [length, sinks, local, block, kept, budget] :
          {std::tuple{70, 3, 16, 6, 2, 12}, {83, 0, 9, 5, 1, 17}, {40, 4, 1, 3, 3, 6}, {30, 2, 60, 8, 2, 8}})
       for (const int64_t chunk : {0, 25}) {
-        const auto model = tiny(h, g);
+        const auto model = tiny_model(h, g);
         Session session(model, in_f32("infllm(budget=" + std::to_string(budget) + ",sinks=" + std::to_string(sinks) +
                                           ",local=" + std::to_string(local) + ",block=" + std::to_string(block) +
                                           ",representatives=" + std::to_string(kept) + ")",
@@ -586,7 +531,7 @@ TEST(Sessions, LongHeadsReadsChunksByTheirRepresentatives) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
     for (const auto& [length, size, most, part] :
          {std::tuple{83, 8, 5, 0}, {83, 8, 4, 16}, {47, 5, 6, 0}, {9, 1, 4, 3}, {20, 30, 3, 0}}) {
-      const auto model = tiny(h, g);
+      const auto model = tiny_model(h, g);
       Session session(
           model, in_f32("long-heads(chunk=" + std::to_string(size) + ",chunks=" + std::to_string(most) + ")", part));
       PlainRows rows(model->info());
@@ -635,7 +580,7 @@ TEST(Sessions, LongHeadsReadsChunksByTheirRepresentatives) {
 // However often a head is cut, its one synthetic entry stands for all that went.
 TEST(Sessions, RazorAttentionsEntryStandsForAllThatWent) {
   for (const char* when : {"prompt", "chunk", "every(1)", "every(4)"}) {
-    const auto model = tiny(6, 2);
+    const auto model = tiny_model(6, 2);
     Session session(model, in_f32(std::string("razor-attention(sinks=2,recent=8,share=0,when=") + when + ")", 25));
     std::vector<Rows> keys(2);  // all that there were, rotated
     session.tap([&](LayerView& at) {
@@ -691,21 +636,68 @@ std::vector<double> paid_by(LayerView& at, int64_t i) {
   return paid;
 }
 
+struct OvParameters {
+  int budget, block, sinks, recent, kernel;
+  bool norm;
+  int rescued = 0;
+  std::string anchor = "";
+  std::string spec() const {
+    std::string out = std::string(rescued ? "kvcrush" : "ov-evict") + "(budget=" + std::to_string(budget) +
+                      ",block=" + std::to_string(block) + ",sinks=" + std::to_string(sinks) +
+                      ",recent=" + std::to_string(recent) + ",kernel=" + std::to_string(kernel) +
+                      ",norm=" + (norm ? "true" : "false");
+    return out + (rescued ? ",rescued=" + std::to_string(rescued) + ",anchor=" + anchor : "") + ")";
+  }
+};
+
+/// The blocks among `gone` that KVCrush keeps, from the votes of all entries.
+std::vector<int32_t> rescued(const OvParameters& p, const std::vector<int32_t>& gone, const std::vector<double>& votes,
+                             int64_t blocks) {
+  const int64_t end = (blocks - p.recent / p.block) * p.block;
+  const std::vector<double> evictable(votes.begin() + p.sinks, votes.begin() + end);
+  const auto high = top(evictable, int64_t(evictable.size()) / 2);
+  const auto bit = [&](int32_t b, int i) {
+    return std::binary_search(high.begin(), high.end(), int32_t(b * p.block + i - p.sinks)) ? 1 : 0;
+  };
+  std::vector<std::pair<int, int32_t>> order;
+  for (int32_t b : gone) {
+    int distance = 0;
+    for (int i = 0; i < p.block; ++i) {
+      int ones = 0;
+      for (int32_t other : gone) ones += bit(other, i);
+      const int anchor = p.anchor == "ones"          ? 1
+                         : p.anchor == "alternating" ? i % 2
+                         : p.anchor == "mean"        ? 2 * ones > int(gone.size())
+                                                     : 0;
+      distance += bit(b, i) != anchor;
+    }
+    order.emplace_back(distance, b);
+  }
+  std::sort(order.begin(), order.end());
+  std::vector<int32_t> out;
+  for (size_t x = 0; x < size_t(p.rescued); ++x) out.push_back(order[x * (gone.size() / size_t(p.rescued))].second);
+  return out;
+}
+
 // Votes step by step over what is held, in plain loops: the last rows of the prompt, then every token.
 TEST(Sessions, OvEvictDropsTheBlocksPaidLeast) {
+  const OvParameters all[] = {{24, 4, 4, 8, 7, true},
+                              {24, 4, 4, 8, 3, false},
+                              {12, 3, 0, 0, 1, true},
+                              {20, 1, 2, 5, 2, true},
+                              {16, 4, 4, 4, 7, true, 2, "zeros"},
+                              {12, 3, 3, 3, 1, false, 3, "ones"},
+                              {12, 3, 0, 0, 2, true, 1, "mean"},
+                              {16, 4, 4, 0, 3, true, 3, "alternating"}};
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
-    for (const auto& [budget, block, sinks, recent, kernel, norm] :
-         {std::tuple{24, 4, 4, 8, 7, true}, {24, 4, 4, 8, 3, false}, {12, 3, 0, 0, 1, true}, {20, 1, 2, 5, 2, true}})
+    for (const OvParameters& p : all)
       for (const int64_t chunk : {0, 25}) {
-        const auto model = tiny(h, g);
-        Session session(model, in_f32("ov-evict(budget=" + std::to_string(budget) + ",block=" + std::to_string(block) +
-                                          ",sinks=" + std::to_string(sinks) + ",recent=" + std::to_string(recent) +
-                                          ",kernel=" + std::to_string(kernel) + ",norm=" + (norm ? "true)" : "false)"),
-                                      chunk));
+        const auto model = tiny_model(h, g);
+        Session session(model, in_f32(p.spec(), chunk));
         std::vector<int32_t> held;
         std::vector<double> votes, voters;
-        session.tap([&, g = g, budget = budget, block = block, sinks = sinks, recent = recent, kernel = kernel,
-                     norm = norm](LayerView& at) {
+        int saved = 0;
+        session.tap([&, g = g](LayerView& at) {
           if (at.layer != 2) return;
           for (int kv = 0; kv < g; ++kv) {
             const auto positions = at.store->positions(kv);
@@ -721,24 +713,31 @@ TEST(Sessions, OvEvictDropsTheBlocksPaidLeast) {
           if (!at.decoding()) votes.clear(), voters.clear();
           votes.resize(size_t(m), 0.0), voters.resize(size_t(m), 0.0);
           for (int64_t j = 0; j < m; ++j) {
-            votes[size_t(j)] += *std::max_element(paid.begin() + j, paid.begin() + std::min<int64_t>(m, j + kernel));
+            votes[size_t(j)] += *std::max_element(paid.begin() + j, paid.begin() + std::min<int64_t>(m, j + p.kernel));
             voters[size_t(j)] += double(std::min<int64_t>(rows, m - j));
           }
           held = at.store->positions(0);
-          if (!at.decoding() || m < budget + block) return;
+          if (!at.decoding() || m < p.budget + (1 + p.rescued) * p.block) return;
           std::vector<double> score;
-          const int64_t blocks = m / block;
+          const int64_t blocks = m / p.block;
           for (int64_t b = 0; b < blocks; ++b) {
             double& sum = score.emplace_back(0.0);
-            for (int64_t j = b * block; j < (b + 1) * block; ++j)
-              sum += votes[size_t(j)] / (norm ? voters[size_t(j)] : 1);
-            if (b * block < sinks || b >= blocks - recent / block) sum = INFINITY;
+            for (int64_t j = b * p.block; j < (b + 1) * p.block; ++j)
+              sum += votes[size_t(j)] / (p.norm ? voters[size_t(j)] : 1);
+            if (b * p.block < p.sinks || b >= blocks - p.recent / p.block) sum = INFINITY;
           }
-          const auto stay = top(score, budget / block);
+          auto stay = top(score, p.budget / p.block);
+          if (p.rescued) {
+            std::vector<int32_t> gone;
+            for (int32_t b = 0; b < blocks; ++b)
+              if (!std::binary_search(stay.begin(), stay.end(), b)) gone.push_back(b);
+            for (int32_t b : rescued(p, gone, votes, blocks)) stay.push_back(b), ++saved;
+            std::sort(stay.begin(), stay.end());
+          }
           std::vector<int32_t> left;
           std::vector<double> their_votes, their_voters;
           for (int64_t j = 0; j < m; ++j)
-            if (j / block >= blocks || std::binary_search(stay.begin(), stay.end(), int32_t(j / block)))
+            if (j / p.block >= blocks || std::binary_search(stay.begin(), stay.end(), int32_t(j / p.block)))
               left.push_back(held[size_t(j)]), their_votes.push_back(votes[size_t(j)]),
                   their_voters.push_back(voters[size_t(j)]);
           held = left, votes = their_votes, voters = their_voters;
@@ -747,9 +746,10 @@ TEST(Sessions, OvEvictDropsTheBlocksPaidLeast) {
         EXPECT_EQ(session.store().layer(2).length(0), 50) << "nothing goes before the first token";
         for (int32_t i = 0; i < 20; ++i) {
           session.decode(i * 5 % 61);
-          for (int kv = 0; kv < g; ++kv) EXPECT_EQ(session.store().layer(2).positions(kv), held);
-          EXPECT_LT(int64_t(held.size()), budget + block);
+          for (int kv = 0; kv < g; ++kv) EXPECT_EQ(session.store().layer(2).positions(kv), held) << p.spec();
+          EXPECT_LT(int64_t(held.size()), p.budget + (1 + p.rescued) * p.block);
         }
+        EXPECT_EQ(saved > 0, p.rescued > 0);
       }
 }
 
@@ -757,7 +757,7 @@ TEST(Sessions, AdaptiveRkvDropsTheBlocksThatRepeatOthers) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
     for (const auto& [budget, block, sinks, recent, kernel, mass, chunk] :
          {std::tuple{24, 4, 4, 8, 7, 0.5, 0}, {24, 3, 0, 6, 1, 0.2, 25}, {12, 2, 2, 2, 3, 0.9, 0}, {20, 1, 2, 5, 2, 0.3, 0}}) {
-      const auto model = tiny(h, g);
+      const auto model = tiny_model(h, g);
       Session session(model, in_f32("adaptive-rkv(budget=" + std::to_string(budget) + ",block=" + std::to_string(block) +
                                         ",sinks=" + std::to_string(sinks) + ",recent=" + std::to_string(recent) +
                                         ",kernel=" + std::to_string(kernel) + ",mass=" + std::to_string(mass) + ")",
@@ -835,7 +835,7 @@ TEST(Sessions, AdaptiveRkvDropsTheBlocksThatRepeatOthers) {
 
 // The layers behind the first keep what it has named.
 TEST(Sessions, TrimmedLlamaTrimsAllLayersAlike) {
-  const auto model = tiny(6, 2);
+  const auto model = tiny_model(6, 2);
   for (int64_t chunk : {0, 25}) {
     const auto kept = held(model, "trimmed-llama(budget=0.1,layers=1-)", chunk);
     ASSERT_EQ(kept.size(), 8u);

@@ -594,5 +594,140 @@ TEST(TrainedErrors, NameTheInput) {
   EXPECT_NE(apply("mosa", in).error().text().find("[h, n]"), std::string::npos);
 }
 
+/// The router of five layers in f64.
+std::vector<double> routed(const std::map<std::string, Tensor>& in, std::vector<double> x) {
+  for (int layer = 1; layer <= 5; ++layer) {
+    const Tensor &w = in.at("w" + std::to_string(layer)), &b = in.at("b" + std::to_string(layer));
+    std::vector<double> y;
+    for (int64_t o = 0; o < w.size[0]; ++o) {
+      double sum = b.at<float>(o);
+      for (int64_t c = 0; c < w.size[1]; ++c) sum += double(w.at<float>(o, c)) * x[size_t(c)];
+      y.push_back(layer == 2 || layer == 5 ? sum : sum * sigmoid(sum));
+    }
+    x = y;
+  }
+  return x;
+}
+
+TEST_P(Trained, FluxRoutesALayerByItsFirstAndLastQueries) {
+  int dense = 0, sparse = 0;
+  for (const auto& [s, pooled, block, sinks, window] : {std::tuple{shape(90, 90), 7, 8, 5, 24},
+                                                        {shape(33, 101), 40, 16, 20, 16},
+                                                        {shape(61, 61), 3, 4, 1, 4},
+                                                        {shape(1, 1), 5, 8, 3, 8}})
+    for (uint64_t seed = 1; seed <= 6; ++seed) {
+      const Case c(s, seed);
+      const int64_t d = s.d, first = c.first(), p = std::min<int64_t>(pooled, s.n);
+      const Buffer w1 = random_input({8 * d, d}, 10 * seed, 0.5), b1 = random_input({8 * d}, 10 * seed + 1),
+                   w2 = random_input({2 * d, 8 * d}, 10 * seed + 2, 0.1), b2 = random_input({2 * d}, 10 * seed + 3),
+                   w3 = random_input({4 * d, 2 * d}, 10 * seed + 4, 0.2), b3 = random_input({4 * d}, 10 * seed + 5),
+                   w4 = random_input({d, 4 * d}, 10 * seed + 6, 0.2), b4 = random_input({d}, 10 * seed + 7),
+                   w5 = random_input({2, d}, 10 * seed + 8), b5 = constant_input({2}, 0),
+                   plain = random_input({s.h, s.n, d}, 99 + seed);
+      std::map<std::string, Tensor> in{{"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"w3", w3},
+                                       {"b3", b3}, {"w4", w4}, {"b4", b4}, {"w5", w5}, {"b5", b5}};
+      if (seed % 2) in["plain_q"] = plain;
+      const Tensor& q = seed % 2 ? plain.view() : c.q.view();
+      std::vector<double> mean(size_t(d), 0.0);
+      for (int64_t head = 0; head < s.h; ++head)
+        for (int64_t i = 0; i < p; ++i)
+          for (int64_t e = 0; e < d; ++e)
+            mean[size_t(e)] += (double(q.at<float>(head, i, e)) + double(q.at<float>(head, s.n - p + i, e))) /
+                               double(2 * p * s.h);
+      const std::vector<double> a = routed(in, mean);
+      ASSERT_GT(std::abs(a[1] - a[0]), 1e-4) << "too close to call";
+      const bool all = a[1] > a[0];
+      (all ? dense : sparse) += 1;
+      const ApplyOutput out = Case::run("flux_layer_router(pooled=" + std::to_string(pooled) +
+                                            ",block=" + std::to_string(block) + ",sinks=" + std::to_string(sinks) +
+                                            ",window=" + std::to_string(window) + ")",
+                                        with(c, backend(), in));
+      EXPECT_LT(c.error(out,
+                        [&, block = block, sinks = sinks, window = window](int64_t, int64_t i, int64_t j) {
+                          if (all || j < sinks) return true;
+                          if (i == s.n - 1) return j > first + i - window;  // read as a decoded token
+                          return j >= first + (i / block + 1) * block - window;
+                        }),
+                kExact);
+      for (const auto& list : lists(out, "read"))
+        for (int32_t j = 0; j < s.m; ++j)
+          EXPECT_EQ(std::binary_search(list.begin(), list.end(), j), all || j < sinks || j >= s.m - window);
+    }
+  EXPECT_GT(dense, 0);
+  EXPECT_GT(sparse, 0);
+}
+
+TEST_P(Trained, FluxBeginsDense) {
+  const Case c(shape(70, 70), 4);
+  const int64_t d = 16;
+  const Buffer w1 = random_input({8 * d, d}, 1), b1 = random_input({8 * d}, 2), w2 = random_input({2 * d, 8 * d}, 3),
+               b2 = random_input({2 * d}, 4), w3 = random_input({4 * d, 2 * d}, 5), b3 = random_input({4 * d}, 6),
+               w4 = random_input({d, 4 * d}, 7), b4 = random_input({d}, 8), w5 = constant_input({2, d}, 0);
+  for (const auto& [sparse, dense] : {std::pair{0.f, 4.5f}, {4.5f, 0.f}}) {
+    Buffer b5 = constant_input({2}, sparse);
+    b5->at<float>(1) = dense;
+    const ApplyOutput out = Case::run(
+        "flux_layer_router(block=8,sinks=3,window=8)",
+        with(c, backend(),
+             {{"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"w3", w3}, {"b3", b3}, {"w4", w4}, {"b4", b4}, {"w5", w5}, {"b5", b5}}));
+    EXPECT_EQ(c.dense_error(out) < kExact, dense > sparse);
+  }
+}
+
+// Anchor by anchor in plain loops.
+TEST_P(Trained, SuperlinearReadsSpansAroundTheBestAnchors) {
+  for (const auto& [s, spans, w, back, ahead] : {std::tuple{shape(90, 90), 3, 1, 2.0, 0.0},
+                                                 {shape(33, 101), 2, 2, 1.3, 0.4},
+                                                 {shape(60, 60), 5, 3, 0.0, 0.0},
+                                                 {shape(1, 40), 1, 1, 2.0, 1.0},
+                                                 {shape(30, 30), 3, 7, 2.0, 0.0}}) {
+    const Case c(s, 3);
+    const Buffer search = random_input({s.h, s.n, s.d}, 4);
+    const ApplyOutput out = Case::run("superlinear(spans=" + std::to_string(spans) + ",window=" + std::to_string(w) +
+                                          ",back=" + std::to_string(back) + ",ahead=" + std::to_string(ahead) + ")",
+                                      with(c, backend(), {{"search_q", search}}));
+    const int64_t near = (w + 1) * (w + 1) - 1;
+    for (int64_t head = 0; head < s.h; ++head)
+      for (int64_t i = 0; i < s.n; ++i) {
+        const int64_t t = c.first() + i;
+        std::vector<int64_t> anchors;  // the farthest first
+        std::vector<double> u;
+        for (int64_t r = w + 1; t - (r * r - 1) >= 0; ++r) anchors.insert(anchors.begin(), t - (r * r - 1));
+        for (int64_t a : anchors) {
+          u.push_back(0);
+          for (int64_t e = 0; e < s.d; ++e)
+            u.back() += double(search->at<float>(head, i, e)) * double(c.k->at<float>(head / c.group(), a, e));
+        }
+        const auto latest = [&](int64_t j) { return j <= t && j > t - near; };
+        std::vector<double> expected(size_t(s.d_v), 0.0), gates;
+        std::vector<int64_t> taken;
+        for (int32_t x : top(u, spans)) taken.push_back(anchors[size_t(x)]), gates.push_back(u[size_t(x)]);
+        if (taken.empty()) expected = c.output(head, c.weights(head, i, latest));
+        else gates = softmax(gates);
+        for (size_t x = 0; x < taken.size(); ++x) {
+          const double root = std::sqrt(double(t + 1));
+          const int64_t begin = taken[x] - int64_t(std::ceil(back * root)),
+                        end = std::min(taken[x] + int64_t(std::ceil(ahead * root)), t - near);
+          const auto part = c.output(
+              head, c.weights(head, i, [&](int64_t j) { return latest(j) || (j >= begin && j <= end); }));
+          for (size_t e = 0; e < part.size(); ++e) expected[e] += gates[x] * part[e];
+        }
+        expect_row(out, head, i, expected, "superlinear");
+      }
+  }
+}
+
+TEST_P(Trained, SuperlinearWithAWindowOfAllIsDense) {
+  const Case c(shape(50, 62), 3);
+  const Buffer search = random_input({c.shape.h, c.shape.n, c.shape.d}, 4);
+  EXPECT_LT(c.dense_error(Case::run("superlinear(window=7)", with(c, backend(), {{"search_q", search}}))), kExact);
+  // One span that begins before the text.
+  EXPECT_LT(c.dense_error(Case::run("superlinear(window=1,spans=1,back=100,ahead=100)",
+                                    with(c, backend(), {{"search_q", search}}))),
+            kExact);
+  // Elsewhere it is not.
+  EXPECT_GT(c.dense_error(Case::run("superlinear(window=1,spans=1)", with(c, backend(), {{"search_q", search}}))), 0.01);
+}
+
 }  // namespace
 }  // namespace heed::test

@@ -1,3 +1,4 @@
+#include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 
@@ -94,26 +95,16 @@ struct KVzip final : KeepPolicy {
   }
 
   Ragged score(LayerView& at) const override {
-    const int64_t window = at.model.window(at.layer);
-    if (window == 0) return force(at.queue, at.column("kvzip.most"), sinks, 0);
-    const Ragged age = at.per_entry();
-    compute(at.queue, age, pick(place() < length() - window, -kInfinity, place()), age.values);
-    return age;
+    if (at.model.window(at.layer) > 0) return newest_seen(at);
+    return force(at.queue, at.column("kvzip.most"), sinks, 0);
   }
 
   Tensor allocate(const Allocation& a) const override {
     const Tensor even = KeepPolicy::allocate(a);
     if (share.value == 2) return even;
-    std::vector<Ragged> scores;
-    std::vector<int64_t> which;  // layers without a window
-    for (int64_t l = 0; l < even.size[0]; ++l)
-      if (a.model.window(a.first_layer + int(l)) == 0) scores.push_back(a.scores[size_t(l)]), which.push_back(l);
-    if (which.empty()) return even;
-    const Tensor granted = a.queue.scratch.take(Dtype::I32, {int64_t(which.size()), even.size[1]});
-    for (size_t i = 0; i < which.size(); ++i) a.queue.move(even.select(0, which[i]), granted.select(0, int64_t(i)));
-    const Tensor won = divide(a, scores, granted, share.value ? Pool::Layer : Pool::All);
-    for (size_t i = 0; i < which.size(); ++i) a.queue.move(won.select(0, int64_t(i)), even.select(0, which[i]));
-    return even;
+    return without_windows(a, even, [&](std::span<const Ragged> scores, const Tensor& granted) {
+      return divide(a, scores, granted, share.value ? Pool::Layer : Pool::All);
+    });
   }
 };
 

@@ -1,9 +1,27 @@
+#include "mechanisms/keep/adakv.h"
+
 #include <limits>
 
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 
 namespace heed::mechanisms {
+
+Tensor floored(const Allocation& a, const Tensor& even, double alpha) {
+  std::vector<Ragged> raised;
+  for (size_t l = 0; l < a.scores.size(); ++l) {
+    const Ragged& scores = a.scores[l];
+    Select own;
+    own.count = compute(a.queue, Dtype::I32, {scores.segments()},
+                        max(1, floor(alpha * load(even.select(0, int64_t(l)), index()))));
+    const Lists sure = chosen(a.queue, scores, own, std::max<int64_t>(1, scores.bound));
+    Ragged copied = scores;
+    copied.values = a.queue.scratch.take(Dtype::F32, {scores.values.size[0]});
+    compute(a.queue, scores, pick(sure.has(segment(), place()), kInfinity, load(scores.values, index())), copied.values);
+    raised.push_back(copied);
+  }
+  return divide(a, raised, even, Pool::Layer);
+}
 
 namespace {
 
@@ -24,7 +42,7 @@ struct AdaKV final : KeepWrapper {
 
   Tensor allocate(const Allocation& a) const override {
     const Tensor even = inner->allocate(a);
-    return port ? floored(a, even) : mixed(a, even);
+    return port ? floored(a, even, alpha) : mixed(a, even);
   }
 
   // B_i = round((1 − α) c_i + ⌊α B⌋), c_i what falls to head i of the layer's best.
@@ -41,22 +59,6 @@ struct AdaKV final : KeepWrapper {
               counts.select(0, l));
     }
     return counts;
-  }
-
-  Tensor floored(const Allocation& a, const Tensor& even) const {
-    std::vector<Ragged> raised;
-    for (size_t l = 0; l < a.scores.size(); ++l) {
-      const Ragged& scores = a.scores[l];
-      const int64_t all = scores.segments(), capacity = most(a, scores);
-      Select own;
-      own.count = compute(a.queue, Dtype::I32, {all}, max(1, floor(alpha * load(even.select(0, int64_t(l)), index()))));
-      const Lists sure = chosen(a.queue, scores, own, capacity);
-      Ragged copied = scores;
-      copied.values = a.queue.scratch.take(Dtype::F32, {scores.values.size[0]});
-      compute(a.queue, scores, pick(sure.has(segment(), place()), kInfinity, load(scores.values, index())), copied.values);
-      raised.push_back(copied);
-    }
-    return divide(a, raised, even, Pool::Layer);
   }
 
   /// Entries with score +∞ in every segment: I32 [segments].

@@ -53,9 +53,6 @@ struct AdaptiveRKV final : OvBlocks {
     at.set_column("adaptive.rows", rows_now);
   }
 
-  /// Whole blocks between the first and the latest entries.
-  Num candidates(const Num& length) const { return max(0, floor_div(length, block) - (sinks + recent) / block); }
-
   Ragged score(LayerView& at) const override {
     Queue& queue = at.queue;
     const Ragged rows_paid = at.column("adaptive.rows"), paid = at.per_entry(), out = at.per_entry();
@@ -63,12 +60,7 @@ struct AdaptiveRKV final : OvBlocks {
     compute(queue, paid, 0, paid.values), compute(queue, out, 0, out.values);
     for (int r = 0; r < rows; ++r)
       compute(queue, paid, load(paid.values, index()) + load(rows_paid.values, index() * rows + r), paid.values);
-    auto between = [&](const Ragged& x) {
-      Ragged part = without_first(queue, x, sinks);
-      part.ends = compute(queue, Dtype::I64, {all}, begin_of(part, index()) + candidates(length_of(x, index())) * block);
-      return part;
-    };
-    const Ragged blocks = spread(queue, between(smoothed(at, paid)), {.of = Spread::Of::Sum, .block = block});
+    const Ragged blocks = spread(queue, between(queue, smoothed(at, paid)), {.of = Spread::Of::Sum, .block = block});
     const Ragged votes = numbers(queue, sequences, floor_div(length_of(blocks, index() * g), block), 1,
                                  sequences * (most / block + 1));
     compute(queue, votes, load(blocks.values, begin_of(blocks, segment() * g) + place() * block), votes.values);
@@ -78,7 +70,7 @@ struct AdaptiveRKV final : OvBlocks {
     const Lists sure = chosen(queue, votes, best, std::clamp<int64_t>(quota, 1, most / block + 1));
 
     // How much a key says of what the others that are not sure say, those most alike.
-    const Ragged to = between(out), keys = between(unit_rows(queue, stored_keys(at)));
+    const Ragged to = between(queue, out), keys = between(queue, unit_rows(queue, stored_keys(at)));
     int64_t cells = 0;
     for (int64_t s = 0; s < all; ++s) cells += at.store->length(s) * at.store->length(s);
     Grids alike, of_row;

@@ -1,15 +1,15 @@
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
+#include "mechanisms/keep/adakv.h"
 
 namespace heed::mechanisms {
 
 namespace {
 
 // CriticalKV (Feng et al., 2025): of what a head may hold, a first share goes by the inner score; the rest by that score
-// times how far the output matrix carries the value. Around adakv it divides by the inner scores first, as the authors'
-// Critical-AdaKV does: criticalkv(adakv(snapkv, port=true)).
-struct CriticalKV final : KeepWrapper {
+// times how far the output matrix carries the value.
+struct CriticalKV : KeepWrapper {
   double first, eps;
 
   static std::vector<ParamInfo> params() {
@@ -34,6 +34,18 @@ struct CriticalKV final : KeepWrapper {
   }
 };
 
+// Critical-AdaKV, of the same paper: the heads of a layer share one pool by the inner scores first.
+struct CriticalAda final : CriticalKV {
+  double alpha;
+
+  static std::vector<ParamInfo> params() {
+    std::vector<ParamInfo> all = CriticalKV::params();
+    all.push_back(param(&CriticalAda::alpha, "alpha", 0.2, 0, 1, "share of a head's budget that it gets in any case"));
+    return all;
+  }
+  Tensor allocate(const Allocation& a) const override { return floored(a, inner->allocate(a), alpha); }
+};
+
 }  // namespace
 
 Entry criticalkv() {
@@ -43,6 +55,17 @@ Entry criticalkv() {
   e.equation = "the top ⌊n / 2⌋ by s, then the best of the rest by (s_j + ε) mean over the group of ‖W_O v_j‖₁";
   e.needs = "a keep policy inside whose scores are weights, and the output matrix";
   e.identity = "criticalkv(snapkv(budget=1.0))";
+  e.verified = {"identity", "formula", "model"};
+  return e;
+}
+
+Entry critical_ada() {
+  Entry e = entry<CriticalAda>("critical-ada",
+                               "Identify Critical KV Cache in LLM Inference from an Output Perturbation Perspective",
+                               "Feng et al., 2025, arXiv 2502.03805", 2025, uint8_t(Role::Keep));
+  e.equation = "adakv by s says what each head holds; criticalkv which entries: criticalkv(adakv(port=true))";
+  e.needs = "a keep policy inside whose scores are weights, and the output matrix";
+  e.identity = "critical-ada(snapkv(budget=1.0))";
   e.verified = {"identity", "formula", "model"};
   return e;
 }

@@ -43,14 +43,8 @@ struct EntropyChunk final : KeepWrapper {
     const Ragged surprise = over_chunk(write(s, -1 * at_entry(p) * log(at_entry(p) + 1e-8)), Spread::Of::Sum);
     const Ragged entropy = write(s, pick(size > 1, clamp(at_entry(surprise) / log(size), 0, 1), 0));
 
-    // One number for each chunk.
-    auto chunks = [&](const Ragged& x) {
-      const Ragged out = numbers(queue, x.segments(), ceil_div(length_of(x, index()), chunk), x.heads,
-                                 x.bound / chunk + x.segments());
-      compute(queue, out, load(x.values, begin_of(x, segment()) + place() * chunk), out.values);
-      return out;
-    };
-    const Ragged worth = chunks(over_chunk(s, Spread::Of::Mean)), spreads = chunks(entropy);
+    const Ragged worth = of_blocks(queue, over_chunk(s, Spread::Of::Mean), chunk),
+                 spreads = of_blocks(queue, entropy, chunk);
     const Ragged rank = spread(queue, worth, {.of = Spread::Of::Rank}),
                  order = spread(queue, spreads, {.of = Spread::Of::Rank});
     auto median = [&](const Ragged& x, const Ragged& ranks) {  // the lower one of two

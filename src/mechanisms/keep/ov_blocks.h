@@ -36,19 +36,30 @@ struct OvBlocks : KeepPolicy {
   /// Nothing goes before the first token is decoded.
   bool settle(LayerView& at) const override { return !at.decoding(); }
   int64_t entries(const Budget& kept, const ModelInfo&, int, int64_t length) const override {
-    return kept.entries(length) + block - 1;
+    return kept.entries(length) + beside() + block - 1;
   }
   Tensor allocate(const Allocation& a) const override {
     const int64_t layers = int64_t(a.scores.size()), all = a.scores[0].segments();
     const Tensor counts = a.queue.scratch.take(Dtype::I32, {layers, all});
     for (int64_t l = 0; l < layers; ++l) {
       const Num length = length_of(a.scores[size_t(l)], index());
-      compute(a.queue, min(length, a.budget.amount + mod(length, block)), counts.select(0, l));
+      compute(a.queue, min(length, a.budget.amount + beside() + mod(length, block)), counts.select(0, l));
     }
     return counts;
   }
 
  protected:
+  /// Entries that stay besides the budget.
+  virtual int beside() const { return 0; }
+  /// Whole blocks between the first and the latest entries.
+  Num candidates(const Num& length) const { return max(0, floor_div(length, block) - (sinks + recent) / block); }
+  /// The entries of those blocks. No copy.
+  Ragged between(Queue& queue, const Ragged& x) const {
+    Ragged part = without_first(queue, x, sinks);
+    part.ends = compute(queue, Dtype::I64, {x.segments()},
+                        begin_of(part, index()) + candidates(length_of(x, index())) * block);
+    return part;
+  }
   Ragged smoothed(LayerView& at, const Ragged& paid) const {
     Ragged votes = paid;
     for (int after = 1; after < kernel; ++after) {

@@ -25,7 +25,7 @@ struct RandomKeep final : KeepPolicy {
 
   Ragged score(LayerView& at) const override {
     const Ragged scores = at.per_entry();
-    Random random(uint64_t(seed) * 0x9E3779B97F4A7C15u + uint64_t(at.layer) * 1000003u + uint64_t(at.step()));
+    Random random(mixed({uint64_t(seed), uint64_t(at.layer), uint64_t(at.step())}));
     Buffer drawn(Dtype::F32, {scores.bound});
     for (float& x : drawn->span<float>()) x = float(random.uniform());
     at.queue.upload(drawn, scores.values);
