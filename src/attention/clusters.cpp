@@ -62,19 +62,12 @@ Clusters clustered(Queue& queue, const Ragged& segment, int64_t length, int64_t 
   for (int round = 0; round < rounds; ++round) {
     join();
     const Scratch scratch(queue.scratch);
-    // Sums and sizes are the state and the normaliser of a recurrence whose keys are labels written out.
-    Ragged one_of = rows;
-    one_of.values = queue.scratch.take(Dtype::F32, {length, count});
-    compute(queue, one_of, load(out.labels, place()) == channel(), one_of.values);
-    RecurInputs in;
-    in.q = in.k = one_of, in.v = rows;
-    Recur sum;
-    sum.normalise = true;
-    const Tensor ignored = queue.scratch.take(Dtype::F32, {length, d}),
-                 sums = queue.scratch.take(Dtype::F32, {1, count, d}), sizes = queue.scratch.take(Dtype::F32, {1, count});
-    queue.run->recur(queue, in, sum, ignored, sums, sizes);
-    const Num size = load(sizes, place());
-    compute(queue, centroids, pick(size > 0, load(sums, index()) / max(size, 1), load(centroids.values, index())),
+    const Ragged sums = sums_by(queue, rows, out.labels, centroids);
+    Ragged one = numbers(queue, std::span(&length, 1), 1), many = numbers(queue, std::span(&count, 1), 1);
+    compute(queue, one, 1, one.values);
+    const Ragged sizes = sums_by(queue, one, out.labels, many);
+    const Num size = load(sizes.values, place());
+    compute(queue, centroids, pick(size > 0, load(sums.values, index()) / max(size, 1), load(centroids.values, index())),
             centroids.values);
   }
   join();

@@ -58,7 +58,10 @@ TEST_P(Reads, IdentityReadsAll) {
                              "squeezed-attention(threshold=0)",
                              "squeezed-attention(recent=1000)",
                              "triforce(budget=1.0)",
-                             "triforce(chunk=1000)"})
+                             "triforce(chunk=1000)",
+                             "lserve(budget=1.0)",
+                             "lserve(streaming=0-,local=1000,recent=1000)",
+                             "self-extend(group=3,window=5)"})
       for (const auto& list : read(c, spec, backend())) EXPECT_EQ(list, all_of(s.m)) << spec;
   }
 }
@@ -89,6 +92,38 @@ TEST_P(Reads, QuestReadsThePagesOfTheHighestBound) {
         for (int64_t j = p * page; j < std::min<int64_t>(203, (p + 1) * page); ++j) expected.push_back(int32_t(j));
       EXPECT_EQ(tokens[size_t(head)], expected) << "page " << page;
     }
+  }
+}
+
+TEST_P(Reads, LServesStreamingHeadsReadSinksAndTheLatest) {
+  for (const Shape s : {shape(90, 90), shape(33, 101)}) {
+    const Case c(s, 5);
+    const ApplyOutput out = c.run("lserve(budget=24,page=8,part=4,streaming=0,sinks=5,local=11,recent=9)", backend());
+    const auto tokens = lists(out, "read");
+    EXPECT_LT(c.error(out,
+                      [&](int64_t head, int64_t i, int64_t j) {
+                        if (i == s.n - 1)
+                          return std::binary_search(tokens[size_t(head)].begin(), tokens[size_t(head)].end(), int32_t(j));
+                        return head / c.group() > 0 || j < 5 || c.first() + i - j < 11;
+                      }),
+              kExact);
+    // Whole pages that hold one of those.
+    for (int64_t head = 0; head < c.group(); ++head)
+      for (int32_t j = 0; j < s.m; ++j)
+        EXPECT_EQ(std::binary_search(tokens[size_t(head)].begin(), tokens[size_t(head)].end(), j),
+                  j / 8 * 8 < 5 || (j / 8 + 1) * 8 > s.m - 9);
+    for (int64_t head = c.group(); head < s.h; ++head) EXPECT_LE(tokens[size_t(head)].size(), 24u);
+  }
+}
+
+TEST(ReadErrors, NameWhatIsWrong) {
+  const Case c({6, 2, 16, 16, 16, 16});
+  for (const auto& [spec, words] : {std::pair{"lserve(page=24)", "page=24"},
+                                    {"lserve(page=8,part=3)", "part=3 does not divide page=8"},
+                                    {"self-extend(heads=0)", "heads=0"}}) {
+    const auto out = heed::apply(std::string(spec), c.input("reference"));
+    ASSERT_FALSE(out.has_value()) << spec;
+    EXPECT_NE(out.error().text().find(words), std::string::npos) << out.error().text();
   }
 }
 
