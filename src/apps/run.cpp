@@ -81,7 +81,7 @@ class Run final : public Command {
     std::vector<int32_t> generated;
     std::string text, stop = "length";
     Utf8Stream stream;
-    const int64_t room = model->info().context > 0 ? model->info().context - int64_t(tokens.size()) : INT64_MAX;
+    const int64_t room = session.reach() > 0 ? session.reach() - int64_t(tokens.size()) : INT64_MAX;
     const int64_t limit = predict_ < 0 ? room : predict_;
     begin = now();
     while (int64_t(generated.size()) < limit) {

@@ -62,6 +62,7 @@ struct Needs {
   bool same_entries = false;  // entry i must be the same token in every layer and head: goes with no policy that drops
   bool all_layers = false;    // cuts only after the last layer: scores of all layers are divided together
   Read::Positions positions = Read::Positions::True;
+  int64_t reach = 0;  // tokens of a text that it reads at distances the model was trained for; 0: as many as the context has
   std::vector<Column> columns;
   bool quantised = false;  // settle() moves pages to a second layout of these types
   PageType quantised_k, quantised_v;

@@ -59,6 +59,7 @@ struct Session::Impl {
   std::vector<std::unique_ptr<State>> states;  // one for each part
   int quantised_layout = 0;
   Read::Positions positions = Read::Positions::True;
+  int64_t reach = 0;  // the most tokens of a sequence; 0: any number
   std::vector<std::vector<int32_t>> tokens;
   std::vector<int64_t> next;    // position of each sequence's next token
   std::vector<int64_t> prompt;  // tokens of each sequence's prompt
@@ -172,6 +173,7 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
     store_options.plain_keys |= needs.plain_keys;
     store_options.bias |= needs.bias;
     if (needs.positions != Read::Positions::True) positions = needs.positions;
+    reach = std::max(reach, needs.reach);
     for (const Column& column : needs.columns)
       if (std::none_of(store_options.columns.begin(), store_options.columns.end(),
                        [&](const Column& c) { return c.name == column.name; }))
@@ -179,6 +181,7 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
     if (needs.quantised) quantised = true, quantised_k = needs.quantised_k, quantised_v = needs.quantised_v;
     states.push_back(p.mechanism->open(m));
   }
+  reach = positions == Read::Positions::Cache || m.context == 0 ? 0 : std::max(reach, m.context);
   const std::vector<StoreShape> shapes(size_t(m.layers), StoreShape{m.g, m.d, m.d_v});
   store = std::make_unique<Store>(queue, shapes, store_options, o.sequences);
   if (quantised) quantised_layout = store->add_layout(quantised_k, quantised_v);
@@ -193,9 +196,9 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
 Session::Impl::Impl(Impl& other)
     : model(other.model), options(other.options), composition(other.composition), queue(&other.queue),
       weights(other.weights), shape(other.shape), store(std::make_unique<Store>(queue, *other.store)),
-      quantised_layout(other.quantised_layout), positions(other.positions), tokens(other.tokens), next(other.next),
-      prompt(other.prompt), step(other.step), times(other.times), dense_rows(other.dense_rows), rows(other.rows),
-      shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
+      quantised_layout(other.quantised_layout), positions(other.positions), reach(other.reach), tokens(other.tokens),
+      next(other.next), prompt(other.prompt), step(other.step), times(other.times), dense_rows(other.dense_rows),
+      rows(other.rows), shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
       reads(Dtype::F64, {shape.layers, shape.h}, *queue.memory), reads_count(other.reads_count) {
   queue.move(other.shares, shares), queue.move(other.reads, reads);
   for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
@@ -211,12 +214,15 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens
   std::vector<int32_t> ids, places;
   std::vector<int64_t> first{0};
   for (int s = 0; s < sequences; ++s) {
-    if (m.context > 0 && positions == Read::Positions::True && next[size_t(s)] + batch.count[size_t(s)] > m.context &&
-        phase != Phase::Replay)
+    const int64_t length = next[size_t(s)] + batch.count[size_t(s)];
+    if (reach > 0 && length > reach && phase != Phase::Replay)
       throw Error(Code::Invalid, "session",
-                  std::to_string(next[size_t(s)] + batch.count[size_t(s)]) +
-                      " tokens are more than the model's context of " + std::to_string(m.context),
-                  "shorten the text with -c, or read at cache positions: --attention \"streaming-llm\"");
+                  std::to_string(length) + " tokens are more than " +
+                      (reach == m.context ? "the model's context of " : "what this mechanism makes of it: ") +
+                      std::to_string(reach),
+                  "shorten the text with -c, or read it at distances that the model knows: --attention "
+                  "\"self-extend(group=" +
+                      std::to_string(length / m.context + 1) + ")\" or \"streaming-llm\"");
     for (int64_t i = 0; i < batch.count[size_t(s)]; ++i) {
       const int32_t id = fed_tokens[size_t(s)][size_t(i)];
       if (id < 0 || id >= m.vocabulary)
@@ -719,6 +725,7 @@ void Session::truncate(int sequence, int64_t position) {
 
 const Model& Session::model() const { return *impl_->model; }
 const Composition& Session::composition() const { return *impl_->composition; }
+int64_t Session::reach() const { return impl_->reach; }
 Store& Session::store() { return *impl_->store; }
 std::span<const int32_t> Session::tokens(int sequence) const { return impl_->tokens[size_t(sequence)]; }
 int64_t Session::step() const { return impl_->step; }

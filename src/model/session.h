@@ -69,6 +69,8 @@ class Session final {
   /// Forgets tokens at positions ≥ `position` of a sequence. Entries that were evicted do not come back.
   void truncate(int sequence, int64_t position);
 
+  /// The most tokens that a sequence may have: the model's context, or what a mechanism makes of it; 0: any number.
+  int64_t reach() const;
   const Model& model() const;
   const Composition& composition() const;
   Store& store();

@@ -434,6 +434,40 @@ TEST(Session, InterruptionRestores) {
   EXPECT_EQ(distance(row(session.decode(5), 0), row(untouched->decode(5), 0)), 0);
 }
 
+// What reads far keys at shorter distances reads more text than the model was trained for, and says how much more.
+TEST(Session, AMechanismMayReachBeyondTheContext) {
+  ModelInfo shape;
+  shape.layers = 2, shape.h = 6, shape.g = 2, shape.d = shape.d_v = 16, shape.hidden = 48, shape.vocabulary = 97;
+  const auto endless = Model::random(shape, 64, Dtype::F32, 7);
+  shape.context = 64;
+  const auto model = Model::random(shape, 64, Dtype::F32, 7);
+  const std::string extended = "self-extend(group=3,window=16)";  // 16 + 3 · 48
+  const auto last = [&](const std::shared_ptr<const Model>& m, const std::string& spec, int64_t length) {
+    Session session(m, options(spec));
+    Tensor logits = session.prefill(text(length - 1));
+    logits = session.decode(text(length).back());
+    return row(logits, 0);
+  };
+  EXPECT_EQ(Session(model, options("dense")).reach(), 64);
+  EXPECT_EQ(Session(model, options(extended)).reach(), 160);
+  EXPECT_EQ(Session(model, options("streaming-llm(sinks=2,window=20)")).reach(), 0);
+  EXPECT_EQ(Session(model, options("self-extend(group=3,window=16,layers=1)")).reach(), 64)
+      << "the other layer is as ever";
+  EXPECT_EQ(Session(endless, options(extended)).reach(), 0);
+  EXPECT_LT(distance(last(model, extended, 160), last(endless, extended, 160)), 1e-6);
+  EXPECT_NO_THROW(last(model, "streaming-llm(sinks=2,window=20)", 200));
+  for (const auto& [spec, length] : {std::pair<std::string, int64_t>{"dense", 65}, {extended, 161}, {extended, 162}}) {
+    try {
+      last(model, spec, length);
+      ADD_FAILURE() << spec << " read " << length;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.failure().code, Code::Invalid);
+      EXPECT_NE(e.failure().remedy.find("self-extend(group=" + std::to_string(length / 64 + 1) + ")"), std::string::npos)
+          << e.failure().remedy;
+    }
+  }
+}
+
 TEST(Session, RefusesWhatItCannotDo) {
   const auto model = tiny();
   EXPECT_THROW(Session(model, options("snapvk")), Error);

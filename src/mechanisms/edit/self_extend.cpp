@@ -26,9 +26,10 @@ struct SelfExtend final : Mechanism {
     };
   }
   std::string check() const override { return whole_groups(heads); }
-  Needs needs(const ModelInfo&) const override {
+  Needs needs(const ModelInfo& m) const override {
     Needs n;
     n.plain_keys = true;
+    if (layers.all() && m.context > window) n.reach = window + (m.context - window) * group;
     return n;
   }
 
