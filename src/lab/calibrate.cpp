@@ -11,7 +11,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-/// The largest, or the sum, of what the query heads of a KV head are.
+/// The largest of what the query heads of a KV head (layer · g + head) are.
 template <class Value>
 double largest_of_group(const ModelInfo& m, int kv, Value&& value) {
   double out = -kInfinity;
@@ -107,7 +107,7 @@ Json calibrate(const Spec& spec, const ModelInfo& m, const HeadStudy& study, dou
       {"attention", attention},
       {"model", hexadecimal(m.hash)},
       {"learnt",
-       {{"what", what.learns}, {"share", share}, {"needles_found", study.retrieval.counted}, {"model_name", m.architecture}}}};
+       {{"what", what.learns}, {"share", share}, {"needles_found", study.retrieval.counted}, {"architecture", m.architecture}}}};
 }
 
 }  // namespace heed
