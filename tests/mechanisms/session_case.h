@@ -87,4 +87,28 @@ inline SessionOptions in_f32(const std::string& attention, int64_t chunk = 0) {
   return o;
 }
 
+/// The largest difference of two rows of numbers; ∞ where one is NaN or they are unequally long.
+inline double distance(const std::vector<float>& a, const std::vector<float>& b) {
+  double worst = a.size() == b.size() ? 0 : INFINITY;
+  for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    const double d = std::abs(double(a[i]) - double(b[i]));
+    worst = std::isnan(d) ? INFINITY : std::max(worst, d);
+  }
+  return worst;
+}
+
+/// What each head of each layer holds behind a prompt.
+inline std::vector<std::vector<int32_t>> held(const std::shared_ptr<const Model>& model, const std::string& spec,
+                                              int64_t chunk) {
+  SessionOptions o;
+  o.attention = spec, o.chunk = chunk, o.backend = backend_or("reference");
+  o.k.kind = o.v.kind = PageType::Kind::F32;
+  Session session(model, o);
+  session.prefill(text(83, 1));
+  std::vector<std::vector<int32_t>> out;
+  for (int l = 0; l < model->info().layers; ++l)
+    for (int kv = 0; kv < model->info().g; ++kv) out.push_back(session.store().layer(l).positions(kv));
+  return out;
+}
+
 }  // namespace heed::test
