@@ -1,5 +1,5 @@
 // How fast the CUDA kernels run, beside what the device copies and multiplies. Not built with heed; from the repository:
-//   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -arch=native -Isrc bench/cuda/kernels.cu build/libheed_core.a -lpthread -ldl -o /tmp/bench
+//   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -arch=native -Isrc bench/cuda/kernels.cu build/libheed_core.a -lzip -lpthread -ldl -o /tmp/bench
 // Times are medians of 15 calls by events, after 3 to warm up; weights rotate through more memory than the L2 cache holds.
 #include <cuda_runtime.h>
 
@@ -96,24 +96,62 @@ void products() {
   kept.clear();
 }
 
+/// Every row of 128 reads its own window of 1024, as one interval of a tile or token by token.
+Plan windows(Plan::Form form, int64_t n, int64_t heads) {
+  const int tile = form == Plan::Form::Interval ? 128 : 64;
+  std::vector<int64_t> rowptr = {0};
+  std::vector<int32_t> index;
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t i = 0; i < n; i += tile) {
+      const int32_t begin = int32_t(std::max<int64_t>(0, i - 1024)), end = int32_t(i + tile);
+      if (form == Plan::Form::Interval) index.insert(index.end(), {begin, end});
+      else
+        for (int32_t j = begin; j < end; ++j) index.push_back(j);
+      rowptr.push_back(int64_t(index.size()) / (form == Plan::Form::Interval ? 2 : 1));
+    }
+  Plan plan;
+  plan.form = form, plan.scope = Plan::Scope::KvHead, plan.q_tile = tile;
+  plan.rowptr = numbers(rowptr), plan.index = numbers(index);
+  if (form == Plan::Form::Interval) plan.index = plan.index.reshape({plan.index.size[0] / 2, 2});
+  return plan;
+}
+
 void attention() {
+  for (int64_t d : {64, 128, 256})
+    for (int64_t n : {1024, 8192}) {
+      const int64_t h = 32, g = 8;
+      const Ragged q = rows(filled(Dtype::BF16, {h * n, d}), h, h), k = rows(filled(Dtype::BF16, {g * n, d}), g, g),
+                   v = rows(filled(Dtype::BF16, {g * n, d}), g, g), columns = rows(filled(Dtype::F32, {g * n}), g, g);
+      const Tensor out = filled(Dtype::F32, {h * n, d}), lse = filled(Dtype::F32, {h * n});
+      const double forward = 4.0 * double(h * n * n * d) / 2;
+      const std::string shape = ", 32/8 heads of " + std::to_string(d) + ", n " + std::to_string(n);
+      auto attend = [&](const Plan& plan, const Mods& mods) {
+        return microseconds([&](int) { run().attend(queue(), q, k, v, plan, mods, out, lse); });
+      };
+      Mods capped;
+      capped.softcap = 50;
+      line("attend with a soft cap" + shape, attend({}, capped), 0, forward);
+      const double read = 4.0 * double(h * d) * (1024 + 64) * double(n);
+      line("attend, intervals of 1024" + shape, attend(windows(Plan::Form::Interval, n, g), {}), 0, n > 1024 ? read : forward);
+      line("attend, tokens, 1024 a tile" + shape, attend(windows(Plan::Form::Tokens, n, g), {}), 0, n > 1024 ? read : forward);
+      line("attend" + shape, attend({}, {}), 0, forward);
+      Observe how;
+      auto observe = [&] {
+        return microseconds([&](int) { run().observe(queue(), q, {&k, nullptr, nullptr}, nullptr, {}, how, columns); });
+      };
+      line("observe, all rows" + shape, observe(), 0, forward);
+      how.lse = lse;
+      line("observe, all rows, lse given" + shape, observe(), 0, forward / 2);
+      const Tensor d_out = filled(Dtype::F32, {h * n, d}), d_q = filled(Dtype::F32, {h * n, d}),
+                   d_k = filled(Dtype::F32, {g * n, d}), d_v = filled(Dtype::F32, {g * n, d});
+      if (d <= 128 || n == 1024)
+        line("attend_backward" + shape, microseconds([&](int) {
+               run().attend_backward(queue(), q, k, v, {}, {}, out, lse, d_out, d_q, d_k, d_v, {}, {});
+             }),
+             0, 2.5 * forward);
+      kept.clear();
+    }
   const int64_t h = 32, g = 8, d = 128;
-  for (int64_t n : {1024, 4096}) {
-    const Ragged q = rows(filled(Dtype::BF16, {h * n, d}), h, h), k = rows(filled(Dtype::BF16, {g * n, d}), g, g),
-                 v = rows(filled(Dtype::BF16, {g * n, d}), g, g);
-    const Tensor out = filled(Dtype::F32, {h * n, d}), lse = filled(Dtype::F32, {h * n});
-    const double forward = 4.0 * double(h * n * n * d) / 2;
-    line("attend bf16 causal, 32/8 heads of 128, n " + std::to_string(n),
-         microseconds([&](int) { run().attend(queue(), q, k, v, {}, {}, out, lse); }), 0, forward);
-    const Tensor d_out = filled(Dtype::F32, {h * n, d}), d_q = filled(Dtype::F32, {h * n, d}),
-                 d_k = filled(Dtype::F32, {g * n, d}), d_v = filled(Dtype::F32, {g * n, d});
-    if (n == 1024)
-      line("attend_backward, the same", microseconds([&](int) {
-             run().attend_backward(queue(), q, k, v, {}, {}, out, lse, d_out, d_q, d_k, d_v, {}, {});
-           }),
-           0, 2.5 * forward);
-    kept.clear();
-  }
   const int64_t m = 16384;
   const Ragged q = rows(filled(Dtype::BF16, {h * 32, d}), h, h), k = rows(filled(Dtype::BF16, {g * m, d}), g, g),
                columns = rows(filled(Dtype::F32, {g * m}), g, g);
@@ -182,9 +220,10 @@ void recurrences() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   std::printf("%s\n", cuda_state().c_str());
   if (!cuda_kernels()) return 1;
+  const std::string only = argc > 1 ? argv[1] : "";  // one group: products, attention, pages, recurrences
   {
     const Tensor a = filled(Dtype::U8, {1 << 30}), b = filled(Dtype::U8, {1 << 30});
     line("copy of 1 GiB on the device",
@@ -192,8 +231,8 @@ int main() {
          2.0 * double(a.bytes()), 0);
     kept.clear();
   }
-  products();
-  attention();
-  pages();
-  recurrences();
+  if (only.empty() || only == "products") products();
+  if (only.empty() || only == "attention") attention();
+  if (only.empty() || only == "pages") pages();
+  if (only.empty() || only == "recurrences") recurrences();
 }

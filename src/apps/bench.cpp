@@ -21,17 +21,19 @@ Json result_json(const Model& model, const ModelFlags& flags, const std::string&
   Json samples_ns = Json::array();
   for (double s : r.seconds) samples_ns.push_back(int64_t(s * 1e9));
   const size_t comma = flags.kv.find(',');
+  const Kernels& run = backend(flags.backend, flags.device);
+  const int64_t ubatch = flags.ubatch > 0 ? flags.ubatch : run.tile_rows;
   return {{"build_commit", HEED_VERSION},
           {"build_number", 0},
           {"cpu_info", cpu_name()},
-          {"gpu_info", ""},
-          {"backends", backend(flags.backend).name},
+          {"gpu_info", run.memory == &cpu_memory() ? "" : cuda_state()},
+          {"backends", run.name},
           {"model_filename", model.path()},
           {"model_type", model.name()},
           {"model_size", model.bytes()},
           {"model_n_params", parameters(model)},
-          {"n_batch", std::max(r.test.prompt, flags.ubatch)},
-          {"n_ubatch", flags.ubatch},
+          {"n_batch", std::max(r.test.prompt, ubatch)},
+          {"n_ubatch", ubatch},
           {"n_threads", threads()},
           {"type_k", flags.kv.substr(0, comma)},
           {"type_v", comma == std::string::npos ? flags.kv : flags.kv.substr(comma + 1)},

@@ -35,7 +35,7 @@ std::unique_ptr<Command> bench_command();
 struct ModelFlags {
   std::string model, kv = "bf16", backend = "auto";
   int threads = 0, device = 0;
-  int64_t ubatch = 512, chunk = 0;
+  int64_t ubatch = 0, chunk = 0;
 
   void declare(CLI::App& app, bool required = true);
   /// Sets the number of threads and checks what needs no model. Throws Error.

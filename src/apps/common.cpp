@@ -41,9 +41,10 @@ void ModelFlags::declare(CLI::App& app, bool required) {
   app.add_option("--kv", kv, "how the cache keeps entries: bf16, f16, f32, q8, q4, or keys,values")
       ->type_name("TYPE")
       ->capture_default_str();
-  app.add_option("--ubatch,--ubatch-size", ubatch, "-ub: rows worked on at once; bounds memory, not meaning")
+  app.add_option("--ubatch,--ubatch-size", ubatch,
+                 "-ub: rows worked on at once; bounds memory, not meaning (0: what suits the backend, 512 or 4096)")
       ->type_name("N")
-      ->check(CLI::Range(int64_t(1), int64_t(1) << 20))
+      ->check(CLI::Range(int64_t(0), int64_t(1) << 20))
       ->capture_default_str();
   app.add_option("--chunk", chunk, "feed prompts in parts of N tokens; mechanisms then plan for each part (0: whole)")
       ->type_name("N")

@@ -10,8 +10,8 @@
 // Tensors of one number a row are contiguous. Offsets and ends of outputs are inputs: the caller has laid them out.
 //
 // Number types. q, k, v: F32, BF16 or F16 (each its own). Everything else F32 unless said. Sums are in f32.
-// Queries of F32 or F16 over keys of BF16 may be rounded to BF16 by attend, attend_store and observe, which then changes a logit by up to
-// 2^-7 · scale · |q||k| / √d.
+// Queries of F32 or F16 over keys of BF16 may be rounded to BF16 by attend, its gradient, attend_store and observe, which then changes a
+// logit by up to 2^-7 · scale · |q||k| / √d; over values of BF16 the gradient may round d_out and weights too.
 // Bound of every kernel: |result − reference| ≤ 2^-7 · scale of the operands for BF16 inputs, 2^-10 for F16 and
 // 2^-18 · √(terms) for F32 (tests/kernels states it for each kernel).
 //
@@ -248,6 +248,7 @@ struct Kernels {
   std::string name;                      // "reference", "avx2", "avx512", "avx512-bf16", "amx", "neon"
   bool v_transposed = false;             // the page layout this backend wants for V
   const Memory* memory = &cpu_memory();  // where every tensor that a kernel sees must lie
+  int64_t tile_rows = 512;               // tokens of a prompt whose products are best done at once
 
   /// out [rows, d_v], lse [rows]; with plan.parts > 1: out [parts, rows, d_v], lse [parts, rows]. lse may be empty.
   /// Milakov & Gimelshein 2018 (online softmax); Dao 2023 (tiling).

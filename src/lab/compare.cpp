@@ -186,7 +186,7 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
   trial.attention = "dense";
   Session held(model, trial);  // weights stay on a device from one run to the next
   // What a process does once (a GPU's first prefill of 7680 tokens: 0.24 s for 0.10) is not the first mechanism's.
-  held.prefill(std::span(passage.tokens).first(size_t(std::min(passage.prompt, options.session.ubatch))));
+  held.prefill(std::span(passage.tokens).first(size_t(std::min<int64_t>(passage.prompt, 512))));
   held.decode(passage.tokens[size_t(passage.prompt)]);
   for (const std::string& name : names) {
     // Opening a session says what parsing cannot: a mechanism that needs more than a model gives.

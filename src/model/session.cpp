@@ -149,8 +149,9 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
     : model(std::move(model_in)), options(o),
       queue(&backend(o.backend, o.device), *backend(o.backend, o.device).memory), shape(model->info()) {
   require(o.sequences >= 1 && o.sequences <= 4096, "session", "sequences: 1…4096");
-  require(o.ubatch >= 1, "session", "ubatch must be at least 1");
+  require(o.ubatch >= 0, "session", "ubatch must not be negative");
   require(o.chunk >= 0, "session", "chunk must not be negative");
+  if (options.ubatch == 0) options.ubatch = queue.run->tile_rows;
   weights = model->place(queue);
   for (size_t l = 0; l < shape.ropes.size(); ++l) shape.ropes[l] = &weights->ropes[l];
   const ModelInfo& m = info();

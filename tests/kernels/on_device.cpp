@@ -180,7 +180,9 @@ Kernels coat() {
                  Ragged columns) {
     Visit on;
     const KeysOn from(on, keys, plan);
-    gpu().observe(on.queue, on(q), from.keys, plan ? &from.plan : nullptr, on(mods), how, on(columns));
+    Observe there = how;
+    there.lse = on(how.lse);
+    gpu().observe(on.queue, on(q), from.keys, plan ? &from.plan : nullptr, on(mods), there, on(columns));
     on.leave();
   };
   t.observe_rows = [](Queue&, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const RowStats& stats) {

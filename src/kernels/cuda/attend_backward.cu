@@ -1,5 +1,6 @@
 // Gradients of attention in f32, without atomics: one kernel walks the keys of each query row for d_q, another the query
 // rows of each key for d_k and d_v (Dao 2023, appendix B), so every sum has one order.
+#include "kernels/cuda/attend_backward.cuh"
 #include "kernels/cuda/tile.cuh"
 
 namespace heed::cuda {
@@ -199,6 +200,10 @@ void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragge
   const unsigned q_segments = unsigned(q.segments());
   launch(queue, where, out_dot_kernel, dim3(blocks_for(ceil_div(a.n_bound, 8), q_segments), q_segments), 256, 0, a,
          matrix(out), matrix(d_out), dots, d_gain.as<float>());
+  if (attend_backward_mma(
+          queue, a,
+          {{}, matrix(d_out), lse.as<float>(), dots, matrix(d_q), matrix(d_k), matrix(d_v), d_key_bias.as<float>()}))
+    return;
   Gradient gradient{matrix(d_out), matrix(out), lse.as<float>(), dots, matrix(d_q), nullptr};
   const RowTiles tiles = row_tiles(a, kRows);
   dim3 grid = tiles.grid;

@@ -45,17 +45,11 @@ struct PageNumbers {
   }
 };
 
-/// Keys in equal shares, one for each block along z, so that a few rows over many keys fill the device.
-struct Split {
-  int shares;
-  int64_t keys;  // of a share, Dense; the last takes what is left
-};
-
 /// Grid: row tiles, then (z) shares of the keys, parts, and slices of v's channels. Thread t works for row t / 8.
 template <class Numbers>
 __global__ void __launch_bounds__(kTileThreads)
     attend_plain_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Numbers numbers,
-                        const __grid_constant__ RowTiles tiles, Split split, const __grid_constant__ AttendOut to) {
+                        const __grid_constant__ RowTiles tiles, KeyShares split, const __grid_constant__ AttendOut to) {
   __shared__ TileMemory memory;
   __shared__ int64_t q_rows[kRows];
   const int r = threadIdx.x / 8, lane = threadIdx.x % 8;
@@ -164,42 +158,56 @@ __global__ void join_kernel(const __grid_constant__ AttentionView a, int shares,
   }
 }
 
-template <class Numbers>
-void run(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t expected_keys,
-         const AttendOut& to) {
-  const RowTiles tiles = row_tiles(a, kRows);
+/// start(tiles, grid, shares, out) launches a kernel whose blocks take `block_rows` rows and one of `slices` of the channels.
+template <class Start>
+void run(Queue& queue, const char* where, const AttentionView& a, int64_t expected_keys, int block_rows, int64_t slices,
+         const AttendOut& to, Start start) {
+  const RowTiles tiles = row_tiles(a, block_rows);
   // Not by the device, so that a result does not depend on it, nor by how loose the bound is: shares are 256 keys wide
   // (at most 64 of them, so a power of two wider over very many keys), and those past the last key weigh exactly
   // nothing. A plan's entries are divided by 16. Sigmoid weights have no denominator to join by.
-  Split split{1, expected_keys};
+  KeyShares split{1, expected_keys};
   if (a.n_bound <= 16 && !a.mods.sigmoid) {
     split.keys = 256;
     while (ceil_div(expected_keys, split.keys) > 64) split.keys *= 2;
     split.shares = a.plan.form == Plan::Form::Dense ? int(std::max<int64_t>(1, ceil_div(expected_keys, split.keys))) : 16;
   }
   dim3 grid = tiles.grid;
-  grid.z = unsigned(split.shares * a.plan.parts * ceil_div(a.d_v, kChannels));
-  if (split.shares == 1)
-    return launch(queue, where, attend_plain_kernel<Numbers>, grid, kTileThreads, 0, a, numbers, tiles, split, to);
+  grid.z = unsigned(split.shares * a.plan.parts * slices);
+  if (split.shares == 1) return start(tiles, grid, split, to);
   Scratch scratch(queue.scratch);
   const int64_t rows = a.q_rows, places = int64_t(split.shares) * a.plan.parts;
   const AttendOut partial{queue.scratch.take(Dtype::F32, {places, rows, a.d_v}).as<float>(), rows * a.d_v, a.d_v,
                           queue.scratch.take(Dtype::F32, {places, rows}).as<float>(),        rows,         1};
-  launch(queue, where, attend_plain_kernel<Numbers>, grid, kTileThreads, 0, a, numbers, tiles, split, partial);
+  start(tiles, grid, split, partial);
   const unsigned count = unsigned(a.sequences * a.h);
   launch(queue, where, join_kernel, dim3(blocks_for(a.n_bound, count), count, unsigned(a.plan.parts)), 128, 0, a,
          split.shares, partial, to);
 }
 
+template <class Numbers>
+void run_plain(Queue& queue, const char* where, const AttentionView& a, const Numbers& numbers, int64_t expected_keys,
+               const AttendOut& to) {
+  run(queue, where, a, expected_keys, kRows, ceil_div(a.d_v, kChannels), to,
+      [&](const RowTiles& tiles, dim3 grid, const KeyShares& split, const AttendOut& out) {
+        launch(queue, where, attend_plain_kernel<Numbers>, grid, kTileThreads, 0, a, numbers, tiles, split, out);
+      });
+}
+
 }  // namespace
 
 void attend_plain(Queue& queue, const AttentionView& a, const AttendOut& to) {
-  run(queue, "attend", a, PanelNumbers{a.k, a.v}, ceil_div(a.m_bound, a.g), to);
+  const int64_t expected = ceil_div(a.m_bound, a.g);
+  if (!attends_on_tensor_cores(a)) return run_plain(queue, "attend", a, PanelNumbers{a.k, a.v}, expected, to);
+  run(queue, "attend", a, expected, kMmaRows, 1, to,
+      [&](const RowTiles& tiles, dim3 grid, const KeyShares& split, const AttendOut& out) {
+        attend_mma(queue, a, tiles, grid, split, out);
+      });
 }
 
 void attend_pages(Queue& queue, const AttentionView& a, const PagesView& pages, const RopeView& rope,
                   const ReadPlaces& places, int64_t most_keys, const AttendOut& to) {
-  run(queue, "attend_store", a, PageNumbers{pages, rope, places}, most_keys, to);
+  run_plain(queue, "attend_store", a, PageNumbers{pages, rope, places}, most_keys, to);
 }
 
 }  // namespace heed::cuda

@@ -9,14 +9,6 @@
 namespace heed::cuda {
 namespace {
 
-__global__ void round_rows(const float* from, int64_t stride, int width, int64_t count, __nv_bfloat16* to) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-    const float4 x = *reinterpret_cast<const float4*>(from + i / (width / 4) * stride + i % (width / 4) * 4);
-    reinterpret_cast<__nv_bfloat162*>(to)[2 * i] = __floats2bfloat162_rn(x.x, x.y);
-    reinterpret_cast<__nv_bfloat162*>(to)[2 * i + 1] = __floats2bfloat162_rn(x.z, x.w);
-  }
-}
-
 /// Mods that both kernels lack.
 bool plain(const Mods& m) {
   return m.softcap == 0 && !m.temperature && !m.gain && m.weight == WeightFunction::Softmax && m.scale >= 0;
@@ -39,8 +31,7 @@ bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v
   a.d = int(q.values.size[1]), a.d_v = int(v.values.size[1]);
   a.q_rows = q.values.size[0], a.k_rows = k.values.size[0], a.v_rows = v.values.size[0];
   const bool round = q.values.type == Dtype::F32;
-  if (round && (reinterpret_cast<uintptr_t>(q.values.data) % 16 != 0 || q.values.stride[0] % 4 != 0 || a.d % 8 != 0))
-    return false;
+  if (round && a.d % 8 != 0) return false;
   a.q = q.values.as<__nv_bfloat16>(), a.k = k.values.as<__nv_bfloat16>(), a.v = v.values.as<__nv_bfloat16>();
   a.q_stride = round ? a.d : q.values.stride[0], a.k_stride = k.values.stride[0], a.v_stride = v.values.stride[0];
   auto ends = [](const Ragged& r) { return r.ends ? r.ends.as<int64_t>() : r.offsets.as<int64_t>() + 1; };
@@ -62,10 +53,7 @@ bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v
   const cudaStream_t stream = static_cast<cudaStream_t>(queue.stream);
   if (round) {
     const Tensor rounded = queue.scratch.take(Dtype::BF16, {a.q_rows, int64_t(a.d)});
-    const int64_t count = a.q_rows * (a.d / 4);
-    round_rows<<<unsigned(std::min<int64_t>(1056, (count + 255) / 256)), 256, 0, stream>>>(
-        q.values.as<float>(), q.values.stride[0], a.d, count, rounded.as<__nv_bfloat16>());
-    check(cudaGetLastError(), "attend");
+    round_rows(queue, "attend", matrix(q.values), a.q_rows, matrix(rounded));
     a.q = rounded.as<__nv_bfloat16>();
   }
   check(sm90::attend_launch(a, queue.scratch.take(Dtype::U8, {sm90::attend_scratch(a)}).data, stream), "attend");

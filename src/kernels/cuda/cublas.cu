@@ -110,8 +110,8 @@ bool multiply_with_cublas(Queue& queue, const Panel& p) {
   if (!way.there) return false;
   Scratch scratch(queue.scratch);
   void* workspace = queue.scratch.take(Dtype::U8, {int64_t(kWorkspace)}).data;
-  const float one = 1;
-  return lib.matmul(lib.handle, way.desc, &one, p.w, way.w, p.x, way.x, &one, p.y, way.y, p.y, way.y, &way.algorithm,
+  const float one = 1, before = p.add ? 1 : 0;
+  return lib.matmul(lib.handle, way.desc, &one, p.w, way.w, p.x, way.x, &before, p.y, way.y, p.y, way.y, &way.algorithm,
                     workspace, kWorkspace, stream(queue)) == CUBLAS_STATUS_SUCCESS;
 }
 

@@ -137,6 +137,36 @@ __device__ inline void load8(const void* data, Dtype type, int64_t at, int count
   }
 }
 
+/// Stores eight numbers of a row of f32 from element `at` on; of those past `count` none.
+__device__ inline void store8(float* data, int64_t at, int count, const float (&x)[8]) {
+  float* p = data + at;
+  if (count >= 8 && reinterpret_cast<uint64_t>(p) % 16 == 0) {
+    reinterpret_cast<float4*>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
+    reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count) p[i] = x[i];
+}
+
+/// Calls body(row, first column) for every eight columns of [rows, width], shared out over the grid.
+template <class Body>
+__device__ inline void each_eight(int64_t rows, int width, Body body) {
+  const int groups = (width + 7) / 8;
+  const int64_t count = rows * groups;
+  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < count; e += int64_t(gridDim.x) * blockDim.x)
+    body(e / groups, int(e % groups) * 8);
+}
+/// Blocks of 256 threads for each_eight.
+inline unsigned blocks_for_eights(int64_t rows, int64_t width) {
+  return blocks_for(ceil_div(rows * ceil_div(width, 8), 256), 1);
+}
+
+/// from [rows, width] in bf16 → to, zeros in columns past from's; to is aligned and its width a multiple of eight
+/// (round_rows.cu).
+void round_rows(Queue& queue, const char* where, const Matrix& from, int64_t rows, const Matrix& to);
+
 struct Segments {
   const int64_t* offsets = nullptr;
   const int64_t* ends = nullptr;

@@ -3,17 +3,21 @@
 namespace heed::cuda {
 namespace {
 
-__global__ void glu_kernel(Matrix gate, Matrix up, Activation activation, Matrix y, int64_t count) {
+__global__ void glu_kernel(Matrix gate, Matrix up, Activation activation, Matrix y, int64_t rows) {
   await();
-  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < count; e += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t row = e / y.width;
-    const int c = int(e % y.width);
-    const float x = gate.row<float>(row)[c];
-    const float active = activation == Activation::Silu
-                             ? x / (1 + expf(-x))
-                             : 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));  // √(2/π)
-    y.row<float>(row)[c] = active * up.row<float>(row)[c];
-  }
+  each_eight(rows, y.width, [&](int64_t row, int c) {
+    float x[8], by[8];
+    load8(gate.data, Dtype::F32, row * gate.stride + c, y.width - c, x);
+    load8(up.data, Dtype::F32, row * up.stride + c, y.width - c, by);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float v = x[i];
+      x[i] = by[i] * (activation == Activation::Silu
+                          ? v / (1 + expf(-v))
+                          : 0.5f * v * (1 + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v))));  // √(2/π)
+    }
+    store8(static_cast<float*>(y.data), row * y.stride + c, y.width - c, x);
+  });
 }
 
 }  // namespace
@@ -22,10 +26,9 @@ void glu(Queue& queue, Tensor gate, Tensor up, Activation activation, Tensor y) 
   check_tensor("glu", "gate", gate, {gate.size[0], gate.size[1]});
   check_tensor("glu", "up", up, {gate.size[0], gate.size[1]});
   check_tensor("glu", "y", y, {gate.size[0], gate.size[1]});
-  const int64_t count = gate.numel();
-  if (count == 0) return;
-  launch_early(queue, "glu", glu_kernel, blocks_for(ceil_div(count, 256), 1), 256, 0, matrix(gate), matrix(up),
-               activation, matrix(y), count);
+  if (gate.numel() == 0) return;
+  launch_early(queue, "glu", glu_kernel, blocks_for_eights(y.size[0], y.size[1]), 256, 0, matrix(gate), matrix(up),
+               activation, matrix(y), y.size[0]);
 }
 
 }  // namespace heed::cuda

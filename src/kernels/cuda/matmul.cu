@@ -25,17 +25,18 @@ void matmul(Queue& queue, Tensor w, Tensor x, Tensor bias, bool accumulate, Tens
   if (x.size[0] == 0 || w.size[0] == 0) return;
   if (is_few(linear, x.size[0])) return matmul_few(queue, std::span(&linear, 1), x, accumulate);
   if (w.type == Dtype::F32) return matmul_plain(queue, w, x, bias, accumulate, y);
-  matmul_many(queue, w, x, bias, accumulate, y);
+  matmul_many(queue, std::span(&linear, 1), x, accumulate);
 }
 
 void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x) {
-  const auto small = [&](const Linear& l) { return is_few(l, x.size[0]) && l.w.size[0] > 0; };
-  if (x.size[0] == 0 || each.empty() || !std::all_of(each.begin(), each.end(), small)) {
-    for (const Linear& l : each) matmul(queue, l.w, x, l.bias, false, l.y);
-    return;
-  }
   for (const Linear& l : each) check_linear(l, x);
-  matmul_few(queue, each, x, false);
+  const auto all = [&](auto which) { return !each.empty() && std::all_of(each.begin(), each.end(), which); };
+  const int64_t tokens = x.size[0];
+  if (tokens > 0 && all([&](const Linear& l) { return is_few(l, tokens) && l.w.size[0] > 0; }))
+    return matmul_few(queue, each, x, false);
+  if (all([&](const Linear& l) { return !is_few(l, tokens) && l.w.size[0] > 0 && l.w.type != Dtype::F32; }))
+    return matmul_many(queue, each, x, false);
+  for (const Linear& l : each) matmul(queue, l.w, x, l.bias, false, l.y);
 }
 
 void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, Activation activation, Tensor y) {

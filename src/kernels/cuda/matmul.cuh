@@ -9,16 +9,18 @@ namespace heed::cuda {
 void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, bool accumulate);
 /// The same in f32 for F32 weights and many tokens (matmul_plain.cu).
 void matmul_plain(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y);
-/// Many tokens: panels of w in bf16, multiplied by cuBLASLt where that is installed (matmul_many.cu).
-void matmul_many(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y);
+/// Many tokens: x rounded to bf16 once for all matrices, panels of each in bf16, multiplied by cuBLASLt where that is
+/// installed (matmul_many.cu).
+void matmul_many(Queue& queue, std::span<const Linear> each, const Tensor& x, bool accumulate);
 
-/// y [T, out] += x [T, in] · w [out, in]^T, all rows `width` bf16 (a multiple of 8, 16-byte aligned); y f32.
+/// y [T, out] = x [T, in] · w [out, in]^T (+ y), all rows `width` bf16 (a multiple of 8, 16-byte aligned); y f32.
 struct Panel {
   const __nv_bfloat16 *x, *w;
   int64_t x_stride, w_stride;
   float* y;
   int64_t y_stride;
   int tokens, outputs, width;
+  bool add;  // to what y holds; otherwise y is not read
 };
 /// Through cuBLASLt; false when that is not installed or has no way to do it (cublas.cu).
 bool multiply_with_cublas(Queue& queue, const Panel& panel);

@@ -23,19 +23,9 @@ namespace {
 using Rows = Observe::Rows;
 using Heads = Observe::Heads;
 
-struct Columns {
-  Matrix values;
-  Segments at;
-  const float* lse;
-  Rows rows;
-  Heads heads;  // LayerMean: the group's sum
-  float decay;
-  bool logits;
-};
-
 /// Grid: key tiles (strided), segments of k. Thread (w, j) of eight by 32 folds rows w, w + 8, … of key j.
 __global__ void __launch_bounds__(kTileThreads)
-    observe_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ Columns to) {
+    observe_kernel(const __grid_constant__ AttentionView a, const __grid_constant__ ObservedColumns to) {
   __shared__ TileMemory memory;
   __shared__ int64_t q_rows[kRows];
   __shared__ float folds[8][kKeys + 1], counts[8][kKeys + 1];
@@ -142,17 +132,30 @@ void observe(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, 
   const int64_t width = columns.values.rank == 2 ? columns.values.size[1] : 1;
   require(how.heads != Heads::Each || (!mods.k_map && width == a.h / a.g), where,
           "each head apart needs columns [keys, group] and no k_map");
-  float* lse = nullptr;
-  if (!how.logits && !a.mods.sigmoid) {
-    lse = queue.scratch.take(Dtype::F32, {std::max<int64_t>(1, q.values.size[0])}).as<float>();
-    row_lse(queue, a, lse);
+  check_tensor(where, "lse", how.lse, {q.values.size[0]}, true);
+  const float* lse = how.lse.as<float>();
+  if (!lse && !how.logits && !a.mods.sigmoid) {
+    float* sums = queue.scratch.take(Dtype::F32, {std::max<int64_t>(1, q.values.size[0])}).as<float>();
+    row_lse(queue, a, sums);
+    lse = sums;
   }
   const unsigned segments_of = unsigned(from.k.segments());
-  Columns to{matrix(columns.values), segments(columns), lse, how.rows, how.heads, how.decay, how.logits};
+  ObservedColumns to{matrix(columns.values),
+                     segments(columns),
+                     columns.values.size[0],
+                     lse,
+                     how.rows,
+                     how.heads,
+                     how.decay,
+                     how.logits};
   if (how.heads == Heads::LayerMean)
     to.values = matrix(queue.scratch.take(Dtype::F32, {std::max<int64_t>(1, columns.values.size[0])}));
-  const dim3 grid(blocks_for(ceil_div(a.m_bound, kKeys), segments_of), segments_of);
-  launch(queue, where, observe_kernel, grid, kTileThreads, 0, a, to);
+  if (observes_on_tensor_cores(a) && !(how.logits && how.rows == Rows::Decayed)) {
+    observe_mma(queue, a, to);
+  } else {
+    const dim3 grid(blocks_for(ceil_div(a.m_bound, kKeys), segments_of), segments_of);
+    launch(queue, where, observe_kernel, grid, kTileThreads, 0, a, to);
+  }
   if (how.heads == Heads::LayerMean)
     launch(queue, where, layer_mean_kernel, dim3(blocks_for(ceil_div(a.m_bound, 256), segments_of), segments_of), 256,
            0, to.values, to.at, a.g, a.h, matrix(columns.values));

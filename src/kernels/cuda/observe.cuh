@@ -11,6 +11,25 @@ struct Observed {
   Observed(Queue& queue, const char* where, const Keys& keys, const Mods& given);
 };
 
+/// What observe makes of each key, and where that goes. `heads`: LayerMean is the group's sum here.
+struct ObservedColumns {
+  Matrix values;
+  Segments at;
+  int64_t bound;  // rows that segments lie in
+  const float* lse;
+  Observe::Rows rows;
+  Observe::Heads heads;
+  float decay;
+  bool logits;
+};
+
+/// Whether the kernels of observe_mma.cu take this attention.
+bool observes_on_tensor_cores(const AttentionView& a);
+/// Not of decayed logits.
+void observe_mma(Queue& queue, const AttentionView& a, const ObservedColumns& to);
+/// lse [shares, q's rows], of share_keys keys each; the last has what is left.
+void row_lse_mma(Queue& queue, const AttentionView& a, int64_t share_keys, int shares, float* lse);
+
 /// lse of every query row, over all parts of the plan (observe_rows.cu).
 void row_lse(Queue& queue, const AttentionView& a, float* lse);
 

@@ -158,7 +158,8 @@ void row_lse(Queue& queue, const AttentionView& a, float* lse) {
   grid.z = unsigned(to.shares);
   Scratch scratch(queue.scratch);
   if (to.shares > 1) to.lse = queue.scratch.take(Dtype::F32, {to.shares, a.q_rows}).as<float>();
-  launch(queue, "observe", observe_rows_kernel, grid, kTileThreads, 0, a, tiles, to);
+  if (observes_on_tensor_cores(a)) row_lse_mma(queue, a, to.share_keys, to.shares, to.lse);
+  else launch(queue, "observe", observe_rows_kernel, grid, kTileThreads, 0, a, tiles, to);
   if (to.shares == 1) return;
   const unsigned count = unsigned(a.sequences * a.h);
   launch(queue, "observe", join_lse_kernel, dim3(blocks_for(ceil_div(a.n_bound, 128), count), count), 128, 0, a.qs,
@@ -192,6 +193,7 @@ void observe_rows(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
                 0,
                 0};
   to.lse_alone = !to.entropy && !to.distance && !to.argmax && !to.peak && !to.span;
+  if (to.lse_alone) return to.lse ? row_lse(queue, a, to.lse) : void();
   const RowTiles tiles = row_tiles(a, kRows);
   launch(queue, where, observe_rows_kernel, tiles.grid, kTileThreads, 0, a, tiles, to);
 }

@@ -68,6 +68,7 @@ const Kernels* cuda_kernels() {
     Kernels t{};
     t.name = "cuda";
     t.memory = &cuda::memory();
+    t.tile_rows = 4096;  // weights are unpacked for each tile
     t.attend = cuda::attend;
     t.attend_backward = cuda::attend_backward;
     t.attend_store = cuda::attend_store;
