@@ -33,7 +33,7 @@ struct Numbers {
     Equal,  // a, b → 1 or 0
     Pick,   // c, a, b → a unless c is 0, else b
     Floor,
-    Round,  // Round: halves away from zero
+    Round,  // Round: halves to even
     Exp,
     Log,
     Log1p,

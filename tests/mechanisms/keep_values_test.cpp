@@ -238,6 +238,12 @@ TEST_P(KeepValues, DefensiveKvTakesTheWorstCase) {
       std::vector<double> pool, bare;
       Rows n(size_t(s.g), std::vector<double>(size_t(m)));
       std::vector<double> total(size_t(m), 0.0);
+      double before_window = 0;  // the mean over all heads of what the `window` keys before it are paid
+      for (int64_t head = 0; head < s.h; ++head)
+        for (int64_t i = s.n - window; i < s.n; ++i) {
+          const auto p = c.causal(head, i);
+          before_window += std::accumulate(p.begin() + prefix - window, p.begin() + prefix, 0.0) / double(s.h * window);
+        }
       for (int64_t kv = 0; kv < s.g; ++kv)
         for (int64_t j = 0; j < m; ++j) total[size_t(j)] += n[size_t(kv)][size_t(j)] = c.carried(kv, j);
       for (int64_t kv = 0; kv < s.g; ++kv) {
@@ -258,8 +264,8 @@ TEST_P(KeepValues, DefensiveKvTakesTheWorstCase) {
           }
         const double least = std::accumulate(worst.begin(), worst.begin() + prefix, 0.0) / double(prefix),
                      before = std::accumulate(mean.begin(), mean.begin() + prefix, 0.0);
-        const int64_t from = released ? prefix - window : prefix;
-        const double o = std::accumulate(mean.begin() + from, mean.begin() + from + window, 0.0);
+        const double o = released ? before_window : std::accumulate(mean.begin() + prefix, mean.end(), 0.0);
+        const int64_t most = (released ? prefix * budget / m : budget) - window;
         std::vector<double> scores(size_t(m), INFINITY);
         for (int64_t j = 0; j < prefix; ++j)
           scores[size_t(j)] = std::max(worst[size_t(j)], least) * n[size_t(kv)][size_t(j)] / total[size_t(j)];
@@ -269,7 +275,7 @@ TEST_P(KeepValues, DefensiveKvTakesTheWorstCase) {
         std::stable_sort(order.begin(), order.end(),
                          [&](int32_t a, int32_t b) { return mean[size_t(a)] > mean[size_t(b)]; });
         double sum = 0;
-        for (int64_t i = 0; i < std::min(prefix, budget - window); ++i) {
+        for (int64_t i = 0; i < std::min(prefix, most); ++i) {
           sum += mean[size_t(order[size_t(i)])] / before;
           if (sum > mass - o) break;
           scores[size_t(order[size_t(i)])] = INFINITY;

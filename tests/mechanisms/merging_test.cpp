@@ -23,22 +23,18 @@ Rows blended(const Case& c, int64_t kv, const std::vector<int32_t>& held, double
     double cosine;
   };
   std::vector<Gone> gone;
-  std::vector<double> eligible;
+  std::vector<double> alike;  // of all that go; those not alike enough come last
   for (int64_t i = 0; i < c.shape.m; ++i) {
     if (std::binary_search(held.begin(), held.end(), int32_t(i))) continue;
     Gone best{i, -1, -2};
     for (int32_t t : held)
       if (const double x = key_cosine(c, kv, i, t); x > best.cosine) best.to = t, best.cosine = x;
     gone.push_back(best);
-    if (best.cosine >= least) eligible.push_back(best.cosine);
+    alike.push_back(best.cosine >= least ? best.cosine : -INFINITY);
   }
-  std::sort(eligible.begin(), eligible.end());
-  double threshold = INFINITY;
-  if (!eligible.empty()) {
-    const double at = (1 - share) * double(eligible.size() - 1), low = std::floor(at);
-    threshold = eligible[size_t(low)];
-    if (at > low) threshold += (at - low) * (eligible[size_t(low) + 1] - threshold);
-  }
+  std::sort(alike.begin(), alike.end());
+  // Above a quantile that lies between two are those from the upper one on.
+  const double threshold = alike.empty() ? INFINITY : alike[size_t(std::ceil((1 - share) * double(alike.size() - 1)))];
   Rows sum(size_t(c.shape.m), std::vector<double>(size_t(c.shape.d_v)));
   std::vector<double> mass(size_t(c.shape.m), 1.0);
   for (int64_t j = 0; j < c.shape.m; ++j)

@@ -104,7 +104,8 @@ TEST_P(Plans, XAttentionHoldsItsShareOfTheEstimate) {
   }
 }
 
-// The released code's first chunk, from its own cumulative list: 0, 0, diagonal, diagonal + s_1, …
+// The released code's first chunk, from its own cumulative list: 0, 0, diagonal, diagonal + s_1, …; what is left out is
+// written as block 0.
 TEST_P(Plans, XAttentionAsReleased) {
   const Case c(shape(112, 112), 6, 2.5);
   const auto plan = planned(c, "xattention(stride=4,block=16,threshold=0.6,as_released=true)", backend(), 16, 16);
@@ -117,7 +118,7 @@ TEST_P(Plans, XAttentionAsReleased) {
       const double total = std::accumulate(row.begin(), row.begin() + t + 1, 0.0);
       std::vector<double> before{0, row[size_t(t)]};
       for (size_t i = 0; i + 2 < order.size(); ++i) before.push_back(before.back() + row[size_t(order[i])]);
-      std::set<int32_t> expected{int32_t(t)};
+      std::set<int32_t> expected{0, int32_t(t)};
       for (size_t i = 0; i < order.size() && before[i] < double(0.6f) * total; ++i) expected.insert(order[i]);
       EXPECT_EQ(plan[size_t(head * 7 + t)], std::vector<int32_t>(expected.begin(), expected.end()))
           << "head " << head << " block " << t;

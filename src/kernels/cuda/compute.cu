@@ -70,7 +70,7 @@ __device__ double evaluate(const Numbers& what, const Place& at) {
     switch (s.op) {
       case Op::Load: to = element(s, x); continue;
       case Op::Floor: to = floor(x); continue;
-      case Op::Round: to = round(x); continue;
+      case Op::Round: to = rint(x); continue;
       case Op::Exp: to = exp(x); continue;
       case Op::Log: to = log(x); continue;
       case Op::Log1p: to = log1p(x); continue;

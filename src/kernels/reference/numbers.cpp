@@ -119,7 +119,7 @@ void evaluate(const Numbers& what, const Run& run, int n, double (*stack)[kRun])
         for (int i = 0; i < n; ++i) stack[top - 1][i] = stack[top - 1][i] != 0 ? stack[top][i] : stack[top + 1][i];
         break;
       case Op::Floor: unary([](double a) { return std::floor(a); }); break;
-      case Op::Round: unary([](double a) { return std::round(a); }); break;
+      case Op::Round: unary([](double a) { return std::nearbyint(a); }); break;
       case Op::Exp: unary([](double a) { return std::exp(a); }); break;
       case Op::Log: unary([](double a) { return std::log(a); }); break;
       case Op::Log1p: unary([](double a) { return std::log1p(a); }); break;

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -9,8 +11,9 @@ namespace {
 // DefensiveKV (Feng et al., 2025): an entry is worth the worst case of losing it, the most that any row of the window pays
 // it in any head of its group, never less than the mean entry; times its share of what the output matrix carries. Entries
 // that make up `mass` of the mean weights are sure to stay, and a layer's heads share one pool. Its form with one pool over
-// all layers is left out. The mass that the window itself holds counts as held (as_released: that of as many keys before
-// it, where the released code looks after it has cut the window off).
+// all layers is left out. The mass that the window itself holds counts as held. The released code looks when it has cut
+// the window off: it takes the mass of as many keys before it, in the mean over the layer's heads, and no more entries are
+// sure than the budget's share of what is left grants beside another window.
 struct DefensiveKV final : KeepPolicy {
   int window, kernel;
   double mass;
@@ -24,7 +27,8 @@ struct DefensiveKV final : KeepPolicy {
             param(&M::window, "window", 32, 1, 4096, "last queries, which vote and whose keys stay"),
             param(&M::kernel, "kernel", 5, 1, 63, "width of the smoothing over keys, odd"),
             param(&M::mass, "mass", 0.9, 0, 0.999, "share of the mean weights that is sure to stay; 0: none"),
-            param(&M::as_released, "as_released", false, "the released code's mass of the window"),
+            param(&M::as_released, "as_released", false,
+                  "the released code's mass of the window and bound on what is sure"),
         });
   }
   std::string check() const override {
@@ -76,12 +80,17 @@ struct DefensiveKV final : KeepPolicy {
     Select top_p;
     top_p.by = Select::By::TopP, top_p.p = float(mass), top_p.crossing = false;
     // Σ chosen ≤ p − o of a total of 1 is Σ chosen + H ≤ p (1 + H) with H = o / (1 − p).
-    const Num o = pick(length_of(held, s) > 0, load(window_mass.values, begin_of(held, s)), 0);
-    top_p.held = compute(queue, Dtype::F32, {all}, o / (1 - mass));
+    Ragged o = numbers(queue, all, 1, mean.heads, all);
+    compute(queue, pick(length_of(held, s) > 0, load(window_mass.values, begin_of(held, s)), 0), o.values);
+    if (as_released) o = spread(queue, o, {.of = Spread::Of::Mean, .over = Spread::Over::Heads});
+    top_p.held = compute(queue, Dtype::F32, {all}, load(o.values, s) / (1 - mass));
     const Lists entries = chosen(queue, weights, top_p, capacity);
     std::vector<int64_t> room;
-    for (size_t i = 0; i < recent.size(); ++i)
-      room.push_back(std::max<int64_t>(0, budget.entries(at.prompt[i]) - recent[i]));
+    for (size_t i = 0; i < recent.size(); ++i) {
+      const int64_t length = at.prompt[i], own = budget.entries(length), left = std::max<int64_t>(0, length - recent[i]);
+      const int64_t granted = as_released ? left * std::min(own, length) / std::max<int64_t>(1, length) : own;
+      room.push_back(std::max<int64_t>(0, granted - recent[i]));
+    }
     Select best;
     best.count = compute(queue, Dtype::I32, {all}, min(load(entries.count, s), of_sequence(queue, room, s, mean.heads)));
     choose(queue, before, best, entries);

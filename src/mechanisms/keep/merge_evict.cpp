@@ -17,7 +17,7 @@ struct MergeEvict final : KeepWrapper {
     using M = MergeEvict;
     return {
         param(&M::least, "least", 0, -1, 1, "the least cosine of keys at which values are blended"),
-        param(&M::share, "share", 1, 0, 1, "share of those entries, the most alike, whose values are blended"),
+        param(&M::share, "share", 1, 0, 1, "share of the entries that go, the most alike, whose values are blended"),
     };
   }
 
@@ -49,13 +49,15 @@ struct MergeEvict final : KeepWrapper {
     const Ragged alike = row_dots(queue, k, picked_rows(queue, keys, other, rows), 1 / float(d)),
                  norms = row_norms(queue, values);
 
-    // Those at or above the (1 − share) quantile of what is alike enough, interpolated linearly.
+    // Those alike enough and at or above the (1 − share) quantile, interpolated linearly, of all that go; all that are alike
+    // where they are fewer (kvpress then blends none: its quantile is no number).
     Select enough;
     enough.by = Select::By::Threshold, enough.p = float(least);
     const Lists near = chosen(queue, alike, enough, gone.capacity);
-    const Num count = load(near.count, index());
+    const Num count = load(gone.count, index());
     Select best;
-    best.count = compute(queue, Dtype::I32, {goes.segments()}, max(0, count + floor((share - 1) * max(0, count - 1))));
+    best.count = compute(queue, Dtype::I32, {goes.segments()},
+                         min(load(near.count, index()), count + floor((share - 1) * max(0, count - 1))));
     choose(queue, alike, best, near);
     // What is blended in, and how much of it there is, side by side.
     const Num size = load(norms.values, own);

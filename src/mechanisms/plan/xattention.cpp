@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "attention/select.h"
@@ -9,8 +11,9 @@ namespace {
 
 // XAttention (Xu et al., 2025): sums along the antidiagonals of stride × stride tiles stand for the scores of a block. The
 // paper's rule holds for every chunk: block 0 and the diagonal stay, and blocks join in order of their mass while what is
-// in holds less than `threshold` of the row, the crossing one included. As released, block 0 is not forced in the first
-// chunk of 16384 tokens, and the test there lags by one block, so that one more is read.
+// in holds less than `threshold` of the row, the crossing one included. As released, the mass of block 0 is not counted
+// beforehand in the first chunk (16384 tokens of a prompt, and fewer the longer it is) and the test there lags by one
+// block, so that one more is read; what the code leaves out it writes as block 0, which is therefore read as well.
 struct XAttention final : Mechanism {
   int stride, block;
   double threshold;
@@ -23,7 +26,7 @@ struct XAttention final : Mechanism {
         param(&M::threshold, "threshold", 0.9, 0, 1, "share of a row's estimated mass that is read"),
         param(&M::block, "block", 128, 1, 1 << 16, "queries and keys of a block"),
         param(&M::as_released, "as_released", false,
-              "the released code's first chunk: block 0 competes, and one block more is read"),
+              "the released code's first chunk: block 0 competes and is read in any case, and so is one block more"),
     };
   }
   std::string check() const override {
@@ -55,7 +58,7 @@ struct XAttention final : Mechanism {
       const Tensor own = compute(at.queue, Dtype::I32, {all_rows}, floor_div(before + tile * block, block));
       const Tensor last = compute(at.queue, Dtype::I32, {all_rows},
                                   floor_div(before + min((tile + 1) * block, s.n) - 1, block));
-      const Tensor first = compute(at.queue, Dtype::I32, {all_rows}, pick(released(before, tile), -1, 0));  // −1: block 0 competes
+      const Tensor first = compute(at.queue, Dtype::I32, {all_rows}, pick(released(s, tile), -1, 0));  // −1: block 0 competes
       const auto mass_of = [&](const Tensor& block) {
         const Num x = load(rows.values, begin_of(rows, r) + load(block, r));
         return pick(load(block, r) >= 0 && x > -kInfinity, x, 0);
@@ -72,14 +75,23 @@ struct XAttention final : Mechanism {
       const Tensor blocks = listed.slice(0, s.row * capacity, end * capacity), taken = count.slice(0, s.row, end);
       at.run().select(at.queue, rows, most, capacity, blocks, taken);
       if (!as_released) return;
+      const Lists read{blocks, taken, capacity};
       Select more;
-      more.count = compute(at.queue, Dtype::I32, {all_rows}, load(taken, r) + released(before, tile));
-      at.run().select(at.queue, rows, more, capacity, blocks, taken);
+      more.count = compute(at.queue, Dtype::I32, {all_rows}, load(taken, r) + released(s, tile));
+      choose(at.queue, rows, more, read);
+      compute(at.queue, load(taken, r) + (read.has(r, 0) == 0), more.count);
+      compute(at.queue, rows, pick(place() == 0, kInfinity, load(rows.values, index())), rows.values);
+      choose(at.queue, rows, more, read);
     });
     return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, listed, count, capacity);
   }
 
-  Num released(int64_t before, const Num& tile) const { return as_released ? before + tile * block < 16384 : Num(0); }
+  /// Whether a tile lies in the first chunk of the released code, which has one where nothing comes before the queries:
+  /// 16384 tokens, or 2^28 / P of a longer text, P the power of 2 that holds it.
+  Num released(const Slice& s, const Num& tile) const {
+    const int64_t first = std::clamp<int64_t>((int64_t(1) << 28) / int64_t(std::bit_ceil(uint64_t(s.m))), 2048, 16384);
+    return as_released && s.m == s.n ? tile * block < first : Num(0);
+  }
 
   // Softmax over groups of `stride` keys of the antidiagonal sums, summed to blocks.
   Grids block_mass(LayerView& at, const Slice& s) const {
