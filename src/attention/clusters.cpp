@@ -1,6 +1,7 @@
 #include "attention/clusters.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numbers>
 
 #include "attention/inputs.h"
@@ -31,6 +32,39 @@ Tensor hashed(Queue& queue, const Tensor& rows, const Tensor& planes, int bits) 
     queue.run->reduce(queue, side, sum, code);
   }
   return out;
+}
+
+std::vector<double> lloyd_max(int count, double low, double high, const std::function<double(double)>& density) {
+  constexpr size_t cells = 4096;
+  const double step = (high - low) / double(cells);
+  std::vector<double> mass{0}, moment{0};  // up to the beginning of a grid cell
+  for (size_t i = 0; i < cells; ++i) {
+    const double t = low + (double(i) + 0.5) * step, f = density(t);
+    mass.push_back(mass.back() + f), moment.push_back(moment.back() + f * t);
+  }
+  const auto until = [&](const std::vector<double>& sums, double t) {
+    const double at = std::clamp((t - low) / step, 0.0, double(cells));
+    const size_t i = std::min(size_t(at), cells - 1);
+    return sums[i] + (sums[i + 1] - sums[i]) * (at - double(i));
+  };
+  // Begun at quantiles of equal mass.
+  std::vector<double> points;
+  for (int i = 0; i < count; ++i) {
+    const double wanted = mass.back() * (i + 0.5) / count;
+    points.push_back(low + step * double(std::lower_bound(mass.begin(), mass.end(), wanted) - mass.begin()));
+  }
+  for (int round = 0; round < 1000; ++round) {
+    double before = low, change = 0;
+    for (size_t i = 0; i < points.size(); ++i) {
+      const double end = i + 1 < points.size() ? (points[i] + points[i + 1]) / 2 : high;
+      const double held = until(mass, end) - until(mass, before);
+      const double mean = held > 0 ? (until(moment, end) - until(moment, before)) / held : points[i];
+      change = std::max(change, std::abs(mean - points[i]));
+      points[i] = mean, before = end;
+    }
+    if (change < 1e-9 * (high - low)) break;
+  }
+  return points;
 }
 
 Clusters clustered(Queue& queue, const Ragged& segment, int64_t length, int64_t count, int rounds, bool cosine) {

@@ -166,6 +166,11 @@ Result<Composition> Composition::parse(const std::string& text, const ModelInfo&
               Code::Conflict, "attention",
               p->entry->name + " keeps keys before rotation, and " + q->entry->name + " needs bounds of rotated keys",
               "use a keep policy that leaves positions alone, such as snapkv");
+        if (plain->plain_keys && bounds->basis)
+          return fail(Code::Conflict, "attention",
+                      p->entry->name + " keeps keys before rotation, and " + q->entry->name +
+                          " changes the coordinates of rotated keys",
+                      "use one of them");
         if (plain->same_entries && has(q->roles, Role::Keep) && !bounds->quantised)
           return fail(
               Code::Conflict, "attention",

@@ -64,9 +64,18 @@ struct Needs {
   Read::Positions positions = Read::Positions::True;
   int64_t reach = 0;  // tokens of a text that it reads at distances the model was trained for; 0: as many as the context has
   std::vector<Column> columns;
+  bool basis = false;      // basis() has something to say: goes with nobody who keeps keys plain
   bool quantised = false;  // settle() moves pages to a second layout of these types
   PageType quantised_k, quantised_v;
   std::vector<std::string> inputs;  // tensors that `heed apply --input` must give: "beta [h, n]"
+};
+
+/// Coordinates that a layer is read in: queries and keys, behind their rotary embedding, and values are multiplied by
+/// orthogonal matrices F32 [d, d] and [d_v, d_v] (row i makes coordinate i), and the output is turned back. Weights and
+/// outputs stay what they are, but quantised entries are nearer. Empty: as they come.
+struct Basis {
+  Buffer k, v;
+  Buffer k_back, v_back;  // their transposes, where kernels read them (placed())
 };
 
 /// What a mechanism remembers of one session; copied when the session is forked.
@@ -102,6 +111,7 @@ class LayerView {
   Tensor out, lse;  // after attention: F32, as q's rows
   Tensor ids;       // I32 [new tokens], as `first` counts them; `heed apply` has none
   Tensor hidden;    // F32 [new tokens, hidden]: the residual stream before this layer; `heed apply` has none
+  const Basis* basis = nullptr;  // what q, k, v and out are multiplied by
   Tensor output_matrix;         // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
   LayerStore* store = nullptr;  // the new entries are in it
   Store* stores = nullptr;      // for column numbers
@@ -172,6 +182,8 @@ struct Mechanism {
 
   virtual Needs needs(const ModelInfo&) const { return {}; }
   virtual std::unique_ptr<State> open(const ModelInfo&) const { return nullptr; }
+  /// The coordinates that its layers are read in, on the host (Needs::basis).
+  virtual Basis basis(const ModelInfo&) const { return {}; }
 
   /// plan: which keys the new queries read (Prompt, Chunk). May also change at.mods.
   virtual Plan plan(LayerView&) const { return {}; }

@@ -1,5 +1,9 @@
 #include "attention/rotation.h"
 
+#include <bit>
+#include <cmath>
+#include <numeric>
+
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "base/random.h"
@@ -48,6 +52,60 @@ Tensor mean_rotation(Queue& queue, const Rope& rope, int64_t d, int64_t heads, s
     units = combine(queue, units, Combine::Multiply, 0.5);
   }
   return units.values.reshape({segments, d, d});
+}
+
+Buffer hadamard(int64_t d, int64_t order) {
+  require(order > 0 && (order & (order - 1)) == 0 && d % order == 0, "hadamard",
+          "order " + std::to_string(order) + " is no power of 2 that divides " + std::to_string(d));
+  Buffer out = Buffer::zeros(Dtype::F32, {d, d});
+  const float size = 1 / std::sqrt(float(order));
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < order; ++j)
+      out->at<float>(i, i / order * order + j) = std::popcount(uint64_t(i % order & j)) % 2 ? -size : size;
+  return out;
+}
+
+Buffer random_orthogonal(int64_t d, uint64_t seed) {
+  Random random(seed);
+  std::vector<std::vector<double>> rows;
+  while (int64_t(rows.size()) < d) {
+    auto& row = rows.emplace_back();
+    for (int64_t c = 0; c < d; ++c) row.push_back(random.normal());
+    for (int round = 0; round < 2; ++round)  // once more takes off what rounding left
+      for (size_t other = 0; other + 1 < rows.size(); ++other) {
+        const double dot = std::inner_product(row.begin(), row.end(), rows[other].begin(), 0.0);
+        for (size_t c = 0; c < row.size(); ++c) row[c] -= dot * rows[other][c];
+      }
+    const double norm = std::sqrt(std::inner_product(row.begin(), row.end(), row.begin(), 0.0));
+    for (double& x : row) x /= norm;
+  }
+  Buffer out(Dtype::F32, {d, d});
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t c = 0; c < d; ++c) out->at<float>(i, c) = float(rows[size_t(i)][size_t(c)]);
+  return out;
+}
+
+Basis placed(Queue& queue, const Basis& host) {
+  Basis out;
+  const auto place_one = [&](const Buffer& from, Buffer& to, Buffer& back) {
+    if (!from) return;
+    const int64_t d = from->size[0];
+    to = Buffer(Dtype::F32, {d, d}, *queue.memory), back = Buffer(Dtype::F32, {d, d}, *queue.memory);
+    queue.upload(from, to);
+    compute(queue, load(to, channel() * d + place()), back);
+  };
+  place_one(host.k, out.k, out.k_back), place_one(host.v, out.v, out.v_back);
+  return out;
+}
+
+void change_basis(Queue& queue, const Ragged& x, const Tensor& matrix, const Ragged& out) {
+  const int64_t rows = x.values.size[0], d = x.values.size[1];
+  const Scratch scratch(queue.scratch);
+  const Tensor made = queue.scratch.take(Dtype::F32, {rows, d});
+  queue.run->matmul(queue, matrix, x.values, {}, false, made);
+  Ragged to = out;  // every segment as a sequence of one head
+  to.heads = 1;
+  queue.run->split_heads(queue, made.reshape({rows, 1, d}), x.offsets, {}, 0, nullptr, {}, to);
 }
 
 Ragged transformed(Queue& queue, const Ragged& x, const Tensor& matrix) {

@@ -1,4 +1,5 @@
-// Rotary embedding on what a mechanism computes: turning rows further, back, and by the mean of positions to come.
+// Rotations. Rotary embedding on what a mechanism computes: turning rows further, back, and by the mean of positions to
+// come; and orthogonal matrices that spread what lies in few channels over all (Basis).
 #pragma once
 #include "attention/mechanism.h"
 
@@ -13,6 +14,17 @@ Rope backwards(Queue&, const Rope&);
 /// The mean of R(first[s]) … R(first[s] + count − 1) as a matrix for every segment of sequence s, transposed:
 /// [sequences · heads, d, d]. count is a power of 2: the mean of R(0) … R(2^b − 1) is Π (1 + R(2^k)) / 2.
 Tensor mean_rotation(Queue&, const Rope&, int64_t d, int64_t heads, std::span<const int64_t> first, int64_t count);
+
+/// Hadamard matrices of `order` (a power of 2) along the diagonal, orthonormal: F32 [d, d] of the host; order divides d.
+/// Symmetric and its own inverse; its entries are ± 1/√order (Sylvester, 1867).
+Buffer hadamard(int64_t d, int64_t order);
+/// A random orthogonal matrix: normal rows made orthonormal one by one (Haar measure). F32 [d, d] of the host.
+Buffer random_orthogonal(int64_t d, uint64_t seed);
+/// A basis of the host where kernels read it, transposes included.
+Basis placed(Queue&, const Basis& host);
+/// matrix x for every row x of a ragged (F32, end to end), into `out`, whose segments may lie anywhere and hold any plain
+/// type; matrix: F32 [d, d].
+void change_basis(Queue&, const Ragged& x, const Tensor& matrix, const Ragged& out);
 
 /// matrix[s]^T x for every row x of segment s: [rows, width]; matrix is F32 [segments, d, width].
 Ragged transformed(Queue&, const Ragged& x, const Tensor& matrix);

@@ -46,9 +46,13 @@ Ragged stored_keys(const LayerView& at) {
 
 Ragged plain_keys(const LayerView& at) {
   const Rope* rope = at.model.rope(at.layer);
-  const Ragged keys = read_keys(at, nullptr);
+  Ragged keys = read_keys(at, nullptr);
   if (!rope || at.store->pages().plain_keys) return keys;
-  return turned(at.queue, keys, backwards(at.queue, *rope), entry_positions(at));
+  const bool elsewhere = at.basis && at.basis->k;
+  if (elsewhere) change_basis(at.queue, keys, at.basis->k_back, keys);
+  keys = turned(at.queue, keys, backwards(at.queue, *rope), entry_positions(at));
+  if (elsewhere) change_basis(at.queue, keys, at.basis->k, keys);
+  return keys;
 }
 
 Ragged kept_keys(const LayerView& at) { return read_keys(at, nullptr); }

@@ -10,7 +10,7 @@ namespace heed {
 Ragged stored_keys(const LayerView&);
 Ragged stored_values(const LayerView&);
 Ragged stored_positions(const LayerView&);
-/// The keys before rotary embedding: as they are kept, or turned back.
+/// The keys before rotary embedding, in the layer's coordinates: as they are kept, or turned back.
 Ragged plain_keys(const LayerView&);
 /// The keys as the store keeps them, rotated or not.
 Ragged kept_keys(const LayerView&);

@@ -13,6 +13,10 @@ void check_side(const PageType& type, int width, const char* side) {
   require(width > 0, "page_layout", std::string(side) + " have no width");
   if (!type.quantised()) return;
   require(type.group > 0, "page_layout", std::string(side) + ": a group needs at least one number");
+  require(type.codes == PageType::Codes::Range || type.axis == PageType::Axis::Token, "page_layout",
+          std::string(side) + ": groups of entries have asymmetric codes");
+  require(type.codes != PageType::Codes::Table || type.bits() <= 4, "page_layout",
+          std::string(side) + ": a table of points has at most 4 bits");
   if (type.axis == PageType::Axis::Channel)
     require(kPage % type.group == 0, "page_layout",
             std::string(side) + ": a group of " + std::to_string(type.group) + " entries does not divide a page of 64",
@@ -39,7 +43,7 @@ int64_t PageType::groups(int width) const {
 }
 
 int64_t PageType::bytes(int width) const {
-  return round_up(int64_t(kPage) * width * bits() / 8 + 2 * groups(width) * int64_t(sizeof(f16)));
+  return round_up(int64_t(kPage) * width * bits() / 8 + (zeros() ? 2 : 1) * groups(width) * int64_t(sizeof(f16)));
 }
 
 PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias,

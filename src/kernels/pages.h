@@ -1,5 +1,6 @@
 // The store as kernels see it: pages of 64 entries of one (sequence, KV head), addressed through a table.
 #pragma once
+#include <array>
 #include <string>
 #include <vector>
 
@@ -12,19 +13,34 @@ inline constexpr int kPage = 64;  // entries of a page
 /// How one side (K or V) of a page is kept.
 struct PageType {
   enum class Kind : uint8_t { F32, BF16, F16, Q8, Q4, Q2 } kind = Kind::BF16;
-  /// Quantised kinds: asymmetric, code = round((x − zero) / scale), scale = (max − min) / (2^bits − 1), zero = min,
-  /// both rounded to f16 before the codes are made, over `group` consecutive channels of one entry (Token; the last group
-  /// may be shorter) or `group` consecutive entries of one channel (Channel, as KIVI keeps keys; group divides 64; only
-  /// entries that are there count). A scale of 0 gives code 0; codes are clamped to their range. Value: zero + code · scale.
+  /// Quantised kinds keep codes and, for each group, a scale (and a zero): `group` consecutive channels of one entry
+  /// (Token; the last group may be shorter) or `group` consecutive entries of one channel (Channel, as KIVI keeps keys;
+  /// group divides 64; only entries that are there count; Codes::Range only).
   enum class Axis : uint8_t { Token, Channel } axis = Axis::Token;
   int group = 32;
+  /// Value: zero + point · scale. Scale and zero are rounded to f16 before the codes are made; a scale of 0 gives the code
+  /// of the value 0 (Range: 0); codes are clamped to their range. With half = 2^(bits − 1):
+  enum class Codes : uint8_t {
+    Range,   // point = code = round((x − zero) / scale), scale = (max − min) / (2^bits − 1), zero = min
+    Signed,  // no zeros; point = code − half = ⌊x / scale + 1/2⌋; 8 bits: scale = max|x| / 127, the code 0 unused;
+             // fewer: scale = e / −half, e the first of the largest |x| (llama.cpp's q8_0 and q4_0)
+    Table,  // no zeros; point = points[code], the nearest to x / scale, of equals the lower; scale = √(mean x²); at most
+            // 4 bits
+  } codes = Codes::Range;
+  std::array<float, 16> points = {};  // Table: 2^bits of them, ascending
 
   bool quantised() const { return kind >= Kind::Q8; }
+  bool zeros() const { return codes == Codes::Range; }
   int bits() const;
+  float point(uint32_t code) const {
+    return codes == Codes::Range    ? float(code)
+           : codes == Codes::Signed ? float(int(code) - (1 << (bits() - 1)))
+                                    : points[code & 15];
+  }
   /// Scales (and zeros) of 64 entries of `width` numbers; 0 unless quantised.
   int64_t groups(int width) const;
   /// Bytes of 64 entries of `width` numbers, padded to 64: codes in the side's order, the first in the low bits of a byte;
-  /// then scales, then zeros, as [64][⌈width / group⌉] (Token) or [64 / group][width] (Channel) whatever the side's order.
+  /// then scales, then zeros where they are kept, as [64][⌈width / group⌉] (Token) or [64 / group][width] (Channel) whatever the side's order.
   int64_t bytes(int width) const;
   bool operator==(const PageType&) const = default;
 };

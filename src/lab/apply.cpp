@@ -4,6 +4,7 @@
 
 #include "attention/on_host.h"
 #include "attention/plans.h"
+#include "attention/rotation.h"
 #include "mechanisms/registry.h"
 #include "model/session.h"
 
@@ -68,7 +69,10 @@ class Harness {
       options.columns.insert(options.columns.end(), needs.columns.begin(), needs.columns.end());
       if (needs.quantised) quantised = true, types = needs;
       states_.push_back(p.mechanism->open(model_));
+      if (needs.basis) basis_ = heed::placed(queue_, p.mechanism->basis(model_));
     }
+    if (basis_.k) turn(q_, q_offsets_, basis_.k, q_), turn(k_, k_offsets_, basis_.k, k_);
+    if (basis_.v) turn(v_, k_offsets_, basis_.v, v_);
     const StoreShape shape{int(g_), model_.d, model_.d_v};
     store_ = std::make_unique<Store>(queue_, std::span(&shape, 1), options);
     if (quantised) store_->add_layout(types.quantised_k, types.quantised_v);
@@ -99,6 +103,7 @@ class Harness {
     if (reader >= 0) read(at, reader);
     if (keeper >= 0) keep(at, keeper);
 
+    if (basis_.v) turn(at.out, q_offsets_, basis_.v_back, at.out);
     add("out", Dtype::F32, {h_, n_, model_.d_v}, at.out);
     add("lse", Dtype::F32, {h_, n_}, at.lse);
     Buffer share(Dtype::F32, {h_});
@@ -140,13 +145,21 @@ class Harness {
 
   Tensor steps(int64_t count, int64_t step) { return compute(queue_, Dtype::I64, {count + 1}, index() * step); }
 
+  /// Rows of segments that lie end to end, in other coordinates (Basis).
+  void turn(const Tensor& rows, const Tensor& offsets, const Buffer& matrix, const Tensor& to) {
+    const int64_t segments = offsets.size[0] - 1, count = rows.size[0];
+    const Tensor wide = queue_.scratch.take(Dtype::F32, {count, rows.size[1]});
+    compute(queue_, load(rows, index()), wide);
+    change_basis(queue_, {wide, offsets, {}, segments, count}, matrix, {to, offsets, {}, segments, count});
+  }
+
   LayerView view(Phase phase) {
     LayerView at(model_, queue_, 0, phase);
     at.prompt = {m_}, at.rows = {phase == Phase::Decode ? 1 : n_}, at.first = steps(1, at.rows[0]);
     if (phase != Phase::Decode) at.key_rows.assign(size_t(g_), m_);
     at.mods.scale = in_.scale;
     at.store = &store_->layer(0), at.stores = store_.get();
-    at.inputs = &inputs_;
+    at.inputs = &inputs_, at.basis = &basis_;
     at.read.positions = positions_;
     return at;
   }
@@ -219,6 +232,7 @@ class Harness {
     Mods mods = at.mods;
     mods.q_pos = pos, mods.k_pos = {};
     queue_.run->attend_store(queue_, {q, offsets, {}, h_, h_}, store_->layer(0).pages(), read, mods, out, lse);
+    if (basis_.v) turn(out, offsets, basis_.v_back, out);
     add("kept_out", Dtype::F32, {h_, model_.d_v}, out);
     add("kept_lse", Dtype::F32, {h_}, lse);
   }
@@ -283,6 +297,7 @@ class Harness {
   int64_t h_ = 0, n_ = 0, g_ = 0, m_ = 0;
   Tensor q_, k_, v_, q_offsets_, k_offsets_, q_pos_, k_pos_;  // in scratch, which is never rewound
   std::map<std::string, Tensor> inputs_;
+  Basis basis_;
   std::vector<std::unique_ptr<State>> states_;
   std::unique_ptr<Store> store_;
   Read::Positions positions_ = Read::Positions::True;

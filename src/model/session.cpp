@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "attention/plans.h"
+#include "attention/rotation.h"
 #include "mechanisms/registry.h"
 #include "model/transformer.h"
 
@@ -56,7 +57,8 @@ struct Session::Impl {
   std::shared_ptr<const ModelWeights> weights;
   ModelInfo shape;  // of the model, ropes where kernels read them
   std::unique_ptr<Store> store;
-  std::vector<std::unique_ptr<State>> states;  // one for each part
+  std::vector<std::unique_ptr<State>> states;       // one for each part
+  std::vector<std::shared_ptr<const Basis>> bases;  // for each layer; null, or none at all: coordinates as they come
   int quantised_layout = 0;
   Read::Positions positions = Read::Positions::True;
   int64_t reach = 0;  // the most tokens of a sequence; 0: any number
@@ -181,6 +183,11 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
         store_options.columns.push_back(column);
     if (needs.quantised) quantised = true, quantised_k = needs.quantised_k, quantised_v = needs.quantised_v;
     states.push_back(p.mechanism->open(m));
+    if (!needs.basis) continue;
+    const auto basis = std::make_shared<const Basis>(placed(queue, p.mechanism->basis(m)));
+    bases.resize(size_t(m.layers));
+    for (int l = 0; l < m.layers; ++l)
+      if (p.mechanism->layers.holds(l, m.layers)) bases[size_t(l)] = basis;
   }
   reach = positions == Read::Positions::Cache || m.context == 0 ? 0 : std::max(reach, m.context);
   const std::vector<StoreShape> shapes(size_t(m.layers), StoreShape{m.g, m.d, m.d_v});
@@ -197,9 +204,9 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
 Session::Impl::Impl(Impl& other)
     : model(other.model), options(other.options), composition(other.composition), queue(&other.queue),
       weights(other.weights), shape(other.shape), store(std::make_unique<Store>(queue, *other.store)),
-      quantised_layout(other.quantised_layout), positions(other.positions), reach(other.reach), tokens(other.tokens),
-      next(other.next), prompt(other.prompt), step(other.step), times(other.times), dense_rows(other.dense_rows),
-      rows(other.rows), shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
+      bases(other.bases), quantised_layout(other.quantised_layout), positions(other.positions), reach(other.reach),
+      tokens(other.tokens), next(other.next), prompt(other.prompt), step(other.step), times(other.times),
+      dense_rows(other.dense_rows), rows(other.rows), shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
       reads(Dtype::F64, {shape.layers, shape.h}, *queue.memory), reads_count(other.reads_count) {
   queue.move(other.shares, shares), queue.move(other.reads, reads);
   for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
@@ -355,6 +362,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   view.prompt = prompt, view.store = &entries, view.stores = store.get();
   view.rows = batch.count, view.first = batch.first;
   view.ids = batch.ids, view.hidden = x, view.output_matrix = w.o;
+  view.basis = bases.empty() ? nullptr : bases[size_t(l)].get();
   view.read.rope = m.rope(l), view.read.positions = positions;
   view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);
 
@@ -383,8 +391,17 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     query_at = compute(queue, Dtype::I32, {total, m.h}, load(held, s * m.g + floor_div(channel(), m.group())) + i);
   }
 
+  const Basis none, &basis = view.basis ? *view.basis : none;
+  const auto split = [&](Tensor rows, Tensor norm, const Rope* turn, Tensor places, const Buffer& matrix, const Ragged& out) {
+    if (!matrix) return run.split_heads(queue, rows, batch.first, norm, eps, turn, places, out);
+    Scratch inner(queue.scratch);
+    const Ragged plain = head_major(batch, Dtype::F32, rows.size[1], rows.size[2]);
+    run.split_heads(queue, rows, batch.first, norm, eps, turn, places, plain);
+    change_basis(queue, plain, matrix, out);
+  };
+
   view.q = head_major(batch, Dtype::F32, m.h, m.d);
-  run.split_heads(queue, q_heads, batch.first, w.q_norm, eps, rope, query_at, view.q);
+  split(q_heads, w.q_norm, rope, query_at, basis.k, view.q);
   if (plain_keys) {
     view.plain_q = head_major(batch, Dtype::F32, m.h, m.d);
     run.split_heads(queue, q_heads, batch.first, w.q_norm, eps, nullptr, {}, view.plain_q);
@@ -425,7 +442,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     }
     compute(queue, k_new, load(batch.positions, load(batch.first, floor_div(segment(), m.g)) + place()), new_positions);
   }
-  run.split_heads(queue, v_heads, batch.first, {}, eps, nullptr, {}, v_new);
+  split(v_heads, {}, nullptr, {}, basis.v, v_new);
   if (plain_keys) {
     Ragged kept = k_new;  // the same rows, unrotated
     kept.values = queue.scratch.take(k_type, {k_new.values.size[0], m.d});
@@ -433,7 +450,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     entries.append(queue, kept, v_new, new_positions, batch.count);
     if (!decoding) run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, rope, read_at, k_new);
   } else {
-    run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, rope, read_at, k_new);
+    split(k_heads, w.k_norm, rope, read_at, basis.k, k_new);
     entries.append(queue, k_new, v_new, new_positions, batch.count);
   }
 
@@ -444,6 +461,12 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   keep(batch, view);
   Ragged out = view.q;
   out.values = view.out;
+  if (basis.v) {
+    Ragged back = out;
+    back.values = queue.scratch.take(Dtype::F32, {total * m.h, m.d_v});
+    change_basis(queue, out, basis.v_back, back);
+    out = back;
+  }
   Clock products(times.products);
   finish(queue, *weights, architecture(), l, out, batch.first, options.ubatch, x);
 }
@@ -596,6 +619,7 @@ void Session::Impl::evict_all(int p, Phase phase) {
     view.enter(step), view.enter(states[size_t(p)].get());
     view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get();
     view.output_matrix = weights->layers[size_t(l)].o;
+    view.basis = bases.empty() ? nullptr : bases[size_t(l)].get();
     view.read.rope = m.rope(l), view.read.positions = positions;
     scores.push_back(policy.score(view));
   }

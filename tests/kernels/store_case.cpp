@@ -1,5 +1,6 @@
 #include "kernels/store_case.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace heed::test {
@@ -13,7 +14,14 @@ PageType random_type(Random& random, Kinds kinds) {
   out.kind = kinds != Kinds::Any ? pick(random, {Kind::F32, Kind::BF16, Kind::F16})
                                  : pick(random, {Kind::F32, Kind::BF16, Kind::F16, Kind::Q8, Kind::Q4, Kind::Q2});
   out.axis = pick(random, {PageType::Axis::Token, PageType::Axis::Channel});
-  out.group = out.axis == PageType::Axis::Token ? pick(random, {32, 64, 16}) : pick(random, {32, 64});
+  out.group = out.axis == PageType::Axis::Token ? pick(random, {32, 64, 16, 256}) : pick(random, {32, 64});
+  if (out.quantised() && out.axis == PageType::Axis::Token)
+    out.codes = pick(random, {PageType::Codes::Range, PageType::Codes::Signed, PageType::Codes::Table});
+  if (out.kind == Kind::Q8 && out.codes == PageType::Codes::Table) out.codes = PageType::Codes::Signed;
+  if (out.codes == PageType::Codes::Table) {
+    for (int i = 0; i < 1 << out.bits(); ++i) out.points[size_t(i)] = float(random.normal());
+    std::sort(out.points.begin(), out.points.begin() + (1 << out.bits()));
+  }
   return out;
 }
 
@@ -120,7 +128,11 @@ std::string StoreCase::text() const {
   auto side = [&](const PageType& t) {
     out.append(kinds[int(t.kind)]);
     if (t.quantised())
-      out.append(t.axis == PageType::Axis::Token ? "/token" : "/channel").append(std::to_string(t.group));
+      out.append(t.axis == PageType::Axis::Token ? "/token" : "/channel")
+          .append(std::to_string(t.group))
+          .append(t.codes == PageType::Codes::Range    ? ""
+                  : t.codes == PageType::Codes::Signed ? "s"
+                                                       : "t");
   };
   for (const PageLayout& l : pages.layouts) {
     out.append(" ");

@@ -47,7 +47,12 @@ double code_step(const StoreCase& store, double most) {
   double step = 0;
   for (const PageLayout& l : store.pages.layouts)
     for (const PageType& t : {l.k, l.v})
-      if (t.quantised()) step = std::max(step, 2.01 * most / ((1 << t.bits()) - 1));
+      if (t.codes == PageType::Codes::Table) {
+        for (size_t i = 1; i < size_t(1) << t.bits(); ++i)
+          step = std::max(step, most * double(t.points[i] - t.points[i - 1]));
+      } else if (t.quantised()) {
+        step = std::max(step, 2.01 * most / ((1 << t.bits()) - 1));
+      }
   return step;
 }
 
@@ -136,12 +141,24 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
           for (int64_t e0 = 0; e0 < rows; e0 += group_rows)
             for (int64_t c0 = 0; c0 < width; c0 += group_cols) {
               const int64_t e1 = std::min(rows, e0 + group_rows), c1 = std::min(width, c0 + group_cols);
-              double low = 1e30, high = -1e30;
+              double low = 1e30, high = -1e30, largest = 0, squares = 0;
               for (int64_t e = e0; e < e1; ++e)
                 for (int64_t c = c0; c < c1; ++c) {
                   low = std::min(low, x(in, e, c));
                   high = std::max(high, x(in, e, c));
+                  if (std::abs(x(in, e, c)) > std::abs(largest)) largest = x(in, e, c);
+                  squares += x(in, e, c) * x(in, e, c) / double((e1 - e0) * (c1 - c0));
                 }
+              const bool is_signed = t.codes == PageType::Codes::Signed, table = t.codes == PageType::Codes::Table;
+              // Signed codes of few bits reach from −half to half − 1: the far end on one side is a step short.
+              const double half = 1 << (t.bits() - 1),
+                           step = t.kind == PageType::Kind::Q8 ? std::abs(largest) / 127 : -largest / half;
+              auto nearest = [&](double a) {
+                double best = INFINITY;
+                for (size_t i = 0; i < size_t(1) << t.bits(); ++i)
+                  best = std::min(best, std::abs(a - double(t.points[i]) * std::sqrt(squares)));
+                return best;
+              };
               // zero and scale are rounded to f16 before the codes are made.
               const double half_step = t.quantised() ? (high - low) / ((1 << t.bits()) - 1) / 2 : 0,
                            rounding = (std::abs(low) + high - low) * 0x1p-10;
@@ -149,6 +166,9 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
                 for (int64_t c = c0; c < c1; ++c) {
                   const double a = x(in, e, c), b = x(out, e, c);
                   double bound = half_step + rounding;
+                  if (is_signed)
+                    bound = (t.bits() < 8 && a / step > half - 1 ? 1 : 0.5) * std::abs(step) + std::abs(largest) * 0x1p-10;
+                  if (table) bound = nearest(a) + (std::abs(a) + 4 * std::sqrt(squares)) * 0x1p-10;
                   if (t.kind == PageType::Kind::F32) bound = 0;
                   if (t.kind == PageType::Kind::BF16) bound = 0x1p-8 * std::abs(a);
                   if (t.kind == PageType::Kind::F16) bound = 0x1p-11 * std::abs(a) + 0x1p-24;

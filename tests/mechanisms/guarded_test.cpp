@@ -154,6 +154,13 @@ const std::vector<std::string> kSpecs = {
     "spec-kv(budget=16,window=4,look=3)",
     "forcing-kv(frame=6,share=0.4)",
     "forcing-kv(frame=6,parts=2,share=0.4,static=[2,5],when=every(2))",
+    "swa-cache(when=every(2),spare=3)",
+    "kv-q8",
+    "kv-q4(residual=8,heads=1)",
+    "kv-hadamard(bits=8)",
+    "turboquant(bits=2)",
+    "turboquant(residual=8,layers=1-2)",
+    "context-shift(budget=16,sinks=3)",
 };
 
 std::shared_ptr<const Model> tiny() {
@@ -304,10 +311,10 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
     const int64_t before = replays();
     EXPECT_LT(farthest(plain, course(model, spec, true)), 1e-5);
     // These ask for the step or keep something of their own on the host; KIVI takes pages as it goes.
-    const char* const differ[] = {"tidal",    "recycled", "omnikv",          "kivi",      "r-kv",
-                                  "spatten",  "shadowkv", "double-sparsity", "clusterkv", "pqcache",
-                                  "hylra",    "lychee",   "long-heads",      "loki",      "retrieval",
-                                  "magicpig", "squeezed", "forcing-kv",      "cam(",      "lserve"};
+    const char* const differ[] = {
+        "tidal",     "recycled",   "omnikv", "kivi",   "r-kv",       "spatten",   "shadowkv",  "double-sparsity",
+        "clusterkv", "pqcache",    "hylra",  "lychee", "long-heads", "loki",      "retrieval", "magicpig",
+        "squeezed",  "forcing-kv", "cam(",   "lserve", "kv-",        "turboquant"};
     const bool differs = std::any_of(std::begin(differ), std::end(differ),
                                      [&](const char* name) { return spec.starts_with(name); });
     if (!differs) { EXPECT_GE(replays() - before, 20); }

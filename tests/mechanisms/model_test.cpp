@@ -161,8 +161,52 @@ INSTANTIATE_TEST_SUITE_P(
         "retrieval-attention(topk=64,sinks=4,recent=32)", "magicpig(tables=100,bits=6,sinks=4,local=32)",
         "squeezed-attention(threshold=0.002,recent=32)", "triforce(budget=0.33)", "sinklora(groups=2,shifted=0.5)",
         "knot-forcing(frame=16,frames=2,window=6)", "q-filters(budget=0.5,sinks=4)", "spec-kv(budget=0.33)",
-        "forcing-kv(frame=24,share=0.33)"),
+        "forcing-kv(frame=24,share=0.33)", "kv-q8", "kv-q4", "kv-hadamard", "turboquant", "turboquant(bits=2)",
+        "context-shift(budget=96,sinks=4)"),
     test_name);
+
+// Fifteen of Gemma's eighteen layers see 512 positions.
+TEST(RealModelWindows, AWindowCachePredictsAsAFullOneDoes) {
+  const std::string path = std::string(HEED_MODELS) + "/gemma3-270m.gguf";
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << "models/gemma3-270m.gguf is not there";
+  const auto model = value_or_throw(Model::load(path));
+  std::vector<int32_t> ids;
+  while (ids.size() < 900) {
+    const auto more = model->tokenizer()->encode(kText);
+    ids.insert(ids.end(), more.begin(), more.end());
+  }
+  ids.resize(900);
+  std::vector<std::vector<float>> logits, first;  // first: what layer 0, whose input is the text alone, makes of it
+  std::vector<int64_t> entries;
+  for (const char* spec : {"dense", "swa-cache(when=every(1))"}) {
+    SessionOptions o;
+    o.attention = spec, o.chunk = 300, o.backend = backend_or("auto");
+    Session session(model, o);
+    std::vector<float>&all = logits.emplace_back(), &outs = first.emplace_back();
+    const auto take = [&](const Tensor& t) { all.insert(all.end(), t.as<float>(), t.as<float>() + t.numel()); };
+    session.tap([&](LayerView& at) {
+      if (at.layer > 0) return;
+      const Buffer out = at.queue.read_back(at.out);
+      outs.insert(outs.end(), out->as<float>(), out->as<float>() + out->numel());
+    });
+    take(session.prefill(ids));
+    for (int32_t i = 0; i < 3; ++i) take(session.decode(ids[size_t(7 * i)]));
+    for (int l = 0; l < model->info().layers; ++l) entries.push_back(session.store().layer(l).length(0));
+  }
+  const auto farthest = [](const std::vector<std::vector<float>>& of) {
+    double worst = 0;
+    for (size_t i = 0; i < of[0].size(); ++i) worst = std::max(worst, std::abs(double(of[0][i]) - double(of[1][i])));
+    return worst;
+  };
+  ASSERT_EQ(first[0].size(), first[1].size());
+  EXPECT_LT(farthest(first), 1e-4) << "sums in another order";
+  EXPECT_LT(farthest(logits), 1.5) << "activations that were rounded to the other side, eighteen layers long";
+  const size_t layers = entries.size() / 2;
+  for (size_t l = 0; l < layers; ++l) {
+    EXPECT_EQ(entries[l], 903);
+    EXPECT_EQ(entries[layers + l], model->info().window(int(l)) > 0 ? 511 : 903) << "layer " << l;
+  }
+}
 
 }  // namespace
 }  // namespace heed::test

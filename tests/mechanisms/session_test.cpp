@@ -174,6 +174,9 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "q-filters(budget=10)",
                              "spec-kv(budget=16,window=4)",
                              "forcing-kv(frame=6,share=0.3)",
+                             "kv-q4",
+                             "turboquant(bits=2)",
+                             "context-shift(budget=16,sinks=3)",
                              "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+"
                              "h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
       const double changed = distance(dense, logits(model, spec, chunk));

@@ -186,7 +186,8 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"r-kv(budget=20,window=4,when=every(3))"}, Case{"r-kv(budget=20,window=4,when=every(1))", 25},
         Case{"q-filters(budget=16)"}, Case{"q-filters(budget=16,when=chunk)", 30}, Case{"spec-kv(budget=20,window=4)"},
         Case{"forcing-kv(frame=6,share=0.4)"}, Case{"forcing-kv(frame=6,share=0.4,static=[2,5],when=every(3))", 25},
-        Case{"kvzip(budget=20,chunk=32,sinks=2)"}, Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
+        Case{"swa-cache"}, Case{"swa-cache(when=every(3),spare=2)", 25}, Case{"kvzip(budget=20,chunk=32,sinks=2)"},
+        Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
     [](const auto& info) {
       std::string name = info.param.attention + (info.param.chunk ? "_chunk" : "");
       for (char& c : name)
@@ -203,11 +204,12 @@ struct CacheOracle {
   };
   const Model& model;
   int64_t sinks, budget;
+  bool halves;  // a full cache drops the older half behind its sinks; else what is too much, before the next token
   std::vector<std::vector<std::vector<Entry>>> cache;  // [layer][KV head]
   int64_t fed = 0;
 
-  CacheOracle(const Model& m, int64_t sinks, int64_t budget)
-      : model(m), sinks(sinks), budget(budget),
+  CacheOracle(const Model& m, int64_t sinks, int64_t budget, bool halves)
+      : model(m), sinks(sinks), budget(budget), halves(halves),
         cache(size_t(m.info().layers), std::vector(size_t(m.info().g), std::vector<Entry>())) {}
 
   void cut(std::vector<Entry>& entries, int64_t count) const {
@@ -247,7 +249,7 @@ struct CacheOracle {
       project(queue, *weights, model.architecture(), l, x, n, q, k, v);
       for (int g = 0; g < m.g; ++g) {
         auto& entries = cache[size_t(l)][size_t(g)];
-        if (!prompt) cut(entries, budget - n);
+        if (!prompt && !halves) cut(entries, budget - n);
         const int64_t held = int64_t(entries.size());
         for (int64_t i = 0; i < n; ++i)
           entries.push_back({int32_t(fed + i), numbers(k, i, g * d, d), numbers(v, i, g * d, d)});
@@ -268,7 +270,9 @@ struct CacheOracle {
             }
             for (int64_t c = 0; c < d; ++c) out->at<float>(h * n + i, c) = float(sum[size_t(c)] / total);
           }
-        cut(entries, budget);
+        if (!halves) cut(entries, budget);
+        while (halves && int64_t(entries.size()) >= budget)
+          entries.erase(entries.begin() + sinks, entries.begin() + sinks + (budget - sinks) / 2);
       }
       finish(queue, *weights, model.architecture(), l,
              Ragged{out, Tensor(offsets.data(), Dtype::I64, {m.h + 1}), {}, m.h, m.h * n}, ends, n, x);
@@ -283,16 +287,24 @@ struct CacheOracle {
 TEST(Session, CachePositionsAreThoseOfTheCache) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}}) {
     const auto model = tiny({0, 24, 0}, h, g);
-    for (const auto& [prompt, budget] : {std::pair{70, 16}, {9, 16}, {40, 33}}) {
+    for (const auto& [prompt, budget, halves] : {std::tuple{70, 16, false},
+                                                 {9, 16, false},
+                                                 {40, 33, false},
+                                                 {70, 16, true},
+                                                 {16, 16, true},
+                                                 {15, 16, true},
+                                                 {9, 17, true},
+                                                 {40, 33, true}}) {
       const std::vector<int32_t> ids = text(int64_t(prompt) + 24);
-      CacheOracle oracle(*model, 3, budget);
-      Session session(model, options("streaming-llm(sinks=3,budget=" + std::to_string(budget) + ")"));
+      CacheOracle oracle(*model, 3, budget, halves);
+      Session session(model, options((halves ? "context-shift(sinks=3,budget=" : "streaming-llm(sinks=3,budget=") +
+                                     std::to_string(budget) + ")"));
       EXPECT_LT(distance(row(session.prefill(std::span(ids).first(size_t(prompt))), 0),
                          oracle.feed({ids.begin(), ids.begin() + prompt}, true)),
                 2e-4);
       for (size_t i = size_t(prompt); i < ids.size(); ++i)
         ASSERT_LT(distance(row(session.decode(ids[i]), 0), oracle.feed({ids[i]}, false)), 2e-4)
-            << h << " " << g << " " << prompt << " " << i;
+            << session.composition().text() << " " << h << " " << g << " " << prompt << " " << i;
     }
   }
 }

@@ -56,7 +56,9 @@ struct ScaleRows {
     if (side.type->axis == PageType::Axis::Token) {
       float *s = memory + used, *l = s + count * n;
       convert_row(side.scales() + first * n, count * n, s);
-      convert_row(side.zeros() + first * n, count * n, l);
+      if (side.type->zeros()) convert_row(side.zeros() + first * n, count * n, l);
+      else
+        for (int64_t i = 0; i < count * n; ++i) l[i] = side.type->point(0) * s[i];
       used += 2 * count * n;
       for (int i = 0; i < count; ++i) scale[i] = s + i * n, low[i] = l + i * n;
       return;
@@ -486,7 +488,7 @@ class Decode {
 
 /// Whether a side can be read as pairs of vectors.
 bool in_pairs(const PageType& type, int width) {
-  if (width % kPair != 0) return false;
+  if (width % kPair != 0 || type.codes == PageType::Codes::Table) return false;
   if (!type.quantised() || type.axis == PageType::Axis::Channel) return true;
   const int pairs = type.group / kPair;  // that share a scale
   return type.group % kPair == 0 && (pairs & (pairs - 1)) == 0;

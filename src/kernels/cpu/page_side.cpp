@@ -1,6 +1,7 @@
 #include "kernels/cpu/page_side.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/cpu/convert.h"
 
@@ -45,9 +46,14 @@ void read_quantised(const PageSide& side, int entry, float* out) {
       const int64_t group = side.group(entry, first + c);
       const int left = by_channel ? n - c : std::min(n - c, side.type->group - (first + c) % side.type->group);
       const int count = std::min(left, kLanes);
-      const F scale = by_channel ? load_part(side.scales() + group, count) : set(float(side.scales()[group]));
-      const F zero = by_channel ? load_part(side.zeros() + group, count) : set(float(side.zeros()[group]));
-      store_part(out + first + c, fma(load(codes + c), scale, zero), count);
+      if (side.type->codes == PageType::Codes::Table) {
+        const float scale = float(side.scales()[group]);
+        for (int i = 0; i < count; ++i) out[first + c + i] = side.type->points[codes[c + i]] * scale;
+      } else {
+        const F scale = by_channel ? load_part(side.scales() + group, count) : set(float(side.scales()[group]));
+        const F zero = by_channel ? load_part(side.zeros() + group, count) : set(side.zero(group));
+        store_part(out + first + c, fma(load(codes + c), scale, zero), count);
+      }
       c += count;
     }
   }
@@ -62,18 +68,45 @@ void set_code(const PageSide& side, int64_t place, uint32_t code) {
 /// Codes, scale and zero of `entries` × `channels` numbers that share them.
 void quantise(const PageSide& side, int entry, int entries, int channel, int channels, const float* rows, int64_t step) {
   auto value = [&](int e, int c) { return rows[e * step + channel + c]; };
+  const PageType& type = *side.type;
+  const int most = (1 << type.bits()) - 1;
+  const int64_t group = side.group(entry, channel);
+  const auto keep_scale = [&](float scale) {
+    side.scales()[group] = f16(scale);
+    return float(side.scales()[group]);
+  };
+  if (type.codes != PageType::Codes::Range) {  // of channels of one entry
+    float largest = value(0, 0);
+    double squares = 0;
+    for (int c = 0; c < channels; ++c) {
+      const float x = value(0, c);
+      if (std::abs(x) > std::abs(largest)) largest = x;
+      squares += double(x) * double(x);
+    }
+    const bool table = type.codes == PageType::Codes::Table;
+    const int half = 1 << (type.bits() - 1);
+    const float scale = keep_scale(table              ? float(std::sqrt(squares / channels))
+                                   : type.bits() == 8 ? std::abs(largest) / 127
+                                                      : largest / float(-half));
+    for (int c = 0; c < channels; ++c) {
+      const float x = scale != 0 ? value(0, c) / scale : 0;
+      uint32_t code = 0;
+      if (!table) code = uint32_t(std::clamp(std::floor(x + 0.5f) + float(half), 0.0f, float(most)));
+      for (int i = 1; table && i <= most; ++i)
+        if (std::abs(x - type.points[size_t(i)]) < std::abs(x - type.points[code])) code = uint32_t(i);
+      set_code(side, side.place(entry, channel + c), code);
+    }
+    return;
+  }
   float low = value(0, 0), high = low;
   for (int e = 0; e < entries; ++e)
     for (int c = 0; c < channels; ++c) {
       low = std::min(low, value(e, c));
       high = std::max(high, value(e, c));
     }
-  const int most = (1 << side.type->bits()) - 1;
-  const int64_t group = side.group(entry, channel);
-  const f16 zero_kept = f16(low), scale_kept = f16((high - low) / float(most));
+  const f16 zero_kept = f16(low);
   side.zeros()[group] = zero_kept;
-  side.scales()[group] = scale_kept;
-  const float zero = float(zero_kept), scale = float(scale_kept);
+  const float zero = float(zero_kept), scale = keep_scale((high - low) / float(most));
   for (int e = 0; e < entries; ++e)
     for (int c = 0; c < channels; ++c) {
       const float code = scale > 0 ? std::clamp(std::nearbyint((value(e, c) - zero) / scale), 0.0f, float(most)) : 0.0f;

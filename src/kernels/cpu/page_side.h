@@ -26,7 +26,11 @@ struct PageSide {
     return transposed ? int64_t(channel) * kPage + entry : int64_t(entry) * width + channel;
   }
   f16* scales() const { return reinterpret_cast<f16*>(data + int64_t(kPage) * width * type->bits() / 8); }
-  f16* zeros() const { return scales() + type->groups(width); }
+  f16* zeros() const { return scales() + type->groups(width); }  // where they are kept
+  /// What codes times their scale begin from (Range, Signed).
+  float zero(int64_t group) const {
+    return type->zeros() ? float(zeros()[group]) : type->point(0) * float(scales()[group]);
+  }
   /// Of the scale and zero of one number.
   int64_t group(int entry, int channel) const {
     if (type->axis == PageType::Axis::Channel) return int64_t(entry / type->group) * width + channel;

@@ -178,14 +178,14 @@ struct Moving {
     read_codes(from, entry, codes + at * width);
     const int64_t groups = from.type->groups(from.width) / kPage, first = from.group(entry, 0);
     std::copy_n(from.scales() + first, groups, scales + at * 2 * width);
-    std::copy_n(from.zeros() + first, groups, scales + at * 2 * width + groups);
+    if (from.type->zeros()) std::copy_n(from.zeros() + first, groups, scales + at * 2 * width + groups);
   }
 
   void give_raw(const PageSide& to, int entry, int at) const {
     const int64_t width = to.width, groups = to.type->groups(to.width) / kPage, first = to.group(entry, 0);
     write_codes(to, entry, codes + at * width);
     std::copy_n(scales + at * 2 * width, groups, to.scales() + first);
-    std::copy_n(scales + at * 2 * width + groups, groups, to.zeros() + first);
+    if (to.type->zeros()) std::copy_n(scales + at * 2 * width + groups, groups, to.zeros() + first);
   }
 };
 

@@ -1,13 +1,22 @@
 #include "kernels/cuda/page.cuh"
 
+#include <algorithm>
+
 namespace heed::cuda {
 namespace {
 
 SideView side_view(const char* where, const PageType& type, int width, int64_t at) {
-  SideView out{at,          int64_t(kPage) * width * type.bits() / 8,
-               width,       type.group,
-               type.bits(), int(type.groups(width)),
-               type.kind,   type.quantised() && type.axis == PageType::Axis::Channel};
+  SideView out{at,
+               int64_t(kPage) * width * type.bits() / 8,
+               width,
+               type.group,
+               type.bits(),
+               int(type.groups(width)),
+               type.kind,
+               type.codes,
+               type.quantised() && type.axis == PageType::Axis::Channel,
+               {}};
+  std::copy(type.points.begin(), type.points.end(), out.points);
   if (type.quantised() &&
       (width * type.bits() % 8 != 0 || (!out.by_channel && type.group * type.bits() % 8 != 0 && type.group < width)))
     throw Error(Code::Unsupported, where, "groups of quantised numbers that share a byte",

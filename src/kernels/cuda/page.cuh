@@ -9,18 +9,29 @@ constexpr int kMostLayouts = 4, kMostColumns = 12;
 /// The keys or the values of a page, row-major.
 struct SideView {
   int64_t at;         // in the page
-  int64_t scales_at;  // from `at`; zeros follow the scales
+  int64_t scales_at;  // from `at`; zeros follow the scales where they are kept
   int width, group, bits, groups;
   PageType::Kind kind;
-  bool by_channel;  // groups of entries
+  PageType::Codes codes;
+  bool by_channel;   // groups of entries
+  float points[16];  // Table
 
   __host__ __device__ bool quantised() const { return kind >= PageType::Kind::Q8; }
   /// Whether an entry moves as it is, codes and scales.
   __host__ __device__ bool raw() const { return !quantised() || !by_channel; }
   __host__ __device__ int row_groups() const { return quantised() ? (width + group - 1) / group : 0; }
   __host__ __device__ int64_t row_bytes() const { return int64_t(width) * bits / 8; }
+  __host__ __device__ bool has_zeros() const { return codes == PageType::Codes::Range; }
   __device__ bool same_type(const SideView& o) const {
-    return kind == o.kind && (!quantised() || (by_channel == o.by_channel && group == o.group));
+    if (kind != o.kind || !quantised()) return kind == o.kind;
+    bool same = by_channel == o.by_channel && group == o.group && codes == o.codes;
+    for (int i = 0; i < 16; ++i) same = same && points[i] == o.points[i];
+    return same;
+  }
+  __device__ float point(int code) const {
+    return codes == PageType::Codes::Range    ? float(code)
+           : codes == PageType::Codes::Signed ? float(code - (1 << (bits - 1)))
+                                              : points[code];
   }
   __device__ int group_of(int entry, int c) const {
     return by_channel ? entry / group * width + c : entry * row_groups() + c / group;
@@ -41,7 +52,8 @@ struct SideView {
     const char* row = page + at + entry * row_bytes();
     if (!quantised()) return plain(row, c);
     const int g = group_of(entry, c);
-    return __fadd_rn(__half2float(zeros(page)[g]), __fmul_rn(float(code(row, c)), __half2float(scales(page)[g])));
+    return __fadd_rn(has_zeros() ? __half2float(zeros(page)[g]) : 0.0f,
+                     __fmul_rn(point(code(row, c)), __half2float(scales(page)[g])));
   }
   /// Channels c … c + 7 (c a multiple of eight), zeros past the width.
   __device__ void get8(char* page, int entry, int c, float (&x)[8]) const {
@@ -73,7 +85,7 @@ struct SideView {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int of = by_channel ? i : 0, code = words[i * bits / 32] >> (i * bits % 32) & most;
-      x[i] = __half2float(zero[of]) + float(code) * __half2float(scale[of]);
+      x[i] = (has_zeros() ? __half2float(zero[of]) : 0.0f) + point(code) * __half2float(scale[of]);
     }
   }
 };
@@ -137,18 +149,47 @@ __device__ inline float& bias_at(const LayoutView& l, char* page, int entry) {
   return reinterpret_cast<float*>(page + l.bias_at)[entry];
 }
 
+/// What a group's scale and zero are made of.
+struct Extent {
+  float low = kInfinity, high = -kInfinity, largest = 0;  // largest: the first of the largest size
+  double squares = 0;
+  int count = 0;
+  __device__ void add(float x) {
+    low = fminf(low, x), high = fmaxf(high, x);
+    if (fabsf(x) > fabsf(largest)) largest = x;
+    squares += double(x) * double(x);
+    ++count;
+  }
+};
+
 struct Quantiser {
-  float zero, scale;
-  int most;
+  const SideView& side;
+  float zero = 0, scale;
+  int most, half;
   /// As pages.h says: scale and zero are rounded to f16 before the codes are made.
-  __device__ Quantiser(float low, float high, int bits, __half* zero_to, __half* scale_to) : most((1 << bits) - 1) {
-    *zero_to = __float2half_rn(low);
-    *scale_to = __float2half_rn(__fdiv_rn(high - low, float(most)));
-    zero = __half2float(*zero_to);
+  __device__ Quantiser(const SideView& side, const Extent& of, __half* zero_to, __half* scale_to)
+      : side(side), most((1 << side.bits) - 1), half(1 << (side.bits - 1)) {
+    using Codes = PageType::Codes;
+    if (side.codes == Codes::Range) {
+      *zero_to = __float2half_rn(of.low);
+      zero = __half2float(*zero_to);
+    }
+    *scale_to = __float2half_rn(side.codes == Codes::Range   ? __fdiv_rn(of.high - of.low, float(most))
+                                : side.codes == Codes::Table ? float(sqrt(of.squares / of.count))
+                                : side.bits == 8             ? __fdiv_rn(fabsf(of.largest), 127.0f)
+                                                             : __fdiv_rn(of.largest, float(-half)));
     scale = __half2float(*scale_to);
   }
-  __device__ int code(float x) const {
-    return scale > 0 ? int(fminf(fmaxf(rintf(__fdiv_rn(x - zero, scale)), 0.0f), float(most))) : 0;
+  __device__ int code(float value) const {
+    const float x = scale != 0 ? __fdiv_rn(value - zero, scale) : 0.0f;
+    if (side.codes == PageType::Codes::Table) {
+      int best = 0;
+      for (int i = 1; i <= most; ++i)
+        if (fabsf(x - side.points[i]) < fabsf(x - side.points[best])) best = i;
+      return best;
+    }
+    const float code = side.codes == PageType::Codes::Range ? rintf(x) : floorf(x + 0.5f) + float(half);
+    return int(fminf(fmaxf(code, 0.0f), float(most)));
   }
 };
 
@@ -176,14 +217,10 @@ __device__ inline void put(const SideView& side, char* page, int begin, int coun
     for (int item = threadIdx.x; item < count * groups; item += blockDim.x) {
       const int entry = item / groups, first = item % groups * side.group, end = min(first + side.group, side.width);
       if (skip(entry)) continue;
-      float low = kInfinity, high = -kInfinity;
-      for (int c = first; c < end; ++c) {
-        const float x = get(entry, c);
-        low = fminf(low, x);
-        high = fmaxf(high, x);
-      }
+      Extent of;
+      for (int c = first; c < end; ++c) of.add(get(entry, c));
       const int g = side.group_of(begin + entry, first);
-      const Quantiser by(low, high, side.bits, side.zeros(page) + g, side.scales(page) + g);
+      const Quantiser by(side, of, side.zeros(page) + g, side.scales(page) + g);
       uint8_t* row = reinterpret_cast<uint8_t*>(page + side.at + (begin + entry) * side.row_bytes());
       for (int c = first; c < end; c += per) {
         int byte = 0;
@@ -197,14 +234,10 @@ __device__ inline void put(const SideView& side, char* page, int begin, int coun
   for (int item = threadIdx.x; item < groups * bytes; item += blockDim.x) {
     const int first = item / bytes * side.group, end = min(first + side.group, count), c0 = item % bytes * per;
     for (int i = 0; i < per; ++i) {
-      float low = kInfinity, high = -kInfinity;
-      for (int e = first; e < end; ++e) {
-        const float x = get(e, c0 + i);
-        low = fminf(low, x);
-        high = fmaxf(high, x);
-      }
+      Extent of;
+      for (int e = first; e < end; ++e) of.add(get(e, c0 + i));
       const int g = side.group_of(begin + first, c0 + i);
-      const Quantiser by(low, high, side.bits, side.zeros(page) + g, side.scales(page) + g);
+      const Quantiser by(side, of, side.zeros(page) + g, side.scales(page) + g);
       for (int e = first; e < end; ++e) {
         uint8_t& byte = *reinterpret_cast<uint8_t*>(page + side.at + (begin + e) * side.row_bytes() + c0 / per);
         const int code = by.code(get(e, c0 + i)) << (i * side.bits);

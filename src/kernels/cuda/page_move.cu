@@ -40,7 +40,7 @@ __device__ void gather(const SideView& side, char* page, int entry, char* to, in
   __half* scales = reinterpret_cast<__half*>(to + (side.row_bytes() + 1) / 2 * 2);
   for (int g = lane; g < side.row_groups(); g += 32) {
     scales[g] = side.scales(page)[entry * side.row_groups() + g];
-    scales[side.row_groups() + g] = side.zeros(page)[entry * side.row_groups() + g];
+    if (side.has_zeros()) scales[side.row_groups() + g] = side.zeros(page)[entry * side.row_groups() + g];
   }
 }
 
@@ -49,8 +49,8 @@ __device__ float gathered(const SideView& side, const char* from, int c) {
   if (!side.quantised()) return side.plain(from, c);
   const __half* scales = reinterpret_cast<const __half*>(from + (side.row_bytes() + 1) / 2 * 2);
   const int g = c / side.group;
-  return __fadd_rn(__half2float(scales[side.row_groups() + g]),
-                   __fmul_rn(float(side.code(from, c)), __half2float(scales[g])));
+  return __fadd_rn(side.has_zeros() ? __half2float(scales[side.row_groups() + g]) : 0.0f,
+                   __fmul_rn(side.point(side.code(from, c)), __half2float(scales[g])));
 }
 
 /// One warp an entry. Grid: entries (strided), segments.
@@ -99,7 +99,7 @@ __device__ void place(const SideView& side, char* page, int count, const PagesVi
     const __half* scales = reinterpret_cast<const __half*>(from_record + (side.row_bytes() + 1) / 2 * 2);
     for (int g = lane; g < side.row_groups(); g += 32) {
       side.scales(page)[e * side.row_groups() + g] = scales[g];
-      side.zeros(page)[e * side.row_groups() + g] = scales[side.row_groups() + g];
+      if (side.has_zeros()) side.zeros(page)[e * side.row_groups() + g] = scales[side.row_groups() + g];
     }
   }
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 namespace heed::reference {
@@ -47,26 +48,45 @@ float PageSide::get(int entry, int channel) const {
     default: break;
   }
   const int64_t group = group_of(entry, channel);
-  return float(*zero(group)) + float(value) * float(*scale(group));
+  return (type_.zeros() ? float(*zero(group)) : 0) + type_.point(value) * float(*scale(group));
 }
 
 void PageSide::quantise(const Group& group, int begin, const std::vector<double>& values) const {
   auto value = [&](int e, int c) {
     return float(values[size_t(int64_t(group.first_entry - begin + e) * width_ + group.first_channel + c)]);
   };
-  float low = value(0, 0), high = low;
+  float low = value(0, 0), high = low, largest = low;
+  double squares = 0;
   for (int e = 0; e < group.entries; ++e)
     for (int c = 0; c < group.channels; ++c) {
-      low = std::min(low, value(e, c));
-      high = std::max(high, value(e, c));
+      const float x = value(e, c);
+      low = std::min(low, x);
+      high = std::max(high, x);
+      if (std::abs(x) > std::abs(largest)) largest = x;
+      squares += double(x) * double(x);
     }
-  const int most = (1 << type_.bits()) - 1;
-  *zero(group.index) = f16(low);
-  *scale(group.index) = f16((high - low) / float(most));
-  const float z = float(*zero(group.index)), s = float(*scale(group.index));
+  const int bits = type_.bits(), most = (1 << bits) - 1, half = 1 << (bits - 1);
+  float z = 0, s = 0;
+  switch (type_.codes) {
+    case PageType::Codes::Range:
+      *zero(group.index) = f16(low);
+      z = float(*zero(group.index)), s = (high - low) / float(most);
+      break;
+    case PageType::Codes::Signed: s = bits == 8 ? std::abs(largest) / 127 : largest / float(-half); break;
+    case PageType::Codes::Table: s = float(std::sqrt(squares / double(group.entries * group.channels))); break;
+  }
+  *scale(group.index) = f16(s);
+  s = float(*scale(group.index));
   for (int e = 0; e < group.entries; ++e)
     for (int c = 0; c < group.channels; ++c) {
-      const float code = s > 0 ? std::clamp(std::nearbyint((value(e, c) - z) / s), 0.0f, float(most)) : 0.0f;
+      const float x = s != 0 ? (value(e, c) - z) / s : 0;
+      float code = 0;
+      if (type_.codes == PageType::Codes::Range) code = std::clamp(std::nearbyint(x), 0.0f, float(most));
+      if (type_.codes == PageType::Codes::Signed)
+        code = std::clamp(std::floor(x + 0.5f) + float(half), 0.0f, float(most));
+      if (type_.codes == PageType::Codes::Table)
+        for (uint32_t i = 1; i <= uint32_t(most); ++i)
+          if (std::abs(x - type_.points[i]) < std::abs(x - type_.points[size_t(code)])) code = float(i);
       set_code(group.first_entry + e, group.first_channel + c, uint32_t(code));
     }
 }
@@ -103,7 +123,7 @@ PageSide::Raw PageSide::raw(int entry) const {
   if (type_.quantised())
     for (int c = 0; c < width_; c += type_.group) {
       out.scales.push_back(std::bit_cast<uint16_t>(*scale(group_of(entry, c))));
-      out.scales.push_back(std::bit_cast<uint16_t>(*zero(group_of(entry, c))));
+      out.scales.push_back(type_.zeros() ? std::bit_cast<uint16_t>(*zero(group_of(entry, c))) : uint16_t(0));
     }
   return out;
 }
@@ -113,7 +133,7 @@ void PageSide::put_raw(int entry, const Raw& raw) const {
   for (size_t i = 0; i < raw.scales.size(); i += 2) {
     const int64_t group = group_of(entry, int(i / 2) * type_.group);
     *scale(group) = std::bit_cast<f16>(raw.scales[i]);
-    *zero(group) = std::bit_cast<f16>(raw.scales[i + 1]);
+    if (type_.zeros()) *zero(group) = std::bit_cast<f16>(raw.scales[i + 1]);
   }
 }
 

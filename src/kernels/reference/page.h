@@ -35,7 +35,7 @@ class PageSide {
   uint32_t code(int entry, int channel) const;
   void set_code(int entry, int channel, uint32_t code) const;
   f16* scale(int64_t group) const;
-  f16* zero(int64_t group) const { return scale(group) + type_.groups(width_); }
+  f16* zero(int64_t group) const { return scale(group) + type_.groups(width_); }  // where they are kept
   void quantise(const Group& group, int begin, const std::vector<double>& values) const;
 
   char* data_;
