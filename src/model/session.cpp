@@ -61,11 +61,16 @@ struct Session::Impl {
   Read::Positions positions = Read::Positions::True;
   int64_t reach = 0;  // the most tokens of a sequence; 0: any number
   std::vector<std::vector<int32_t>> tokens;
-  std::vector<int64_t> next;    // position of each sequence's next token
-  std::vector<int64_t> prompt;  // tokens of each sequence's prompt
+  std::vector<int64_t> next;                 // position of each sequence's next token
+  std::vector<int64_t> prompt;               // tokens of each sequence's prompt
+  std::vector<std::vector<int32_t>> chosen;  // of a prompt that a drive shortened: the numbers of the tokens read
+  std::vector<int64_t> given;                // tokens that the prompt had before
   int64_t step = 0;
   Times times;
   std::vector<double> dense_rows, rows;  // for each layer: prompt rows that a dense plan read, and all of them
+  // What a row that is read counts for in them, for each layer: more than 1 row of a shortened prompt, and fewer pairs.
+  double row_weight = 1;
+  std::vector<double> pair_weight;
   Buffer shares;  // F64 [layers, h], of kernels: rows under other plans, each times the share of pairs computed
   Buffer reads;   // F64 [layers, h], of kernels: keys read while decoding
   int64_t reads_count = 0;
@@ -92,7 +97,10 @@ struct Session::Impl {
 
   struct Batch;
   void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
-            const std::function<void(int64_t, Tensor)>& visit);
+            const std::function<void(int64_t, Tensor)>& visit, int depth = 0);
+  std::vector<std::span<const int32_t>> shorten(const std::vector<std::span<const int32_t>>& tokens,
+                                                std::vector<std::vector<int32_t>>& read);
+  void check_reach(int64_t length) const;
   Tensor forward(Batch& batch);
   bool replay(const Batch& batch, std::span<const int32_t> ids, std::span<const int32_t> places);
   void layer(Batch& batch, int l, Tensor x);
@@ -113,6 +121,7 @@ struct Session::Impl {
 struct Session::Impl::Batch {
   Phase phase;
   bool last_chunk;
+  int layers;                  // that it goes through
   std::vector<int64_t> count;  // new tokens of each sequence
   int64_t total = 0;
   Tensor ids, positions, first;  // I32 [T], I32 [T], I64 [sequences + 1]
@@ -128,17 +137,28 @@ class SessionRun final : public Run {
   int sequences() const override { return impl_.options.sequences; }
   std::span<const int32_t> tokens(int sequence) const override { return impl_.tokens[size_t(sequence)]; }
   State* state() override { return impl_.states[size_t(part_)].get(); }
-  void replay(int sequence, std::span<const int32_t> tokens) override {
+  Queue& queue() override { return impl_.queue; }
+  void replay(int sequence, std::span<const int32_t> tokens, int layers) override {
     std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
     batch[size_t(sequence)] = tokens;
-    impl_.feed(batch, Phase::Replay, true, Session::Logits::None, {});
+    impl_.feed(batch, Phase::Replay, true, Session::Logits::None, {}, layers);
+    deepest = std::max(deepest, layers > 0 ? layers : model().layers);
     impl_.store->truncate(impl_.queue, sequence, impl_.next[size_t(sequence)]);
+  }
+  void feed(int sequence, std::span<const int32_t> tokens) override {
+    std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
+    batch[size_t(sequence)] = tokens;
+    impl_.feed(batch, Phase::Chunk, false, Session::Logits::None, {});
+    fed += tokens.size();
   }
   void evict() override { impl_.evict_all(part_, Phase::Prompt); }
   std::vector<int32_t> tokenize(const std::string& text) const override {
     const Tokenizer* tokenizer = impl_.model->tokenizer();
     return tokenizer ? tokenizer->encode(text) : std::vector<int32_t>{};
   }
+
+  int deepest = 0;  // layers that replays went through
+  size_t fed = 0;   // tokens
 
  private:
   Session::Impl& impl_;
@@ -188,6 +208,8 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
   tokens.resize(size_t(o.sequences));
   next.assign(size_t(o.sequences), 0);
   prompt.assign(size_t(o.sequences), 0);
+  chosen.resize(size_t(o.sequences)), given.assign(size_t(o.sequences), 0);
+  pair_weight.assign(size_t(m.layers), 1);
   dense_rows.assign(size_t(m.layers), 0), rows.assign(size_t(m.layers), 0);
   shares = Buffer(Dtype::F64, {m.layers, m.h}, *queue.memory), reads = Buffer(Dtype::F64, {m.layers, m.h}, *queue.memory);
   queue.fill(shares, 0), queue.fill(reads, 0);
@@ -197,32 +219,73 @@ Session::Impl::Impl(Impl& other)
     : model(other.model), options(other.options), composition(other.composition), queue(&other.queue),
       weights(other.weights), shape(other.shape), store(std::make_unique<Store>(queue, *other.store)),
       quantised_layout(other.quantised_layout), positions(other.positions), reach(other.reach), tokens(other.tokens),
-      next(other.next), prompt(other.prompt), step(other.step), times(other.times), dense_rows(other.dense_rows),
-      rows(other.rows), shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
+      next(other.next), prompt(other.prompt), chosen(other.chosen), given(other.given), step(other.step),
+      times(other.times), dense_rows(other.dense_rows), rows(other.rows), pair_weight(other.pair_weight),
+      shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
       reads(Dtype::F64, {shape.layers, shape.h}, *queue.memory), reads_count(other.reads_count) {
   queue.move(other.shares, shares), queue.move(other.reads, reads);
   for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
 }
 
+void Session::Impl::check_reach(int64_t length) const {
+  const ModelInfo& m = info();
+  if (reach == 0 || length <= reach) return;
+  throw Error(Code::Invalid, "session",
+              std::to_string(length) + " tokens are more than " +
+                  (reach == m.context ? "the model's context of " : "what this mechanism makes of it: ") +
+                  std::to_string(reach),
+              "shorten the text with -c, or read it at distances that the model knows: --attention "
+              "\"self-extend(group=" +
+                  std::to_string(length / m.context + 1) + ")\" or \"streaming-llm\"");
+}
+
+/// What of the first prompts is still to be read: the tokens themselves, or `read`, where a drive has read or left out some.
+std::vector<std::span<const int32_t>> Session::Impl::shorten(const std::vector<std::span<const int32_t>>& tokens,
+                                                             std::vector<std::vector<int32_t>>& read) {
+  std::vector<std::span<const int32_t>> out = tokens;
+  for (auto& list : chosen) list.clear();
+  for (int p = 0; p < parts(); ++p) {
+    if (!has(composition->parts()[size_t(p)].roles, Role::Drive)) continue;
+    std::vector<double> pairs(size_t(info().layers), 0.0);
+    double all = 0, left = 0, done = 0;  // rows: given, still to be read, read by the drive
+    for (size_t s = 0; s < tokens.size(); ++s) {
+      check_reach(int64_t(tokens[s].size()));
+      SessionRun run(*this, p);
+      auto numbers = part(p).shorten(run, int(s), tokens[s]);
+      const int64_t length = int64_t(tokens[s].size()), count = numbers.empty() ? length : int64_t(numbers.size());
+      all += double(length), left += double(count) - double(run.fed), done += double(run.fed);
+      for (int l = 0; l < info().layers; ++l) {
+        const double window = double(info().window(l));
+        const auto of = [&](double n) {
+          return window > 0 && n > window ? window * (window + 1) / 2 + (n - window) * window : n * (n + 1) / 2;
+        };
+        if (length > 0) pairs[size_t(l)] += double(length) * of(double(count)) / of(double(length));
+        if (count < length && l < run.deepest) dense_rows[size_t(l)] += double(length);
+      }
+      if (count < length) {
+        for (int32_t i : numbers) read[s].push_back(tokens[s][size_t(i)]);
+        out[s] = read[s], chosen[s] = std::move(numbers), given[s] = length;
+      }
+      out[s] = out[s].subspan(run.fed);
+    }
+    if (left + done == all) continue;
+    row_weight = (all - done) / left;
+    for (size_t l = 0; l < pairs.size(); ++l) pair_weight[l] = (pairs[l] - done) / left;
+  }
+  return out;
+}
+
 void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens, Phase phase, bool last_chunk,
-                         Logits want, const std::function<void(int64_t, Tensor)>& visit) {
+                         Logits want, const std::function<void(int64_t, Tensor)>& visit, int depth) {
   const int sequences = options.sequences;
   const ModelInfo& m = info();
-  Batch batch{.phase = phase, .last_chunk = last_chunk};
+  Batch batch{.phase = phase, .last_chunk = last_chunk, .layers = depth > 0 ? depth : m.layers};
   for (const auto& span : fed_tokens) batch.count.push_back(int64_t(span.size())), batch.total += int64_t(span.size());
   if (batch.total == 0) return;
   std::vector<int32_t> ids, places;
   std::vector<int64_t> first{0};
   for (int s = 0; s < sequences; ++s) {
-    const int64_t length = next[size_t(s)] + batch.count[size_t(s)];
-    if (reach > 0 && length > reach && phase != Phase::Replay)
-      throw Error(Code::Invalid, "session",
-                  std::to_string(length) + " tokens are more than " +
-                      (reach == m.context ? "the model's context of " : "what this mechanism makes of it: ") +
-                      std::to_string(reach),
-                  "shorten the text with -c, or read it at distances that the model knows: --attention "
-                  "\"self-extend(group=" +
-                      std::to_string(length / m.context + 1) + ")\" or \"streaming-llm\"");
+    if (phase != Phase::Replay) check_reach(next[size_t(s)] + batch.count[size_t(s)]);
     for (int64_t i = 0; i < batch.count[size_t(s)]; ++i) {
       const int32_t id = fed_tokens[size_t(s)][size_t(i)];
       if (id < 0 || id >= m.vocabulary)
@@ -279,7 +342,7 @@ Tensor Session::Impl::forward(Batch& batch) {
   rows_of_heads(m.h, batch.q_offsets, batch.q_pos), rows_of_heads(m.g, batch.kv_offsets, batch.kv_pos);
   Tensor x = queue.scratch.take(Dtype::F32, {batch.total, m.hidden});
   queue.run->embed(queue, weights->embedding, batch.ids, architecture().embedding_scale, x);
-  for (int l = 0; l < m.layers; ++l) {
+  for (int l = 0; l < batch.layers; ++l) {
     if (batch.phase != Phase::Decode && interrupted())
       throw Error(Code::Interrupted, "session", "stopped in layer " + std::to_string(l));
     layer(batch, l, x);
@@ -486,24 +549,27 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
       view.out = enter(p).edit(view);
     }
   Clock clock(times.observe);
-  for (int p = 0; p < parts(); ++p)
-    if (part(p).layers.holds(view.layer, view.model.layers)) enter(p).observe(view);
+  for (int p = 0; p < parts(); ++p) {
+    const bool looks = batch.phase != Phase::Replay || has(composition->parts()[size_t(p)].roles, Role::Drive);
+    if (looks && part(p).layers.holds(view.layer, view.model.layers)) enter(p).observe(view);
+  }
   view.enter(nullptr);
   if (tap) tap(view);
 }
 
 /// Weighted by rows, so that chunks of a prompt add up.
 void Session::Impl::count_shares(const Batch& batch, LayerView& view) {
-  rows[size_t(view.layer)] += double(batch.total);
+  const double worth = double(batch.total) * pair_weight[size_t(view.layer)];
+  rows[size_t(view.layer)] += double(batch.total) * row_weight;
   if (view.plan.form == Plan::Form::Dense && !view.mods.until) {
-    dense_rows[size_t(view.layer)] += double(batch.total);
+    dense_rows[size_t(view.layer)] += worth;
     return;
   }
   Scratch scope(queue.scratch);
   const Tensor pairs = queue.scratch.take(Dtype::F64, {2, view.model.h}), sum = shares->select(0, view.layer);
   count_density(queue, view.plan, view.q, {.panel = &view.k, .pages = nullptr, .read = nullptr}, view.mods, pairs);
   const Num possible = load(pairs, view.model.h + index());
-  compute(queue, load(sum, index()) + pick(possible > 0, load(pairs, index()) / possible, 1) * double(batch.total), sum);
+  compute(queue, load(sum, index()) + pick(possible > 0, load(pairs, index()) / possible, 1) * worth, sum);
 }
 
 void Session::Impl::count_reads(LayerView& view) {
@@ -667,14 +733,23 @@ Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Log
   const bool fresh = m.store->entries() == 0;
   const int64_t chunk = m.options.chunk > 0 ? m.options.chunk : longest;
   require(want != Logits::All || visit || chunk >= longest, "prefill", "all logits of a chunked prompt need `visit`");
+  std::vector<std::vector<int32_t>> shortened(tokens.size());
 
   // What an interruption restores. Pages are shared with the copy, so it costs what is then written over.
   auto before = std::make_unique<Impl>(m);
   try {
+    const auto read = fresh ? m.shorten(tokens, shortened) : tokens;
+    if (want == Logits::All || visit)
+      for (size_t s = 0; s < read.size(); ++s)
+        if (read[s].size() < tokens[s].size())
+          throw Error(Code::Unsupported, "session", "tokens that the mechanism leaves out of a prompt predict nothing",
+                      "ask for what follows the prompt: `heed compare`, or `heed eval` with other tasks");
+    longest = 0;
+    for (const auto& span : read) longest = std::max(longest, int64_t(span.size()));
     int64_t rows = 0;
     for (int64_t a = 0; a < longest; a += chunk) {
       std::vector<std::span<const int32_t>> part;
-      for (const auto& span : tokens) {
+      for (const auto& span : read) {
         const size_t from = std::min(size_t(a), span.size());
         part.push_back(span.subspan(from, std::min(size_t(chunk), span.size() - from)));
       }
@@ -682,9 +757,11 @@ Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Log
       auto shifted = [&](int64_t first, Tensor y) { visit(rows + first, y); };
       const std::function<void(int64_t, Tensor)> shifted_visit = visit ? std::function<void(int64_t, Tensor)>(shifted)
                                                                        : nullptr;
-      m.feed(part, fresh && a == 0 && last ? Phase::Prompt : Phase::Chunk, last, last ? want : Logits::None, shifted_visit);
+      m.feed(part, fresh && a == 0 && last && m.store->entries() == 0 ? Phase::Prompt : Phase::Chunk, last,
+             last ? want : Logits::None, shifted_visit);
       for (const auto& span : part) rows += int64_t(span.size());
     }
+    m.row_weight = 1, m.pair_weight.assign(m.pair_weight.size(), 1);
   } catch (...) {
     before->tap = m.tap, before->progress = m.progress;
     impl_ = std::move(before);
@@ -721,6 +798,17 @@ void Session::truncate(int sequence, int64_t position) {
   m.next[size_t(sequence)] = position;
   m.tokens[size_t(sequence)].resize(size_t(position));
   m.prompt[size_t(sequence)] = std::min(m.prompt[size_t(sequence)], position);
+}
+
+std::vector<int32_t> Session::origins(int layer, int64_t segment) {
+  std::vector<int32_t> out = store().layer(layer).positions(segment);
+  const size_t sequence = size_t(segment / impl_->info().g);
+  const auto& read = impl_->chosen[sequence];
+  const int32_t count = int32_t(read.size());
+  if (count == 0) return out;
+  for (int32_t& position : out)
+    position = position < count ? read[size_t(position)] : position - count + int32_t(impl_->given[sequence]);
+  return out;
 }
 
 const Model& Session::model() const { return *impl_->model; }
