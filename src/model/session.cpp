@@ -108,7 +108,8 @@ struct Session::Impl {
   void keep(Batch& batch, LayerView& view);
   void make_room(Batch& batch, LayerView& view);
   bool due(const Batch& batch, const KeepPolicy& policy) const;
-  void cut(LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming);
+  std::vector<int64_t> lengths(const KeepPolicy& policy, std::span<const int64_t> coming) const;
+  void cut(const Batch& batch, LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming);
   void evict_all(int p, Phase phase);
   void emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit);
   void count_reads(LayerView& view);
@@ -236,7 +237,7 @@ void Session::Impl::check_reach(int64_t length) const {
                   std::to_string(reach),
               "shorten the text with -c, or read it at distances that the model knows: --attention "
               "\"self-extend(group=" +
-                  std::to_string(length / m.context + 1) + ")\" or \"streaming-llm\"");
+                  std::to_string(length / m.context + 1) + ")\", \"dca\" or \"streaming-llm\"");
 }
 
 /// What of the first prompts is still to be read: the tokens themselves, or `read`, where a drive has read or left out some.
@@ -319,7 +320,7 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens
     if (has(roles, Role::Drive)) {
       SessionRun run(*this, p);
       part(p).drive(run);
-    } else if (has(roles, Role::Keep) && part(p).needs(m).all_layers) {
+    } else if (has(roles, Role::Keep) && part(p).needs(m).all_layers && due(batch, static_cast<const KeepPolicy&>(part(p)))) {
       evict_all(p, phase);
     }
   }
@@ -583,12 +584,22 @@ void Session::Impl::count_reads(LayerView& view) {
 
 bool Session::Impl::due(const Batch& batch, const KeepPolicy& policy) const {
   const When& when = policy.timing();
-  if (batch.phase == Phase::Decode) return when.at == When::At::Every && (step + 1) % when.every == 0;
-  return when.at != When::At::Prompt || batch.last_chunk;
+  if (batch.phase == Phase::Decode) return when.decodes() && (step + 1) % when.every == 0;
+  return when.prompts() && (when.at != When::At::Prompt || batch.last_chunk);
+}
+
+/// What a policy's fractions refer to: the prompts, or all text with the `coming` tokens of each sequence.
+std::vector<int64_t> Session::Impl::lengths(const KeepPolicy& policy, std::span<const int64_t> coming) const {
+  if (!policy.kept().seen) return prompt;
+  std::vector<int64_t> out = next;
+  for (size_t s = 0; s < coming.size(); ++s) out[s] += coming[s];
+  return out;
 }
 
 // Scores, allocates and evicts in one layer, leaving room for `coming` tokens of each sequence.
-void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming) {
+void Session::Impl::cut(const Batch& batch, LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming) {
+  if (policy.kept().seen) queue.varies();
+  view.prompt = lengths(policy, batch.count);
   const int64_t all = view.store->segments(), g = view.model.g;
   std::vector<int64_t> most;
   int64_t together = 0;
@@ -596,10 +607,10 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
   for (int64_t s = 0; s < all; ++s) {
     const int64_t length = view.store->length(s), room = coming.empty() ? 0 : coming[size_t(s / g)];
     const bool counted = !policy.unbounded() && policy.heads.holds(int(s % g), int(g));
-    const int64_t granted = counted
-                                ? std::max<int64_t>(
-                                      0, policy.entries(policy.kept(), view.model, view.layer, prompt[size_t(s / g)]) - room)
-                                : length;
+    const int64_t granted = counted ? std::max<int64_t>(0, policy.entries(policy.kept(), view.model, view.layer,
+                                                                          view.prompt[size_t(s / g)]) -
+                                                               room)
+                                    : length;
     fits &= length <= granted;
     together += std::min(length, granted) + 1;  // an allocator may round up
     most.push_back(length);
@@ -613,7 +624,7 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
                                  .model = view.model,
                                  .first_layer = view.layer,
                                  .scores = std::span(&scores, 1),
-                                 .prompt = prompt,
+                                 .prompt = view.prompt,
                                  .budget = policy.kept(),
                                  .state = view.state_held()})
                       .select(0, 0);
@@ -629,22 +640,25 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
 }
 
 void Session::Impl::make_room(Batch& batch, LayerView& view) {
-  const int owner = composition->owner(Role::Keep, view.layer);
-  if (owner < 0) return;
-  const auto& policy = static_cast<const KeepPolicy&>(part(owner));
-  if (!policy.makes_room() || !due(batch, policy)) return;
-  view.enter(states[size_t(owner)].get());
-  cut(view, policy, batch.count);
+  for (int p : composition->keepers(view.layer)) {
+    const auto& policy = static_cast<const KeepPolicy&>(part(p));
+    if (!policy.makes_room() || !due(batch, policy)) continue;
+    view.enter(states[size_t(p)].get());
+    cut(batch, view, policy, batch.count);
+    view.prompt = prompt;
+  }
 }
 
 void Session::Impl::keep(Batch& batch, LayerView& view) {
-  const int owner = composition->owner(Role::Keep, view.layer);
-  if (owner < 0 || batch.phase == Phase::Replay) return;
-  const auto& policy = static_cast<const KeepPolicy&>(part(owner));
-  view.enter(states[size_t(owner)].get());
-  if (policy.settle(view) || policy.needs(view.model).all_layers || !due(batch, policy)) return;
-  if (view.decoding() && policy.makes_room()) return;
-  cut(view, policy, {});
+  if (batch.phase == Phase::Replay) return;
+  for (int p : composition->keepers(view.layer)) {
+    const auto& policy = static_cast<const KeepPolicy&>(part(p));
+    view.enter(states[size_t(p)].get());
+    if (policy.settle(view) || policy.needs(view.model).all_layers || !due(batch, policy)) continue;
+    if (view.decoding() && policy.makes_room()) continue;
+    cut(batch, view, policy, {});
+    view.prompt = prompt;
+  }
 }
 
 void Session::Impl::evict_all(int p, Phase phase) {
@@ -654,12 +668,13 @@ void Session::Impl::evict_all(int p, Phase phase) {
   std::vector<int> where;
   std::vector<Ragged> scores;
   std::vector<LayerView> views;
+  const std::vector<int64_t> whole = lengths(policy, {});
   std::optional<Clock> clock(std::in_place, times.observe);
   for (int l = 0; l < m.layers; ++l) {
     if (!policy.layers.holds(l, m.layers)) continue;
     LayerView& view = views.emplace_back(m, queue, l, phase);
     view.enter(step), view.enter(states[size_t(p)].get());
-    view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get();
+    view.prompt = whole, view.store = &store->layer(l), view.stores = store.get();
     view.output_matrix = weights->layers[size_t(l)].o;
     view.read.rope = m.rope(l), view.read.positions = positions;
     scores.push_back(policy.score(view));
@@ -669,7 +684,7 @@ void Session::Impl::evict_all(int p, Phase phase) {
                                          .model = m,
                                          .first_layer = views[0].layer,
                                          .scores = scores,
-                                         .prompt = prompt,
+                                         .prompt = whole,
                                          .budget = policy.kept(),
                                          .state = states[size_t(p)].get()});
   clock.reset();

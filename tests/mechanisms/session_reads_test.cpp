@@ -123,9 +123,10 @@ TEST(SessionReads, SelfExtendDividesFarPositions) {
 
 // Three places for a query, one for a key; true distances among the latest, and none beyond c.
 TEST(SessionReads, DualChunksKeepDistancesShort) {
+  const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> cases{
+      {12, 4, 61, 0}, {20, 5, 83, 25}, {2, 1, 40, 0}, {30, 15, 50, 20}, {24, 0, 70, 7}, {9, 2, 1, 0}, {100, 20, 60, 0}};
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
-    for (const auto& [c, w, length, chunk] :
-         {std::tuple{12, 4, 61, 0}, {20, 5, 83, 25}, {2, 1, 40, 0}, {30, 15, 50, 20}, {24, 0, 70, 7}, {9, 2, 1, 0}, {100, 20, 60, 0}}) {
+    for (const auto& [c, w, length, chunk] : cases) {
       const int64_t s = c - (w > 0 ? w : c / 12), near = c - s;
       const std::string spec = "dca(chunk=" + std::to_string(c) + ",local=" + std::to_string(w) + ")";
       int64_t most = 0;
