@@ -5,11 +5,11 @@
 namespace heed {
 namespace {
 
-/// Running sums over the rows of every segment: scratch.
-Tensor running_sums(Queue& queue, const Ragged& x) {
+/// Running sums over the rows of every segment, each times `keep` (as x's values, or empty: 1) before a row is added: scratch.
+Tensor running_sums(Queue& queue, const Ragged& x, const Tensor& keep = {}) {
   const int64_t rows = x.values.size[0], width = x.values.rank > 1 ? x.values.size[1] : 0;
   const Tensor out = width > 0 ? queue.scratch.take(Dtype::F32, {rows, width}) : queue.scratch.take(Dtype::F32, {rows});
-  queue.run->scan(queue, x, ones(queue, rows, width), ScanKind::Linear, out);
+  queue.run->scan(queue, x, keep ? keep : ones(queue, rows, width), ScanKind::Linear, out);
   return out;
 }
 
@@ -96,6 +96,21 @@ Tensor span_begins(Queue& queue, const Ragged& scores, int stretch, int longest)
             tokens.values);
   }
   return tokens.values;
+}
+
+Ragged span_means(Queue& queue, const Ragged& begins, const Ragged& x) {
+  const int64_t rows = begins.values.size[0];
+  Ragged one = x, out = x;
+  one.values = ones(queue, rows);
+  const Tensor same = compute(queue, Dtype::F32, {rows}, 1 - load(begins.values, index()));
+  const Tensor sums = running_sums(queue, x, same), counts = running_sums(queue, one, same),
+               number = running_sums(queue, begins);
+  const Num first = begin_of(x, segment()), end = end_of(x, segment()), own = load(number, index());
+  const Tensor last = queue.scratch.take(Dtype::I32, {rows});
+  compute(queue, x, find(number, first, end, own + 1) - 1, last);
+  out.values = queue.scratch.take(Dtype::F32, {rows});
+  compute(queue, x, load(sums, load(last, index())) / load(counts, load(last, index())), out.values);
+  return out;
 }
 
 }  // namespace heed

@@ -19,4 +19,8 @@ Ragged triangles(Queue&, const Tensor& maps, int64_t tokens, int stretch, int lo
 /// is left between two is a span too. F32 [stretches · stretch]: 1 where a token begins a span, else 0. Changes scores.
 Tensor span_begins(Queue&, const Ragged& scores, int stretch, int longest);
 
+/// For every row of x the mean of the rows of its span: begins (laid out as x) is 1 where a row begins one, else 0. Running
+/// sums that start anew with every span: no rounding of one enters another.
+Ragged span_means(Queue&, const Ragged& begins, const Ragged& x);
+
 }  // namespace heed

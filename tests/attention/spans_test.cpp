@@ -103,6 +103,28 @@ TEST_P(Spans, TheBestComeFirstAndOverlapNothing) {
   }
 }
 
+TEST_P(Spans, MeansAreThoseOfEachSpan) {
+  const std::vector<int64_t> offsets{0, 1, 1, 40, 600};
+  std::vector<float> begins(600), x(600);
+  Random random(9);
+  for (float& f : begins) f = random.below(6) == 0;
+  for (float& f : x) f = float(100 * random.normal());
+  begins[1] = 0;  // a segment begins a span in any case
+  Ragged b, values;
+  b.offsets = values.offsets = queue.upload(offsets), b.bound = values.bound = 600;
+  b.values = queue.upload(begins), values.values = queue.upload(x);
+  const auto got = back(span_means(queue, b, values).values);
+  for (size_t s = 0; s + 1 < offsets.size(); ++s)
+    for (int64_t from = offsets[s]; from < offsets[s + 1];) {
+      int64_t to = from + 1;
+      while (to < offsets[s + 1] && begins[size_t(to)] == 0) ++to;
+      double sum = 0;
+      for (int64_t j = from; j < to; ++j) sum += double(x[size_t(j)]);
+      for (int64_t j = from; j < to; ++j) EXPECT_NEAR(got[size_t(j)], sum / double(to - from), 1e-4) << j;
+      from = to;
+    }
+}
+
 // A map of blocks of one weight, above the baseline, along the diagonal.
 TEST_P(Spans, BlocksOfAMapAreItsSpans) {
   const std::vector<int64_t> blocks{5, 9, 2, 7, 12, 3, 2, 8};

@@ -60,17 +60,13 @@ struct LtriLlm final : Mechanism {
     Queue& queue = at.queue;
     const Ragged begins = at.column("ltri_llm.begins"), where = stored_positions(at);
     const Num known = load(begins.values, index());
-    const Ragged span = at.per_entry();  // its number
     compute(queue, begins, pick(known < 0, mod(load(where.values, index()), longest) == 0, known), begins.values);
-    queue.run->scan(queue, begins, ones(queue, begins.values.size[0]), ScanKind::Linear, span.values);
     Observe how;
     how.rows = Observe::Rows::Last, how.heads = Observe::Heads::GroupMean, how.logits = true;
-    const Num own = load(span.values, index()), first = begin_of(span, segment()), end = end_of(span, segment());
-    const Ragged liked = range_means(queue, span, at.observe(at.q, how), find(span.values, first, end, own) - first,
-                                     find(span.values, first, end, own + 1) - first);
+    const Ragged liked = force(queue, span_means(queue, begins, at.observe(at.q, how)), sinks, local);
     return best_blocks(
-        at, Plan::Scope::KvHead, force(queue, liked, sinks, local), 1,
-        [&](const Num& head) { return granted(budget, length_of(span, head)); }, at.store->longest());
+        at, Plan::Scope::KvHead, liked, 1, [&](const Num& head) { return granted(budget, length_of(liked, head)); },
+        at.store->longest());
   }
 };
 
