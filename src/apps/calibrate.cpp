@@ -3,6 +3,7 @@
 #include <iostream>
 
 #include "apps/command.h"
+#include "lab/cutoff.h"
 #include "lab/files.h"
 #include "lab/progress.h"
 #include "mechanisms/registry.h"
@@ -26,11 +27,12 @@ class Calibrate final : public Command {
         ->type_name("N")
         ->check(CLI::Range(int64_t(512), int64_t(1) << 24))
         ->capture_default_str();
-    app.add_option("--prompts", prompts_,
-                   "needles to look for, at different depths; 0: heads are ranked by how far they look")
+    app.add_option(
+           "--prompts", prompts_,
+           "needles to look for, at different depths (-1: 6, or 32 for a probe); 0: heads are ranked by how far they "
+           "look")
         ->type_name("N")
-        ->check(CLI::Range(0, 1000))
-        ->capture_default_str();
+        ->check(CLI::Range(-1, 1000));
     app.add_option("-s,--seed", seed_, "of the needles")->type_name("N");
     add_json(app, json_);
     app.footer("Finds:" + known +
@@ -51,6 +53,8 @@ class Calibrate final : public Command {
     value_or_throw(Composition::parse(spec_, model->info(), registry()));
     const std::vector<int32_t> text = tokens_of(*model, file_);
     Progress progress("calibrate");
+    if (what.share == 0) return learn_probe(specs[0], model, text, progress);
+    if (prompts_ < 0) prompts_ = 6;
     const HeadStudy study = study_heads(model, text, context_, prompts_, seed_, flags_.session("dense"),
                                         [&](double share) { progress.at(share); });
     progress.clear();
@@ -65,11 +69,29 @@ class Calibrate final : public Command {
   }
 
  private:
+  int learn_probe(const Spec& spec, const std::shared_ptr<const Model>& model, std::span<const int32_t> text,
+                  Progress& progress) {
+    require(share_ < 0, "--share", "a probe has none", "leave it out");
+    CutoffOptions options;
+    options.session = flags_.session("dense"), options.length = context_, options.seed = seed_;
+    if (prompts_ >= 0) options.prompts = prompts_;
+    const CutoffProbe probe = learn_cutoff(model, text, options, [&](double share) { progress.at(share); });
+    progress.clear();
+    const Json profile = cutoff_profile(spec, model->info(), probe);
+    value_or_throw(write_file(output_, profile.dump(2) + "\n"));
+    if (json_) return print(profile), 0;
+    char told[96];
+    std::snprintf(told, sizeof told, ": F1 %.3f on prompts it has not seen; always \"enough\" has %.3f", probe.f1,
+                  probe.f1_always);
+    std::cout << output_ << told << '\n';
+    return 0;
+  }
+
   ModelFlags flags_;
   std::string spec_, file_, output_;
   double share_ = -1;
   int64_t context_ = 2048;
-  int prompts_ = 6;
+  int prompts_ = -1;
   uint64_t seed_ = 0;
   bool json_ = false;
 };

@@ -94,6 +94,13 @@ constexpr Claim kClaims[] = {
     {Role::Drive, "feed the model their own way in"}, {Role::Weights, "rewrite the weights of"},
 };
 
+/// Two keep policies of which one cuts prompts and the other while decoding.
+bool never_meet(const Composition::Part& one, const Composition::Part& two) {
+  const When &a = static_cast<const KeepPolicy&>(*one.mechanism).timing(),
+             &b = static_cast<const KeepPolicy&>(*two.mechanism).timing();
+  return (!a.prompts() && !b.decodes()) || (!b.prompts() && !a.decodes());
+}
+
 bool keeps_block_columns(const Needs& needs) {
   for (const Column& c : needs.columns)
     if (c.keeps != Column::Keeps::User) return true;
@@ -108,12 +115,15 @@ int Composition::owner(Role role, int layer) const {
   return -1;
 }
 
-std::vector<int> Composition::edits(int layer) const {
+std::vector<int> Composition::with(Role role, int layer) const {
   std::vector<int> out;
   for (size_t i = 0; i < parts_.size(); ++i)
-    if (has(parts_[i].roles, Role::Edit) && parts_[i].mechanism->layers.holds(layer, layers_)) out.push_back(int(i));
+    if (has(parts_[i].roles, role) && parts_[i].mechanism->layers.holds(layer, layers_)) out.push_back(int(i));
   return out;
 }
+
+std::vector<int> Composition::edits(int layer) const { return with(Role::Edit, layer); }
+std::vector<int> Composition::keepers(int layer) const { return with(Role::Keep, layer); }
 
 Result<Composition> Composition::parse(const std::string& text, const ModelInfo& model, std::span<const Entry> registry) {
   const size_t first = text.find_first_not_of(" \t\n\r");
@@ -154,10 +164,15 @@ Result<Composition> Composition::parse(const std::string& text, const ModelInfo&
                                                                    : one.entry->name + " and " + two.entry->name;
       for (const Claim& claim : kClaims) {
         if (!has(one.roles, claim.role) || !has(two.roles, claim.role)) continue;
+        if (claim.role == Role::Keep && never_meet(one, two)) continue;
         for (int layer = 0; layer < model.layers; ++layer)
           if (one.mechanism->layers.holds(layer, model.layers) && two.mechanism->layers.holds(layer, model.layers))
-            return fail(Code::Conflict, "attention", names + " both " + claim.words + " layer " + std::to_string(layer),
-                        "give one of them layers=… so that they do not meet");
+            return fail(
+                Code::Conflict, "attention", names + " both " + claim.words + " layer " + std::to_string(layer),
+                claim.role == Role::Keep
+                    ? "give one of them layers=…, or one when=prompt and the other when=decode(n), so that they do "
+                      "not meet"
+                    : "give one of them layers=… so that they do not meet");
       }
       const Needs x = one.mechanism->needs(model), y = two.mechanism->needs(model);
       for (const auto& [plain, bounds, p, q] : {std::tuple{&x, &y, &one, &two}, std::tuple{&y, &x, &two, &one}}) {

@@ -204,6 +204,9 @@ struct Mechanism {
   virtual Tensor recur(LayerView&) const { return {}; }
   /// drive: feeds the model its own way, behind the prompt.
   virtual void drive(Run&) const {}
+  /// drive, before a sequence's first prompt is read: the tokens of it that are read at all, ascending numbers, which
+  /// then stand at positions 0, 1, …; empty: all of them. What it has fed (Run::feed) comes first and is not read again.
+  virtual std::vector<int32_t> shorten(Run&, int /*sequence*/, std::span<const int32_t> /*prompt*/) const { return {}; }
 
   /// A message when parameters contradict each other, else empty.
   virtual std::string check() const { return {}; }
@@ -270,9 +273,15 @@ class Run {
   virtual std::span<const int32_t> tokens(int sequence) const = 0;
   /// The driving mechanism's own state.
   virtual State* state() = 0;
-  /// Runs tokens through the model behind what is held, in Phase::Replay: observe() of the driving mechanism is called
-  /// in every layer, and the new entries leave the store when the feed ends.
-  virtual void replay(int sequence, std::span<const int32_t> tokens) = 0;
+  /// Where its kernels run.
+  virtual Queue& queue() = 0;
+  /// Runs tokens through the first `layers` layers of the model (0: all) behind what is held, in Phase::Replay:
+  /// observe() of the driving mechanism is called in each, and the new entries leave the store when the feed ends.
+  virtual void replay(int sequence, std::span<const int32_t> tokens, int layers) = 0;
+  void replay(int sequence, std::span<const int32_t> tokens) { replay(sequence, tokens, 0); }
+  /// In shorten(): reads the next tokens of the prompt for good, as a part of it (Phase::Chunk). The last ones, behind which
+  /// the prompt is at its end, are not the drive's to read.
+  virtual void feed(int sequence, std::span<const int32_t> tokens) = 0;
   /// Scores, allocates and evicts in all layers now.
   virtual void evict() = 0;
   /// Text → ids without special tokens; empty where the model has no tokenizer.

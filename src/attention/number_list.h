@@ -13,4 +13,10 @@ struct NumberList {
   static Result<NumberList> parse(const std::string& text);
 };
 
+/// Likewise of any sign.
+struct SignedList {
+  std::vector<double> values;
+  static Result<SignedList> parse(const std::string& text);
+};
+
 }  // namespace heed

@@ -119,17 +119,32 @@ Result<Budget> Budget::parse(const std::string& raw) {
   return budget;
 }
 
+Result<Budget> Budget::parse_kept(const std::string& raw) {
+  const std::string text = trimmed(raw);
+  if (!text.starts_with("seen(") || text.back() != ')') return parse(raw);
+  auto budget = parse(text.substr(5, text.size() - 6));
+  if (!budget) return budget;
+  if (!budget->fraction)
+    return fail(Code::Invalid, "budget", "'" + raw + "' is no fraction of the text so far",
+                "write seen(0.1) or seen(10%)");
+  budget->seen = true;
+  return budget;
+}
+
 Result<When> When::parse(const std::string& raw) {
   const std::string text = trimmed(raw);
   if (text == "prompt") return When{At::Prompt, 1};
   if (text == "chunk") return When{At::Chunk, 1};
-  if (text.starts_with("every(") && text.back() == ')') {
-    const std::string number = trimmed(text.substr(6, text.size() - 7));
+  for (const auto& [word, at] : {std::pair{"every(", At::Every}, {"decode(", At::Decode}}) {
+    if (!text.starts_with(word) || text.back() != ')') continue;
+    const size_t begin = std::string_view(word).size();
+    const std::string number = trimmed(text.substr(begin, text.size() - begin - 1));
     int n = 0;
     const auto [stop, error] = std::from_chars(number.data(), number.data() + number.size(), n);
-    if (error == std::errc() && stop == number.data() + number.size() && n >= 1) return When{At::Every, n};
+    if (error == std::errc() && stop == number.data() + number.size() && n >= 1) return When{at, n};
   }
-  return fail(Code::Invalid, "when", "'" + raw + "' is no time to cut", "write prompt, chunk or every(n) with n ≥ 1");
+  return fail(Code::Invalid, "when", "'" + raw + "' is no time to cut",
+              "write prompt, chunk, every(n) or decode(n) with n ≥ 1");
 }
 
 namespace detail {

@@ -23,20 +23,25 @@ struct Range {
 };
 
 /// How much to keep: entries for each KV head, sinks and window included ("512"), or a fraction of the prompt ("0.1",
-/// "10%"; 1.0 is all of it).
+/// "10%"; 1.0 is all of it). A keep policy may also be given a fraction of all text so far, "seen(0.1)".
 struct Budget {
   double amount = 1024;
   bool fraction = false;
+  bool seen = false;  // the fraction is of all text so far
   /// Entries for a prompt of `length`: max(1, ⌊length · fraction⌋), or the number itself.
   int64_t entries(int64_t length) const;
   static Result<Budget> parse(const std::string& text);
+  /// "seen(…)" too.
+  static Result<Budget> parse_kept(const std::string& text);
 };
 
-/// When a keep policy cuts: "prompt" (once, behind the prompt), "chunk" (behind each part of it) or "every(n)" (behind
-/// each part, and while decoding behind every n-th token).
+/// When a keep policy cuts: "prompt" (once, behind the prompt), "chunk" (behind each part of it), "every(n)" (behind
+/// each part, and while decoding behind every n-th token) or "decode(n)" (behind every n-th token alone).
 struct When {
-  enum class At : uint8_t { Prompt, Chunk, Every } at = At::Prompt;
+  enum class At : uint8_t { Prompt, Chunk, Every, Decode } at = At::Prompt;
   int every = 1;
+  bool prompts() const { return at != At::Decode; }
+  bool decodes() const { return at == At::Every || at == At::Decode; }
   static Result<When> parse(const std::string& text);
 };
 
@@ -124,7 +129,14 @@ template <class M>
 std::vector<ParamInfo> keep_params(const char* budget, const char* when, std::vector<ParamInfo> more = {}) {
   std::vector<ParamInfo> all = {
       budget_param(&M::budget, budget, "entries kept for each KV head, forced ones included"),
-      param(&M::when, "when", "when", when, "prompt, chunk, every(n)", "when the policy cuts")};
+      param(&M::when, "when", "when", when, "prompt, chunk, every(n), decode(n)", "when the policy cuts")};
+  all[0].range += ", or one of all text so far: seen(0.1)";
+  all[0].set = [](void* object, const std::string& text) -> Result<void> {
+    auto x = Budget::parse_kept(text);
+    if (!x) return tl::unexpected(x.error());
+    static_cast<M*>(object)->budget = *x;
+    return {};
+  };
   all.insert(all.end(), more.begin(), more.end());
   return all;
 }

@@ -75,9 +75,12 @@ class Composition {
   int owner(Role role, int layer) const;
   /// Every edit of a layer, left to right.
   std::vector<int> edits(int layer) const;
+  /// Every keep policy of a layer: one, or one for prompts and one for decoding.
+  std::vector<int> keepers(int layer) const;
   const std::string& text() const { return text_; }
 
  private:
+  std::vector<int> with(Role role, int layer) const;
   std::vector<Part> parts_;
   std::string text_ = "dense";
   int layers_ = 0;

@@ -13,7 +13,7 @@ namespace heed {
 struct Calibrated {
   const char* name;
   const char* parameter;  // what is found; "heads": the KV heads, layer by layer, to which the mechanism applies
-  double share;           // of the KV heads that retrieve, unless the user says otherwise
+  double share;  // of the KV heads that retrieve, unless the user says otherwise; 0: other than from a HeadStudy
   const char* learns;
 };
 std::vector<Calibrated> calibrated_mechanisms();

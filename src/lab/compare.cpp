@@ -130,7 +130,7 @@ class Bench {
     for (int l = 0; l < m.layers; ++l) {
       std::vector<int64_t>& counts = row.kept.emplace_back();
       for (int64_t head = 0; head < m.g; ++head) {
-        const std::vector<int32_t> positions = session.store().layer(l).positions(head);
+        const std::vector<int32_t> positions = session.origins(l, head);
         counts.push_back(int64_t(positions.size()));
         std::vector<float>& where = row.kept_where.emplace_back(size_t(kKeptBins), 0.0f);
         const auto bin = [&](int64_t position) { return position * kKeptBins / passage_.prompt; };

@@ -157,7 +157,7 @@ void Probe::look_decode(LayerView& at) {
   const Reads reads(at);
   if (measured) {
     for (int head = 0; head < at.model.h; ++head) {
-      const std::vector<int32_t> positions = at.store->positions(head / at.model.group());
+      const std::vector<int32_t> positions = session_.origins(at.layer, head / at.model.group());
       const std::span<const float> row = dense_->row(layer, step, head);
       double sum = 0;
       reads.each(head, [&](int64_t begin, int64_t end) {
@@ -173,7 +173,7 @@ void Probe::look_decode(LayerView& at) {
       reads_.push_back({at.layer, head * at.model.h / std::min(kMapHeads, at.model.h), kCells, kCells,
                         std::vector<float>(size_t(kCells) * kCells)});
   for (Map& map : reads_) {
-    const std::vector<int32_t> positions = at.store->positions(map.head / at.model.group());
+    const std::vector<int32_t> positions = session_.origins(at.layer, map.head / at.model.group());
     reads.each(map.head, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t x = std::min<int64_t>(kCells - 1, int64_t(positions[size_t(i)]) * kCells / length_);

@@ -31,7 +31,7 @@ Arrays trace(std::shared_ptr<const Model> model, const SessionOptions& options, 
     LayerStore& layer = session.store().layer(l);
     bytes->at<int64_t>(l) = layer.bytes();
     for (int64_t head = 0; head < m.g; ++head) {
-      const std::vector<int32_t> positions = layer.positions(head);
+      const std::vector<int32_t> positions = session.origins(l, head);
       kept.insert(kept.end(), positions.begin(), positions.end());
       offsets->at<int64_t>(l * m.g + head + 1) = int64_t(kept.size());
     }

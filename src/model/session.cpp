@@ -63,11 +63,16 @@ struct Session::Impl {
   Read::Positions positions = Read::Positions::True;
   int64_t reach = 0;  // the most tokens of a sequence; 0: any number
   std::vector<std::vector<int32_t>> tokens;
-  std::vector<int64_t> next;    // position of each sequence's next token
-  std::vector<int64_t> prompt;  // tokens of each sequence's prompt
+  std::vector<int64_t> next;                 // position of each sequence's next token
+  std::vector<int64_t> prompt;               // tokens of each sequence's prompt
+  std::vector<std::vector<int32_t>> chosen;  // of a prompt that a drive shortened: the numbers of the tokens read
+  std::vector<int64_t> given;                // tokens that the prompt had before
   int64_t step = 0;
   Times times;
   std::vector<double> dense_rows, rows;  // for each layer: prompt rows that a dense plan read, and all of them
+  // What a row that is read counts for in them, for each layer: more than 1 row of a shortened prompt, and fewer pairs.
+  double row_weight = 1;
+  std::vector<double> pair_weight;
   Buffer shares;  // F64 [layers, h], of kernels: rows under other plans, each times the share of pairs computed
   Buffer reads;   // F64 [layers, h], of kernels: keys read while decoding
   int64_t reads_count = 0;
@@ -94,7 +99,10 @@ struct Session::Impl {
 
   struct Batch;
   void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
-            const std::function<void(int64_t, Tensor)>& visit);
+            const std::function<void(int64_t, Tensor)>& visit, int depth = 0);
+  std::vector<std::span<const int32_t>> shorten(const std::vector<std::span<const int32_t>>& tokens,
+                                                std::vector<std::vector<int32_t>>& read);
+  void check_reach(int64_t length) const;
   Tensor forward(Batch& batch);
   bool replay(const Batch& batch, std::span<const int32_t> ids, std::span<const int32_t> places);
   void layer(Batch& batch, int l, Tensor x);
@@ -102,7 +110,8 @@ struct Session::Impl {
   void keep(Batch& batch, LayerView& view);
   void make_room(Batch& batch, LayerView& view);
   bool due(const Batch& batch, const KeepPolicy& policy) const;
-  void cut(LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming);
+  std::vector<int64_t> lengths(const KeepPolicy& policy, std::span<const int64_t> coming) const;
+  void cut(const Batch& batch, LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming);
   void evict_all(int p, Phase phase);
   void emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit);
   void count_reads(LayerView& view);
@@ -115,6 +124,7 @@ struct Session::Impl {
 struct Session::Impl::Batch {
   Phase phase;
   bool last_chunk;
+  int layers;                  // that it goes through
   std::vector<int64_t> count;  // new tokens of each sequence
   int64_t total = 0;
   Tensor ids, positions, first;  // I32 [T], I32 [T], I64 [sequences + 1]
@@ -130,17 +140,28 @@ class SessionRun final : public Run {
   int sequences() const override { return impl_.options.sequences; }
   std::span<const int32_t> tokens(int sequence) const override { return impl_.tokens[size_t(sequence)]; }
   State* state() override { return impl_.states[size_t(part_)].get(); }
-  void replay(int sequence, std::span<const int32_t> tokens) override {
+  Queue& queue() override { return impl_.queue; }
+  void replay(int sequence, std::span<const int32_t> tokens, int layers) override {
     std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
     batch[size_t(sequence)] = tokens;
-    impl_.feed(batch, Phase::Replay, true, Session::Logits::None, {});
+    impl_.feed(batch, Phase::Replay, true, Session::Logits::None, {}, layers);
+    deepest = std::max(deepest, layers > 0 ? layers : model().layers);
     impl_.store->truncate(impl_.queue, sequence, impl_.next[size_t(sequence)]);
+  }
+  void feed(int sequence, std::span<const int32_t> tokens) override {
+    std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
+    batch[size_t(sequence)] = tokens;
+    impl_.feed(batch, Phase::Chunk, false, Session::Logits::None, {});
+    fed += tokens.size();
   }
   void evict() override { impl_.evict_all(part_, Phase::Prompt); }
   std::vector<int32_t> tokenize(const std::string& text) const override {
     const Tokenizer* tokenizer = impl_.model->tokenizer();
     return tokenizer ? tokenizer->encode(text) : std::vector<int32_t>{};
   }
+
+  int deepest = 0;  // layers that replays went through
+  size_t fed = 0;   // tokens
 
  private:
   Session::Impl& impl_;
@@ -196,6 +217,8 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
   tokens.resize(size_t(o.sequences));
   next.assign(size_t(o.sequences), 0);
   prompt.assign(size_t(o.sequences), 0);
+  chosen.resize(size_t(o.sequences)), given.assign(size_t(o.sequences), 0);
+  pair_weight.assign(size_t(m.layers), 1);
   dense_rows.assign(size_t(m.layers), 0), rows.assign(size_t(m.layers), 0);
   shares = Buffer(Dtype::F64, {m.layers, m.h}, *queue.memory), reads = Buffer(Dtype::F64, {m.layers, m.h}, *queue.memory);
   queue.fill(shares, 0), queue.fill(reads, 0);
@@ -205,32 +228,73 @@ Session::Impl::Impl(Impl& other)
     : model(other.model), options(other.options), composition(other.composition), queue(&other.queue),
       weights(other.weights), shape(other.shape), store(std::make_unique<Store>(queue, *other.store)),
       bases(other.bases), quantised_layout(other.quantised_layout), positions(other.positions), reach(other.reach),
-      tokens(other.tokens), next(other.next), prompt(other.prompt), step(other.step), times(other.times),
-      dense_rows(other.dense_rows), rows(other.rows), shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
+      tokens(other.tokens), next(other.next), prompt(other.prompt), chosen(other.chosen), given(other.given),
+      step(other.step), times(other.times), dense_rows(other.dense_rows), rows(other.rows),
+      pair_weight(other.pair_weight), shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
       reads(Dtype::F64, {shape.layers, shape.h}, *queue.memory), reads_count(other.reads_count) {
   queue.move(other.shares, shares), queue.move(other.reads, reads);
   for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
 }
 
+void Session::Impl::check_reach(int64_t length) const {
+  const ModelInfo& m = info();
+  if (reach == 0 || length <= reach) return;
+  throw Error(Code::Invalid, "session",
+              std::to_string(length) + " tokens are more than " +
+                  (reach == m.context ? "the model's context of " : "what this mechanism makes of it: ") +
+                  std::to_string(reach),
+              "shorten the text with -c, or read it at distances that the model knows: --attention "
+              "\"self-extend(group=" +
+                  std::to_string(length / m.context + 1) + ")\", \"dca\" or \"streaming-llm\"");
+}
+
+/// What of the first prompts is still to be read: the tokens themselves, or `read`, where a drive has read or left out some.
+std::vector<std::span<const int32_t>> Session::Impl::shorten(const std::vector<std::span<const int32_t>>& tokens,
+                                                             std::vector<std::vector<int32_t>>& read) {
+  std::vector<std::span<const int32_t>> out = tokens;
+  for (auto& list : chosen) list.clear();
+  for (int p = 0; p < parts(); ++p) {
+    if (!has(composition->parts()[size_t(p)].roles, Role::Drive)) continue;
+    std::vector<double> pairs(size_t(info().layers), 0.0);
+    double all = 0, left = 0, done = 0;  // rows: given, still to be read, read by the drive
+    for (size_t s = 0; s < tokens.size(); ++s) {
+      check_reach(int64_t(tokens[s].size()));
+      SessionRun run(*this, p);
+      auto numbers = part(p).shorten(run, int(s), tokens[s]);
+      const int64_t length = int64_t(tokens[s].size()), count = numbers.empty() ? length : int64_t(numbers.size());
+      all += double(length), left += double(count) - double(run.fed), done += double(run.fed);
+      for (int l = 0; l < info().layers; ++l) {
+        const double window = double(info().window(l));
+        const auto of = [&](double n) {
+          return window > 0 && n > window ? window * (window + 1) / 2 + (n - window) * window : n * (n + 1) / 2;
+        };
+        if (length > 0) pairs[size_t(l)] += double(length) * of(double(count)) / of(double(length));
+        if (count < length && l < run.deepest) dense_rows[size_t(l)] += double(length);
+      }
+      if (count < length) {
+        for (int32_t i : numbers) read[s].push_back(tokens[s][size_t(i)]);
+        out[s] = read[s], chosen[s] = std::move(numbers), given[s] = length;
+      }
+      out[s] = out[s].subspan(run.fed);
+    }
+    if (left + done == all) continue;
+    row_weight = (all - done) / left;
+    for (size_t l = 0; l < pairs.size(); ++l) pair_weight[l] = (pairs[l] - done) / left;
+  }
+  return out;
+}
+
 void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens, Phase phase, bool last_chunk,
-                         Logits want, const std::function<void(int64_t, Tensor)>& visit) {
+                         Logits want, const std::function<void(int64_t, Tensor)>& visit, int depth) {
   const int sequences = options.sequences;
   const ModelInfo& m = info();
-  Batch batch{.phase = phase, .last_chunk = last_chunk};
+  Batch batch{.phase = phase, .last_chunk = last_chunk, .layers = depth > 0 ? depth : m.layers};
   for (const auto& span : fed_tokens) batch.count.push_back(int64_t(span.size())), batch.total += int64_t(span.size());
   if (batch.total == 0) return;
   std::vector<int32_t> ids, places;
   std::vector<int64_t> first{0};
   for (int s = 0; s < sequences; ++s) {
-    const int64_t length = next[size_t(s)] + batch.count[size_t(s)];
-    if (reach > 0 && length > reach && phase != Phase::Replay)
-      throw Error(Code::Invalid, "session",
-                  std::to_string(length) + " tokens are more than " +
-                      (reach == m.context ? "the model's context of " : "what this mechanism makes of it: ") +
-                      std::to_string(reach),
-                  "shorten the text with -c, or read it at distances that the model knows: --attention "
-                  "\"self-extend(group=" +
-                      std::to_string(length / m.context + 1) + ")\" or \"streaming-llm\"");
+    if (phase != Phase::Replay) check_reach(next[size_t(s)] + batch.count[size_t(s)]);
     for (int64_t i = 0; i < batch.count[size_t(s)]; ++i) {
       const int32_t id = fed_tokens[size_t(s)][size_t(i)];
       if (id < 0 || id >= m.vocabulary)
@@ -264,7 +328,7 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens
     if (has(roles, Role::Drive)) {
       SessionRun run(*this, p);
       part(p).drive(run);
-    } else if (has(roles, Role::Keep) && part(p).needs(m).all_layers) {
+    } else if (has(roles, Role::Keep) && part(p).needs(m).all_layers && due(batch, static_cast<const KeepPolicy&>(part(p)))) {
       evict_all(p, phase);
     }
   }
@@ -287,7 +351,7 @@ Tensor Session::Impl::forward(Batch& batch) {
   rows_of_heads(m.h, batch.q_offsets, batch.q_pos), rows_of_heads(m.g, batch.kv_offsets, batch.kv_pos);
   Tensor x = queue.scratch.take(Dtype::F32, {batch.total, m.hidden});
   queue.run->embed(queue, weights->embedding, batch.ids, architecture().embedding_scale, x);
-  for (int l = 0; l < m.layers; ++l) {
+  for (int l = 0; l < batch.layers; ++l) {
     if (batch.phase != Phase::Decode && interrupted())
       throw Error(Code::Interrupted, "session", "stopped in layer " + std::to_string(l));
     layer(batch, l, x);
@@ -510,24 +574,27 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
       view.out = enter(p).edit(view);
     }
   Clock clock(times.observe);
-  for (int p = 0; p < parts(); ++p)
-    if (part(p).layers.holds(view.layer, view.model.layers)) enter(p).observe(view);
+  for (int p = 0; p < parts(); ++p) {
+    const bool looks = batch.phase != Phase::Replay || has(composition->parts()[size_t(p)].roles, Role::Drive);
+    if (looks && part(p).layers.holds(view.layer, view.model.layers)) enter(p).observe(view);
+  }
   view.enter(nullptr);
   if (tap) tap(view);
 }
 
 /// Weighted by rows, so that chunks of a prompt add up.
 void Session::Impl::count_shares(const Batch& batch, LayerView& view) {
-  rows[size_t(view.layer)] += double(batch.total);
+  const double worth = double(batch.total) * pair_weight[size_t(view.layer)];
+  rows[size_t(view.layer)] += double(batch.total) * row_weight;
   if (view.plan.form == Plan::Form::Dense && !view.mods.until) {
-    dense_rows[size_t(view.layer)] += double(batch.total);
+    dense_rows[size_t(view.layer)] += worth;
     return;
   }
   Scratch scope(queue.scratch);
   const Tensor pairs = queue.scratch.take(Dtype::F64, {2, view.model.h}), sum = shares->select(0, view.layer);
   count_density(queue, view.plan, view.q, {.panel = &view.k, .pages = nullptr, .read = nullptr}, view.mods, pairs);
   const Num possible = load(pairs, view.model.h + index());
-  compute(queue, load(sum, index()) + pick(possible > 0, load(pairs, index()) / possible, 1) * double(batch.total), sum);
+  compute(queue, load(sum, index()) + pick(possible > 0, load(pairs, index()) / possible, 1) * worth, sum);
 }
 
 void Session::Impl::count_reads(LayerView& view) {
@@ -541,12 +608,22 @@ void Session::Impl::count_reads(LayerView& view) {
 
 bool Session::Impl::due(const Batch& batch, const KeepPolicy& policy) const {
   const When& when = policy.timing();
-  if (batch.phase == Phase::Decode) return when.at == When::At::Every && (step + 1) % when.every == 0;
-  return when.at != When::At::Prompt || batch.last_chunk;
+  if (batch.phase == Phase::Decode) return when.decodes() && (step + 1) % when.every == 0;
+  return when.prompts() && (when.at != When::At::Prompt || batch.last_chunk);
+}
+
+/// What a policy's fractions refer to: the prompts, or all text with the `coming` tokens of each sequence.
+std::vector<int64_t> Session::Impl::lengths(const KeepPolicy& policy, std::span<const int64_t> coming) const {
+  if (!policy.kept().seen) return prompt;
+  std::vector<int64_t> out = next;
+  for (size_t s = 0; s < coming.size(); ++s) out[s] += coming[s];
+  return out;
 }
 
 // Scores, allocates and evicts in one layer, leaving room for `coming` tokens of each sequence.
-void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming) {
+void Session::Impl::cut(const Batch& batch, LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming) {
+  if (policy.kept().seen) queue.varies();
+  view.prompt = lengths(policy, batch.count);
   const int64_t all = view.store->segments(), g = view.model.g;
   std::vector<int64_t> most;
   int64_t together = 0;
@@ -554,10 +631,10 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
   for (int64_t s = 0; s < all; ++s) {
     const int64_t length = view.store->length(s), room = coming.empty() ? 0 : coming[size_t(s / g)];
     const bool counted = !policy.unbounded() && policy.heads.holds(int(s % g), int(g));
-    const int64_t granted = counted
-                                ? std::max<int64_t>(
-                                      0, policy.entries(policy.kept(), view.model, view.layer, prompt[size_t(s / g)]) - room)
-                                : length;
+    const int64_t granted = counted ? std::max<int64_t>(0, policy.entries(policy.kept(), view.model, view.layer,
+                                                                          view.prompt[size_t(s / g)]) -
+                                                               room)
+                                    : length;
     fits &= length <= granted;
     together += std::min(length, granted) + 1;  // an allocator may round up
     most.push_back(length);
@@ -571,7 +648,7 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
                                  .model = view.model,
                                  .first_layer = view.layer,
                                  .scores = std::span(&scores, 1),
-                                 .prompt = prompt,
+                                 .prompt = view.prompt,
                                  .budget = policy.kept(),
                                  .state = view.state_held()})
                       .select(0, 0);
@@ -587,22 +664,25 @@ void Session::Impl::cut(LayerView& view, const KeepPolicy& policy, std::span<con
 }
 
 void Session::Impl::make_room(Batch& batch, LayerView& view) {
-  const int owner = composition->owner(Role::Keep, view.layer);
-  if (owner < 0) return;
-  const auto& policy = static_cast<const KeepPolicy&>(part(owner));
-  if (!policy.makes_room() || !due(batch, policy)) return;
-  view.enter(states[size_t(owner)].get());
-  cut(view, policy, batch.count);
+  for (int p : composition->keepers(view.layer)) {
+    const auto& policy = static_cast<const KeepPolicy&>(part(p));
+    if (!policy.makes_room() || !due(batch, policy)) continue;
+    view.enter(states[size_t(p)].get());
+    cut(batch, view, policy, batch.count);
+    view.prompt = prompt;
+  }
 }
 
 void Session::Impl::keep(Batch& batch, LayerView& view) {
-  const int owner = composition->owner(Role::Keep, view.layer);
-  if (owner < 0 || batch.phase == Phase::Replay) return;
-  const auto& policy = static_cast<const KeepPolicy&>(part(owner));
-  view.enter(states[size_t(owner)].get());
-  if (policy.settle(view) || policy.needs(view.model).all_layers || !due(batch, policy)) return;
-  if (view.decoding() && policy.makes_room()) return;
-  cut(view, policy, {});
+  if (batch.phase == Phase::Replay) return;
+  for (int p : composition->keepers(view.layer)) {
+    const auto& policy = static_cast<const KeepPolicy&>(part(p));
+    view.enter(states[size_t(p)].get());
+    if (policy.settle(view) || policy.needs(view.model).all_layers || !due(batch, policy)) continue;
+    if (view.decoding() && policy.makes_room()) continue;
+    cut(batch, view, policy, {});
+    view.prompt = prompt;
+  }
 }
 
 void Session::Impl::evict_all(int p, Phase phase) {
@@ -612,12 +692,13 @@ void Session::Impl::evict_all(int p, Phase phase) {
   std::vector<int> where;
   std::vector<Ragged> scores;
   std::vector<LayerView> views;
+  const std::vector<int64_t> whole = lengths(policy, {});
   std::optional<Clock> clock(std::in_place, times.observe);
   for (int l = 0; l < m.layers; ++l) {
     if (!policy.layers.holds(l, m.layers)) continue;
     LayerView& view = views.emplace_back(m, queue, l, phase);
     view.enter(step), view.enter(states[size_t(p)].get());
-    view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get();
+    view.prompt = whole, view.store = &store->layer(l), view.stores = store.get();
     view.output_matrix = weights->layers[size_t(l)].o;
     view.basis = bases.empty() ? nullptr : bases[size_t(l)].get();
     view.read.rope = m.rope(l), view.read.positions = positions;
@@ -628,7 +709,7 @@ void Session::Impl::evict_all(int p, Phase phase) {
                                          .model = m,
                                          .first_layer = views[0].layer,
                                          .scores = scores,
-                                         .prompt = prompt,
+                                         .prompt = whole,
                                          .budget = policy.kept(),
                                          .state = states[size_t(p)].get()});
   clock.reset();
@@ -692,14 +773,23 @@ Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Log
   const bool fresh = m.store->entries() == 0;
   const int64_t chunk = m.options.chunk > 0 ? m.options.chunk : longest;
   require(want != Logits::All || visit || chunk >= longest, "prefill", "all logits of a chunked prompt need `visit`");
+  std::vector<std::vector<int32_t>> shortened(tokens.size());
 
   // What an interruption restores. Pages are shared with the copy, so it costs what is then written over.
   auto before = std::make_unique<Impl>(m);
   try {
+    const auto read = fresh ? m.shorten(tokens, shortened) : tokens;
+    if (want == Logits::All || visit)
+      for (size_t s = 0; s < read.size(); ++s)
+        if (read[s].size() < tokens[s].size())
+          throw Error(Code::Unsupported, "session", "tokens that the mechanism leaves out of a prompt predict nothing",
+                      "ask for what follows the prompt: `heed compare`, or `heed eval` with other tasks");
+    longest = 0;
+    for (const auto& span : read) longest = std::max(longest, int64_t(span.size()));
     int64_t rows = 0;
     for (int64_t a = 0; a < longest; a += chunk) {
       std::vector<std::span<const int32_t>> part;
-      for (const auto& span : tokens) {
+      for (const auto& span : read) {
         const size_t from = std::min(size_t(a), span.size());
         part.push_back(span.subspan(from, std::min(size_t(chunk), span.size() - from)));
       }
@@ -707,9 +797,11 @@ Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Log
       auto shifted = [&](int64_t first, Tensor y) { visit(rows + first, y); };
       const std::function<void(int64_t, Tensor)> shifted_visit = visit ? std::function<void(int64_t, Tensor)>(shifted)
                                                                        : nullptr;
-      m.feed(part, fresh && a == 0 && last ? Phase::Prompt : Phase::Chunk, last, last ? want : Logits::None, shifted_visit);
+      m.feed(part, fresh && a == 0 && last && m.store->entries() == 0 ? Phase::Prompt : Phase::Chunk, last,
+             last ? want : Logits::None, shifted_visit);
       for (const auto& span : part) rows += int64_t(span.size());
     }
+    m.row_weight = 1, m.pair_weight.assign(m.pair_weight.size(), 1);
   } catch (...) {
     before->tap = m.tap, before->progress = m.progress;
     impl_ = std::move(before);
@@ -746,6 +838,17 @@ void Session::truncate(int sequence, int64_t position) {
   m.next[size_t(sequence)] = position;
   m.tokens[size_t(sequence)].resize(size_t(position));
   m.prompt[size_t(sequence)] = std::min(m.prompt[size_t(sequence)], position);
+}
+
+std::vector<int32_t> Session::origins(int layer, int64_t segment) {
+  std::vector<int32_t> out = store().layer(layer).positions(segment);
+  const size_t sequence = size_t(segment / impl_->info().g);
+  const auto& read = impl_->chosen[sequence];
+  const int32_t count = int32_t(read.size());
+  if (count == 0) return out;
+  for (int32_t& position : out)
+    position = position < count ? read[size_t(position)] : position - count + int32_t(impl_->given[sequence]);
+  return out;
 }
 
 const Model& Session::model() const { return *impl_->model; }

@@ -51,7 +51,8 @@ class Session final {
   /// layer, rows tiled. A feed into an empty session, or one before any decode, counts as prompt.
   /// Returns F32 [rows, vocabulary]: Last: one row for each sequence; All: one for each token, sequences in order. It
   /// is of the host and valid until the next feed. For long texts give `visit` instead of asking for All: it is called with tiles of
-  /// rows (first token number of sequence 0 …) so that no [tokens, vocabulary] matrix is built.
+  /// rows (first token number of sequence 0 …) so that no [tokens, vocabulary] matrix is built. Throws Error(Unsupported)
+  /// when rows are wanted of a prompt that a drive shortens.
   /// Throws Error(Invalid) when the text becomes longer than the model's context, Error(Interrupted) between layers
   /// when interrupt() was called; the session is then as it was before the feed.
   Tensor prefill(const std::vector<std::span<const int32_t>>& tokens, Logits want = Logits::Last,
@@ -75,6 +76,9 @@ class Session final {
   const Composition& composition() const;
   Store& store();
   std::span<const int32_t> tokens(int sequence = 0) const;
+  /// Where a segment's entries of a layer stood in what was fed: at their positions, unless a drive left tokens of the
+  /// prompt out. Waits.
+  std::vector<int32_t> origins(int layer, int64_t segment);
   int64_t step() const;  // tokens decoded
   const Times& times() const;
   /// Share of causal pairs computed in prefill so far: F64 [layers][h].

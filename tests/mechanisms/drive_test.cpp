@@ -1,6 +1,7 @@
 #include "attention/spec.h"
-#include "harness.h"
+#include "base/random.h"
 #include "mechanisms/registry.h"
+#include "session_case.h"
 
 namespace heed::test {
 namespace {
@@ -42,7 +43,10 @@ class FakeRun final : public Run {
   State* state() override { return state_.get(); }
   std::vector<int32_t> tokenize(const std::string&) const override { return {7, 7, 7}; }
 
-  void replay(int, std::span<const int32_t> tokens) override {
+  Queue& queue() override { return queue_; }
+  void feed(int, std::span<const int32_t>) override { ADD_FAILURE() << "the prompt has been read"; }
+
+  void replay(int, std::span<const int32_t> tokens, int) override {
     const int64_t n = int64_t(tokens.size()), m = length_ + n;
     requests.emplace_back(tokens.begin(), tokens.end());
     Feed& feed = feeds.emplace_back(Feed{n, {}});
@@ -223,6 +227,207 @@ TEST_P(Drives, KvComposeKeepsWhatASecondReadingLooksAt) {
       if (structured) { EXPECT_EQ(run.kept[s].size(), run.kept[s / size_t(g) * size_t(g)].size()); }
     }
     if (structured) { EXPECT_GE(run.kept[0].size(), run.kept.back().size()); }
+  }
+}
+
+/// What GemFilter reads of a prompt whose queries and keys in the ranking layer are those at hand.
+std::vector<int32_t> gems(const LayerView& at, int sequence, int64_t count, int kernel, int64_t recent) {
+  const int64_t g = at.model.g, group = at.model.group(), m = at.k.length(sequence * g);
+  std::vector<double> sum(size_t(m), 0.0), smooth(size_t(m), 0.0);
+  for (int64_t head = 0; head < at.model.h; ++head) {
+    const int64_t segment = sequence * at.model.h + head, kv = sequence * g + head / group;
+    for (int64_t j = 0; j < m; ++j)
+      for (int64_t c = 0; c < at.model.d; ++c)
+        sum[size_t(j)] += double(at.q.values.at<float>(at.q.end(segment) - 1, c)) *
+                          double(at.k.values.at<float>(at.k.begin(kv) + j, c));
+  }
+  for (int64_t j = 0; j < m; ++j)
+    for (int64_t i = j - kernel / 2; i <= j + kernel / 2; ++i)
+      if (i >= 0 && i < m) smooth[size_t(j)] += sum[size_t(i)] / kernel;
+  for (int64_t j = std::max<int64_t>(0, m - recent); j < m; ++j) smooth[size_t(j)] = INFINITY;
+  return top(smooth, count);
+}
+
+TEST(GemFilter, ReadsTheTokensThatTheLastQueryOfALayerLikes) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [layer, ranks, kernel, recent, budget] :
+         {std::tuple{2, 2, 5, 0, "30"}, {1, 0, 1, 3, "7"}, {13, 3, 9, 1, "0.5"}, {0, 0, 3, 0, "1"}}) {
+      const auto model = tiny_model(h, g);
+      const std::string spec = "gemfilter(budget=" + std::string(budget) + ",layer=" + std::to_string(layer) +
+                               ",kernel=" + std::to_string(kernel) + ",recent=" + std::to_string(recent) + ")";
+      SCOPED_TRACE(spec);
+      const Budget grants = value_or_throw(Budget::parse(budget));
+      SessionOptions o = in_f32(spec), plain = in_f32("dense");
+      o.sequences = plain.sequences = 2;
+      Session session(model, o);
+      const std::vector<std::vector<int32_t>> prompts{text(83, 1), text(20, 2)};
+      std::vector<std::vector<int32_t>> expected{all_of(83), all_of(20)};
+      int deepest = -1;
+      session.tap([&, ranks = ranks, kernel = kernel, recent = recent](LayerView& at) {
+        if (at.phase != Phase::Replay) return;
+        deepest = std::max(deepest, at.layer);
+        if (at.layer != ranks) return;
+        for (int s = 0; s < 2; ++s)
+          if (at.rows[size_t(s)] > 0)
+            expected[size_t(s)] = gems(at, s, grants.entries(at.rows[size_t(s)]), kernel, recent);
+      });
+      std::vector<float> got, wanted;
+      const auto take = [](std::vector<float>& to, const Tensor& t) {
+        to.insert(to.end(), t.as<float>(), t.as<float>() + t.numel());
+      };
+      take(got, session.prefill({prompts[0], prompts[1]}));
+      EXPECT_EQ(deepest, ranks) << "layers behind the one that ranks have nothing to do";
+      std::vector<std::vector<int32_t>> read(2);
+      for (size_t s = 0; s < 2; ++s) {
+        ASSERT_EQ(int64_t(expected[s].size()), std::min<int64_t>(grants.entries(s ? 20 : 83), s ? 20 : 83));
+        for (int32_t i : expected[s]) read[s].push_back(prompts[s][size_t(i)]);
+        const auto there = session.tokens(int(s));
+        EXPECT_EQ(std::vector<int32_t>(there.begin(), there.end()), read[s]);
+        EXPECT_EQ(session.origins(3, int64_t(s) * g), expected[s]);
+      }
+      // Pairs of both readings, among those of the whole prompts.
+      const double a = double(read[0].size()), b = double(read[1].size());
+      const double pairs = (83 * a * (a + 1) / (83 * 84) + 20 * b * (b + 1) / (20 * 21)) / 103;
+      const double first = (83 * (a < 83) + 20 * (b < 20)) / 103.0;
+      EXPECT_NEAR(session.density()[0][0], pairs + first, 1e-9);
+      if (ranks < 3) { EXPECT_NEAR(session.density()[3][0], pairs, 1e-9); }
+      Session dense(model, plain);
+      take(wanted, dense.prefill({read[0], read[1]}));
+      for (int32_t token : {4, 17, 55}) {
+        take(got, session.decode(std::vector<int32_t>{token, token + 1}));
+        take(wanted, dense.decode(std::vector<int32_t>{token, token + 1}));
+      }
+      EXPECT_EQ(session.origins(0, 0).back(), 85) << "what follows the prompt follows all of it";
+      take(got, session.prefill({text(9, 5), text(70, 6)}));
+      take(wanted, dense.prefill({text(9, 5), text(70, 6)}));
+      EXPECT_LT(distance(got, wanted), 1e-6) << "behind the prompt nothing is left out";
+    }
+}
+
+TEST(GemFilter, SaysWhatItCannotDo) {
+  const auto model = tiny_model(6, 2);
+  Session session(model, in_f32("gemfilter(budget=30,layer=2)"));
+  try {
+    session.prefill(text(83, 1), Session::Logits::All);
+    FAIL() << "tokens that are not read have no logits";
+  } catch (const Error& e) { EXPECT_EQ(e.failure().code, Code::Unsupported); }
+  EXPECT_EQ(session.store().entries(), 0);
+  EXPECT_EQ(session.prefill(text(25, 1), Session::Logits::All).size[0], 25)
+      << "a prompt within the budget is read whole";
+  for (const char* spec : {"gemfilter(kernel=4)", "gemfilter(layers=2-)", "gemfilter(budget=8,recent=9)",
+                           "gemfilter(budget=0)", "gemfilter(layer=-1)", "gemfilter(recent=-1)"})
+    EXPECT_THROW(Session(model, in_f32(spec)), Error) << spec;
+}
+
+/// "[a,b,…]".
+template <class Values>
+std::string list_text(const Values& values) {
+  std::string out;
+  for (const auto& x : values) out += (out.empty() ? "[" : ",") + std::to_string(x);
+  return out + "]";
+}
+
+TEST(ContextCutoff, StopsWhereTheProbeSaysSo) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [piece, question, sharpness, length] :
+         {std::tuple{0.1, 7, 1.0, 83}, {0.3, 1, 4.0, 61}, {0.05, 20, 2.0, 77}, {1.0, 3, 1.0, 40}, {0.5, 100, 1.0, 50}}) {
+      const auto model = tiny_model(h, g);
+      const std::vector<int> probes{h + 1, 3 * h};
+      std::vector<double> weights;
+      Random random(uint64_t(7 * length));
+      for (int c = 0; c < 32; ++c) weights.push_back(std::round(random.normal() * sharpness * 1e3) / 1e3);
+      const std::vector<std::vector<int32_t>> prompts{text(length, 1), text(30, 2)};
+      // What a probe would say behind every token, from one reading of the whole.
+      SessionOptions plain = in_f32("dense");
+      plain.sequences = 2;
+      Session whole(model, plain);
+      std::vector<std::vector<double>> z(2);
+      for (size_t s = 0; s < 2; ++s) z[s].assign(prompts[s].size(), 0.0);
+      whole.tap([&, h = h](LayerView& at) {
+        for (size_t i = 0; i < 2; ++i) {
+          if (at.layer != probes[i] / h) continue;
+          for (int s = 0; s < 2; ++s) {
+            const int64_t first = at.q.begin(int64_t(s) * h + probes[i] % h);
+            double sum = 0;
+            for (int64_t t = 0; t < at.rows[size_t(s)]; ++t) {
+              for (int64_t c = 0; c < 16; ++c)
+                sum += weights[i * 16 + size_t(c)] * double(at.out.at<float>(first + t, c));
+              z[size_t(s)][size_t(t)] += sum / double(t + 1);
+            }
+          }
+        }
+      });
+      whole.prefill({prompts[0], prompts[1]});
+      whole.tap({});
+      double most = -INFINITY;
+      std::vector<std::vector<int64_t>> asked(2);
+      for (size_t s = 0; s < 2; ++s) {
+        const int64_t all = int64_t(prompts[s].size()), step = int64_t(std::ceil(piece * double(all)));
+        for (int64_t t = step; t < all - question; t += step) {
+          asked[s].push_back(t);
+          if (s == 0) most = std::max(most, z[s][size_t(t - 1)]);
+        }
+      }
+      // The best of the first prompt's pieces is exactly enough, by a little.
+      const double bias = std::isfinite(most) ? std::round((1.0 - most) * 1e4) / 1e4 : 0, threshold = 0.72;
+      std::vector<std::vector<int32_t>> read(2);
+      bool cut = false;
+      for (size_t s = 0; s < 2; ++s) {
+        const int64_t all = int64_t(prompts[s].size());
+        int64_t stop = all;
+        for (int64_t t : asked[s])
+          if (1 / (1 + std::exp(-(z[s][size_t(t - 1)] + bias))) >= threshold) {
+            stop = t;
+            break;
+          }
+        for (int64_t i = 0; i < all; ++i)
+          if (i < stop || i >= all - question) read[s].push_back(prompts[s][size_t(i)]);
+        cut |= read[s].size() < prompts[s].size();
+      }
+      if (piece < 0.5) { EXPECT_TRUE(cut); }
+      const std::string spec = "context-cutoff(threshold=0.72,piece=" + std::to_string(piece) +
+                               ",question=" + std::to_string(question) + ",probes=" + list_text(probes) +
+                               ",weights=" + list_text(weights) + ",bias=" + std::to_string(bias) + ")";
+      SCOPED_TRACE(spec);
+      SessionOptions o = in_f32(spec);
+      o.sequences = 2;
+      Session session(model, o), dense(model, plain);
+      std::vector<float> got, wanted;
+      const auto take = [](std::vector<float>& to, const Tensor& t) {
+        to.insert(to.end(), t.as<float>(), t.as<float>() + t.numel());
+      };
+      take(got, session.prefill({prompts[0], prompts[1]}));
+      take(wanted, dense.prefill({read[0], read[1]}));
+      for (size_t s = 0; s < 2; ++s) {
+        const auto there = session.tokens(int(s));
+        EXPECT_EQ(std::vector<int32_t>(there.begin(), there.end()), read[s]);
+      }
+      take(got, session.decode(std::vector<int32_t>{4, 17}));
+      take(wanted, dense.decode(std::vector<int32_t>{4, 17}));
+      EXPECT_LT(distance(got, wanted), 1e-4);
+      // What was not read cost nothing.
+      double pairs = 0, rows = 0;
+      for (size_t s = 0; s < 2; ++s) {
+        const double a = double(read[s].size()), b = double(prompts[s].size());
+        pairs += a * (a + 1) / (b + 1), rows += b;
+      }
+      EXPECT_NEAR(session.density()[0][0], pairs / rows, 1e-6);
+    }
+}
+
+TEST(ContextCutoff, SaysWhatItCannotDo) {
+  const auto model = tiny_model(6, 2);
+  const std::string probe = ",probes=3,weights=" + list_text(std::vector<double>(16, 1.0)) + ")";
+  EXPECT_NO_THROW(Session(model, in_f32("context-cutoff(threshold=0.9" + probe)));
+  for (const std::string& spec :
+       {std::string("context-cutoff"), "context-cutoff(threshold=3" + probe, "context-cutoff(piece=0" + probe,
+        "context-cutoff(question=0" + probe, "context-cutoff(layers=1" + probe,
+        std::string("context-cutoff(probes=3,weights=[1,2])"),
+        "context-cutoff(probes=24,weights=[1])+" + std::string("dense"), std::string("context-cutoff(weights=[1])")}) {
+    try {
+      Session(model, in_f32(spec));
+      ADD_FAILURE() << spec;
+    } catch (const Error& e) { EXPECT_EQ(e.failure().exit_status(), 2) << spec; }
   }
 }
 

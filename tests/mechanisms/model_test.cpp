@@ -110,6 +110,13 @@ TEST_P(RealModelIdentity, PredictsAsDenseDoes) {
 }
 INSTANTIATE_TEST_SUITE_P(All, RealModelIdentity, testing::ValuesIn(identities()), test_name);
 
+/// A probe that has always seen enough: the first piece and the question are read.
+std::string cut_at_once() {
+  std::string zeros;
+  for (int c = 0; c < 64; ++c) zeros += c ? ",0" : "0";
+  return "context-cutoff(threshold=0.5,piece=0.6,question=64,probes=100,weights=[" + zeros + "])";
+}
+
 TEST_P(RealModel, AThirdOfTheTextKeepsMostOfThePrediction) {
   const double kld = divergence(dense_, predict(GetParam()));
   EXPECT_GT(kld, 1e-6) << "nothing changed";
@@ -130,8 +137,9 @@ INSTANTIATE_TEST_SUITE_P(
         "trimmed-llama(budget=0.5)", "ov-evict(budget=96,block=16,sinks=16,recent=32)",
         "lu-kv(expected-attention(budget=0.33,eps=0.02))", "kvcompose(budget=0.33)", "fastgen(recovered=0.8)",
         "lserve(budget=96,page=16,part=4,streaming=[0,4,8,20-30],sinks=16,local=64,recent=64)",
-        "self-extend(group=4,window=64)", "kvcrush(budget=64,block=16,sinks=16,recent=16,rescued=2)",
-        "merge-evict(snapkv(budget=0.33))", "cam(h2o(budget=0.33,when=every(4)))", "critical-ada(snapkv(budget=0.33))",
+        "self-extend(group=4,window=64)", "dca(chunk=128,local=64)",
+        "kvcrush(budget=64,block=16,sinks=16,recent=16,rescued=2)", "merge-evict(snapkv(budget=0.33))",
+        "cam(h2o(budget=0.33,when=every(4)))", "critical-ada(snapkv(budget=0.33))",
         "adaptive-rkv(budget=96,block=16,sinks=16,recent=32)", "dms(keydiff,threshold=-0.8,window=32)",
         "a-shape(sinks=4,local=64)", "tri-shape(sinks=4,local=64,last=16)", "triangle-mix(sinks=4,local=64,last=16)",
         "power(block=16,local=2)", "headkv(snapkv(budget=0.33))", "twilight(p=0.9)",
@@ -147,22 +155,23 @@ INSTANTIATE_TEST_SUITE_P(
         "dhsa(q_block=16,k_block=16,density=0.4,last=16,a_shape=true)", "proxyattn(block=16,min_budget=64,gamma=0.9)",
         "kinetics(budget=0.33)", "shadowkv(budget=96,outliers=4)", "double-sparsity(budget=0.33,factor=4)",
         "infllm_v2(dense_len=0,topk=8,block=16,stride=8,local_blocks=1)", "clusterkv(budget=0.33,tokens=16)",
-        "token-select(budget=64,sinks=4,local=32)", "infllm(budget=64,sinks=4,local=64,block=16)",
-        "long-heads(chunk=16,chunks=6)", "razor-attention(sinks=4,recent=96,share=0)", "rocketkv(budget=0.33)",
-        "pqcache(topk=0.2,recent=0.1,sinks=4)", "hylra(budget=0.33,full=[0,1,8,16,24])",
-        "lychee-decode(budget=0.33,retrieval=[0-5,24-26,48-50,72-74])", "fna(width=16,window=9,text=4)",
-        "freeswim(width=16,height=16,half_width=7,half_height=4,text=4)", "halo(width=16,block=8,halo=4)",
-        "clear-disc(width=16,radius=6,text=16)", "tkl(chunk=64,overlap=32)", "radial(frame=64,block=16,sink=true)",
-        "block_attention(block=64,query=32)", "blockrank(instruction=32,block=64,query=32)",
-        "hip(topk=64,q_block=16,sinks=4,window=32)", "sale(dense_len=0,q_block=16,k_block=16,local=32,segment=32)",
-        "sparsed(ratio=0.3,block=16)", "hyperattention(min_len=64,block=16,sample=16)",
+        "token-select(budget=64,sinks=4,local=32)", "ltri_llm(budget=96,sinks=4,local=32)",
+        "infllm(budget=64,sinks=4,local=64,block=16)", "long-heads(chunk=16,chunks=6)",
+        "razor-attention(sinks=4,recent=96,share=0)", "rocketkv(budget=0.33)", "pqcache(topk=0.2,recent=0.1,sinks=4)",
+        "hylra(budget=0.33,full=[0,1,8,16,24])", "lychee-decode(budget=0.33,retrieval=[0-5,24-26,48-50,72-74])",
+        "fna(width=16,window=9,text=4)", "freeswim(width=16,height=16,half_width=7,half_height=4,text=4)",
+        "halo(width=16,block=8,halo=4)", "clear-disc(width=16,radius=6,text=16)", "tkl(chunk=64,overlap=32)",
+        "radial(frame=64,block=16,sink=true)", "block_attention(block=64,query=32)",
+        "blockrank(instruction=32,block=64,query=32)", "hip(topk=64,q_block=16,sinks=4,window=32)",
+        "sale(dense_len=0,q_block=16,k_block=16,local=32,segment=32)", "sparsed(ratio=0.3,block=16)",
+        "hyperattention(min_len=64,block=16,sample=16)",
         "light_forcing(frame=16,frames=2,chunks=10,latest=3,block=8,sparsity=0.8,target=0.5)",
         "rectified_spaattn(block=16,text=16,remain=0.7)", "loki(budget=0.33)",
         "retrieval-attention(topk=64,sinks=4,recent=32)", "magicpig(tables=100,bits=6,sinks=4,local=32)",
         "squeezed-attention(threshold=0.002,recent=32)", "triforce(budget=0.33)", "sinklora(groups=2,shifted=0.5)",
         "knot-forcing(frame=16,frames=2,window=6)", "q-filters(budget=0.5,sinks=4)", "spec-kv(budget=0.33)",
         "forcing-kv(frame=24,share=0.33)", "kv-q8", "kv-q4", "kv-hadamard", "turboquant", "turboquant(bits=2)",
-        "context-shift(budget=96,sinks=4)"),
+        "context-shift(budget=96,sinks=4)", "gemfilter(budget=0.5)", cut_at_once()),
     test_name);
 
 // Fifteen of Gemma's eighteen layers see 512 positions.

@@ -61,6 +61,9 @@ TEST_P(Reads, IdentityReadsAll) {
                              "triforce(chunk=1000)",
                              "lserve(budget=1.0)",
                              "lserve(streaming=0-,local=1000,recent=1000)",
+                             "ltri_llm(budget=1.0)",
+                             "ltri_llm(budget=1000)",
+                             "dca(chunk=9,local=3)",
                              "self-extend(group=3,window=5)"})
       for (const auto& list : read(c, spec, backend())) EXPECT_EQ(list, all_of(s.m)) << spec;
   }
@@ -120,7 +123,11 @@ TEST(ReadErrors, NameWhatIsWrong) {
   const Case c({6, 2, 16, 16, 16, 16});
   for (const auto& [spec, words] : {std::pair{"lserve(page=24)", "page=24"},
                                     {"lserve(page=8,part=3)", "part=3 does not divide page=8"},
-                                    {"self-extend(heads=0)", "heads=0"}}) {
+                                    {"self-extend(heads=0)", "heads=0"},
+                                    {"ltri_llm(budget=271)", "budget=271"},
+                                    {"ltri_llm(longest=1)", "longest"},
+                                    {"dca(chunk=9,local=5)", "local=5 is more than half of chunk=9"},
+                                    {"dca(heads=0)", "heads=0"}}) {
     const auto out = heed::apply(std::string(spec), c.input("reference"));
     ASSERT_FALSE(out.has_value()) << spec;
     EXPECT_NE(out.error().text().find(words), std::string::npos) << out.error().text();
@@ -377,6 +384,66 @@ TEST_P(Reads, ClusterKvReadsClustersInOrderOfTheirCentroids) {
       // One more than the budget: the query counts as generated.
       for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head)
         EXPECT_EQ(tokens_read[size_t(head)], top(score, budget + 1)) << "head " << head << " rounds " << rounds;
+    }
+  }
+}
+
+// Spans cut out of the weights that queries pay in the same stretch, worth the mean logit of their keys.
+TEST_P(Reads, LtriReadsTheSpansOfTheLargestMeanLogit) {
+  for (const auto& [n, m, stretch, longest, baseline, budget, sinks, local] : {std::tuple{150, 150, 32, 8, 0.02, 50, 4, 10},
+                                                                               {97, 97, 20, 6, 0.03, 30, 0, 1},
+                                                                               {40, 90, 16, 16, 0.01, 33, 3, 5},
+                                                                               {1, 60, 8, 4, 0.02, 20, 2, 2},
+                                                                               {33, 33, 64, 5, 0.05, 9, 2, 3}}) {
+    const Case c(shape(n, m), 17, 2.0);
+    const std::string spec = "ltri_llm(stretch=" + std::to_string(stretch) + ",longest=" + std::to_string(longest) +
+                             ",baseline=" + std::to_string(baseline) + ",budget=" + std::to_string(budget) +
+                             ",sinks=" + std::to_string(sinks) + ",local=" + std::to_string(local) + ")";
+    const auto tokens = read(c, spec, backend());
+    for (int64_t kv = 0; kv < c.shape.g; ++kv) {
+      Rows paid(static_cast<size_t>(n), std::vector<double>(static_cast<size_t>(m), 0.0));
+      std::vector<double> logit(static_cast<size_t>(m), 0.0), score(static_cast<size_t>(m), 0.0);
+      for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head) {
+        for (int64_t i = 0; i < n; ++i) {
+          const auto p = c.causal(head, i);
+          for (int64_t j = 0; j < m; ++j) paid[size_t(i)][size_t(j)] += p[size_t(j)] / double(c.group());
+        }
+        for (int64_t j = 0; j < m; ++j) logit[size_t(j)] += c.dot(head, n - 1, j);
+      }
+      // Keys that no query of the prompt came with stand in spans of `longest`.
+      std::vector<int> begins(static_cast<size_t>(m), 0);
+      for (int64_t j = 0; j < m - n; ++j) begins[size_t(j)] = j % longest == 0;
+      for (int64_t from = 0; from < n; from += stretch) {
+        const int64_t there = std::min<int64_t>(stretch, n - from), old = m - n + from;
+        std::vector<int> taken(static_cast<size_t>(there), 0);
+        begins[size_t(old)] = 1;
+        for (;;) {
+          double best = 0;
+          int64_t a = 0, b = 0;
+          for (int64_t x = 0; x < there; ++x) {
+            double sum = 0;
+            for (int64_t y = x; y < std::min<int64_t>(there, x + longest) && !taken[size_t(y)]; ++y) {
+              for (int64_t j = x; j <= y; ++j) sum += paid[size_t(from + y)][size_t(old + j)] - baseline;
+              if (y > x && sum > best) best = sum, a = x, b = y + 1;
+            }
+          }
+          if (best <= 0) break;
+          std::fill(taken.begin() + a, taken.begin() + b, 1);
+          begins[size_t(old + a)] = 1;
+          if (b < there) begins[size_t(old + b)] = 1;
+        }
+      }
+      for (int64_t a = 0; a < m;) {
+        int64_t b = a + 1;
+        while (b < m && !begins[size_t(b)]) ++b;
+        const double sum = std::accumulate(logit.begin() + a, logit.begin() + b, 0.0);
+        std::fill(score.begin() + a, score.begin() + b, sum / double(b - a));
+        a = b;
+      }
+      std::fill_n(score.begin(), sinks, INFINITY);
+      std::fill(score.end() - local, score.end(), INFINITY);
+      for (int64_t head = kv * c.group(); head < (kv + 1) * c.group(); ++head)
+        EXPECT_EQ(tokens[size_t(head)], top(score, budget)) << spec << " head " << head;
     }
   }
 }

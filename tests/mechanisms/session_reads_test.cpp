@@ -68,46 +68,80 @@ TEST(SessionReads, LServeReadsThePagesOfItsLastChoice) {
     }
 }
 
-// Two positions for each pair of tokens, in prompts at once, in parts, and token by token.
+/// Layer 2 of a session holds the outputs of keys read `apart(i, j)` positions before their queries, in prompts at once, in
+/// parts, and token by token. Returns how far outputs are from those at true distances.
+template <class Apart>
+double read_apart(int h, int g, const std::string& spec, int64_t length, int64_t chunk, Apart apart) {
+  const auto model = tiny_model(h, g);
+  Session session(model, in_f32(spec, chunk));
+  PlainRows rows(model->info());
+  int64_t checked = 0;
+  double moved = 0, worst = 0;
+  session.tap([&](LayerView& at) {
+    if (at.layer != 2) return;
+    rows.take(at);
+    const int64_t all = int64_t(rows.q[0].size()), n = at.rows[0];
+    for (int64_t head = 0; head < h; ++head)
+      for (int64_t i = all - n; i < all; ++i) {
+        std::vector<double> sum(16, 0.0), plain(16, 0.0);
+        double total = 0, plain_total = 0;
+        for (int64_t j = 0; j <= i; ++j) {
+          const double w = std::exp(rows.dot(size_t(head), size_t(i), size_t(j), double(apart(i, j))) / 4);
+          const double own = std::exp(rows.dot(size_t(head), size_t(i), size_t(j), double(i - j)) / 4);
+          total += w, plain_total += own;
+          for (size_t c = 0; c < 16; ++c) {
+            const double v = rows.v[rows.kv_of(size_t(head))][size_t(j)][c];
+            sum[c] += w * v, plain[c] += own * v;
+          }
+        }
+        for (size_t c = 0; c < 16; ++c) {
+          const double difference = std::abs(sum[c] / total - at.out.at<float>(head * n + i - (all - n), int64_t(c)));
+          moved = std::max(moved, std::abs(sum[c] / total - plain[c] / plain_total));
+          worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
+        }
+      }
+    checked += n;
+  });
+  session.prefill(text(length, 6));
+  for (int32_t i = 0; i < 6; ++i) session.decode(i * 5 % 61);
+  EXPECT_EQ(checked, length + 6);
+  EXPECT_LT(worst, 1e-5) << spec;
+  return moved;
+}
+
 TEST(SessionReads, SelfExtendDividesFarPositions) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
     for (const auto& [group, window, length, chunk] :
          {std::tuple{3, 8, 60, 0}, {4, 10, 83, 25}, {7, 1, 40, 0}, {16, 30, 50, 20}, {2, 100, 40, 0}}) {
-      const auto model = tiny_model(h, g);
-      Session session(
-          model, in_f32("self-extend(group=" + std::to_string(group) + ",window=" + std::to_string(window) + ")", chunk));
-      PlainRows rows(model->info());
-      int64_t checked = 0;
-      double moved = 0;  // how far outputs are from those at true distances
-      session.tap([&, h = h, group = group, window = window](LayerView& at) {
-        if (at.layer != 2) return;
-        rows.take(at);
-        const int64_t all = int64_t(rows.q[0].size()), n = at.rows[0];
-        for (int64_t head = 0; head < h; ++head)
-          for (int64_t i = all - n; i < all; ++i) {
-            std::vector<double> sum(16, 0.0), plain(16, 0.0);
-            double total = 0, plain_total = 0;
-            for (int64_t j = 0; j <= i; ++j) {
-              const int64_t apart = i - j < window ? i - j : i / group + window - window / group - j / group;
-              const double w = std::exp(rows.dot(size_t(head), size_t(i), size_t(j), double(apart)) / 4);
-              const double own = std::exp(rows.dot(size_t(head), size_t(i), size_t(j), double(i - j)) / 4);
-              total += w, plain_total += own;
-              for (size_t c = 0; c < 16; ++c) {
-                const double v = rows.v[rows.kv_of(size_t(head))][size_t(j)][c];
-                sum[c] += w * v, plain[c] += own * v;
-              }
-            }
-            for (size_t c = 0; c < 16; ++c) moved = std::max(moved, std::abs(sum[c] / total - plain[c] / plain_total));
-            for (size_t c = 0; c < 16; ++c)
-              ASSERT_NEAR(sum[c] / total, at.out.at<float>(head * n + i - (all - n), int64_t(c)), 1e-5)
-                  << "head " << head << " row " << i;
-          }
-        checked += n;
+      const std::string spec = "self-extend(group=" + std::to_string(group) + ",window=" + std::to_string(window) + ")";
+      const double moved = read_apart(h, g, spec, length, chunk, [group = group, window = window](int64_t i, int64_t j) {
+        return i - j < window ? i - j : i / group + window - window / group - j / group;
       });
-      session.prefill(text(length, 6));
-      for (int32_t i = 0; i < 6; ++i) session.decode(i * 5 % 61);
-      EXPECT_EQ(checked, length + 6);
       if (window < length) { EXPECT_GT(moved, 1e-4); }
+    }
+}
+
+// Three places for a query, one for a key; true distances among the latest, and none beyond c.
+TEST(SessionReads, DualChunksKeepDistancesShort) {
+  const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> cases{
+      {12, 4, 61, 0}, {20, 5, 83, 25}, {2, 1, 40, 0}, {30, 15, 50, 20}, {24, 0, 70, 7}, {9, 2, 1, 0}, {100, 20, 60, 0}};
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}, {8, 1}})
+    for (const auto& [c, w, length, chunk] : cases) {
+      const int64_t s = c - (w > 0 ? w : c / 12), near = c - s;
+      const std::string spec = "dca(chunk=" + std::to_string(c) + ",local=" + std::to_string(w) + ")";
+      int64_t most = 0;
+      const double moved = read_apart(h, g, spec, length, chunk, [&, c = c](int64_t i, int64_t j) {
+        const int64_t chunks = i / s - j / s;
+        const int64_t query = chunks == 0   ? i % s
+                              : chunks == 1 ? std::min<int64_t>(i % s + s, c)
+                                            : std::min<int64_t>(2 * s - 1, c);
+        if (i - j < near) { EXPECT_EQ(query - j % s, i - j); }
+        most = std::max(most, query - j % s);
+        return query - j % s;
+      });
+      EXPECT_LE(most, c);
+      if (length > 2 * s) { EXPECT_GT(moved, 1e-4) << spec; }
+      if (length + 6 <= s) { EXPECT_LT(moved, 1e-9) << spec; }
     }
 }
 

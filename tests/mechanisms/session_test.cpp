@@ -151,17 +151,20 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "ov-evict(budget=12,block=4,sinks=4,recent=4)",
                              "lu-kv(knorm(budget=10),lost=[0.8,0.9,0.5,0.7,1,0.3,0.9,0.6])",
                              "kvcompose(budget=0.2)",
+                             "gemfilter(budget=40,layer=2)",
                              "fastgen(recovered=0.2,frequent=0.2,local=0.1)",
                              "fastgen(recovered=0.2,frequent=0.2,local=0.1)",
                              "kvcompose(budget=0.2,structured=false,norm=true)",
                              "lserve(budget=16,page=8,part=4,streaming=[1,4],sinks=2,local=9,recent=6)",
                              "self-extend(group=3,window=8)",
+                             "dca(chunk=12,local=3)",
                              "kvcrush(budget=12,block=4,sinks=4,recent=4,rescued=2)",
                              "merge-evict(snapkv(budget=16,window=4))",
                              "cam(knorm(budget=12,when=every(3)),window=4)",
                              "critical-ada(snapkv(budget=16,window=4))",
                              "adaptive-rkv(budget=12,block=4,sinks=4,recent=4,mass=0.5)",
                              "trimmed-llama(budget=0.1)",
+                             "ltri_llm(budget=9,sinks=2,local=3,stretch=16,longest=6)",
                              "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
                              "razor-attention(sinks=2,recent=8,share=0)",
                              "loki(budget=9)",
@@ -200,6 +203,7 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
                            "r-kv(budget=16,window=3,when=every(2))",
                            "spatten(budget=0.4,when=every(2))",
                            "criticalkv(h2o(budget=10))",
+                           "ltri_llm(budget=9,sinks=2,local=3,stretch=16,longest=6)",
                            "infllm(budget=8,sinks=2,local=8,block=4,representatives=2)",
                            "razor-attention(sinks=2,recent=8,share=0,when=every(2))",
                            "ov-evict(budget=12,block=4,sinks=4,recent=4)",
@@ -216,8 +220,10 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
                            "cam(h2o(budget=10,when=every(2)))",
                            "kvcrush(budget=12,block=4,sinks=4,recent=4,rescued=2)",
                            "kvcompose(budget=0.2)",
+                           "gemfilter(budget=30,layer=2)",
                            "lserve(budget=16,page=8,part=4,every=3,streaming=[1,4],sinks=2,recent=6)",
-                           "self-extend(group=3,window=8)"}) {
+                           "self-extend(group=3,window=8)",
+                           "dca(chunk=12,local=3)"}) {
     SessionOptions o;
     o.attention = spec, o.backend = backend_or("reference");
     Session session(model, o);

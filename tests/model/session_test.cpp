@@ -466,6 +466,12 @@ TEST(Session, AMechanismMayReachBeyondTheContext) {
   EXPECT_EQ(Session(model, options("self-extend(group=3,window=16,layers=1)")).reach(), 64)
       << "the other layer is as ever";
   EXPECT_EQ(Session(endless, options(extended)).reach(), 0);
+  EXPECT_EQ(Session(model, options("dca(chunk=64)")).reach(), 1 << 30);
+  EXPECT_EQ(Session(model, options("dca(chunk=65)")).reach(), 64) << "its distances are longer than the context";
+  EXPECT_EQ(Session(model, options("dca(layers=1)")).reach(), 64);
+  EXPECT_THROW(Session(model, options("dca(local=25)")), Error) << "more than half of 48";
+  EXPECT_LT(distance(last(model, "dca", 300), last(endless, "dca(chunk=48,local=4)", 300)), 1e-6)
+      << "three quarters of the context and a twelfth of them";
   EXPECT_LT(distance(last(model, extended, 160), last(endless, extended, 160)), 1e-6);
   EXPECT_NO_THROW(last(model, "streaming-llm(sinks=2,window=20)", 200));
   for (const auto& [spec, length] : {std::pair<std::string, int64_t>{"dense", 65}, {extended, 161}, {extended, 162}}) {

@@ -26,8 +26,7 @@ struct Cake final : KeepPolicy {
         });
   }
   std::string check() const override {
-    if (when.at == When::At::Every)
-      return "when=every(n): a decoded token has no window of queries; when=prompt or chunk";
+    if (when.decodes()) return "when=every(n): a decoded token has no window of queries; when=prompt or chunk";
     if (kernel % 2 == 0) return "kernel=" + std::to_string(kernel) + " is even: a smoothing width has a middle";
     return too_small(budget, window, "window");
   }

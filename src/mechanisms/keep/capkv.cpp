@@ -25,7 +25,7 @@ struct CapKV final : KeepPolicy {
   }
   std::string check() const override {
     if (future & (future - 1)) return "future=" + std::to_string(future) + " is no power of 2";
-    if (when.at == When::At::Every)
+    if (when.decodes())
       return "when=every(n) cuts while decoding, but the mean query is a prompt's: when=prompt or when=chunk";
     return too_small(budget, sinks, "sinks");
   }

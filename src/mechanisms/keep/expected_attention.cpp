@@ -32,7 +32,7 @@ struct ExpectedAttention final : KeepPolicy {
   }
   std::string check() const override {
     if (future & (future - 1)) return "future=" + std::to_string(future) + " is no power of 2";
-    if (when.at == When::At::Every)
+    if (when.decodes())
       return "when=every(n) cuts while decoding, but the statistics are a prompt's: when=prompt or when=chunk";
     return too_small(budget, sinks, "sinks");
   }

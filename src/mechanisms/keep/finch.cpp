@@ -23,8 +23,7 @@ struct Finch final : KeepPolicy {
                           });
   }
   std::string check() const override {
-    if (when.at == When::At::Every)
-      return "when=every(n): a decoded token has no question behind it; when=prompt or chunk";
+    if (when.decodes()) return "when=every(n): a decoded token has no question behind it; when=prompt or chunk";
     return too_small(budget, window, "window");
   }
 

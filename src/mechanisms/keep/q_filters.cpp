@@ -25,7 +25,7 @@ struct QFilters final : KeepPolicy {
                           });
   }
   std::string check() const override {
-    if (when.at == When::At::Every)
+    if (when.decodes())
       return "when=every(n) cuts while decoding, but the filter is a prompt's: when=prompt or when=chunk";
     return too_small(budget, sinks, "sinks");
   }

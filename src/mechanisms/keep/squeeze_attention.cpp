@@ -22,7 +22,7 @@ struct SqueezeAttention final : KeepWrapper {
                   "what is left of the budget in the layers that matter least; 1: all layers alike")};
   }
   std::string check() const override {
-    if (inner->timing().at == When::At::Every) return "when=every(n) cuts layers one by one; when=prompt or when=chunk";
+    if (inner->timing().decodes()) return "when=every(n) cuts layers one by one; when=prompt or when=chunk";
     return inner->check();
   }
 
