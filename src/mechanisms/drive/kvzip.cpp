@@ -8,7 +8,8 @@ namespace {
 
 // KVzip (Kim et al., 2025): behind the prompt the model is asked to repeat it, part by part, and an entry is worth the most
 // attention that it gets while it is repeated; the lowest go, over all layers and heads together. The first `sinks`
-// entries always stay (the library's rule; the authors keep the system prompt). In a sliding-window layer a repetition
+// entries always stay (the library's rule; the authors keep the system prompt). The request ends in an empty line, where
+// both take the ending of the model's chat template. In a sliding-window layer a repetition
 // behind the prompt sees nothing of what it repeats, so scores say nothing there: such a layer stays out of the pool and
 // keeps the newest entries, as many as its own share grants and its window can still show.
 struct KVzip final : KeepPolicy {
