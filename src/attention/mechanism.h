@@ -112,9 +112,9 @@ class LayerView {
   Tensor ids;       // I32 [new tokens], as `first` counts them; `heed apply` has none
   Tensor hidden;    // F32 [new tokens, hidden]: the residual stream before this layer; `heed apply` has none
   const Basis* basis = nullptr;  // what q, k, v and out are multiplied by
-  Tensor output_matrix;         // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
-  LayerStore* store = nullptr;  // the new entries are in it
-  Store* stores = nullptr;      // for column numbers
+  Tensor output_matrix;          // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
+  LayerStore* store = nullptr;   // the new entries are in it
+  Store* stores = nullptr;       // for column numbers
   const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`
 
   /// Tokens decoded before this one. Where decoding is recorded and replayed, steps that ask for it are not.
