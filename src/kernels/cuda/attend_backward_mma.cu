@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   __syncthreads();
   const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
-  const bool planned = a.plan.form != Plan::Form::Dense, bare = bare_logits(a),
-             asks = a.plan.mask || a.mods.until || a.mods.window > 0;
+  const bool planned = a.plan.form != Plan::Form::Dense, bare = bare_logits(a);
   const int64_t row_of_plan = planned ? plan_row(a, sequence, head, blockIdx.x / tiles.chunks * a.plan.q_tile) : 0;
   KeyStages<kStage> stages(a.plan, row_of_plan, min(low, high), high, -1);
   Held<1, D> q, d_out;
@@ -73,7 +72,6 @@ __global__ void __launch_bounds__(32 * kWarps)
     gain[u] = rows[u].live && a.mods.gain ? a.mods.gain[rows[u].row] : 1;
     lse[u] = rows[u].live ? g.lse[rows[u].row] : 0, dot[u] = rows[u].live ? g.out_dot[rows[u].row] : 0;
   }
-  const bool whole = __syncthreads_and(rows[0].live && rows[1].live);  // a row that is not there has no lse
   auto fetch = [&](int slot) {
     auto row = [&](const Matrix& x, int64_t first) {
       return [&, first](int j) {
@@ -101,8 +99,6 @@ __global__ void __launch_bounds__(32 * kWarps)
       mma::await_copies<0>();
     }
     __syncthreads();
-    const int farthest = keys[slot][kStage - 1];
-    const bool all = whole && !asks && farthest >= 0 && (!a.plan.causal || farthest - leader.i <= m - n);
     float x[kStage / 8][4];
 #pragma unroll
     for (int column = 0; column < kStage / 8; ++column) {
