@@ -13,8 +13,8 @@ namespace heed {
 struct SessionOptions {
   std::string attention = "dense";
   int sequences = 1;
-  int64_t ubatch = 0;            // rows of a tile inside a layer: bounds scratch, changes nothing else; 0: Kernels::tile_rows
-  int64_t chunk = 0;             // > 0: prompts are fed in parts of so many tokens; mechanisms then plan for each part
+  int64_t ubatch = 0;  // rows of a tile inside a layer: bounds scratch, changes nothing else; 0: Kernels::tile_rows
+  int64_t chunk = 0;   // > 0: prompts are fed in parts of so many tokens; mechanisms then plan for each part
   PageType k = {}, v = {};       // how the store keeps entries; BF16 unless said
   std::string backend = "auto";  // auto, cpu, reference, or the name of a kernel table
   int device = 0;                // which of a backend's devices
