@@ -10,8 +10,9 @@
 // Tensors of one number a row are contiguous. Offsets and ends of outputs are inputs: the caller has laid them out.
 //
 // Number types. q, k, v: F32, BF16 or F16 (each its own). Everything else F32 unless said. Sums are in f32.
-// Queries of F32 or F16 over keys of BF16 may be rounded to BF16 by attend, its gradient, attend_store and observe, which then changes a
-// logit by up to 2^-7 · scale · |q||k| / √d; over values of BF16 the gradient may round d_out and weights too.
+// Queries of F32 or F16 over keys of BF16 may be rounded to BF16 by attend, its gradient, attend_store and observe,
+// which then changes a logit by up to 2^-7 · scale · |q||k| / √d; over values of BF16 the gradient may round d_out and
+// weights too.
 // Bound of every kernel: |result − reference| ≤ 2^-7 · scale of the operands for BF16 inputs, 2^-10 for F16 and
 // 2^-18 · √(terms) for F32 (tests/kernels states it for each kernel).
 //

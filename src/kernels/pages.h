@@ -40,7 +40,8 @@ struct PageType {
   /// Scales (and zeros) of 64 entries of `width` numbers; 0 unless quantised.
   int64_t groups(int width) const;
   /// Bytes of 64 entries of `width` numbers, padded to 64: codes in the side's order, the first in the low bits of a byte;
-  /// then scales, then zeros where they are kept, as [64][⌈width / group⌉] (Token) or [64 / group][width] (Channel) whatever the side's order.
+  /// then scales, then zeros where they are kept, as [64][⌈width / group⌉] (Token) or [64 / group][width] (Channel)
+  /// whatever the side's order.
   int64_t bytes(int width) const;
   bool operator==(const PageType&) const = default;
 };

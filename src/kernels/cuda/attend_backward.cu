@@ -78,10 +78,7 @@ __global__ void __launch_bounds__(kTileThreads)
   if (lane == 0) q_rows[r] = at.live ? at.row : -1;
   int from, limit;
   key_range(a, at, from, limit);
-  const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
-  const bool planned = a.plan.form != Plan::Form::Dense;
-  const int first_i = planned ? blockIdx.x / tiles.chunks * a.plan.q_tile : 0;
-  KeyStages<kKeys> stages(a.plan, planned ? plan_row(a, sequence, head, first_i) : 0, from, limit, -1);
+  KeyStages<kKeys> stages(a.plan, block_plan_row(a, tiles), from, limit, -1);
   const float gain = at.live && a.mods.gain ? a.mods.gain[at.row] : 1, lse = at.live ? gradient.lse[at.row] : 0,
               out_dot = at.live ? gradient.out_dot[at.row] : 0;
   float sums[kChannels / kSlice][8] = {};

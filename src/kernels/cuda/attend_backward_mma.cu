@@ -7,11 +7,12 @@ namespace heed::cuda {
 namespace {
 
 using mma::Held;
+using mma::KeyRing;
 using mma::kLog2e;
 using mma::kWarps;
 using mma::Stage;
 
-constexpr int kOwn = 16 * kWarps;
+constexpr int kOwn = mma::kBlockRows;
 
 /// Of the pair of row and key: the probability (0 when not seen), and what d_logit is multiplied by for the dot product.
 struct Pair {
@@ -35,83 +36,41 @@ __global__ void __launch_bounds__(32 * kWarps)
   constexpr int kStage = 32;
   extern __shared__ __align__(16) char shared[];
   auto* k_stages = reinterpret_cast<Stage<D, kStage>*>(shared);
-  auto* v_stages = k_stages + 2;
   __shared__ int keys[2][kStage];
   __shared__ int64_t entries[2][kStage];
   __shared__ int low, high;
+  const KeyRing<D, D, kStage> ring{k_stages, k_stages + 2, keys, entries};
   const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
   const QueryRow leader = tile_row(a, tiles, kOwn, 0);
   if (leader.i >= leader.n) return;
   const QueryRow rows[2] = {tile_row(a, tiles, kOwn, own + lane / 4), tile_row(a, tiles, kOwn, own + lane / 4 + 8)};
   const int m = leader.m, n = leader.n;
-  if (threadIdx.x == 0) low = 1 << 30, high = 0;
-  __syncthreads();
-  for (const QueryRow& at : rows) {
-    if (!at.live || lane % 4 != 0) continue;
-    atomicMax(&high, a.plan.causal ? min(m, m - n + at.i + 1) : m);
-    atomicMin(&low,
-              a.mods.window > 0 && !a.mods.k_pos ? int(max(int64_t(0), min(int64_t(m), at.q_pos - a.mods.window + 1))) : 0);
-  }
-  __syncthreads();
-  const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
-  const bool planned = a.plan.form != Plan::Form::Dense, bare = bare_logits(a);
-  const int64_t row_of_plan = planned ? plan_row(a, sequence, head, blockIdx.x / tiles.chunks * a.plan.q_tile) : 0;
-  KeyStages<kStage> stages(a.plan, row_of_plan, min(low, high), high, -1);
+  mma::seen_range(a, rows, m, n, low, high);
+  const bool bare = bare_logits(a);
+  KeyStages<kStage> stages(a.plan, block_plan_row(a, tiles), min(low, high), high, -1);
   Held<1, D> q, d_out;
-  auto row_of = [&](const Matrix& x) {
-    return [&](int r) {
-      const QueryRow& at = r >= 8 ? rows[1] : rows[0];
-      return at.live ? x.row<const __nv_bfloat16>(at.row) : nullptr;
-    };
-  };
-  q.load(a.d, row_of(g.q));
-  d_out.load(a.d_v, row_of(g.d_out));
+  q.load(a.d, mma::lane_rows(g.q, rows));
+  d_out.load(a.d_v, mma::lane_rows(g.d_out, rows));
   float gain[2], lse[2], dot[2];
 #pragma unroll
   for (int u = 0; u < 2; ++u) {
     gain[u] = rows[u].live && a.mods.gain ? a.mods.gain[rows[u].row] : 1;
     lse[u] = rows[u].live ? g.lse[rows[u].row] : 0, dot[u] = rows[u].live ? g.out_dot[rows[u].row] : 0;
   }
-  auto fetch = [&](int slot) {
-    auto row = [&](const Matrix& x, int64_t first) {
-      return [&, first](int j) {
-        const int key = stages.key(j);
-        return key < 0 || key >= m ? nullptr : x.row<const __nv_bfloat16>(first + key);
-      };
-    };
-    k_stages[slot].load(a.d, a.k.row<const __nv_bfloat16>(0), row(a.k, leader.k_first));
-    v_stages[slot].load(a.d_v, a.v.row<const __nv_bfloat16>(0), row(a.v, leader.v_first));
-    mma::copies_begun();
-    for (int j = threadIdx.x; j < kStage; j += blockDim.x) {
-      keys[slot][j] = stages.key(j) < m ? stages.key(j) : -1;
-      if (a.plan.mask) entries[slot][j] = stages.entry(j);
-    }
-  };
   float sums[D / 8][4] = {};
-  bool more = stages.next();
-  if (more) fetch(0);
-  for (int slot = 0; more; slot ^= 1) {
-    more = stages.next();
-    if (more) {
-      fetch(slot ^ 1);
-      mma::await_copies<1>();
-    } else {
-      mma::await_copies<0>();
-    }
-    __syncthreads();
+  ring.each(a, leader, stages, [&](int slot) {
     float x[kStage / 8][4];
 #pragma unroll
     for (int column = 0; column < kStage / 8; ++column) {
       float dots[1][4], d_p[1][4];
-      k_stages[slot].products(q, column, dots);
-      v_stages[slot].products(d_out, column, d_p);
+      ring.k[slot].products(q, column, dots);
+      ring.v[slot].products(d_out, column, d_p);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int u = e / 2, j = 8 * column + 2 * (lane % 4) + e % 2, key = keys[slot][j];
         const QueryRow& at = rows[u];
         x[column][e] = 0;
-        if (!sees(a, at, key) || !mask_shows(a.plan, a.plan.mask ? entries[slot][j] : 0, at.i % a.plan.q_tile, key))
-          continue;
+        if (!ring.shows(a, at, slot, j)) continue;
         const Pair pair = pair_of(a, at, key, dots[0][e], lse[u], bare);
         x[column][e] = pair.p * (gain[u] * d_p[0][e] - dot[u]) * pair.slope;
       }
@@ -120,10 +79,9 @@ __global__ void __launch_bounds__(32 * kWarps)
     for (int step = 0; step < kStage / 16; ++step) {
       uint32_t weights[4];
       mma::weights_of(x[2 * step], x[2 * step + 1], weights);
-      k_stages[slot].add_rows(weights, step, sums);
+      ring.k[slot].add_rows(weights, step, sums);
     }
-    __syncthreads();
-  }
+  });
 #pragma unroll
   for (int u = 0; u < 2; ++u) {
     if (rows[u].i >= rows[u].n) continue;

@@ -6,10 +6,12 @@ namespace heed::cuda {
 namespace {
 
 using mma::Held;
+using mma::KeyRing;
 using mma::kLog2e;
 using mma::kWarps;
 using mma::Stage;
 
+static_assert(kMmaRows == mma::kBlockRows);
 template <int D> constexpr int kStageKeys = D <= 128 ? 64 : 32;  // of a stage
 
 /// Grid as attend_plain's. A warp has 16 rows, kMmaRows / 16 warps a block; a lane sums for rows lane / 4 and that + 8.
@@ -20,10 +22,10 @@ __global__ void __launch_bounds__(32 * kWarps)
   constexpr int kStage = kStageKeys<D>;
   extern __shared__ __align__(16) char shared[];
   auto* k_stages = reinterpret_cast<Stage<D, kStage>*>(shared);
-  auto* v_stages = reinterpret_cast<Stage<DV, kStage>*>(k_stages + 2);
   __shared__ int keys[2][kStage];
   __shared__ int64_t entries[2][kStage];
   __shared__ int low, high;
+  const KeyRing<D, DV, kStage> ring{k_stages, reinterpret_cast<Stage<DV, kStage>*>(k_stages + 2), keys, entries};
   const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
   const int part = blockIdx.z % a.plan.parts, share = blockIdx.z / a.plan.parts;
   const QueryRow leader = tile_row(a, tiles, kMmaRows, 0);  // its rows have the block's sequence and KV head
@@ -32,70 +34,32 @@ __global__ void __launch_bounds__(32 * kWarps)
                                 tile_row(a, tiles, kMmaRows, own + lane / 4 + 8)};
   const int m = leader.m, n = leader.n;
 
-  if (threadIdx.x == 0) low = 1 << 30, high = 0;
-  __syncthreads();
-  for (const QueryRow& at : own_rows) {
-    if (!at.live || lane % 4 != 0) continue;
-    atomicMax(&high, a.plan.causal ? min(m, m - n + at.i + 1) : m);
-    atomicMin(&low,
-              a.mods.window > 0 && !a.mods.k_pos ? int(max(int64_t(0), min(int64_t(m), at.q_pos - a.mods.window + 1))) : 0);
-  }
-  __syncthreads();
+  mma::seen_range(a, own_rows, m, n, low, high);
   int from = min(low, high), limit = high;
   const bool planned = a.plan.form != Plan::Form::Dense;
   if (!planned && split.shares > 1) {
     from = max(from, int(share * split.keys));
     if (share < split.shares - 1) limit = int(min(int64_t(limit), (share + 1) * split.keys));
   }
-  const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
-  const int64_t row_of_plan = planned ? plan_row(a, sequence, head, blockIdx.x / tiles.chunks * a.plan.q_tile) : 0;
-  KeyStages<kStage> stages(a.plan, row_of_plan, from, limit, a.plan.parts > 1 ? part : -1);
+  KeyStages<kStage> stages(a.plan, block_plan_row(a, tiles), from, limit, a.plan.parts > 1 ? part : -1);
   stages.keep_share(share, split.shares);
 
   Held<1, D> rows;
-  rows.load(a.d, [&](int r) {
-    const QueryRow& at = r >= 8 ? own_rows[1] : own_rows[0];
-    return at.live ? q.row<const __nv_bfloat16>(at.row) : nullptr;
-  });
-  auto fetch = [&](int slot) {
-    auto row = [&](const Matrix& x, int64_t first) {
-      return [&, first](int j) {
-        const int key = stages.key(j);
-        return key < 0 || key >= m ? nullptr : x.row<const __nv_bfloat16>(first + key);
-      };
-    };
-    k_stages[slot].load(a.d, a.k.row<const __nv_bfloat16>(0), row(a.k, leader.k_first));
-    v_stages[slot].load(a.d_v, a.v.row<const __nv_bfloat16>(0), row(a.v, leader.v_first));
-    mma::copies_begun();
-    for (int j = threadIdx.x; j < kStage; j += blockDim.x) {
-      keys[slot][j] = stages.key(j) < m ? stages.key(j) : -1;
-      if (a.plan.mask) entries[slot][j] = stages.entry(j);
-    }
-  };
+  rows.load(a.d, mma::lane_rows(q, own_rows));
 
   // Logits and their maxima in powers of two. Where every row sees every key of a stage, nobody asks again.
   const bool plain = a.mods.softcap == 0 && !a.mods.key_bias && !a.mods.row_factor;
   const bool asks = a.plan.mask || a.mods.until || a.mods.window > 0 || a.plan.parts > 1;
   const float factor[2] = {kLog2e * own_rows[0].factor, kLog2e * own_rows[1].factor};
   float top[2] = {-kInfinity, -kInfinity}, sum[2] = {}, out[DV / 8][4] = {};
-  bool more = stages.next();
-  if (more) fetch(0);
-  for (int slot = 0; more; slot ^= 1) {
-    more = stages.next();
-    if (more) {
-      fetch(slot ^ 1);
-      mma::await_copies<1>();
-    } else {
-      mma::await_copies<0>();
-    }
-    __syncthreads();
+  ring.each(a, leader, stages, [&](int slot) {
     float x[kStage / 8][4];
     const int farthest = keys[slot][kStage - 1];
     const bool all = !asks && farthest >= 0 && (!a.plan.causal || farthest - leader.i <= m - n);
 #pragma unroll
     for (int column = 0; column < kStage / 8; ++column) {
       float dots[1][4];
-      k_stages[slot].products(rows, column, dots);
+      ring.k[slot].products(rows, column, dots);
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[column][e] = plain ? factor[e / 2] * dots[0][e] : dots[0][e];
     }
@@ -116,9 +80,7 @@ __global__ void __launch_bounds__(32 * kWarps)
         for (int e = 0; e < 4; ++e) {
           const QueryRow& at = own_rows[e / 2];
           const int j = 8 * column + 2 * (lane % 4) + e % 2, key = keys[slot][j];
-          const bool seen = asks ? sees(a, at, key) &&
-                                       mask_shows(a.plan, a.plan.mask ? entries[slot][j] : 0, at.i % a.plan.q_tile, key)
-                                 : key >= 0 && (!a.plan.causal || key - at.i <= m - n);
+          const bool seen = asks ? ring.shows(a, at, slot, j) : key >= 0 && (!a.plan.causal || key - at.i <= m - n);
           if (!seen) x[column][e] = -kInfinity;
         }
     }
@@ -145,10 +107,9 @@ __global__ void __launch_bounds__(32 * kWarps)
     for (int step = 0; step < kStage / 16; ++step) {
       uint32_t weights[4];
       mma::weights_of(x[2 * step], x[2 * step + 1], weights);
-      v_stages[slot].add_rows(weights, step, out);
+      ring.v[slot].add_rows(weights, step, out);
     }
-    __syncthreads();
-  }
+  });
 
   const int64_t place = int64_t(share) * a.plan.parts + part;
 #pragma unroll
@@ -180,13 +141,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 }  // namespace
 
 bool attends_on_tensor_cores(const AttentionView& a) {
-  return mma::rows_fit(a.k) && mma::rows_fit(a.v) && !a.mods.sigmoid && a.d <= 256 &&
-         a.d_v <= (a.d <= 64    ? 64
-                   : a.d <= 96  ? 96
-                   : a.d <= 128 ? 128
-                   : a.d <= 192 ? 192
-                                : 256) &&
-         a.q_rows > 0;
+  const int width = mma::width_for(a.d);
+  return mma::rows_fit(a.k) && mma::rows_fit(a.v) && !a.mods.sigmoid && width > 0 && a.d_v <= width && a.q_rows > 0;
 }
 
 void attend_mma(Queue& queue, const AttentionView& a, const RowTiles& tiles, dim3 grid, const KeyShares& split,

@@ -66,9 +66,7 @@ __global__ void __launch_bounds__(kTileThreads)
     from = max(from, int(share * split.keys));
     if (share < split.shares - 1) limit = int(min(int64_t(limit), (share + 1) * split.keys));
   }
-  const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
-  const int64_t row_of_plan = planned ? plan_row(a, sequence, head, blockIdx.x / tiles.chunks * a.plan.q_tile) : 0;
-  KeyStages<kKeys> stages(a.plan, row_of_plan, from, limit, a.plan.parts > 1 ? part : -1);
+  KeyStages<kKeys> stages(a.plan, block_plan_row(a, tiles), from, limit, a.plan.parts > 1 ? part : -1);
   stages.keep_share(share, split.shares);
 
   float top = -kInfinity, sum = 0, out[kChannels / kSlice][8] = {};

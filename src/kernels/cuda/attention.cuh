@@ -248,6 +248,13 @@ struct RowTiles {
 };
 RowTiles row_tiles(const AttentionView& a, int rows);
 
+/// The plan's row that the block's queries have; 0 when it is dense.
+__device__ inline int64_t block_plan_row(const AttentionView& a, const RowTiles& t) {
+  const int packs = a.h / t.pack, head = blockIdx.y % packs * t.pack, sequence = blockIdx.y / packs;
+  const bool planned = a.plan.form != Plan::Form::Dense;
+  return planned ? plan_row(a, sequence, head, blockIdx.x / t.chunks * a.plan.q_tile) : 0;
+}
+
 /// Row r of the block (blockIdx.x, blockIdx.y).
 __device__ inline QueryRow tile_row(const AttentionView& a, const RowTiles& t, int rows, int r) {
   const int packs = a.h / t.pack, sequence = blockIdx.y / packs, pack = blockIdx.y % packs;

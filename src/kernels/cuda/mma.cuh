@@ -5,7 +5,7 @@
 
 namespace heed::cuda::mma {
 
-constexpr int kWarps = 4;  // of a block
+constexpr int kWarps = 4, kBlockRows = 16 * kWarps;  // of a block
 constexpr float kLog2e = 1.4426950408889634f;
 
 // Of 16 rows by 16 channels in registers, lane l holds rows l / 4 and l / 4 + 8, channels 2 · (l % 4), that + 1, + 8, + 9. Of a
@@ -130,20 +130,97 @@ template <int D, int Rows = 64> struct Stage {
   }
 };
 
+/// The keys that a block's rows can see by causality and window: low … high − 1, both in shared memory. Every lane gives
+/// its rows lane / 4 and that + 8 of a warp's 16; m and n are those of all.
+__device__ inline void seen_range(const AttentionView& a, const QueryRow (&rows)[2], int m, int n, int& low, int& high) {
+  if (threadIdx.x == 0) low = 1 << 30, high = 0;
+  __syncthreads();
+  for (const QueryRow& at : rows) {
+    if (!at.live || threadIdx.x % 4 != 0) continue;
+    atomicMax(&high, a.plan.causal ? min(m, m - n + at.i + 1) : m);
+    atomicMin(&low,
+              a.mods.window > 0 && !a.mods.k_pos ? int(max(int64_t(0), min(int64_t(m), at.q_pos - a.mods.window + 1))) : 0);
+  }
+  __syncthreads();
+}
+
+/// Those two rows of x for Held::load.
+__device__ inline auto lane_rows(const Matrix& x, const QueryRow (&rows)[2]) {
+  return [&](int r) {
+    const QueryRow& at = r >= 8 ? rows[1] : rows[0];
+    return at.live ? x.row<const __nv_bfloat16>(at.row) : nullptr;
+  };
+}
+
+/// Keys and values that a block reads, in shared memory: one stage is copied while the other is used.
+template <int D, int DV, int Keys> struct KeyRing {
+  Stage<D, Keys>* k;  // two each
+  Stage<DV, Keys>* v;
+  int (&key)[2][Keys];        // −1: none
+  int64_t (&entry)[2][Keys];  // of the plan; with masks alone
+
+  __device__ void fetch(const AttentionView& a, const QueryRow& at, const KeyStages<Keys>& stages, int slot) const {
+    const int m = at.m;
+    auto row = [&](const Matrix& x, int64_t first) {
+      return [&, first](int j) {
+        const int key = stages.key(j);
+        return key < 0 || key >= m ? nullptr : x.row<const __nv_bfloat16>(first + key);
+      };
+    };
+    k[slot].load(a.d, a.k.row<const __nv_bfloat16>(0), row(a.k, at.k_first));
+    v[slot].load(a.d_v, a.v.row<const __nv_bfloat16>(0), row(a.v, at.v_first));
+    copies_begun();
+    for (int j = threadIdx.x; j < Keys; j += blockDim.x) {
+      key[slot][j] = stages.key(j) < m ? stages.key(j) : -1;
+      if (a.plan.mask) entry[slot][j] = stages.entry(j);
+    }
+  }
+  /// Calls body(slot) for every stage; `at` is one of the rows that read them.
+  template <class Body>
+  __device__ void each(const AttentionView& a, const QueryRow& at, KeyStages<Keys>& stages, Body body) const {
+    bool more = stages.next();
+    if (more) fetch(a, at, stages, 0);
+    for (int slot = 0; more; slot ^= 1) {
+      more = stages.next();
+      if (more) {
+        fetch(a, at, stages, slot ^ 1);
+        await_copies<1>();
+      } else {
+        await_copies<0>();
+      }
+      __syncthreads();
+      body(slot);
+      __syncthreads();
+    }
+  }
+  /// Whether a row sees key j of a stage.
+  __device__ bool shows(const AttentionView& a, const QueryRow& at, int slot, int j) const {
+    return sees(a, at, key[slot][j]) &&
+           mask_shows(a.plan, a.plan.mask ? entry[slot][j] : 0, at.i % a.plan.q_tile, key[slot][j]);
+  }
+};
+
 /// Whether rows can be copied 16 bytes at a time.
 inline bool rows_fit(const Matrix& x) {
   return x.type == Dtype::BF16 && x.stride % 8 == 0 && x.width % 8 == 0 && reinterpret_cast<uint64_t>(x.data) % 16 == 0;
 }
 
-/// Calls body.template operator()<D>() for the least D ≥ d that kernels are made for; false past 256.
+/// The least width ≥ d that kernels are made for; 0 past 256.
+inline int width_for(int d) {
+  for (int width : {64, 96, 128, 192, 256})
+    if (d <= width) return width;
+  return 0;
+}
+/// Calls body.template operator()<D>() for that width; false past 256.
 template <class Body> bool with_width(int d, Body&& body) {
-  if (d <= 64) body.template operator()<64>();
-  else if (d <= 96) body.template operator()<96>();
-  else if (d <= 128) body.template operator()<128>();
-  else if (d <= 192) body.template operator()<192>();
-  else if (d <= 256) body.template operator()<256>();
-  else return false;
-  return true;
+  switch (width_for(d)) {
+    case 64: body.template operator()<64>(); return true;
+    case 96: body.template operator()<96>(); return true;
+    case 128: body.template operator()<128>(); return true;
+    case 192: body.template operator()<192>(); return true;
+    case 256: body.template operator()<256>(); return true;
+    default: return false;
+  }
 }
 /// Tiles of 16 rows that a warp holds: registers for 32 rows of 128 channels.
 template <int D> constexpr int kHeld = D <= 128 ? 2 : 1;

@@ -34,9 +34,8 @@ __global__ void __launch_bounds__(kTileThreads)
   if (lane == 0) q_rows[r] = at.live ? at.row : -1;
   int from, limit;
   key_range(a, at, from, limit);
-  const int packs = a.h / tiles.pack, head = blockIdx.y % packs * tiles.pack, sequence = blockIdx.y / packs;
   const bool planned = a.plan.form != Plan::Form::Dense;
-  const int64_t row_of_plan = planned ? plan_row(a, sequence, head, blockIdx.x / tiles.chunks * a.plan.q_tile) : 0;
+  const int64_t row_of_plan = block_plan_row(a, tiles);
   if (!planned && to.shares > 1) {
     from = max(from, int(blockIdx.z * to.share_keys));
     if (int(blockIdx.z) < to.shares - 1) limit = int(min(int64_t(limit), (blockIdx.z + 1) * to.share_keys));
