@@ -49,6 +49,8 @@ Json result_json(const Model& model, const ModelFlags& flags, const std::string&
           {"stddev_ts", r.deviation_ts()},
           {"samples_ns", samples_ns},
           {"samples_ts", r.rates()},
+          {"density", r.density},
+          {"keys_read", r.keys_read},
           {"seconds", to_json(r.times)}};
 }
 
@@ -174,17 +176,18 @@ class BenchCommand final : public Command {
       const int64_t prompt = r["n_prompt"], depth = r["n_depth"];
       std::string test = prompt > 0 ? "pp" + std::to_string(prompt) : "tg" + std::to_string(r["n_gen"].get<int64_t>());
       if (depth > 0) test += " @ d" + std::to_string(depth);
-      rows.push_back({r["model_type"], size_text(r["model_size"].get<double>()),
-                      fixed(r["model_n_params"].get<double>() / 1e6, 2) + " M", r["backends"],
-                      std::to_string(r["n_threads"].get<int>()), r["attention"], test,
-                      fixed(r["avg_ts"], 2) + " ± " + fixed(r["stddev_ts"], 2)});
+      rows.push_back(
+          {r["model_type"], size_text(r["model_size"].get<double>()), fixed(r["model_n_params"].get<double>() / 1e6, 2) + " M",
+           r["backends"], std::to_string(r["n_threads"].get<int>()), r["attention"], test,
+           fixed(r["avg_ts"], 2) + " ± " + fixed(r["stddev_ts"], 2),
+           prompt > 0 ? fixed(100 * r["density"].get<double>(), 1) + " % of pairs" : fixed(r["keys_read"], 0) + " keys"});
       double total = 0;
       for (const auto& [part, seconds] : r["seconds"].items()) total += seconds.get<double>();
       parts.push_back({r["attention"], test});
       for (const auto& [part, seconds] : r["seconds"].items())
         parts.back().push_back(fixed(100 * seconds.get<double>() / std::max(1e-12, total), 1) + " %");
     }
-    std::cout << table({"<model", "size", "params", "<backend", "threads", "<attention", "test", "t/s"}, rows)
+    std::cout << table({"<model", "size", "params", "<backend", "threads", "<attention", "test", "t/s", "reads"}, rows)
               << "\nWhere the last repetition's time went:\n\n"
               << table({"<attention", "<test", "plan", "observe", "select", "attend", "products", "rest"}, parts);
   }

@@ -43,6 +43,11 @@ BenchResult bench(std::shared_ptr<const Model> model, const SessionOptions& opti
   Session start(model, options);
   if (test.depth > 0) start.prefill(random_tokens(random, test.depth, vocabulary), Session::Logits::None);
   BenchResult result{.test = test, .seconds = {}, .times = {}};
+  const auto over_heads = [](const std::vector<std::vector<double>>& layers) {
+    std::vector<double> all;
+    for (const std::vector<double>& layer : layers) all.insert(all.end(), layer.begin(), layer.end());
+    return mean(all);
+  };
   for (int r = -1; r < repetitions; ++r) {
     if (interrupted()) throw Error(Code::Interrupted, "bench", "stopped");
     const std::vector<int32_t> prompt = random_tokens(random, test.prompt, vocabulary);
@@ -58,6 +63,8 @@ BenchResult bench(std::shared_ptr<const Model> model, const SessionOptions& opti
     if (r < 0) continue;
     result.seconds.push_back(now() - begin);
     result.times = session->times() - start.times();
+    result.density = over_heads(session->density());
+    if (test.generate > 0) result.keys_read = over_heads(session->read_tokens());
   }
   return result;
 }

@@ -17,6 +17,8 @@ struct BenchResult {
   BenchTest test;
   std::vector<double> seconds;  // of each repetition
   Times times;                  // where the last repetition's seconds went
+  double density = 1;  // share of the causal pairs of prompts, the one before included, that is computed; over layers and heads
+  double keys_read = 0;  // for a generated token, the same way
   double mean_ns() const;
   double deviation_ns() const;  // of the sample, as llama-bench gives it
   double mean_ts() const;

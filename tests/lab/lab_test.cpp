@@ -265,5 +265,17 @@ TEST(Bench, CountsTokensAndRepetitions) {
   }
 }
 
+TEST(Bench, SaysWhatIsReadOfTheKeys) {
+  const auto model = small_model();
+  const BenchTest prompt{40, 0, 0}, generate{0, 3, 20};
+  EXPECT_EQ(bench(model, with("dense"), prompt, 1).density, 1);
+  // Row i of 40 sees itself, 3 before it and 2 sinks.
+  double pairs = 0;
+  for (int i = 0; i < 40; ++i) pairs += std::min(i + 1, 6);
+  EXPECT_NEAR(bench(model, with("a-shape(sinks=2,local=4)"), prompt, 1).density, pairs / (40 * 41 / 2), 0.05);
+  EXPECT_EQ(bench(model, with("dense"), generate, 1).keys_read, 22);  // 21, 22 and 23
+  EXPECT_LE(bench(model, with("streaming-llm(sinks=2,window=6)"), generate, 1).keys_read, 8);
+}
+
 }  // namespace
 }  // namespace heed
