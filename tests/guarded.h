@@ -152,6 +152,9 @@ inline void check(const RecurGrads& g) {
   for (const Tensor* t : {&g.q, &g.k, &g.v, &g.g, &g.beta, &g.a, &g.b, &g.state}) check(*t);
 }
 
+inline void check(const std::span<const Heads>& each) {
+  for (const Heads& h : each) check(h.x), check(h.norm), check(h.rope), check(h.positions), check(h.out);
+}
 inline void check(const std::span<const Linear>& each) {
   for (const Linear& l : each) check(l.w), check(l.bias), check(l.y);
 }

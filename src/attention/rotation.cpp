@@ -27,7 +27,8 @@ Ragged turned(Queue& queue, const Ragged& x, const Rope& rope, const Tensor& pos
   Ragged out = unfilled(queue, x);
   const int64_t rows = x.values.size[0], d = x.values.size[1];
   out.heads = 1;
-  queue.run->split_heads(queue, x.values.reshape({rows, 1, d}), x.offsets, {}, 0, &rope, positions, out);
+  const Heads one{.x = x.values.reshape({rows, 1, d}), .rope = &rope, .positions = positions, .out = out};
+  queue.run->split_heads(queue, x.offsets, 0, {&one, 1});
   out.heads = x.heads;
   return out;
 }
@@ -105,7 +106,8 @@ void change_basis(Queue& queue, const Ragged& x, const Tensor& matrix, const Rag
   queue.run->matmul(queue, matrix, x.values, {}, false, made);
   Ragged to = out;  // every segment as a sequence of one head
   to.heads = 1;
-  queue.run->split_heads(queue, made.reshape({rows, 1, d}), x.offsets, {}, 0, nullptr, {}, to);
+  const Heads one{.x = made.reshape({rows, 1, d}), .out = to};
+  queue.run->split_heads(queue, x.offsets, 0, {&one, 1});
 }
 
 Ragged transformed(Queue& queue, const Ragged& x, const Tensor& matrix) {

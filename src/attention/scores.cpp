@@ -230,8 +230,8 @@ Ragged output_norms(const LayerView& at) {
   heads.heads = h, heads.bound = h * hidden;
   heads.values = queue.scratch.take(Dtype::F32, {h * hidden, d});
   heads.offsets = compute(queue, Dtype::I64, {h + 1}, index() * hidden);
-  queue.run->split_heads(queue, flat.reshape({hidden, h, d}), compute(queue, Dtype::I64, {2}, index() * hidden), {}, 0,
-                         nullptr, {}, heads);
+  const Heads split{.x = flat.reshape({hidden, h, d}), .out = heads};
+  queue.run->split_heads(queue, compute(queue, Dtype::I64, {2}, index() * hidden), 0, {&split, 1});
   constexpr int64_t part = 128;  // outputs at a time: bounds what a long text's products take
   for (int64_t member = 0; member < group; ++member)
     for (int64_t begin = 0; begin < hidden; begin += part) {

@@ -146,6 +146,7 @@ void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor p
   changed_bounds();
   Scratch scope(queue.scratch);
   const Tensor first = queue.scratch.take(Dtype::I32, {segments_});
+  view_.shared = shared_ > 0;
   queue.run->page_grow(queue, view_, k, first);
   changed(queue);
   queue.run->page_write(queue, view_, k, v, positions, first);

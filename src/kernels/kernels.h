@@ -244,6 +244,15 @@ struct Linear {
   Tensor w, bias, y;  // as matmul has them; bias may be empty
 };
 
+/// Rows of heads on their way from token-major to head-major.
+struct Heads {
+  Tensor x;     // F32 [T, heads, d]
+  Tensor norm;  // F32 [d]: RMS norm over d; empty: none
+  const Rope* rope = nullptr;
+  Tensor positions;  // of a rotation: I32 [T], or [T, heads]
+  Ragged out;        // any plain type
+};
+
 /// The table. Implementations: reference/ (plain loops, the oracle), cpu/ (one instance for each instruction set).
 struct Kernels {
   std::string name;                      // "reference", "avx2", "avx512", "avx512-bf16", "amx", "neon"
@@ -364,9 +373,9 @@ struct Kernels {
   void (*embed)(Queue&, Tensor w, Tensor ids, float scale, Tensor y);
   /// y = x / √(mean x² + eps) · weight over the last dimension; x, y [T, width] (y may be x); an empty weight is 1.
   void (*rms_norm)(Queue&, Tensor x, Tensor weight, float eps, Tensor y);
-  /// x [T, heads, d] token-major, sequence s = rows first[s] … first[s + 1] (I64) → out head-major (any plain type):
-  /// RMS norm over d when norm is given, then rotation at positions (I32 [T], or [T, heads]) when rope is given.
-  void (*split_heads)(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions, Ragged out);
+  /// Each x to head-major, sequence s being rows first[s] … first[s + 1] (I64): its norm, then its rotation. Queries, keys
+  /// and values of a layer are one call.
+  void (*split_heads)(Queue&, Tensor first, float eps, std::span<const Heads> each);
   /// The way back: in head-major (F32) → y F32 [T, heads · d_v].
   void (*merge_heads)(Queue&, const Ragged& in, Tensor first, Tensor y);
   /// y = act(gate) · up, elementwise; y may be gate.

@@ -100,6 +100,7 @@ struct Pages {
   int64_t kv_heads = 1;
   int64_t length_bound = 0;         // host: no segment is longer
   bool plain_keys = false;          // keys are kept before rotary embedding
+  bool shared = true;               // host: other lists may hold the same pages, so that growing copies one
   std::vector<PageLayout> layouts;  // at most 4
   const std::vector<Column>* columns = nullptr;
   std::vector<PageSupply> supply;  // for each of layouts; only kernels that change page lists need it

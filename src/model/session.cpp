@@ -456,19 +456,26 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   }
 
   const Basis none, &basis = view.basis ? *view.basis : none;
+  // Queries, keys and values are split together, when all there is to split is known; some then change their basis.
+  struct Change {
+    Ragged from;
+    const Buffer* matrix;
+    Ragged to;
+  };
+  std::vector<Heads> splits;
+  std::vector<Change> changes;
   const auto split = [&](Tensor rows, Tensor norm, const Rope* turn, Tensor places, const Buffer& matrix, const Ragged& out) {
-    if (!matrix) return run.split_heads(queue, rows, batch.first, norm, eps, turn, places, out);
-    Scratch inner(queue.scratch);
-    const Ragged plain = head_major(batch, Dtype::F32, rows.size[1], rows.size[2]);
-    run.split_heads(queue, rows, batch.first, norm, eps, turn, places, plain);
-    change_basis(queue, plain, matrix, out);
+    splits.push_back({rows, norm, turn, places, out});
+    if (!matrix) return;
+    splits.back().out = head_major(batch, Dtype::F32, rows.size[1], rows.size[2]);
+    changes.push_back({splits.back().out, &matrix, out});
   };
 
   view.q = head_major(batch, Dtype::F32, m.h, m.d);
   split(q_heads, w.q_norm, rope, query_at, basis.k, view.q);
   if (plain_keys) {
     view.plain_q = head_major(batch, Dtype::F32, m.h, m.d);
-    run.split_heads(queue, q_heads, batch.first, w.q_norm, eps, nullptr, {}, view.plain_q);
+    splits.push_back({q_heads, w.q_norm, nullptr, {}, view.plain_q});
   }
   view.q_pos = view.mods.q_pos = batch.q_pos;
 
@@ -507,16 +514,17 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     compute(queue, k_new, load(batch.positions, load(batch.first, floor_div(segment(), m.g)) + place()), new_positions);
   }
   split(v_heads, {}, nullptr, {}, basis.v, v_new);
-  if (plain_keys) {
-    Ragged kept = k_new;  // the same rows, unrotated
+  Ragged kept = k_new;
+  if (plain_keys) {  // the same rows, unrotated
     kept.values = queue.scratch.take(k_type, {k_new.values.size[0], m.d});
-    run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, nullptr, {}, kept);
-    entries.append(queue, kept, v_new, new_positions, batch.count);
-    if (!decoding) run.split_heads(queue, k_heads, batch.first, w.k_norm, eps, rope, read_at, k_new);
+    splits.push_back({k_heads, w.k_norm, nullptr, {}, kept});
+    if (!decoding) splits.push_back({k_heads, w.k_norm, rope, read_at, k_new});
   } else {
     split(k_heads, w.k_norm, rope, read_at, basis.k, k_new);
-    entries.append(queue, k_new, v_new, new_positions, batch.count);
   }
+  run.split_heads(queue, batch.first, eps, splits);
+  for (const Change& change : changes) change_basis(queue, change.from, *change.matrix, change.to);
+  entries.append(queue, kept, v_new, new_positions, batch.count);
 
   view.out = queue.scratch.take(Dtype::F32, {total * m.h, m.d_v});
   view.lse = queue.scratch.take(Dtype::F32, {total * m.h});
@@ -532,7 +540,13 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     out = back;
   }
   Clock products(times.products);
-  finish(queue, *weights, architecture(), l, out, batch.first, options.ubatch, x);
+  // Of one token a sequence, rows of heads already lie as the token's row.
+  Tensor merged = out.values.reshape({total, int64_t(m.h) * m.d_v});
+  if (std::any_of(batch.count.begin(), batch.count.end(), [](int64_t n) { return n > 1; })) {
+    merged = queue.scratch.take(Dtype::F32, {total, int64_t(m.h) * m.d_v});
+    run.merge_heads(queue, out, batch.first, merged);
+  }
+  finish(queue, *weights, architecture(), l, merged, options.ubatch, x);
 }
 
 void Session::Impl::attend(Batch& batch, LayerView& view) {

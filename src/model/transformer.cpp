@@ -28,14 +28,12 @@ void project(Queue& queue, const ModelWeights& weights, const Architecture& arch
   });
 }
 
-void finish(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, const Ragged& out,
-            Tensor first, int64_t tile, Tensor x) {
+void finish(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, Tensor attention,
+            int64_t tile, Tensor x) {
   const Kernels& run = *queue.run;
   const LayerWeights& w = weights.layers[size_t(layer)];
   const float eps = architecture.norm_eps;
   Scratch scope(queue.scratch);
-  Tensor merged = queue.scratch.take(Dtype::F32, {x.size[0], w.o.size[1]});
-  run.merge_heads(queue, out, first, merged);
   // y goes onto the residual stream, through a norm of its own where the architecture has one.
   auto add_product = [&](Tensor weight, Tensor input, Tensor bias, Tensor post_norm, Tensor residual) {
     if (!post_norm) return run.matmul(queue, weight, input, bias, true, residual);
@@ -47,7 +45,7 @@ void finish(Queue& queue, const ModelWeights& weights, const Architecture& archi
   tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
     Scratch inner(queue.scratch);
     Tensor rows = x.slice(0, a, b);
-    add_product(w.o, merged.slice(0, a, b), w.o_bias, w.attn_post_norm, rows);
+    add_product(w.o, attention.slice(0, a, b), w.o_bias, w.attn_post_norm, rows);
     Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
     Tensor gate = queue.scratch.take(Dtype::F32, {b - a, w.gate.size[0]});
     run.rms_norm(queue, rows, w.ffn_norm, eps, normed);

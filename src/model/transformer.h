@@ -9,10 +9,8 @@ namespace heed {
 void project(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor x, int64_t tile, Tensor q, Tensor k,
              Tensor v);
 
-/// x += the layer's output matrix · attention (head-major Ragged out, F32; first: I64 [sequences + 1] token offsets),
-/// then x += its feed-forward part.
-void finish(Queue&, const ModelWeights&, const Architecture&, int layer, const Ragged& out, Tensor first, int64_t tile,
-            Tensor x);
+/// x += the layer's output matrix · attention (F32 [T, h·d_v], token-major), then x += its feed-forward part.
+void finish(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor attention, int64_t tile, Tensor x);
 
 /// Logits F32 [R, vocabulary] of the rows x [R, hidden].
 void logits(Queue&, const ModelWeights&, const Architecture&, Tensor x, Tensor y);

@@ -310,12 +310,23 @@ void split_heads_equals_reference(const Kernels& run, Random random) {
     SCOPED_TRACE("case " + std::to_string(i) + ": " + x.shape() + " to " + info(want.values->type).name +
                  (turned ? ", rope" : "") + (normed ? ", norm" : "") + (rope.neox ? ", neox" : ""));
     Queue queue;
-    oracle().split_heads(queue, x, tokens.offsets, normed ? norm.view() : Tensor(), 1e-6f, turned ? &rope : nullptr,
-                         positions, want);
-    run.split_heads(queue, x, tokens.offsets, normed ? norm.view() : Tensor(), 1e-6f, turned ? &rope : nullptr,
-                    positions, to);
+    // Beside others, which have other heads, types and rotations: all of them, or the first few.
+    const RaggedData plain = ragged(random, Dtype::F32, tokens.segments, heads, d, Layout::any(random));
+    const Poisoned plain_got = plain.values.twin();
+    Ragged plain_to = plain.view;
+    plain_to.values = plain_got;
+    std::vector<Heads> wanted, ran;
+    for (int64_t others_before = random.below(4); others_before > 0; --others_before) {
+      wanted.push_back({.x = x, .out = plain});
+      ran.push_back({.x = x, .out = plain_to});
+    }
+    wanted.push_back({x, normed ? norm.view() : Tensor(), turned ? &rope : nullptr, positions, want});
+    ran.push_back({x, normed ? norm.view() : Tensor(), turned ? &rope : nullptr, positions, to});
+    oracle().split_heads(queue, tokens.offsets, 1e-6f, wanted);
+    run.split_heads(queue, tokens.offsets, 1e-6f, ran);
     const double type_unit = low_precision(want.values->type, want.values->type);
     expect_close("out", want.values, got, largest(want.values) * (type_unit + 0x1p-19 + (turned ? 0x1p-23 * furthest : 0)));
+    expect_close("plain", plain.values, plain_got, 0);
   }
 }
 
@@ -410,16 +421,18 @@ TEST(Reference, HeadsAreSplitTurnedAndMerged) {
   Rope rope;
   rope.inv_freq = inv_freq;
   rope.dims = 4;
+  const Heads turned[] = {{.x = x, .rope = &rope, .positions = positions, .out = out}};
   auto close = [&](const V& expected) {
     const V got = read(out.values);
     for (size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(got[i], expected[i], 1e-5) << i;
   };
-  oracle().split_heads(queue, x, first, {}, 0, &rope, positions, out);
+  oracle().split_heads(queue, first, 0, std::span(turned));
   close({1, 2, 3, 4, -11, 10, 9, 12, 5, 6, 7, 8, -15, 14, 13, 16});  // pairs (0, 2) and (1, 3)
   rope.neox = false;
-  oracle().split_heads(queue, x, first, {}, 0, &rope, positions, out);
+  oracle().split_heads(queue, first, 0, std::span(turned));
   close({1, 2, 3, 4, -10, 9, 11, 12, 5, 6, 7, 8, -14, 13, 15, 16});  // pairs (0, 1) and (2, 3)
-  oracle().split_heads(queue, x, first, {}, 0, nullptr, {}, out);
+  const Heads plain[] = {{.x = x, .out = out}};
+  oracle().split_heads(queue, first, 0, std::span(plain));
   Buffer y(Dtype::F32, {2, 8});
   oracle().merge_heads(queue, out, first, y);
   EXPECT_EQ(read(y), read(x));

@@ -305,9 +305,11 @@ Kernels coat() {
     gpu().rms_norm(on.queue, on(x), on(weight), eps, on(y));
     on.leave();
   };
-  t.split_heads = [](Queue&, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions, Ragged out) {
+  t.split_heads = [](Queue&, Tensor first, float eps, std::span<const Heads> each) {
     Visit on;
-    gpu().split_heads(on.queue, on(x), on(first), on(norm), eps, on(rope), on(positions), on(out));
+    std::vector<Heads> there;
+    for (const Heads& h : each) there.push_back({on(h.x), on(h.norm), on(h.rope), on(h.positions), on(h.out)});
+    gpu().split_heads(on.queue, on(first), eps, there);
     on.leave();
   };
   t.merge_heads = [](Queue&, const Ragged& in, Tensor first, Tensor y) {

@@ -84,9 +84,10 @@ std::vector<std::vector<float>> recompute(const Model& model, const std::vector<
             v->reshape({n, m.g * m.d}));
     Buffer qh(Dtype::F32, {m.h * n, m.d}), kh(Dtype::F32, {m.g * n, m.d}), vh(Dtype::F32, {m.g * n, m.d}),
         out(Dtype::F32, {m.h * n, m.d});
-    queue.run->split_heads(queue, q, ends, {}, 0, m.rope(l), at, heads(m.h, qh));
-    queue.run->split_heads(queue, k, ends, {}, 0, m.rope(l), at, heads(m.g, kh));
-    queue.run->split_heads(queue, v, ends, {}, 0, nullptr, {}, heads(m.g, vh));
+    const Heads split[] = {{q, {}, m.rope(l), at, heads(m.h, qh)},
+                           {k, {}, m.rope(l), at, heads(m.g, kh)},
+                           {v, {}, nullptr, {}, heads(m.g, vh)}};
+    queue.run->split_heads(queue, ends, 0, std::span(split));
     std::vector<int32_t> seen;
     for (int g = 0; g < m.g; ++g)
       seen.insert(seen.end(), until[size_t(l)][size_t(g)].begin(), until[size_t(l)][size_t(g)].end());
@@ -94,7 +95,9 @@ std::vector<std::vector<float>> recompute(const Model& model, const std::vector<
     mods.window = m.window(l);
     mods.until = Tensor(seen.data(), Dtype::I32, {m.g * n});
     queue.run->attend(queue, heads(m.h, qh), heads(m.g, kh), heads(m.g, vh), {}, mods, out, {});
-    finish(queue, *weights, model.architecture(), l, heads(m.h, out), ends, n, x);
+    Buffer merged(Dtype::F32, {n, int64_t(m.h) * m.d});
+    queue.run->merge_heads(queue, heads(m.h, out), ends, merged);
+    finish(queue, *weights, model.architecture(), l, merged, n, x);
   }
   Buffer y(Dtype::F32, {n, m.vocabulary});
   logits(queue, *weights, model.architecture(), x, y);
@@ -238,14 +241,11 @@ struct CacheOracle {
     const auto weights = model.place(queue);
     const ModelInfo& m = model.info();
     const int64_t n = int64_t(tokens.size()), d = m.d;
-    std::vector<int64_t> first{0, n}, offsets;
-    for (int64_t h = 0; h <= m.h; ++h) offsets.push_back(h * n);
-    const Tensor ends(first.data(), Dtype::I64, {2});
     Buffer x(Dtype::F32, {n, m.hidden});
     queue.run->embed(queue, weights->embedding, Tensor(tokens.data(), Dtype::I32, {n}), 1, x);
     for (int l = 0; l < m.layers; ++l) {
       Buffer q(Dtype::F32, {n, m.h * d}), k(Dtype::F32, {n, m.g * d}), v(Dtype::F32, {n, m.g * d}),
-          out(Dtype::F32, {m.h * n, d});
+          out(Dtype::F32, {n, m.h * d});
       project(queue, *weights, model.architecture(), l, x, n, q, k, v);
       for (int g = 0; g < m.g; ++g) {
         auto& entries = cache[size_t(l)][size_t(g)];
@@ -268,14 +268,13 @@ struct CacheOracle {
               total += w;
               for (int64_t c = 0; c < d; ++c) sum[size_t(c)] += w * e.v[size_t(c)];
             }
-            for (int64_t c = 0; c < d; ++c) out->at<float>(h * n + i, c) = float(sum[size_t(c)] / total);
+            for (int64_t c = 0; c < d; ++c) out->at<float>(i, h * d + c) = float(sum[size_t(c)] / total);
           }
         if (!halves) cut(entries, budget);
         while (halves && int64_t(entries.size()) >= budget)
           entries.erase(entries.begin() + sinks, entries.begin() + sinks + (budget - sinks) / 2);
       }
-      finish(queue, *weights, model.architecture(), l,
-             Ragged{out, Tensor(offsets.data(), Dtype::I64, {m.h + 1}), {}, m.h, m.h * n}, ends, n, x);
+      finish(queue, *weights, model.architecture(), l, out, n, x);
     }
     fed += n;
     Buffer y(Dtype::F32, {n, m.vocabulary});

@@ -88,10 +88,8 @@ void with_float(const char* where, Dtype type, Fn&& f) {
   f(f16{});
 }
 
-}  // namespace
-
-void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions,
-                 Ragged out) {
+void split(Queue& queue, const Heads& part, const Tensor& first, float eps) {
+  const auto& [x, norm, rope, positions, out] = part;
   constexpr const char* where = "split_heads";
   require(x.rank == 3, where, "x is [T, heads, d], got " + x.shape());
   const int64_t tokens = x.size[0], heads = x.size[1], d = x.size[2], sequences = first.size[0] - 1;
@@ -130,6 +128,12 @@ void split_heads(Queue& queue, Tensor x, Tensor first, Tensor norm, float eps, c
       });
     });
   });
+}
+
+}  // namespace
+
+void split_heads(Queue& queue, Tensor first, float eps, std::span<const Heads> each) {
+  for (const Heads& part : each) split(queue, part, first, eps);
 }
 
 void merge_heads(Queue&, const Ragged& in, Tensor first, Tensor y) {

@@ -93,9 +93,13 @@ __device__ __forceinline__ uint32_t transpose8x8(uint32_t x) {
 }
 
 template <int DV>
-struct Partial {
+struct __align__(16) Partial {
   float o[kColumns][DV], top[kColumns], sum[kColumns];
 };
+
+__device__ __forceinline__ void add(float4& to, float factor, const float4& x) {
+  to.x += factor * x.x, to.y += factor * x.y, to.z += factor * x.z, to.w += factor * x.w;
+}
 
 template <int DV, int kWarps>
 struct Memory {
@@ -107,7 +111,7 @@ struct Memory {
 
 __device__ __forceinline__ void await() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -150,26 +154,29 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
       __syncthreads();
     }
   }
-  int total = 0;
+  int total = 0, items = 0;
   for (int from = 0; from < lists; from += 32 * kWarps) {
     const int l = from + thread;
-    int own = 0;
+    int own = 0, chunks = 0;
     if (l < lists) {
       Item x;
       describe(a, l, x);
-      own = units_of(a, x, a.k_tile > 0 ? sh.first[l].y : 0) * ((x.columns + kColumns - 1) / kColumns);
+      chunks = (x.columns + kColumns - 1) / kColumns;
+      own = units_of(a, x, a.k_tile > 0 ? sh.first[l].y : 0) * chunks;
     }
     int all = own;
     for (int step = 1; step < 32; step *= 2) {
       const int x = __shfl_up_sync(~0u, all, step);
       if (lane >= step) all += x;
     }
-    if (lane == 31) sh.scan[warp].x = all;
+    chunks = __reduce_add_sync(~0u, chunks);
+    if (lane == 31) sh.scan[warp] = {all, chunks};
     __syncthreads();
     int base = total;
     for (int w = 0; w < kWarps; ++w) {
       if (w < warp) base += sh.scan[w].x;
       total += sh.scan[w].x;
+      items += sh.scan[w].y;
     }
     if (l < lists) sh.first[l].x = base + all - own;
     __syncthreads();
@@ -177,10 +184,11 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
   if (thread == 0) sh.first[lists].x = total;
   __syncthreads();
 
-  // Every block has a unit or more, better one for each warp.
-  const int blocks = max(1, min(int(gridDim.x), total / kWarps)), block = blockIdx.x;
+  // Every block has a unit or more, better one for each warp; but no two items, which would come one after the other.
+  const int blocks = max(1, min(int(gridDim.x), max(items, total / kWarps))), block = blockIdx.x;
   if (block >= blocks || total == 0) return;
-  auto cut = [&](int b) { return int(int64_t(total) * b / blocks); };
+  // total · b / blocks, rounded down: exact in f64, whose division is a tenth of one of 64-bit integers.
+  auto cut = [&](int b) { return int(double(total) * b / blocks); };
   const int end = cut(block + 1);
   const float scale = a.scale * 1.4426950408889634f;
   int list = 0;
@@ -205,31 +213,10 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
     const uint64_t* pages = a.table + kv * a.capacity;
     const int32_t* blocks_read = a.k_tile > 0 ? a.index + a.rowptr[plan_row(a, x, rows_before)] : nullptr;
 
-    // Queries: column g of the chunk, channels 32·i + 8·c … + 7.
     auto row_of = [&](int column) {
       const int64_t segment = int64_t(x.sequence) * a.heads + x.head + column % shape.heads_per_list;
       return a.q_begin[segment] + column / shape.heads_per_list;
     };
-    uint32_t q[D / 8];
-    {
-      const int column = x.chunk * kColumns + g;
-      const int64_t row = column < x.columns ? row_of(column) : 0;
-#pragma unroll
-      for (int i = 0; i < D / 32; ++i) {
-        uint4 y = {0, 0, 0, 0};
-        if (column < x.columns) {
-          const int64_t first = row * a.q_stride + 32 * i + 8 * c;
-          if (a.q_f32) {
-            const float4* f = reinterpret_cast<const float4*>(static_cast<const float*>(a.q) + first);
-            const float4 u = f[0], w = f[1];
-            y = {pack_bf16(u.x, u.y), pack_bf16(u.z, u.w), pack_bf16(w.x, w.y), pack_bf16(w.z, w.w)};
-          } else {
-            y = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(a.q) + first);
-          }
-        }
-        q[4 * i] = y.x, q[4 * i + 1] = y.y, q[4 * i + 2] = y.z, q[4 * i + 3] = y.w;
-      }
-    }
     int limit[2], oldest[2];  // the last entry that columns 2c and 2c + 1 see, and the last position that they do not
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -276,6 +263,27 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
         far_entry = entry_of(from + warp + 2 * kWarps);
     uint64_t page = page_of(entry), next_page = page_of(next_entry);
     load_keys(entry, page), load_values(entry, page);
+    // Queries, while keys are on their way: column g of the chunk, channels 32·i + 8·c … + 7.
+    uint32_t q[D / 8];
+    {
+      const int column = x.chunk * kColumns + g;
+      const int64_t row = column < x.columns ? row_of(column) : 0;
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) {
+        uint4 y = {0, 0, 0, 0};
+        if (column < x.columns) {
+          const int64_t first = row * a.q_stride + 32 * i + 8 * c;
+          if (a.q_f32) {
+            const float4* f = reinterpret_cast<const float4*>(static_cast<const float*>(a.q) + first);
+            const float4 u = f[0], w = f[1];
+            y = {pack_bf16(u.x, u.y), pack_bf16(u.z, u.w), pack_bf16(w.x, w.y), pack_bf16(w.z, w.w)};
+          } else {
+            y = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(a.q) + first);
+          }
+        }
+        q[4 * i] = y.x, q[4 * i + 1] = y.y, q[4 * i + 2] = y.z, q[4 * i + 3] = y.w;
+      }
+    }
     for (int unit = from + warp; unit < to; unit += kWarps) {
       float s[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -360,7 +368,7 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
     const bool whole = from == 0 && to == x.units;
     Partial<DV>& shared_out = partials[2 * block + (from == 0)];
     const int column_first = x.chunk * kColumns, columns = min(kColumns, x.columns - column_first);
-    auto write = [&](int column, int channel, float value, float high, float all) {
+    auto write = [&](int column, int channel, const float4& value, float high, float all) {
       const int64_t row = row_of(column_first + column);
       float log2_sum = all > 0 ? high + __log2f(all) : -INFINITY, gain = all > 0 ? 1 / all : 0;
       if (a.sink) {
@@ -370,23 +378,27 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
         gain = log2_sum == -INFINITY ? 0 : gain * exp2_fast(log2_sum - both);
         log2_sum = both;
       }
-      a.out[row * a.out_stride + channel] = value * gain;
+      float* to = a.out + row * a.out_stride + channel;
+      to[0] = value.x * gain, to[1] = value.y * gain, to[2] = value.z * gain, to[3] = value.w * gain;
       if (a.lse && channel == 0) a.lse[row] = log2_sum * 0.6931471805599453f;
     };
-    for (int i = thread; i < columns * DV; i += 32 * kWarps) {
-      const int column = i / DV, channel = i % DV;
-      float high = -INFINITY, all = 0, value = 0;
+    constexpr int kFours = DV / 4;
+    for (int i = thread; i < columns * kFours; i += 32 * kWarps) {
+      const int column = i / kFours, channel = i % kFours * 4;
+      float high = -INFINITY, all = 0;
+      float4 value = {0, 0, 0, 0};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) high = fmaxf(high, sh.warps[w].top[column]);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         const float factor = high == -INFINITY ? 0 : exp2_fast(sh.warps[w].top[column] - high);
-        all += factor * sh.warps[w].sum[column], value += factor * sh.warps[w].o[column][channel];
+        all += factor * sh.warps[w].sum[column];
+        add(value, factor, *reinterpret_cast<const float4*>(&sh.warps[w].o[column][channel]));
       }
       if (whole) {
         write(column, channel, value, high, all);
       } else {
-        shared_out.o[column][channel] = value;
+        *reinterpret_cast<float4*>(&shared_out.o[column][channel]) = value;
         if (channel == 0) shared_out.top[column] = high, shared_out.sum[column] = all;
       }
     }
@@ -405,34 +417,47 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
       __syncthreads();
       if (sh.last) {
         __threadfence();
-        // Factors of all shares first, side by side: one after another these loads would take tens of microseconds.
+        // Loads of many shares side by side: each takes over a microsecond to come from where another multiprocessor wrote it.
         float* factor = &sh.warps[0].o[0][0];  // [shares][columns]
         float* top = factor + kMostBlocks * kColumns;
         float* all = top + kColumns;
+        float4* sums = reinterpret_cast<float4*>(all + kColumns);  // [groups of threads][fours]
         auto share = [&](int i) -> Partial<DV>& { return partials[2 * (b0 + i) + (i == 0)]; };
-        for (int i = thread; i < shares * kColumns; i += 32 * kWarps)
-          factor[i] = __ldcg(&share(i / kColumns).top[i % kColumns]);
-        __syncthreads();
         for (int column = warp; column < columns; column += kWarps) {
           float high = -INFINITY, sum = 0;
-          for (int i = lane; i < shares; i += 32) high = fmaxf(high, factor[i * kColumns + column]);
-          for (int step = 16; step > 0; step /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, step));
+          for (int i = lane; i < shares; i += 32) {
+            const float t = __ldcg(&share(i).top[column]), s = __ldcg(&share(i).sum[column]), most = fmaxf(high, t);
+            if (most > -INFINITY) sum = sum * exp2_fast(high - most) + s * exp2_fast(t - most);
+            high = most, factor[i * kColumns + column] = t;
+          }
+          float most = high;
+          for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+          if (most > -INFINITY) sum *= exp2_fast(high - most);
+          for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
           for (int i = lane; i < shares; i += 32) {
             float& f = factor[i * kColumns + column];
-            f = high == -INFINITY ? 0 : exp2_fast(f - high);
-            sum += f * __ldcg(&share(i).sum[column]);
+            f = most == -INFINITY ? 0 : exp2_fast(f - most);
           }
-          for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-          if (lane == 0) top[column] = high, all[column] = sum;
+          if (lane == 0) top[column] = most, all[column] = sum;
         }
         __syncthreads();
-        for (int i = thread; i < columns * DV; i += 32 * kWarps) {
-          const int column = i / DV, channel = i % DV;
-          float value = 0;
-#pragma unroll 8
-          for (int b = 0; b < shares; ++b)
-            value += factor[b * kColumns + column] * __ldcg(&share(b).o[column][channel]);
-          write(column, channel, value, top[column], all[column]);
+        // Groups of threads take every so manieth share.
+        const int fours = columns * kFours, groups = max(1, 32 * kWarps / fours), group = thread / fours;
+        for (int i = thread - group * fours; group < groups && i < fours; i += 32 * kWarps) {
+          const int column = i / kFours, channel = i % kFours * 4;
+          float4 value = {0, 0, 0, 0};
+#pragma unroll 16
+          for (int b = group; b < shares; b += groups)
+            add(value, factor[b * kColumns + column], __ldcg(reinterpret_cast<const float4*>(&share(b).o[column][channel])));
+          if (groups == 1) write(column, channel, value, top[column], all[column]);
+          else sums[thread] = value;
+        }
+        __syncthreads();
+        if (groups > 1 && thread < fours) {
+          float4 value = sums[thread];
+          for (int other = 1; other < groups; ++other) add(value, 1, sums[other * fours + thread]);
+          const int column = thread / kFours;
+          write(column, thread % kFours * 4, value, top[column], all[column]);
         }
       }
     }
@@ -453,7 +478,7 @@ int multiprocessors() {
 template <int D, int DV, int kWarps, int PerSm>
 cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t stream) {
   const int blocks = std::min(PerSm * multiprocessors(), kMostBlocks);
-  static_assert(kMostBlocks * kColumns + 2 * kColumns <= kWarps * kColumns * DV);
+  static_assert(kMostBlocks * kColumns + 2 * kColumns + 4 * 32 * kWarps <= kWarps * kColumns * DV);
   int* arrived = static_cast<int*>(scratch);
   const int64_t skip = (int64_t(blocks) * 4 + 255) / 256 * 256;
   Partial<DV>* partials = reinterpret_cast<Partial<DV>*>(static_cast<char*>(scratch) + skip);

@@ -25,24 +25,34 @@ inline unsigned blocks_for(int64_t items, int64_t segments) {
   return unsigned(std::clamp<int64_t>(items, 1, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, segments))));
 }
 
+/// More than 48 KB of shared memory must be asked for.
+template <class... Formal>
+void allow_shared(const char* where, void (*kernel)(Formal...), size_t shared) {
+  if (shared > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), where);
+}
+
 /// Starts a kernel in the queue's order; a grid without blocks starts nothing.
 template <class... Formal, class... Actual>
 void launch(Queue& queue, const char* where, void (*kernel)(Formal...), dim3 grid, int threads, size_t shared,
             const Actual&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), where);
+  allow_shared(where, kernel, shared);
   kernel<<<grid, threads, shared, stream(queue)>>>(args...);
   check(cudaGetLastError(), where);
 }
 
 /// First line of a kernel that launch_early starts: waits until what lies before it in the queue is done, its writes
-/// included. The kernel behind may then be set up.
+/// included. The kernel behind is set up meanwhile, and the one behind that: all of them wait here.
 __device__ inline void await() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+int multiprocessors();
+/// Bytes of shared memory that a block may ask for.
+size_t most_shared();
 
 /// Whether the GPU sets up kernels early (programmatic dependent launch).
 bool launches_early();
@@ -53,6 +63,7 @@ void launch_early(Queue& queue, const char* where, void (*kernel)(Formal...), di
                   const Actual&... args) {
   if (!launches_early()) return launch(queue, where, kernel, grid, threads, shared, args...);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  allow_shared(where, kernel, shared);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -209,6 +220,11 @@ __device__ inline int sequence_of(const int64_t* first, int sequences, int64_t t
     (first[middle] <= t ? low : high) = middle;
   }
   return low;
+}
+
+__device__ inline float activate(Activation how, float x) {
+  if (how == Activation::Silu) return x / (1 + expf(-x));
+  return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));  // √(2/π)
 }
 
 /// Turns a pair of channels by `angle` (Su et al. 2021).

@@ -10,12 +10,7 @@ __global__ void glu_kernel(Matrix gate, Matrix up, Activation activation, Matrix
     load8(gate.data, Dtype::F32, row * gate.stride + c, y.width - c, x);
     load8(up.data, Dtype::F32, row * up.stride + c, y.width - c, by);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float v = x[i];
-      x[i] = by[i] * (activation == Activation::Silu
-                          ? v / (1 + expf(-v))
-                          : 0.5f * v * (1 + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v))));  // √(2/π)
-    }
+    for (int i = 0; i < 8; ++i) x[i] = by[i] * activate(activation, x[i]);
     store8(static_cast<float*>(y.data), row * y.stride + c, y.width - c, x);
   });
 }

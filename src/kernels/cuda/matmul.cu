@@ -40,6 +40,11 @@ void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x) {
 }
 
 void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, Activation activation, Tensor y) {
+  if (x.size[0] == 1 && gate.type == up.type && gate.size[0] > 0) {
+    const Linear both[] = {{gate, {}, y}, {up, {}, y}};
+    for (const Linear& l : both) check_linear(l, x);
+    if (matmul_one(queue, both, x, false, &activation)) return;
+  }
   const Scratch scratch(queue.scratch);
   const Tensor other = queue.scratch.take(Dtype::F32, {y.size[0], y.size[1]});
   const Linear both[] = {{gate, {}, y}, {up, {}, other}};

@@ -7,6 +7,9 @@ namespace heed::cuda {
 /// y (+)= x · w^T + bias of each, for a few tokens: each weight is read once for up to 8 of them, matrices of one type
 /// in one launch (matmul_few.cu).
 void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, bool accumulate);
+/// The same for one token, of weights of one type that the GPU's copy engine can fetch; with `glu`, act(y[0]) · y[1] → y[0].
+/// False when it can not (matmul_one.cu).
+bool matmul_one(Queue& queue, std::span<const Linear> each, const Tensor& x, bool accumulate, const Activation* glu);
 /// The same in f32 for F32 weights and many tokens (matmul_plain.cu).
 void matmul_plain(Queue& queue, const Tensor& w, const Tensor& x, const Tensor& bias, bool accumulate, const Tensor& y);
 /// Many tokens: x rounded to bf16 once for all matrices, panels of each in bf16, multiplied by cuBLASLt where that is

@@ -19,7 +19,7 @@ struct Few {
   Matrix x;
   const int8_t* codes;  // [tokens, inputs]
   const float* scales;  // [tokens, inputs / 32]
-  const float* sums;    // [tokens, inputs / 16]: Σ x
+  const float* sums;    // [tokens, inputs / 16]: Σ scale · code
   bool accumulate;
   int first, tokens, outputs;  // tokens first … first + tokens; outputs of all parts
 
@@ -41,9 +41,9 @@ __global__ void quantise_kernel(Matrix x, int64_t runs, int per_row, int8_t* cod
   const int lane = threadIdx.x % 32;
   const float value = x.row<float>(run / per_row)[run % per_row * 32 + lane];
   const float scale = warp_max(fabsf(value)) / 127;
-  const float code = scale > 0 ? rintf(value / scale) : 0.0f;
+  const int code = scale > 0 ? int(rintf(value / scale)) : 0;
   codes[run * 32 + lane] = int8_t(code);
-  const float sum = scale * warp_sum(code, 16);
+  const float sum = scale * float(warp_sum(code, 16));
   if (lane == 0) scales[run] = scale;
   if (lane % 16 == 0) sums[run * 2 + lane / 16] = sum;
 }
@@ -73,16 +73,9 @@ __global__ void __launch_bounds__(kWarps * 32) few_blocks_kernel(const __grid_co
       const int64_t at = int64_t(a.first + t) * runs + r;
       const int4* codes = reinterpret_cast<const int4*>(a.codes) + 2 * at;
       const int4 low = codes[0], high = codes[1];
-      int dot0 = __dp4a(run.codes[0], low.x, 0), dot1 = __dp4a(run.codes[4], high.x, 0);
-      dot0 = __dp4a(run.codes[1], low.y, dot0);
-      dot1 = __dp4a(run.codes[5], high.y, dot1);
-      dot0 = __dp4a(run.codes[2], low.z, dot0);
-      dot1 = __dp4a(run.codes[6], high.z, dot1);
-      dot0 = __dp4a(run.codes[3], low.w, dot0);
-      dot1 = __dp4a(run.codes[7], high.w, dot1);
-      const float2 x_sum = reinterpret_cast<const float2*>(a.sums)[at];
-      sum[t] += a.scales[at] * (run.scale[0] * float(dot0) + run.scale[1] * float(dot1)) + run.shift[0] * x_sum.x +
-                run.shift[1] * x_sum.y;
+      const float2 halves = reinterpret_cast<const float2*>(a.sums)[at];
+      if constexpr (kHalves<kType>) sum[t] += dot<kType>(run, low, high, a.scales[at], {halves.x, halves.y});
+      else sum[t] += dot<kType>(run, low, high, a.scales[at], {halves.x + halves.y});
     }
   }
 #pragma unroll
@@ -192,7 +185,7 @@ void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, boo
   Few a{};
   a.x = matrix(x);
   a.accumulate = accumulate;
-  if (std::any_of(each.begin(), each.end(), [](const Linear& l) { return is_block(l.w.type); })) {
+  const auto round = [&] {
     const int64_t runs = tokens * inputs / 32;
     int8_t* codes = queue.scratch.take(Dtype::I8, {tokens * inputs}).as<int8_t>();
     float *scales = queue.scratch.take(Dtype::F32, {runs}).as<float>(),
@@ -202,12 +195,14 @@ void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, boo
     a.codes = codes;
     a.scales = scales;
     a.sums = sums;
-  }
-  for (size_t i = 0; i < each.size();) {
-    size_t end = i + 1;
-    while (end < each.size() && end - i < kMostParts && each[end].w.type == each[i].w.type) ++end;
-    few(queue, a, each.subspan(i, end - i), tokens);
-    i = end;
+  };
+  for (size_t i = 0, end; i < each.size(); i = end) {
+    const Dtype type = each[i].w.type;
+    for (end = i + 1; end < each.size() && end - i < kMostParts && each[end].w.type == type;) ++end;
+    const auto same = each.subspan(i, end - i);
+    if (tokens == 1 && matmul_one(queue, same, x, accumulate, nullptr)) continue;
+    if (is_block(type) && !a.codes) round();
+    few(queue, a, same, tokens);
   }
 }
 

@@ -214,6 +214,7 @@ void page_grow(Queue& queue, const Pages& pages, const Ragged& rows, Tensor firs
   const Lists a = lists(where, pages);
   launch_early(queue, where, grow_kernel, dim3(unsigned(pages.segments())), 32, 0, a, segments(rows),
                first.as<int32_t>(), left);
+  if (!pages.shared) return;
   launch_early(queue, where, leave_grown_kernel, dim3(unsigned(ceil_div(pages.segments(), 64))), 64, 0, a,
                first.as<int32_t>(), left);
 }

@@ -3,15 +3,31 @@
 namespace heed::cuda {
 namespace {
 
-/// One block a row.
+/// One block a row; a thread's first eight numbers stay in registers.
 __global__ void rms_norm_kernel(Matrix x, const float* weight, float eps, Matrix y) {
   await();
-  const float* from = x.row<float>(blockIdx.x);
-  float* to = y.row<float>(blockIdx.x);
-  float squares = 0;
-  for (int c = threadIdx.x; c < x.width; c += blockDim.x) squares += from[c] * from[c];
-  const float factor = 1 / sqrtf(block_sum(squares) / float(x.width) + eps);
-  for (int c = threadIdx.x; c < x.width; c += blockDim.x) to[c] = from[c] * factor * (weight ? weight[c] : 1.0f);
+  const int64_t row = blockIdx.x;
+  const int width = x.width, first = 8 * threadIdx.x, step = 8 * blockDim.x;
+  const auto load = [&](int c, float(&to)[8]) { load8(x.data, Dtype::F32, row * x.stride + c, width - c, to); };
+  float kept[8], squares = 0;
+  load(first, kept);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) squares += kept[i] * kept[i];
+  for (int c = first + step; c < width; c += step) {
+    float more[8];
+    load(c, more);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares += more[i] * more[i];
+  }
+  const float factor = 1 / sqrtf(block_sum(squares) / float(width) + eps);
+  for (int c = first; c < width; c += step) {
+    if (c > first) load(c, kept);
+    float by[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    if (weight) load8(weight, Dtype::F32, c, width - c, by);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) kept[i] *= factor * by[i];
+    store8(static_cast<float*>(y.data), row * y.stride + c, width - c, kept);
+  }
 }
 
 }  // namespace
@@ -20,7 +36,7 @@ void rms_norm(Queue& queue, Tensor x, Tensor weight, float eps, Tensor y) {
   check_tensor("rms_norm", "x", x, {x.size[0], x.size[1]});
   check_tensor("rms_norm", "y", y, {x.size[0], x.size[1]});
   check_tensor("rms_norm", "weight", weight, {x.size[1]}, true);
-  const int threads = x.size[1] >= 2048 ? 512 : x.size[1] >= 256 ? 128 : 32;
+  const int threads = int(std::clamp<int64_t>(ceil_div(x.size[1], 256) * 32, 32, 1024));
   launch_early(queue, "rms_norm", rms_norm_kernel, dim3(unsigned(x.size[0])), threads, 0, matrix(x), weight.as<float>(),
                eps, matrix(y));
 }

@@ -45,7 +45,8 @@ __global__ void unpack_blocks_kernel(const __grid_constant__ Unpacking a) {
       uint32_t words[16];
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(value_of(run, 2 * i) * a.scale, value_of(run, 2 * i + 1) * a.scale);
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(value_of<kType>(run, 2 * i) * a.scale,
+                                                          value_of<kType>(run, 2 * i + 1) * a.scale);
         words[i] = *reinterpret_cast<const uint32_t*>(&pair);
       }
       uint4* out = reinterpret_cast<uint4*>(a.to.row<__nv_bfloat16>(row) + 32 * r);
@@ -54,7 +55,7 @@ __global__ void unpack_blocks_kernel(const __grid_constant__ Unpacking a) {
         out[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
     } else {
 #pragma unroll
-      for (int i = 0; i < 32; ++i) a.to.set(row, 32 * r + i, value_of(run, i) * a.scale);
+      for (int i = 0; i < 32; ++i) a.to.set(row, 32 * r + i, value_of<kType>(run, i) * a.scale);
     }
   }
 }

@@ -5,50 +5,138 @@
 
 namespace heed::cuda {
 
-/// Value i of a run is scale[i / 16] · code_i + shift[i / 16]; code_i is byte i % 4 of codes[i / 4].
+/// Value i of a run is scale[i / 16] · (code_i − kOffset) + shift[i / 16]; code_i is byte i % 4 of codes[i / 4].
 struct Run {
   int codes[8];
   float scale[2], shift[2];
 };
+template <Dtype kType>
+constexpr int kOffset = kType == Dtype::Q4_0   ? 8
+                        : kType == Dtype::Q5_0 ? 16
+                        : kType == Dtype::Q3_K ? 4
+                        : kType == Dtype::Q6_K ? 32
+                                               : 0;
+/// Whether the halves of a run have scales of their own, and whether shifts are not 0.
+template <Dtype kType> constexpr bool kHalves = kType == Dtype::Q2_K || kType == Dtype::Q3_K || kType == Dtype::Q6_K;
+template <Dtype kType>
+constexpr bool kShifted = kType == Dtype::Q4_1 || kType == Dtype::Q5_1 || kType == Dtype::Q2_K ||
+                          kType == Dtype::Q4_K || kType == Dtype::Q5_K;
 
-/// Four bytes at an address that is a multiple of two.
-__device__ inline uint32_t load4(const uint8_t* p) {
-  const uint16_t* half = reinterpret_cast<const uint16_t*>(p);
-  return uint32_t(half[0]) | uint32_t(half[1]) << 16;
-}
-/// Of four: blocks whose size is a multiple of four.
-__device__ inline uint32_t load4_aligned(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
+/// Words of blocks where they lie, at addresses that are multiples of kAlign.
+struct InGlobal {
+  template <int kAlign, int kWords>
+  __device__ static void words(const uint8_t* p, uint32_t (&to)[kWords]) {
+    const uint16_t* half = reinterpret_cast<const uint16_t*>(p);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      to[i] = kAlign % 4 == 0 ? reinterpret_cast<const uint32_t*>(p)[i]
+                              : uint32_t(half[2 * i]) | uint32_t(half[2 * i + 1]) << 16;
+  }
+};
+
+/// Words of blocks that were copied to shared memory, where four bytes past them may be read: whole words at any
+/// address, 16 bytes where the blocks allow. A third of InGlobal's loads.
+struct InShared {
+  template <int kAlign, int kWords>
+  __device__ static void words(const uint8_t* p, uint32_t (&to)[kWords]) {
+    if constexpr (kAlign % 16 == 0 && kWords % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(p + 4 * i);
+        to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+      }
+    } else if constexpr (kAlign % 4 == 0) {
+      InGlobal::words<4>(p, to);
+    } else {
+      const uint32_t odd = uint32_t(reinterpret_cast<uint64_t>(p)) & 2;
+      const uint32_t* from = reinterpret_cast<const uint32_t*>(p - odd);
+      uint32_t low = from[0];
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint32_t high = from[i + 1];
+        to[i] = __funnelshift_r(low, high, 8 * odd);
+        low = high;
+      }
+    }
+  }
+};
+
 __device__ inline float half_at(const uint8_t* p) { return __half2float(*reinterpret_cast<const __half*>(p)); }
+__device__ inline float low_half(uint32_t x) { return __half2float(__ushort_as_half(uint16_t(x))); }
 
 /// Bits 0 … 3 of x become bit `to` of bytes 0 … 3.
 __device__ inline uint32_t spread(uint32_t x, int to) {
   return ((x & 1) | (x & 2) << 7 | (x & 4) << 14 | (x & 8) << 21) << to;
 }
-/// Subtracts `by` from each byte (no borrow between bytes).
-__device__ inline int minus(uint32_t codes, uint32_t by) { return int(__vsub4(codes, by * 0x01010101u)); }
 
-/// Run r of a row of whole blocks.
-template <Dtype kType>
-__device__ inline Run run_of(const uint8_t* row, int r) {
-  constexpr int bytes = info(kType).bytes, runs = info(kType).block / 32;
-  const uint8_t* b = row + int64_t(r / runs) * bytes;
+/// The bytes of run r of a row of whole blocks. In blocks of 256, runs that `share` have the same words.
+template <Dtype kType> struct Raw {
+  const uint8_t* block;
+  uint32_t head[4], low[8], high[8];  // what a type has of these
+};
+/// Whether run r + kShares has run r's words: of pairs 2i, 2i + 1 (in Q6_K of r % 4 < 2); 0: none has.
+template <Dtype kType> constexpr int kShares = info(kType).block == 32 ? 0 : kType == Dtype::Q6_K ? 2 : 1;
+
+template <Dtype kType, class Words = InGlobal>
+__device__ inline Raw<kType> load_run(const uint8_t* row, unsigned r) {
+  constexpr unsigned bytes = info(kType).bytes, runs = info(kType).block / 32;
+  constexpr int align = bytes % 16 == 0 ? 16 : bytes % 4 == 0 ? 4 : 2;
+  const unsigned in = r % 8;
+  Raw<kType> out;
+  const uint8_t* b = out.block = row + r / runs * bytes;
+  if constexpr (kType == Dtype::Q8_0) {
+    Words::template words<align>(b + 2, out.low);
+  } else if constexpr (runs == 1) {
+    constexpr int scales = kType == Dtype::Q4_1 || kType == Dtype::Q5_1 ? 4 : 2;
+    constexpr bool fifth = kType == Dtype::Q5_0 || kType == Dtype::Q5_1;
+    uint32_t high[1] = {}, low[4];
+    if constexpr (fifth) Words::template words<align>(b + scales, high);
+    Words::template words<align>(b + scales + (fifth ? 4 : 0), low);
+    out.high[0] = high[0];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out.low[i] = low[i];
+  } else if constexpr (kType == Dtype::Q2_K) {
+    Words::template words<align>(b + 16 + in / 4 * 32, out.low);
+  } else if constexpr (kType == Dtype::Q3_K) {
+    Words::template words<align>(b + 32 + in / 4 * 32, out.low);
+    Words::template words<align>(b, out.high);
+  } else if constexpr (kType == Dtype::Q4_K || kType == Dtype::Q5_K) {
+    // d and that of minima; six bits each of scales 0 … 3 and of minima 0 … 3, and above them and in the last word of 4 … 7.
+    // Of a pair of runs, scales and minima side by side.
+    Words::template words<align>(b, out.head);
+    const unsigned byte = in / 2 % 2 * 16;
+    const uint32_t scales = out.head[1] >> byte, mins = out.head[2] >> byte, rest = out.head[3] >> byte;
+    out.head[1] = in < 4 ? scales & 0x3f3f : (rest & 0x0f0f) | (scales >> 2 & 0x3030);
+    out.head[2] = in < 4 ? mins & 0x3f3f : (rest >> 4 & 0x0f0f) | (mins >> 2 & 0x3030);
+    Words::template words<align>(b + (kType == Dtype::Q5_K ? 48 : 16) + in / 2 * 32, out.low);
+    if constexpr (kType == Dtype::Q5_K) Words::template words<align>(b + 16, out.high);
+  } else {
+    static_assert(kType == Dtype::Q6_K);
+    Words::template words<align>(b + in / 4 * 64 + in % 2 * 32, out.low);
+    Words::template words<align>(b + 128 + in / 4 * 32, out.high);
+  }
+  return out;
+}
+
+/// Run r, of its bytes.
+template <Dtype kType> __device__ inline Run run_of(const Raw<kType>& raw, unsigned r) {
+  const uint8_t* b = raw.block;
+  const unsigned in = r % 8;
   Run out;
   out.shift[0] = out.shift[1] = 0;
-  if constexpr (kType == Dtype::Q4_0 || kType == Dtype::Q4_1 || kType == Dtype::Q5_0 || kType == Dtype::Q5_1 ||
-                kType == Dtype::IQ4_NL) {
-    constexpr bool shifted = kType == Dtype::Q4_1 || kType == Dtype::Q5_1,
-                   fifth = kType == Dtype::Q5_0 || kType == Dtype::Q5_1;
+  if constexpr (kType == Dtype::Q8_0) {
     out.scale[0] = out.scale[1] = half_at(b);
-    if (shifted) out.shift[0] = out.shift[1] = half_at(b + 2);
-    const uint8_t* qs = b + (shifted ? 4 : 2) + (fifth ? 4 : 0);
-    const uint32_t high = fifth ? load4(qs - 4) : 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out.codes[i] = int(raw.low[i]);
+  } else if constexpr (info(kType).block == 32) {
+    out.scale[0] = out.scale[1] = half_at(b);
+    if (kShifted<kType>) out.shift[0] = out.shift[1] = half_at(b + 2);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t word = shifted ? load4_aligned(qs + 4 * i) : load4(qs + 4 * i);
-      uint32_t low = word & 0x0f0f0f0fu, upper = word >> 4 & 0x0f0f0f0fu;
-      if (fifth) {
-        low |= spread(high >> (4 * i), 4);
-        upper |= spread(high >> (16 + 4 * i), 4);
+      uint32_t low = raw.low[i] & 0x0f0f0f0fu, upper = raw.low[i] >> 4 & 0x0f0f0f0fu;
+      if (kType == Dtype::Q5_0 || kType == Dtype::Q5_1) {
+        low |= spread(raw.high[0] >> (4 * i), 4);
+        upper |= spread(raw.high[0] >> (16 + 4 * i), 4);
       }
       if constexpr (kType == Dtype::IQ4_NL) {
         auto look_up = [](uint32_t nibbles) {
@@ -56,22 +144,13 @@ __device__ inline Run run_of(const uint8_t* row, int r) {
           const uint32_t pick = (nibbles & 7) | (nibbles >> 4 & 0x70) | (nibbles >> 8 & 0x700) | (nibbles >> 12 & 0x7000);
           const uint32_t a = __byte_perm(0xbfad9881u, 0xf6eaddcfu, pick), c = __byte_perm(0x26190d01u, 0x71594535u, pick);
           const uint32_t upper_half = (nibbles >> 3 & 0x01010101u) * 255;
-          return int((a & ~upper_half) | (c & upper_half));
+          return (a & ~upper_half) | (c & upper_half);
         };
-        out.codes[i] = look_up(low);
-        out.codes[i + 4] = look_up(upper);
-      } else {
-        constexpr uint32_t by = kType == Dtype::Q4_0 ? 8 : kType == Dtype::Q5_0 ? 16 : 0;
-        out.codes[i] = minus(low, by);
-        out.codes[i + 4] = minus(upper, by);
+        low = look_up(low), upper = look_up(upper);
       }
+      out.codes[i] = int(low), out.codes[i + 4] = int(upper);
     }
-  } else if constexpr (kType == Dtype::Q8_0) {
-    out.scale[0] = out.scale[1] = half_at(b);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out.codes[i] = int(load4(b + 2 + 4 * i));
   } else if constexpr (kType == Dtype::Q2_K) {
-    const int in = r % 8;
     const float d = half_at(b + 80), dmin = half_at(b + 82);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -80,59 +159,76 @@ __device__ inline Run run_of(const uint8_t* row, int r) {
       out.shift[half] = -dmin * float(scale >> 4);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      out.codes[i] = int(load4_aligned(b + 16 + in / 4 * 32 + 4 * i) >> (in % 4 * 2) & 0x03030303u);
+    for (int i = 0; i < 8; ++i) out.codes[i] = int(raw.low[i] >> (in % 4 * 2) & 0x03030303u);
   } else if constexpr (kType == Dtype::Q3_K) {
-    const int in = r % 8;
     const float d = half_at(b + 108);
     const uint8_t* scales = b + 96;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int run = 2 * in + half, low = scales[run % 8] >> (run / 8 * 4) & 15;
-      out.scale[half] = d * float((low | (scales[8 + run % 4] >> (run / 4 * 2) & 3) << 4) - 32);
+      const unsigned run = 2 * in + half, low = scales[run % 8] >> (run / 8 * 4) & 15;
+      out.scale[half] = d * float(int(low | (scales[8 + run % 4] >> (run / 4 * 2) & 3) << 4) - 32);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t two = load4(b + 32 + in / 4 * 32 + 4 * i) >> (in % 4 * 2) & 0x03030303u;
-      const uint32_t third = (load4(b + 4 * i) >> in & 0x01010101u) << 2;
-      out.codes[i] = minus(two | third, 4);
-    }
+    for (int i = 0; i < 8; ++i)
+      out.codes[i] = int((raw.low[i] >> (in % 4 * 2) & 0x03030303u) | (raw.high[i] >> in & 0x01010101u) << 2);
   } else if constexpr (kType == Dtype::Q4_K || kType == Dtype::Q5_K) {
-    constexpr bool five = kType == Dtype::Q5_K;
-    const int in = r % 8;
-    const uint8_t* scales = b + 4;
-    const float d = half_at(b), dmin = half_at(b + 2);
-    const int scale = in < 4 ? scales[in] & 63 : (scales[in + 4] & 15) | (scales[in - 4] >> 6) << 4;
-    const int min = in < 4 ? scales[in + 4] & 63 : scales[in + 4] >> 4 | (scales[in] >> 6) << 4;
-    out.scale[0] = out.scale[1] = d * float(scale);
-    out.shift[0] = out.shift[1] = -dmin * float(min);
-    const uint8_t* qs = b + (five ? 48 : 16) + in / 2 * 32;
+    out.scale[0] = out.scale[1] = low_half(raw.head[0]) * float(raw.head[1] >> (in % 2 * 8) & 255);
+    out.shift[0] = out.shift[1] = -low_half(raw.head[0] >> 16) * float(raw.head[2] >> (in % 2 * 8) & 255);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      uint32_t codes = load4_aligned(qs + 4 * i) >> (in % 2 * 4) & 0x0f0f0f0fu;
-      if (five) codes |= (load4_aligned(b + 16 + 4 * i) >> in & 0x01010101u) << 4;
+      uint32_t codes = raw.low[i] >> (in % 2 * 4) & 0x0f0f0f0fu;
+      if (kType == Dtype::Q5_K) codes |= (raw.high[i] >> in & 0x01010101u) << 4;
       out.codes[i] = int(codes);
     }
   } else {
-    static_assert(kType == Dtype::Q6_K);
-    const int in = r % 8, half = in / 4, quarter = in % 4;
+    const unsigned quarter = in % 4;
     const float d = half_at(b + 208);
     const int8_t* scales = reinterpret_cast<const int8_t*>(b + 192);
     out.scale[0] = d * float(scales[2 * in]);
     out.scale[1] = d * float(scales[2 * in + 1]);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t low = load4(b + half * 64 + quarter % 2 * 32 + 4 * i) >> (quarter / 2 * 4) & 0x0f0f0f0fu;
-      const uint32_t high = load4(b + 128 + half * 32 + 4 * i) >> (quarter * 2) & 0x03030303u;
-      out.codes[i] = minus(low | high << 4, 32);
-    }
+    for (int i = 0; i < 8; ++i)
+      out.codes[i] = int((raw.low[i] >> (quarter / 2 * 4) & 0x0f0f0f0fu) | (raw.high[i] >> (quarter * 2) & 0x03030303u) << 4);
   }
   return out;
 }
 
-__device__ inline float value_of(const Run& run, int i) {
+template <Dtype kType> __device__ inline Run run_of(const uint8_t* row, unsigned r) {
+  return run_of<kType>(load_run<kType>(row, r), r);
+}
+
+/// Σ codes · codes of 32 activations, of each half.
+__device__ inline int2 dot_codes(const Run& run, const int4& low, const int4& high) {
+  int dot0 = __dp4a(run.codes[0], low.x, 0), dot1 = __dp4a(run.codes[4], high.x, 0);
+  dot0 = __dp4a(run.codes[1], low.y, dot0);
+  dot1 = __dp4a(run.codes[5], high.y, dot1);
+  dot0 = __dp4a(run.codes[2], low.z, dot0);
+  dot1 = __dp4a(run.codes[6], high.z, dot1);
+  dot0 = __dp4a(run.codes[3], low.w, dot0);
+  dot1 = __dp4a(run.codes[7], high.w, dot1);
+  return {dot0, dot1};
+}
+
+/// Σ of a run's weights times 32 activations scale · code. sums: Σ scale · code of each half where halves have their own
+/// scales, of all otherwise. (The sums are of the rounded activations: matmul_few.cu says why.)
+template <Dtype kType>
+__device__ inline float dot(const Run& run, const int4& low, const int4& high, float scale,
+                            const float (&sums)[kHalves<kType> ? 2 : 1]) {
+  const int2 dots = dot_codes(run, low, high);
+  const auto least = [&](int half) {
+    if constexpr (kOffset<kType> == 0) return run.shift[half];
+    else return run.shift[half] - float(kOffset<kType>) * run.scale[half];
+  };
+  if constexpr (kHalves<kType>)
+    return scale * (run.scale[0] * float(dots.x) + run.scale[1] * float(dots.y)) + least(0) * sums[0] + least(1) * sums[1];
+  const float out = run.scale[0] * (scale * float(dots.x + dots.y));
+  if constexpr (kOffset<kType> != 0 || kShifted<kType>) return out + least(0) * sums[0];
+  return out;
+}
+
+template <Dtype kType> __device__ inline float value_of(const Run& run, int i) {
   const int code = int(int8_t(run.codes[i / 4] >> (i % 4 * 8)));
-  return run.scale[i / 16] * float(code) + run.shift[i / 16];
+  return run.scale[i / 16] * float(code - kOffset<kType>) + run.shift[i / 16];
 }
 
 /// Calls body.template operator()<type>() for a block type.

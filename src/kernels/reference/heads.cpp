@@ -3,7 +3,10 @@
 
 namespace heed::reference {
 
-void split_heads(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const Rope* rope, Tensor positions, Ragged out) {
+namespace {
+
+void split(const Heads& part, const Tensor& first, float eps) {
+  const auto& [x, norm, rope, positions, out] = part;
   constexpr const char* where = "split_heads";
   require(x.rank == 3, where, "x is [T, heads, d], got " + x.shape());
   const int64_t tokens = x.size[0], heads = x.size[1], d = x.size[2], sequences = first.size[0] - 1;
@@ -33,6 +36,12 @@ void split_heads(Queue&, Tensor x, Tensor first, Tensor norm, float eps, const R
           rotate(*rope, positions.rank == 2 ? positions.at<int32_t>(t, head) : positions.at<int32_t>(t), values.data());
         set_row(out.values, out.begin(s * heads + head) + t - first.at<int64_t>(s), values);
       }
+}
+
+}  // namespace
+
+void split_heads(Queue&, Tensor first, float eps, std::span<const Heads> each) {
+  for (const Heads& part : each) split(part, first, eps);
 }
 
 void merge_heads(Queue&, const Ragged& in, Tensor first, Tensor y) {

@@ -52,8 +52,8 @@ struct FastKVzip final : KeepPolicy {
     const std::string norm = name + "_norm";
     const Tensor weight = is_given(at, norm) ? given(at, norm, "[16]", {kWidth}) : ones(queue, kWidth);
     const Ragged out = heads_of(queue, queue.scratch.take(Dtype::F32, {heads * m, kWidth}), heads, m);
-    queue.run->split_heads(queue, y.reshape({m, heads, kWidth}), compute(queue, Dtype::I64, {2}, index() * m), weight,
-                           1e-6f, nullptr, {}, out);
+    const Heads split{.x = y.reshape({m, heads, kWidth}), .norm = weight, .out = out};
+    queue.run->split_heads(queue, compute(queue, Dtype::I64, {2}, index() * m), 1e-6f, {&split, 1});
     return out;
   }
 
