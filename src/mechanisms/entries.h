@@ -11,6 +11,7 @@ Entry act();
 Entry adakv();
 Entry adaptive_rkv();
 Entry block_attention();
+Entry block_evict();
 Entry blockrank();
 Entry bra();
 Entry cake();

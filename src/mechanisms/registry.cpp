@@ -13,6 +13,7 @@ std::span<const Entry> registry() {
       act(),
       adakv(),
       adaptive_rkv(),
+      block_evict(),
       block_attention(),
       blockrank(),
       bra(),
