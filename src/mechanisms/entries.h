@@ -38,6 +38,7 @@ Entry dsa();
 Entry duo_attention();
 Entry entropy_chunk();
 Entry expected_attention();
+Entry expected_attention_stats();
 Entry fast_kvzip();
 Entry fastgen();
 Entry finch();

@@ -41,6 +41,7 @@ std::span<const Entry> registry() {
       duo_attention(),
       entropy_chunk(),
       expected_attention(),
+      expected_attention_stats(),
       fast_kvzip(),
       fastgen(),
       finch(),
