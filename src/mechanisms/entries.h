@@ -113,6 +113,7 @@ Entry rettention();
 Entry ring();
 Entry rocketkv();
 Entry routing_transformer();
+Entry sage();
 Entry sale();
 Entry sample_attention();
 Entry seer_attention();

@@ -116,6 +116,7 @@ std::span<const Entry> registry() {
       ring(),
       rocketkv(),
       routing_transformer(),
+      sage(),
       sale(),
       sample_attention(),
       seer_attention(),

@@ -104,6 +104,8 @@ const std::vector<std::string> kSpecs = {
     "block-evict(keydiff(budget=16),block=10)",
     "block-evict(h2o(budget=16,when=chunk),block=9)",
     "block-evict(snapkv(budget=0.3,window=4),block=7)",
+    "sage(codes=int4,smooth_q=16)",
+    "sage(scales=block,q_block=16,weights=f16,smooth_v=true,heads=1-2)+snapkv(budget=16,window=4)",
     "compactor(budget=16,tile=16,sketch=8)",
     "criticalkv(adakv(snapkv(budget=16,window=4)))",
     "criticalkv(h2o(budget=10))",

@@ -135,6 +135,7 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "chunk-local(knorm(budget=0.3),chunk=10)",
                              "block-evict(keydiff(budget=16),block=10)",
                              "block-evict(snapkv(budget=16,window=4),block=9)",
+                             "sage",
                              "compactor(budget=16,tile=16)",
                              "criticalkv(adakv(snapkv(budget=16,window=4)))",
                              "defensivekv(budget=16,window=4)",
