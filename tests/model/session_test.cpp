@@ -34,6 +34,7 @@ std::vector<float> row(Tensor logits, int64_t r) {
   return {p, p + logits.size[1]};
 }
 
+// Tables that multiply in f32: the bf16 ones round activations, which no mask explains.
 std::vector<std::string> exact_backends() {
   std::vector<std::string> names{"reference"};
   for (const Kernels* table : cpu_kernels())
