@@ -128,6 +128,7 @@ Entry spargeattn();
 Entry sparsed();
 Entry sparsek();
 Entry spatten();
+Entry spec_attn();
 Entry spec_kv();
 Entry squeeze_attention();
 Entry squeezed_attention();

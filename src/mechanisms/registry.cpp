@@ -131,6 +131,7 @@ std::span<const Entry> registry() {
       sparsed(),
       sparsek(),
       spatten(),
+      spec_attn(),
       spec_kv(),
       squeeze_attention(),
       squeezed_attention(),

@@ -106,6 +106,7 @@ const std::vector<std::string> kSpecs = {
     "gist(token=11,heads=1)",
     "activation-beacon(window=12,ratio=3)",
     "activation-beacon(window=12,ratio=3,when=every(2),heads=1)",
+    "spec-attn(p=0.5,rows=3,dense=1)",
     "block-evict(h2o(budget=16,when=chunk),block=9)",
     "block-evict(snapkv(budget=0.3,window=4),block=7)",
     "sage(codes=int4,smooth_q=16)",
