@@ -1,11 +1,13 @@
 #include "lab/calibrate.h"
 
+#include <filesystem>
 #include <iostream>
 
 #include "apps/command.h"
 #include "lab/cutoff.h"
 #include "lab/files.h"
 #include "lab/progress.h"
+#include "lab/query_stats.h"
 #include "mechanisms/registry.h"
 
 namespace heed::apps {
@@ -30,17 +32,19 @@ class Calibrate final : public Command {
     app.add_option(
            "--prompts", prompts_,
            "needles to look for, at different depths (-1: 6, or 32 for a probe); 0: heads are ranked by how far they "
-           "look")
+           "look. For statistics of queries: parts of the text that are read (-1: 100)")
         ->type_name("N")
         ->check(CLI::Range(-1, 1000));
     app.add_option("-s,--seed", seed_, "of the needles")->type_name("N");
     add_json(app, json_);
-    app.footer("Finds:" + known +
-               "\n\nThe profile names its model, and other models refuse it.\n\n"
-               "Examples:\n"
-               "  heed calibrate \"duo-attention(sinks=4,recent=256)\" -m model.gguf -f book.txt -o duo.json\n"
-               "  heed calibrate \"headkv(snapkv(budget=512))\" -m model.gguf -f book.txt -o headkv.json\n"
-               "  heed run -m model.gguf -f book.txt --attention @duo.json");
+    app.footer(
+        "Finds:" + known +
+        "\n\nThe profile names its model, and other models refuse it.\n\n"
+        "Examples:\n"
+        "  heed calibrate \"duo-attention(sinks=4,recent=256)\" -m model.gguf -f book.txt -o duo.json\n"
+        "  heed calibrate \"headkv(snapkv(budget=512))\" -m model.gguf -f book.txt -o headkv.json\n"
+        "  heed calibrate expected-attention-stats -m model.gguf -f book.txt -c 512 -o stats.json   # and stats.npz\n"
+        "  heed run -m model.gguf -f book.txt --attention @duo.json");
   }
 
   int run() override {
@@ -51,8 +55,10 @@ class Calibrate final : public Command {
     const Calibrated what = value_or_throw(find_calibrated(specs[0].name));
     const auto model = flags_.load();
     value_or_throw(Composition::parse(spec_, model->info(), registry()));
+    const bool queries = std::string(what.parameter) == "stats";
     const std::vector<int32_t> text = tokens_of(*model, file_);
     Progress progress("calibrate");
+    if (queries) return learn_queries(specs[0], model, text, progress);
     if (what.share == 0) return learn_probe(specs[0], model, text, progress);
     if (prompts_ < 0) prompts_ = 6;
     const HeadStudy study = study_heads(model, text, context_, prompts_, seed_, flags_.session("dense"),
@@ -84,6 +90,24 @@ class Calibrate final : public Command {
     std::snprintf(told, sizeof told, ": F1 %.3f on prompts it has not seen; always \"enough\" has %.3f", probe.f1,
                   probe.f1_always);
     std::cout << output_ << told << '\n';
+    return 0;
+  }
+
+  int learn_queries(const Spec& spec, const std::shared_ptr<const Model>& model, std::span<const int32_t> text,
+                    Progress& progress) {
+    require(share_ < 0, "--share", "statistics have none", "leave it out");
+    require(prompts_ != 0, "--prompts", "0 parts of the text teach nothing", "give at least 1");
+    QueryStatsOptions options;
+    options.session = flags_.session("dense"), options.length = context_;
+    if (prompts_ > 0) options.texts = prompts_;
+    const QueryStats stats = learn_query_stats(model, text, options, [&](double share) { progress.at(share); });
+    progress.clear();
+    const std::filesystem::path arrays = std::filesystem::path(output_).replace_extension(".npz");
+    const Json profile = query_stats_profile(spec, model->info(), stats, arrays.string(), arrays.filename().string());
+    value_or_throw(write_file(output_, profile.dump(2) + "\n"));
+    if (json_) return print(profile), 0;
+    std::cout << output_ << ", " << arrays.string() << ": of " << stats.count << " queries a head, from " << stats.texts
+              << " texts\n";
     return 0;
   }
 

@@ -1,3 +1,4 @@
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -24,6 +25,14 @@ Result<std::string> range_text(const nlohmann::json& value) {
     return list.empty() ? list : list + "]";
   }
   return fail(Code::Invalid, "", "layers and heads are text, a number or a list");
+}
+
+/// Files that a profile names (key=@FILE) lie beside it, unless their path is absolute.
+void find_beside(const std::string& profile, Spec& spec) {
+  for (Spec::Setting& s : spec.settings)
+    if (s.value.size() > 1 && s.value[0] == '@' && s.value[1] != '/')
+      s.value = "@" + (std::filesystem::path(profile).parent_path() / s.value.substr(1)).string();
+  for (Spec& inner : spec.inner) find_beside(profile, inner);
 }
 
 /// A profile's specs, each with the layers and heads that its line names. `hash`: of the model at hand, 0 when there is none.
@@ -58,6 +67,7 @@ Result<std::vector<Spec>> read_profile(const std::string& path, uint64_t hash) {
     auto list = parse_spec(spec);
     if (!list)
       return fail(list.error().code, where + ", " + list.error().where, list.error().what, list.error().remedy);
+    for (Spec& one : *list) find_beside(path, one);
     return list;
   };
   if (attention.is_string()) return parse(attention.get<std::string>());

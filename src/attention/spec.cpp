@@ -246,7 +246,7 @@ Result<std::unique_ptr<Mechanism>> make_mechanism(const Spec& spec, std::span<co
     if (auto set = p->set(made.get(), setting.value); !set) {
       Failure failure = set.error();
       failure.where = p->name;
-      if (setting.value.size() > 40) failure.what = "the value is too long to be one";
+      if (setting.value.size() > 40 && p->type != "file") failure.what = "the value is too long to be one";
       if (failure.remedy.empty()) failure.remedy = p->range;
       return at_spec(spec, setting.at, std::move(failure));
     }

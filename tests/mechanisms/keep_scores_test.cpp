@@ -418,6 +418,51 @@ TEST_P(KeepScores, ExpectedAttentionIsTheGaussianMoment) {
   }
 }
 
+// Statistics of the prompt itself, given, are the method that gathers them; with others they decide.
+TEST_P(KeepScores, ExpectedAttentionTakesGivenStatistics) {
+  for (const Shape s : {shape(90, 90), shape(30, 77)}) {
+    const Case c(s, 15, 0.7);
+    Buffer mean = Buffer::zeros(Dtype::F32, {s.h, s.d}), covariance = Buffer::zeros(Dtype::F32, {s.h, s.d, s.d});
+    const auto q = [&](int64_t head, int64_t i, int64_t e) { return double(c.q->at<float>(head, i, e)); };
+    for (int64_t head = 0; head < s.h; ++head)
+      for (int64_t a = 0; a < s.d; ++a) {
+        double sum = 0;
+        for (int64_t i = 4; i < s.n; ++i) sum += q(head, i, a) / double(s.n - 4);
+        mean->at<float>(head, a) = float(sum);
+      }
+    for (int64_t head = 0; head < s.h; ++head)
+      for (int64_t a = 0; a < s.d; ++a)
+        for (int64_t b = 0; b < s.d; ++b) {
+          double sum = 0;
+          for (int64_t i = 4; i < s.n; ++i)
+            sum += (q(head, i, a) - double(mean->at<float>(head, a))) * (q(head, i, b) - double(mean->at<float>(head, b)));
+          covariance->at<float>(head, a, b) = float(sum / double(s.n - 4));
+        }
+    ApplyInput in = c.input(backend());
+    in.inputs = {{"mean", mean}, {"covariance", covariance}};
+    for (const std::string options : {"(budget=30)", "(budget=25,eps=0.01)", "(budget=30,covariance=false,norm=false)"})
+      EXPECT_EQ(lists(Case::run("expected-attention-stats" + options, in), "kept"),
+                lists(c.run("expected-attention" + options, backend()), "kept"))
+          << options;
+    for (const auto& list : lists(Case::run("expected-attention-stats(budget=1.0)", in), "kept"))
+      EXPECT_EQ(list, all_of(s.m));
+    // A mean query along one channel ranks by that channel.
+    for (float& x : mean->span<float>()) x = 0;
+    for (int64_t head = 0; head < s.h; ++head) mean->at<float>(head, 3) = 1;
+    const auto held = lists(Case::run("expected-attention-stats(budget=20,covariance=false,norm=false,sinks=0)", in),
+                            "kept");
+    for (int64_t kv = 0; kv < s.g; ++kv) {
+      std::vector<double> scores;
+      for (int64_t j = 0; j < s.m; ++j) scores.push_back(double(c.k->at<float>(kv, j, 3)));
+      expect_top(held[size_t(kv)], scores, 20, "a channel");
+    }
+    in.inputs.erase("covariance");
+    const auto missing = apply("expected-attention-stats(budget=30)", in);
+    ASSERT_FALSE(missing);
+    EXPECT_EQ(missing.error().exit_status(), 2);
+  }
+}
+
 // With a rotary embedding, scores themselves: queries turned back to before it, R as the sum of 512 rotation matrices.
 TEST_P(KeepScores, ExpectedAttentionTurnsTheStatistics) {
   const Shape s = shape(50, 50);

@@ -47,8 +47,8 @@ TEST_P(KeepValues, IdentityKeepsAll) {
          {"criticalkv(snapkv(budget=1.0))", "critical-ada(snapkv(budget=1.0))", "defensivekv(budget=1.0)",
           "leverage(budget=1.0)", "compactor(budget=1.0)", "finch(budget=1.0)", "rerotate(snapkv(budget=1.0))",
           "cake(budget=1.0)", "capkv(budget=1.0)", "zipvl(tau=1)", "chunk-local(knorm(budget=1.0),chunk=16)",
-          "moa(alpha=[100000])", "spatten(budget=1.0)", "r-kv(budget=1.0)", "razor-attention",
-          "razor-attention(recent=1,share=1)"}) {
+          "block-evict(keydiff(budget=1.0),block=16)", "moa(alpha=[100000])", "spatten(budget=1.0)", "r-kv(budget=1.0)",
+          "razor-attention", "razor-attention(recent=1,share=1)"}) {
       const ApplyOutput out = c.run_with(spec, backend());
       EXPECT_LT(c.dense_error(out), kExact) << spec;
       EXPECT_LT(kept_error(c, out), kExact) << spec;

@@ -186,6 +186,8 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"cake(budget=20,window=4)", 30}, Case{"capkv(budget=16)"}, Case{"spatten(budget=0.4)"},
         Case{"spatten(budget=0.4,when=every(2))", 25}, Case{"moa(alpha=[4,9,1,20,3,5],beta=[0.1],sinks=2,block=4)"},
         Case{"zipvl(tau=0.7)"}, Case{"chunk-local(knorm(budget=0.3),chunk=10)"},
+        Case{"block-evict(keydiff(budget=20),block=8)"}, Case{"block-evict(keydiff(budget=20,when=chunk),block=8)", 25},
+        Case{"block-evict(snapkv(budget=20,window=4),block=8)"}, Case{"block-evict(h2o(budget=16),block=9)"},
         Case{"r-kv(budget=20,window=4,when=every(3))"}, Case{"r-kv(budget=20,window=4,when=every(1))", 25},
         Case{"q-filters(budget=16)"}, Case{"q-filters(budget=16,when=chunk)", 30}, Case{"spec-kv(budget=20,window=4)"},
         Case{"forcing-kv(frame=6,share=0.4)"}, Case{"forcing-kv(frame=6,share=0.4,static=[2,5],when=every(3))", 25},

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import transformers
 from kvpress import (
-    AdaKVPress, CapPress, ChunkKVPress, ChunkPress, CompactorPress, CriticalAdaKVPress, CriticalKVPress, CURPress, DecodingPress,
-    DMSPress, DuoAttentionPress, EntropyGatedChunkKVPress, ExpectedAttentionPress, FinchPress, KeyDiffPress, KeyRerotationPress,
+    AdaKVPress, BlockPress, CapPress, ChunkKVPress, ChunkPress, CompactorPress, CriticalAdaKVPress, CriticalKVPress, CURPress, DecodingPress,
+    DMSPress, DuoAttentionPress, EntropyGatedChunkKVPress, ExpectedAttentionPress, ExpectedAttentionStatsPress, FinchPress, KeyDiffPress, KeyRerotationPress,
     KnormPress, KVComposePress, KVzipPress, LagKVPress, LeverageScorePress, LUKVPress, MergingPress, NonCausalAttnPress,
     ObservedAttentionPress, PrefillDecodingPress, PyramidKVPress, QFilterPress, SimLayerKVPress, SnapKVPress, StreamingLLMPress, TOVAPress,
 )
@@ -201,6 +201,10 @@ snap = lambda: SnapKVPress(window_size=32, compression_ratio=RATIO)
 curve = np.zeros((99, LAYERS, G))
 curve[59] = [[0.5, 0.77], [0.31, 0.82], [0.6, 0.6]]
 finch = dict(window_size=32)
+rng = np.random.default_rng(5)
+mean, mixing = rng.normal(size=(LAYERS, H, D)), rng.normal(size=(LAYERS, H, D, D)) / 4
+queries = {"mean": mean.astype(np.float32), "covariance": (mixing @ mixing.swapaxes(-1, -2)).astype(np.float32)}
+np.savez(f"{folder}/queries.npz", **queries)
 presses = {
     "knorm": KnormPress(RATIO),
     "keydiff": KeyDiffPress(RATIO),
@@ -210,6 +214,9 @@ presses = {
     "leverage": LeverageScorePress(RATIO, sketch_dimension=16),
     "compactor": CompactorPress(RATIO, chunk_size=46, sketch_dimension=16),
     "expected-attention": ExpectedAttentionPress(RATIO),
+    "expected-attention-stats": Given(
+        ExpectedAttentionStatsPress(RATIO), mu=torch.tensor(queries["mean"]), cov=torch.tensor(queries["covariance"])
+    ),
     "capkv": CapPress(RATIO),
     "snapkv": snap(),
     "tova": TOVAPress(RATIO),
@@ -224,6 +231,8 @@ presses = {
     "critical-ada": CriticalAdaKVPress(snap()),
     "chunkkv": ChunkKVPress(snap(), chunk_length=20),
     "entropy-chunk": EntropyGatedChunkKVPress(snap()),
+    "block-evict": BlockPress(KeyDiffPress(RATIO), block_size=32),
+    "block-evict-many": BlockPress(KeyDiffPress(RATIO), block_size=5),
     "chunk-local": ChunkPress(KnormPress(RATIO), chunk_length=64),
     "merge-evict": MergingPress(snap()),
     "merge-evict-some": MergingPress(snap(), similarity_threshold=0.52, merge_fraction=0.5),
