@@ -25,7 +25,7 @@ enum class Phase : uint8_t {
   Replay,  // tokens fed by a drive that will be dropped again
 };
 
-enum class Role : uint8_t { Plan = 1, Keep = 2, Read = 4, Edit = 8, State = 16, Drive = 32, Weights = 64 };
+enum class Role : uint8_t { Plan = 1, Keep = 2, Read = 4, Edit = 8, State = 16, Drive = 32, Weights = 64, Store = 128 };
 constexpr uint8_t operator|(Role a, Role b) { return uint8_t(uint8_t(a) | uint8_t(b)); }
 constexpr uint8_t operator|(uint8_t a, Role b) { return uint8_t(a | uint8_t(b)); }
 constexpr bool has(uint8_t roles, Role role) { return (roles & uint8_t(role)) != 0; }
@@ -67,6 +67,7 @@ struct Needs {
   bool basis = false;      // basis() has something to say: goes with nobody who keeps keys plain
   bool quantised = false;  // settle() moves pages to a second layout of these types
   PageType quantised_k, quantised_v;
+  SlotOptions slots;                // its layers keep each segment's pages in a slot; goes with no second layout
   std::vector<std::string> inputs;  // tensors that `heed apply --input` must give: "beta [h, n]"
 };
 

@@ -88,6 +88,9 @@ struct PageSupply {
   Tensor free;  // U64 [capacity]: addresses, the first top of them free
   Tensor top;   // I32 [1]
   int64_t page_bytes = 0;
+  /// U64 [segments]; where it is given, page p of a segment is the one at base[segment] + kPageHeader + p · (kPageHeader +
+  /// page_bytes), and the stack is not looked at: who let go of it may be given it again.
+  Tensor base;
 };
 inline constexpr int64_t kPageHeader = 64;
 

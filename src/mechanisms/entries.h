@@ -142,6 +142,7 @@ Entry triforce();
 Entry trimmed_llama();
 Entry turboquant();
 Entry twilight();
+Entry vattention();
 Entry vggt_block_sparse();
 Entry xattention();
 Entry zipvl();

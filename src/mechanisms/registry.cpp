@@ -145,6 +145,7 @@ std::span<const Entry> registry() {
       trimmed_llama(),
       turboquant(),
       twilight(),
+      vattention(),
       vggt_block_sparse(),
       xattention(),
       zipvl(),

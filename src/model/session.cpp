@@ -181,6 +181,7 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
   composition = std::make_shared<Composition>(value_or_throw(Composition::parse(o.attention, m, registry())));
   StoreOptions store_options;
   store_options.k = o.k, store_options.v = o.v;
+  std::vector<StoreShape> shapes(size_t(m.layers), StoreShape{m.g, m.d, m.d_v});
   PageType quantised_k, quantised_v;
   bool quantised = false;
   for (const Composition::Part& p : composition->parts()) {
@@ -202,6 +203,10 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
       if (std::none_of(store_options.columns.begin(), store_options.columns.end(),
                        [&](const Column& c) { return c.name == column.name; }))
         store_options.columns.push_back(column);
+    if (needs.slots.group > 0) {
+      store_options.slots = needs.slots;
+      for (int l = 0; l < m.layers; ++l) shapes[size_t(l)].slots |= p.mechanism->layers.holds(l, m.layers);
+    }
     if (needs.quantised) quantised = true, quantised_k = needs.quantised_k, quantised_v = needs.quantised_v;
     states.push_back(p.mechanism->open(m));
     if (!needs.basis) continue;
@@ -211,7 +216,6 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
       if (p.mechanism->layers.holds(l, m.layers)) bases[size_t(l)] = basis;
   }
   reach = positions == Read::Positions::Cache || m.context == 0 ? 0 : std::max(reach, m.context);
-  const std::vector<StoreShape> shapes(size_t(m.layers), StoreShape{m.g, m.d, m.d_v});
   store = std::make_unique<Store>(queue, shapes, store_options, o.sequences);
   if (quantised) quantised_layout = store->add_layout(quantised_k, quantised_v);
   tokens.resize(size_t(o.sequences));

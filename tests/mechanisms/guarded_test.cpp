@@ -168,6 +168,8 @@ const std::vector<std::string> kSpecs = {
     "turboquant(bits=2)",
     "turboquant(residual=8,layers=1-2)",
     "context-shift(budget=16,sinks=3)",
+    "vattention(page=8,context=512,ahead=3)",
+    "vattention(page=4,context=512)+adakv(snapkv(budget=16,window=4))+quest(budget=9,page=8,dense=1)",
 };
 
 std::shared_ptr<const Model> tiny() {

@@ -292,5 +292,74 @@ TEST_P(Stores, ContextShiftDropsHalves) {
 
 HEED_ON_ALL_SETTINGS(Stores);
 
+// The same bits as from pages that lie anywhere, in memory that grows and shrinks by whole page groups, at addresses that
+// stay; forks take the slots that others left.
+TEST(VAttention, IsTheSameAttentionInOnePieceOfMemory) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}})
+    for (const std::string own : {"", "+h2o(budget=70)", "+adakv(snapkv(budget=40,window=4,when=every(9)))"})
+      for (const int64_t chunk : {0, 25}) {
+        const auto model = windowed(h, g, {0, 24, 0});
+        SessionOptions o = in_f32("dense" + own, chunk);
+        Session plain(model, o);
+        o.attention = "vattention(page=8,context=300,ahead=0,layers=0-1)" + own;
+        Session slots(model, o);
+        const auto check = [&] {
+          for (int l = 0; l < 2; ++l) {
+            LayerStore& layer = slots.store().layer(l);
+            const int64_t stride = kPageHeader + layer.pages().layouts[0].bytes;
+            int64_t groups = 0;
+            for (int64_t s = 0; s < layer.segments(); ++s) {
+              const int64_t pages = (layer.length(s) + 63) / 64;
+              groups += (pages * stride + 8191) / 8192;
+              for (int64_t p = 1; p < pages; ++p)
+                EXPECT_EQ(layer.pages().page(s, p), layer.pages().page(s, 0) + p * stride);
+            }
+            EXPECT_EQ(layer.bytes(), groups * 8192);
+          }
+          EXPECT_EQ(slots.store().layer(2).bytes(), plain.store().layer(2).bytes());
+        };
+        EXPECT_EQ(row(slots.prefill(text(83, 1))), row(plain.prefill(text(83, 1))));
+        check();
+        const char* first = slots.store().layer(0).pages().page(0, 0);
+        for (int32_t i = 0; i < 50; ++i) {
+          EXPECT_EQ(row(slots.decode(i)), row(plain.decode(i))) << i;
+          check();
+        }
+        EXPECT_EQ(slots.store().layer(0).pages().page(0, 0), first);
+        for (int round = 0; round < 2; ++round) {
+          const auto fork = slots.fork(), other = plain.fork();
+          EXPECT_EQ(row(fork->decode(round)), row(other->decode(round)));
+          fork->truncate(0, 90), other->truncate(0, 90);
+          EXPECT_EQ(row(fork->decode(9)), row(other->decode(9)));
+        }
+        EXPECT_EQ(row(slots.prefill(text(40, 2))), row(plain.prefill(text(40, 2))));
+        check();
+        EXPECT_EQ(row(slots.decode(3)), row(plain.decode(3)));
+      }
+}
+
+TEST(VAttention, SaysWhatItCannot) {
+  const auto model = tiny_model(4, 2);
+  for (const auto& [spec, says] : {std::pair{"vattention(page=6)", "page"},
+                                   {"vattention(page=2)", "page"},
+                                   {"vattention(heads=0)", "heads"},
+                                   {"vattention(pool=1)", "pool"},
+                                   {"vattention(ahead=10)", "ahead"},
+                                   {"vattention+kv-q8", "kv-q8"},
+                                   {"vattention+vattention(page=4)", "vattention"}}) {
+    const auto parsed = Composition::parse(spec, model->info(), registry());
+    ASSERT_FALSE(parsed.has_value()) << spec;
+    EXPECT_NE(parsed.error().text().find(says), std::string::npos) << parsed.error().text();
+  }
+  Session narrow(model, in_f32("vattention(page=4,context=64)"));
+  try {
+    narrow.prefill(text(83, 1));
+    FAIL() << "83 entries where 64 are reserved";
+  } catch (const Error& e) { EXPECT_NE(std::string(e.what()).find("context"), std::string::npos) << e.what(); }
+  EXPECT_NO_THROW(narrow.prefill(text(50, 1))) << "as it was before";
+  Session small(model, in_f32("vattention(page=256,pool=1)"));  // 4 layers of 2 heads
+  EXPECT_THROW(small.prefill(text(50, 1)), Error);
+}
+
 }  // namespace
 }  // namespace heed::test

@@ -9,6 +9,7 @@ struct SupplyView {
   uint64_t* free;
   int32_t* top;
   int64_t bytes;
+  const uint64_t* base;  // of each segment, where its pages lie end to end
 };
 
 struct Supplies {
@@ -30,7 +31,13 @@ __device__ inline unsigned long long* holders(uint64_t page) {
   return reinterpret_cast<unsigned long long*>(page - kPageHeader);
 }
 
-__device__ uint64_t take(const SupplyView& supply) {
+/// For page p of segment s.
+__device__ uint64_t take(const SupplyView& supply, int s, int p) {
+  if (supply.base) {
+    const uint64_t page = supply.base[s] + p * (kPageHeader + supply.bytes) + kPageHeader;
+    *holders(page) = 1;
+    return page;
+  }
   const int top = atomicSub(supply.top, 1);
   if (top <= 0) __trap();  // the store promised more than it has: going on would write to pages of others
   const uint64_t page = supply.free[top - 1];
@@ -39,7 +46,7 @@ __device__ uint64_t take(const SupplyView& supply) {
 }
 
 __device__ void let_go(const SupplyView& supply, uint64_t page) {
-  if (atomicAdd(holders(page), ~0ull) == 1) supply.free[atomicAdd(supply.top, 1)] = page;
+  if (atomicAdd(holders(page), ~0ull) == 1 && !supply.base) supply.free[atomicAdd(supply.top, 1)] = page;
 }
 
 /// By a warp: a page that others hold too is exchanged for a copy; the page let go of, or 0.
@@ -49,7 +56,7 @@ __device__ uint64_t own(const Lists& a, int s, int p) {
   if (__shfl_sync(0xffffffffu, *holders(page), 0) == 1) return 0;
   const SupplyView& supply = a.supplies.of[a.layout_at(s, p)];
   uint64_t copy = 0;
-  if (lane == 0) copy = take(supply);
+  if (lane == 0) copy = take(supply, s, p);
   copy = __shfl_sync(0xffffffffu, copy, 0);
   for (int64_t at = lane * 16; at < supply.bytes; at += 32 * 16)
     *reinterpret_cast<uint4*>(copy + at) = *reinterpret_cast<const uint4*>(page + at);
@@ -78,7 +85,7 @@ __global__ void grow_kernel(const __grid_constant__ Lists a, Segments rows, int3
   if (count > 0) {
     if (length % kPage != 0) old = own(a, s, length / kPage);
     for (int p = pages_for(length) + lane; p < pages_for(end); p += 32) {
-      a.page(s, p) = take(a.supplies.of[0]);
+      a.page(s, p) = take(a.supplies.of[0], s, p);
       a.layout_at(s, p) = 0;
     }
   }
@@ -152,7 +159,8 @@ __global__ void convert_kernel(const __grid_constant__ Lists a, const int32_t* f
       left[s * capacity + p] = old;
       layouts[s * capacity + p] = uint8_t(was);
       if (changes) {
-        taken = take(a.supplies.of[layout]);
+        taken = take(a.supplies.of[layout], s, p);
+        if (taken == old) left[s * capacity + p] = 0;  // anew where it lay
         a.page(s, p) = taken;
         a.layout_at(s, p) = uint8_t(layout);
       }
@@ -178,7 +186,7 @@ __global__ void convert_kernel(const __grid_constant__ Lists a, const int32_t* f
 }
 
 SupplyView supply_view(const PageSupply& supply) {
-  return {supply.free.as<uint64_t>(), supply.top.as<int32_t>(), supply.page_bytes};
+  return {supply.free.as<uint64_t>(), supply.top.as<int32_t>(), supply.page_bytes, supply.base.as<uint64_t>()};
 }
 
 Lists lists(const char* where, const Pages& pages) {

@@ -10,7 +10,12 @@ namespace {
 int64_t pages_for(int64_t entries) { return (entries + kPage - 1) / kPage; }
 int64_t& holders(char* page) { return *reinterpret_cast<int64_t*>(page - kPageHeader); }
 
-char* take(const PageSupply& supply) {
+char* take(const PageSupply& supply, int64_t s, int64_t p) {
+  if (supply.base) {
+    char* page = reinterpret_cast<char*>(supply.base.at<uint64_t>(s)) + p * (kPageHeader + supply.page_bytes) + kPageHeader;
+    holders(page) = 1;
+    return page;
+  }
   int32_t& top = supply.top.at<int32_t>(0);
   require(top > 0, "page supply", "no page lies free: the store promised more than it has");
   char* page = reinterpret_cast<char*>(supply.free.at<uint64_t>(--top));
@@ -19,7 +24,8 @@ char* take(const PageSupply& supply) {
 }
 
 void let_go(const PageSupply& supply, char* page) {
-  if (--holders(page) == 0) supply.free.at<uint64_t>(supply.top.at<int32_t>(0)++) = reinterpret_cast<uint64_t>(page);
+  if (--holders(page) == 0 && !supply.base)
+    supply.free.at<uint64_t>(supply.top.at<int32_t>(0)++) = reinterpret_cast<uint64_t>(page);
 }
 
 const PageSupply& supply_of(const Pages& pages, int64_t s, int64_t p) {
@@ -30,7 +36,7 @@ void own(const Pages& pages, int64_t s, int64_t p) {
   char* page = pages.page(s, p);
   if (holders(page) == 1) return;
   const PageSupply& supply = supply_of(pages, s, p);
-  char* copy = take(supply);
+  char* copy = take(supply, s, p);
   std::memcpy(copy, page, size_t(supply.page_bytes));
   let_go(supply, page);
   pages.table.at<uint64_t>(s, p) = reinterpret_cast<uint64_t>(copy);
@@ -65,7 +71,7 @@ void page_grow(Queue&, const Pages& pages, const Ragged& rows, Tensor first) {
             "the table is too narrow for " + std::to_string(end) + " entries");
     if (length % kPage != 0) own(pages, s, length / kPage);
     for (int64_t p = pages_for(length); p < pages_for(end); ++p) {
-      pages.table.at<uint64_t>(s, p) = reinterpret_cast<uint64_t>(take(pages.supply[0]));
+      pages.table.at<uint64_t>(s, p) = reinterpret_cast<uint64_t>(take(pages.supply[0], s, p));
       pages.layout.at<uint8_t>(s, p) = 0;
     }
     length = int32_t(end);
@@ -104,7 +110,7 @@ void page_convert(Queue& queue, const Pages& pages, Tensor first, Tensor last, i
       if (has == layout && !again) continue;
       // One page as a store of its own, so that page_move sees nothing else.
       uint64_t& old_page = pages.table.at<uint64_t>(s, p);
-      uint64_t new_page = reinterpret_cast<uint64_t>(take(pages.supply[size_t(layout)]));
+      uint64_t new_page = reinterpret_cast<uint64_t>(take(pages.supply[size_t(layout)], s, p));
       uint8_t new_layout = uint8_t(layout);
       int32_t count = int32_t(std::min<int64_t>(kPage, length - p * kPage)), index[kPage];
       for (int i = 0; i < count; ++i) index[i] = i;
@@ -115,7 +121,7 @@ void page_convert(Queue& queue, const Pages& pages, Tensor first, Tensor last, i
       to = from;
       to.table = Tensor(&new_page, Dtype::U64, {1, 1}), to.layout = Tensor(&new_layout, Dtype::U8, {1, 1});
       queue.run->page_move(queue, from, to, Tensor(index, Dtype::I32, {count}), from.length, count);
-      let_go(pages.supply[has], reinterpret_cast<char*>(old_page));
+      if (old_page != new_page) let_go(pages.supply[has], reinterpret_cast<char*>(old_page));
       old_page = new_page, has = new_layout;
     }
   }
