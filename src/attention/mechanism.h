@@ -64,11 +64,12 @@ struct Needs {
   Read::Positions positions = Read::Positions::True;
   int64_t reach = 0;  // tokens of a text that it reads at distances the model was trained for; 0: as many as the context has
   std::vector<Column> columns;
-  bool basis = false;      // basis() has something to say: goes with nobody who keeps keys plain
-  bool quantised = false;  // settle() moves pages to a second layout of these types
-  PageType quantised_k, quantised_v;
-  SlotOptions slots;                // its layers keep each segment's pages in a slot; goes with no second layout
-  std::vector<std::string> inputs;  // tensors that `heed apply --input` must give: "beta [h, n]"
+  bool basis = false;                 // basis() has something to say: goes with nobody who keeps keys plain
+  bool quantised = false;             // settle() moves pages to a second layout of these types
+  PageType quantised_k, quantised_v;  // a side whose type is a plain one stays as the store keeps it
+  bool paired = false;                // settle() makes two layers' pages one: layouts 1 and 2 (PageType::pair)
+  SlotOptions slots;                  // its layers keep each segment's pages in a slot; goes with no second layout
+  std::vector<std::string> inputs;    // tensors that `heed apply --input` must give: "beta [h, n]"
 };
 
 /// Coordinates that a layer is read in: queries and keys, behind their rotary embedding, and values are multiplied by
@@ -83,6 +84,10 @@ struct Basis {
 struct State {
   virtual ~State() = default;
   virtual std::unique_ptr<State> clone() const = 0;
+  /// Of keys and values of a layer that it holds in place of the store.
+  virtual int64_t bytes(int /*layer*/) const { return 0; }
+  /// Tokens at positions ≥ `position` of a sequence are forgotten.
+  virtual void truncate(int /*sequence*/, int64_t /*position*/) {}
 };
 
 /// One layer of one step, as a mechanism sees it. Views are valid until the layer ends.

@@ -176,8 +176,10 @@ int64_t LayerStore::bytes() {
   std::vector<uint8_t> layouts(converted_ ? size_t(segments_ * wide) : 0);
   if (converted_) queue.read_back(layout_, layouts.data());
   for (int64_t s = 0; s < segments_; ++s)
-    for (int64_t p = 0; p < pages_for(lengths[size_t(s)]); ++p)
-      bytes_ += view_.layouts[converted_ ? layouts[size_t(s * wide + p)] : 0].bytes;
+    for (int64_t p = 0; p < pages_for(lengths[size_t(s)]); ++p) {
+      const PageLayout& held = view_.layouts[converted_ ? layouts[size_t(s * wide + p)] : 0];
+      bytes_ += held.bytes / held.lists;
+    }
   return bytes_;
 }
 
@@ -290,6 +292,20 @@ void LayerStore::convert(Queue& queue, Tensor first, Tensor last, int layout, in
   loose_ = !visible(queue);
 }
 
+void LayerStore::pair(Queue& queue, LayerStore& below, Tensor first, Tensor last, int layout, const Ragged& k_apart,
+                      const Ragged& v_apart, float t, int64_t pages) {
+  if (pages <= 0) return;
+  require(group_ == below.group_, "LayerStore::pair", "layers of different shapes");
+  pool(layout).promise(queue, pages);
+  converted_ = below.converted_ = true;
+  changed_bounds(), below.changed_bounds();
+  queue.run->page_pair(queue, below.view_, view_, first, last, layout, k_apart, v_apart, t);
+  for (LayerStore* layer : {this, &below}) {
+    layer->changed(queue);
+    layer->loose_ = !visible(queue);
+  }
+}
+
 void LayerStore::truncate(Queue& queue, int sequence, int64_t position) {
   if (entries() == 0) return;
   Scratch scope(queue.scratch);
@@ -374,9 +390,7 @@ Store::Store(Queue& queue, Store& other)
 Store::~Store() {
   try {
     for (auto& layer : layers_) {
-      bool shared = false;
-      for (const auto& pool : groups_[size_t(layer->group_)].pools) shared |= pool.use_count() > 1;
-      if (!shared) continue;
+      if (groups_[size_t(layer->group_)].pools[0].use_count() == 1) continue;
       Scratch scope(queue_.scratch);
       const Tensor none = queue_.scratch.take(Dtype::I32, {layer->segments()});
       queue_.fill(none, 0);
@@ -392,7 +406,8 @@ int Store::add_layout(PageType k, PageType v) {
     require(group.layouts.size() < 4, "Store::add_layout", "a store has at most four ways of keeping pages");
     const bool transposed = queue_.run && queue_.run->v_transposed;
     group.layouts.push_back(page_layout(group.shape.d, group.shape.d_v, k, v, transposed, options_.bias, options_.columns));
-    group.pools.push_back(std::make_shared<PagePool>(*queue_.memory, group.layouts.back().bytes));
+    if (k.pair == 2) group.pools.push_back(std::shared_ptr<PagePool>(group.pools.back()));
+    else group.pools.push_back(std::make_shared<PagePool>(*queue_.memory, group.layouts.back().bytes));
   }
   for (auto& layer : layers_) layer->changed(queue_);
   return groups_.empty() ? 0 : int(groups_[0].layouts.size()) - 1;
@@ -405,8 +420,7 @@ void Store::truncate(Queue& queue, int sequence, int64_t position) {
 
 void Store::sync() {
   bool shared = false, loose = false;
-  for (const Group& group : groups_)
-    for (const auto& pool : group.pools) shared |= pool.use_count() > 1;
+  for (const Group& group : groups_) shared |= group.pools[0].use_count() > 1;
   for (auto& layer : layers_) {
     if (!shared) layer->shared_ = 0;
     loose |= layer->loose_ || layer->shared_ > 0;

@@ -99,6 +99,11 @@ class LayerStore {
   /// (Store::add_layout); at most `pages` are not yet.
   void convert(Queue&, Tensor first, Tensor last, int layout, int64_t pages, bool again = false);
 
+  /// Full pages first[s] … last[s] − 1 of every segment, of this layer and of one below it with the same entries, become
+  /// pages that both hold, in `layout` and `layout` + 1 (Kernels::page_pair); at most `pages` are not yet.
+  void pair(Queue&, LayerStore& below, Tensor first, Tensor last, int layout, const Ragged& k_apart,
+            const Ragged& v_apart, float t, int64_t pages);
+
   /// Forgets entries whose position is ≥ `position` in every segment of `sequence`.
   void truncate(Queue&, int sequence, int64_t position);
 
@@ -173,7 +178,8 @@ class Store {
   LayerStore& layer(int l) { return *layers_[size_t(l)]; }
   const LayerStore& layer(int l) const { return *layers_[size_t(l)]; }
   const StoreOptions& options() const { return options_; }
-  /// Another way of keeping pages (at most three besides the first): its number for LayerStore::convert.
+  /// Another way of keeping pages (at most three besides the first): its number for LayerStore::convert. What the second
+  /// of two layers sees of a page (PageType::pair) is added behind what the first sees, and lies in the same pool.
   int add_layout(PageType k, PageType v);
   /// In all layers. Waits.
   void truncate(Queue&, int sequence, int64_t position);

@@ -76,7 +76,9 @@ class Harness {
     if (basis_.k) turn(q_, q_offsets_, basis_.k, q_), turn(k_, k_offsets_, basis_.k, k_);
     if (basis_.v) turn(v_, k_offsets_, basis_.v, v_);
     store_ = std::make_unique<Store>(queue_, std::span(&shape, 1), options);
-    if (quantised) store_->add_layout(types.quantised_k, types.quantised_v);
+    if (quantised)
+      store_->add_layout(types.quantised_k.quantised() ? types.quantised_k : options.k,
+                         types.quantised_v.quantised() ? types.quantised_v : options.v);
   }
 
   ApplyOutput run() {

@@ -83,6 +83,7 @@ Entry lychee_decode();
 Entry magicpig();
 Entry merge_evict();
 Entry minference();
+Entry minicache();
 Entry moa();
 Entry moba();
 Entry mosa();
@@ -92,6 +93,8 @@ Entry nsa();
 Entry observed_attention();
 Entry omnikv();
 Entry ov_evict();
+Entry polar_rope();
+Entry polarquant();
 Entry power();
 Entry pqcache();
 Entry proxyattn();
@@ -145,6 +148,7 @@ Entry twilight();
 Entry vattention();
 Entry vggt_block_sparse();
 Entry xattention();
+Entry xkv();
 Entry zipvl();
 
 }  // namespace heed::mechanisms

@@ -86,6 +86,7 @@ std::span<const Entry> registry() {
       magicpig(),
       merge_evict(),
       minference(),
+      minicache(),
       moa(),
       moba(),
       mosa(),
@@ -95,6 +96,8 @@ std::span<const Entry> registry() {
       observed_attention(),
       omnikv(),
       ov_evict(),
+      polar_rope(),
+      polarquant(),
       power(),
       pqcache(),
       proxyattn(),
@@ -148,6 +151,7 @@ std::span<const Entry> registry() {
       vattention(),
       vggt_block_sparse(),
       xattention(),
+      xkv(),
       zipvl(),
   };
   return entries;

@@ -1,8 +1,10 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "kernels/check.h"
-#include "kernels/reference/reference.h"
+#include "kernels/reference/page.h"
 
 namespace heed::reference {
 namespace {
@@ -123,6 +125,81 @@ void page_convert(Queue& queue, const Pages& pages, Tensor first, Tensor last, i
       queue.run->page_move(queue, from, to, Tensor(index, Dtype::I32, {count}), from.length, count);
       if (old_page != new_page) let_go(pages.supply[has], reinterpret_cast<char*>(old_page));
       old_page = new_page, has = new_layout;
+    }
+  }
+}
+
+namespace {
+
+/// What one side of two layers' pages becomes in a page that both hold.
+void pair_side(const PageSide& one, const PageSide& two, const PageSide& to, int width, const float* apart, float t) {
+  int spare = 0;
+  std::vector<double> x(static_cast<size_t>(width)), y = x;
+  for (int e = 0; e < kPage; ++e) {
+    double xx = 0, yy = 0, xy = 0;
+    for (int c = 0; c < width; ++c) {
+      const double a = x[size_t(c)] = double(one.get(e, c)), b = y[size_t(c)] = double(two.get(e, c));
+      xx += a * a, yy += b * b, xy += a * b;
+    }
+    if (apart[e] != 0) {
+      to.spare(e) = uint8_t(++spare);
+      to.norm(0, e) = to.norm(1, e) = 1;
+      for (int c = 0; c < width; ++c)
+        to.put_row(e, c, float(x[size_t(c)])), to.put_row(kPage + spare - 1, c, float(y[size_t(c)]));
+      continue;
+    }
+    to.spare(e) = 0;
+    const double m = std::sqrt(xx), n = std::sqrt(yy),
+                 angle = m * n > 0 ? std::acos(std::clamp(xy / (m * n), -1.0, 1.0)) : 0;
+    double from_one = 1 - double(t), from_two = double(t);
+    if (m * n == 0) from_one = 1, from_two = 1;  // where one is 0, the other's
+    else if (std::sin(angle) >= 1e-7)
+      from_one = std::sin((1 - double(t)) * angle) / std::sin(angle),
+      from_two = std::sin(double(t) * angle) / std::sin(angle);
+    to.norm(0, e) = float(m), to.norm(1, e) = float(n);
+    for (int c = 0; c < width; ++c)
+      to.put_row(e, c, float((m > 0 ? from_one * x[size_t(c)] / m : 0) + (n > 0 ? from_two * y[size_t(c)] / n : 0)));
+  }
+}
+
+/// Biases and columns of a page's entries, as they are in another of the same layer.
+void keep_beside(const Page& from, const Page& to) {
+  for (int e = 0; e < kPage && to.has_bias(); ++e) to.bias(e) = from.has_bias() ? from.bias(e) : 0;
+  for (size_t i = 0; to.columns && i < to.columns->size(); ++i)
+    if (const Column& c = (*to.columns)[i]; c.keeps == Column::Keeps::User)
+      std::copy_n(from.column(int(i), 0), int64_t(kPage) * c.width, to.column(int(i), 0));
+  to.refresh(0, kPage, kPage);
+}
+
+}  // namespace
+
+void page_pair(Queue&, const Pages& one, const Pages& two, Tensor first, Tensor last, int layout, const Ragged& k_apart,
+               const Ragged& v_apart, float t) {
+  constexpr const char* where = "page_pair";
+  check_segments(where, one, first);
+  check_segments(where, one, last);
+  check_pair(where, one, two, layout);
+  for (int64_t s = 0; s < one.segments(); ++s) {
+    const int64_t full = std::min(one.length.at<int32_t>(s), two.length.at<int32_t>(s)) / kPage;
+    for (int64_t p = std::max(0, first.at<int32_t>(s)); p < std::min<int64_t>(last.at<int32_t>(s), full); ++p) {
+      if (one.layout.at<uint8_t>(s, p) != 0 || two.layout.at<uint8_t>(s, p) != 0) continue;
+      const float *k = k_apart.values.as<float>() + k_apart.begin(s) + p * kPage,
+                  *v = v_apart.values.as<float>() + v_apart.begin(s) + p * kPage;
+      const auto apart = [](const float* flags) { return kPage - std::count(flags, flags + kPage, 0.0f); };
+      if (std::max(apart(k), apart(v)) > PageType::kSpare) continue;
+      const Page old_one(one, s, p), old_two(two, s, p);
+      char* page = take(one.supply[size_t(layout)], s, p);
+      holders(page) = 2;
+      for (const auto& [pages, as] : {std::pair{&one, layout}, {&two, layout + 1}}) {
+        pages->table.at<uint64_t>(s, p) = reinterpret_cast<uint64_t>(page);
+        pages->layout.at<uint8_t>(s, p) = uint8_t(as);
+      }
+      const Page to_one(one, s, p), to_two(two, s, p);
+      pair_side(old_one.k(), old_two.k(), to_one.k(), old_one.layout.d, k, t);
+      pair_side(old_one.v(), old_two.v(), to_one.v(), old_one.layout.d_v, v, t);
+      for (int e = 0; e < kPage; ++e) to_one.position(e) = old_one.position(e);
+      keep_beside(old_one, to_one), keep_beside(old_two, to_two);
+      let_go(one.supply[0], old_one.data), let_go(two.supply[0], old_two.data);
     }
   }
 }
