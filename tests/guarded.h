@@ -33,7 +33,7 @@ class GuardedSpace {
     const std::lock_guard lock(mutex_);
     if (--running_ == 0) protect(0, used_, PROT_NONE);
   }
-  void* take(int64_t bytes) {
+  void* take(int64_t bytes, bool filled = true) {
     const std::lock_guard lock(mutex_);
     const int64_t size = std::max<int64_t>(1, (bytes + kUnit - 1) / kUnit) * kUnit;
     char* at;
@@ -47,7 +47,7 @@ class GuardedSpace {
     }
     sizes_[at] = size;
     protect(at - base_, size, PROT_READ | PROT_WRITE);
-    std::memset(at, 0xff, size_t(size));  // NaN, and numbers that no kernel takes for its own
+    if (filled) std::memset(at, 0xff, size_t(size));  // NaN, and numbers that no kernel takes for its own
     if (running_ == 0) protect(at - base_, size, PROT_NONE);
     return at;
   }
@@ -125,7 +125,7 @@ inline void check(const Read& r) { check(r.plan), check(r.rope), check(r.places)
 inline void check(const Read* const& r) {
   if (r) check(*r);
 }
-inline void check(const PageSupply& s) { check(s.free), check(s.top); }
+inline void check(const PageSupply& s) { check(s.free), check(s.top), check(s.base); }
 inline void check(const Pages& p) {
   check(p.table), check(p.layout), check(p.length);
   for (const PageSupply& s : p.supply) check(s);
@@ -231,6 +231,13 @@ inline const Memory& guarded_memory() {
     m.device = Device::Cuda;
     m.allocate = [](int64_t bytes) { return GuardedSpace::one().take(bytes); };
     m.release = [](void* p) noexcept { GuardedSpace::one().give(p); };
+    m.reserve = [](int64_t bytes) { return GuardedSpace::one().take(bytes, false); };
+    m.unreserve = [](void* p, int64_t) noexcept { GuardedSpace::one().give(p); };
+    m.commit = [](void* at, int64_t bytes) {
+      const GuardedRegion region;
+      std::memset(at, 0xff, size_t(bytes));
+    };
+    m.decommit = [](void* at, int64_t bytes) noexcept { madvise(at, size_t(bytes), MADV_DONTNEED); };
     m.upload = [](void*, const void* from, void* to, int64_t bytes) {
       const GuardedRegion region;
       if (bytes > 0) on_device(to), std::memcpy(to, from, size_t(bytes));
@@ -279,7 +286,7 @@ inline const Kernels& guarded_kernels() {
     HEED_GUARD(tile_blocks), HEED_GUARD(count_pairs), HEED_GUARD(recur), HEED_GUARD(recur_backward), HEED_GUARD(scan);
     HEED_GUARD(page_write), HEED_GUARD(page_read), HEED_GUARD(page_move), HEED_GUARD(column_read), HEED_GUARD(column_write);
     HEED_GUARD(page_supply), HEED_GUARD(page_grow), HEED_GUARD(page_own), HEED_GUARD(page_shrink),
-        HEED_GUARD(page_hold), HEED_GUARD(page_convert);
+        HEED_GUARD(page_hold), HEED_GUARD(page_convert), HEED_GUARD(page_pair);
     HEED_GUARD(page_score), HEED_GUARD(matmul), HEED_GUARD(embed), HEED_GUARD(rms_norm), HEED_GUARD(split_heads),
         HEED_GUARD(merge_heads);
     HEED_GUARD(combine), HEED_GUARD(spread), HEED_GUARD(matmul_each), HEED_GUARD(matmul_glu);

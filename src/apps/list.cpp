@@ -22,7 +22,7 @@ class List final : public Command {
   void declare(CLI::App& app) override {
     add_json(app, json_);
     app.add_option("--role", role_, "only mechanisms with this role: plan, keep, read, edit, state, drive, weights")
-        ->check(CLI::IsMember({"plan", "keep", "read", "edit", "state", "drive", "weights"}));
+        ->check(CLI::IsMember({"plan", "keep", "read", "edit", "state", "drive", "weights", "store"}));
     app.add_flag("--page", page_, "the whole catalogue as Markdown, as in docs/mechanisms.md");
     app.add_option("--results", results_, "with --page: files that `heed compare --json` wrote")->type_name("FILE");
     app.footer(
@@ -70,8 +70,8 @@ class List final : public Command {
 
 std::vector<std::string> role_names(uint8_t roles) {
   static constexpr std::pair<Role, const char*> names[] = {
-      {Role::Plan, "plan"},   {Role::Keep, "keep"},   {Role::Read, "read"},      {Role::Edit, "edit"},
-      {Role::State, "state"}, {Role::Drive, "drive"}, {Role::Weights, "weights"}};
+      {Role::Plan, "plan"},   {Role::Keep, "keep"},   {Role::Read, "read"},       {Role::Edit, "edit"},
+      {Role::State, "state"}, {Role::Drive, "drive"}, {Role::Weights, "weights"}, {Role::Store, "store"}};
   std::vector<std::string> out;
   for (const auto& [role, name] : names)
     if (has(roles, role)) out.push_back(name);

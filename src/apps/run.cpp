@@ -76,7 +76,7 @@ class Run final : public Command {
     Tensor logits = session.prefill(tokens);
     const double prefill = now() - begin;
     progress.clear();
-    const int64_t kv_bytes = session.store().bytes();
+    const int64_t kv_bytes = session.kv_bytes();
 
     std::vector<int32_t> generated;
     std::string text, stop = "length";

@@ -102,6 +102,7 @@ constexpr Claim kClaims[] = {
     {Role::Plan, "plan what a prompt reads in"},      {Role::Keep, "decide what is kept in"},
     {Role::Read, "decide what decoding reads in"},    {Role::State, "put a linear form in place of"},
     {Role::Drive, "feed the model their own way in"}, {Role::Weights, "rewrite the weights of"},
+    {Role::Store, "decide where pages lie in"},
 };
 
 /// Two keep policies of which one cuts prompts and the other while decoding.
@@ -196,13 +197,19 @@ Result<Composition> Composition::parse(const std::string& text, const ModelInfo&
                       p->entry->name + " keeps keys before rotation, and " + q->entry->name +
                           " changes the coordinates of rotated keys",
                       "use one of them");
-        if (plain->same_entries && has(q->roles, Role::Keep) && !bounds->quantised)
+        if (plain->same_entries && has(q->roles, Role::Keep) && !bounds->quantised && !bounds->paired)
           return fail(
               Code::Conflict, "attention",
               p->entry->name + " carries entry numbers from layer to layer, and " + q->entry->name + " drops entries",
               "use one of them");
+        if (plain->slots.group > 0 && (bounds->quantised || bounds->paired))
+          return fail(Code::Conflict, "attention",
+                      p->entry->name + " has pages of one kind lie end to end, and " + q->entry->name +
+                          " turns them into another kind",
+                      "use one of them");
       }
-      if (x.quantised && y.quantised && !(x.quantised_k == y.quantised_k && x.quantised_v == y.quantised_v))
+      if ((x.quantised || x.paired) && (y.quantised || y.paired) &&
+          (x.paired || y.paired || !(x.quantised_k == y.quantised_k && x.quantised_v == y.quantised_v)))
         return fail(Code::Conflict, "attention", names + " want different quantised pages in one store",
                     "give both the same bits and group");
     }

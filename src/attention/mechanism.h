@@ -25,7 +25,7 @@ enum class Phase : uint8_t {
   Replay,  // tokens fed by a drive that will be dropped again
 };
 
-enum class Role : uint8_t { Plan = 1, Keep = 2, Read = 4, Edit = 8, State = 16, Drive = 32, Weights = 64 };
+enum class Role : uint8_t { Plan = 1, Keep = 2, Read = 4, Edit = 8, State = 16, Drive = 32, Weights = 64, Store = 128 };
 constexpr uint8_t operator|(Role a, Role b) { return uint8_t(uint8_t(a) | uint8_t(b)); }
 constexpr uint8_t operator|(uint8_t a, Role b) { return uint8_t(a | uint8_t(b)); }
 constexpr bool has(uint8_t roles, Role role) { return (roles & uint8_t(role)) != 0; }
@@ -64,10 +64,12 @@ struct Needs {
   Read::Positions positions = Read::Positions::True;
   int64_t reach = 0;  // tokens of a text that it reads at distances the model was trained for; 0: as many as the context has
   std::vector<Column> columns;
-  bool basis = false;      // basis() has something to say: goes with nobody who keeps keys plain
-  bool quantised = false;  // settle() moves pages to a second layout of these types
-  PageType quantised_k, quantised_v;
-  std::vector<std::string> inputs;  // tensors that `heed apply --input` must give: "beta [h, n]"
+  bool basis = false;                 // basis() has something to say: goes with nobody who keeps keys plain
+  bool quantised = false;             // settle() moves pages to a second layout of these types
+  PageType quantised_k, quantised_v;  // a side whose type is a plain one stays as the store keeps it
+  bool paired = false;                // settle() makes two layers' pages one: layouts 1 and 2 (PageType::pair)
+  SlotOptions slots;                  // its layers keep each segment's pages in a slot; goes with no second layout
+  std::vector<std::string> inputs;    // tensors that `heed apply --input` must give: "beta [h, n]"
 };
 
 /// Coordinates that a layer is read in: queries and keys, behind their rotary embedding, and values are multiplied by
@@ -82,6 +84,10 @@ struct Basis {
 struct State {
   virtual ~State() = default;
   virtual std::unique_ptr<State> clone() const = 0;
+  /// Of keys and values of a layer that it holds in place of the store.
+  virtual int64_t bytes(int /*layer*/) const { return 0; }
+  /// Tokens at positions ≥ `position` of a sequence are forgotten.
+  virtual void truncate(int /*sequence*/, int64_t /*position*/) {}
 };
 
 /// One layer of one step, as a mechanism sees it. Views are valid until the layer ends.

@@ -156,11 +156,10 @@ Tensor inverse(Queue& queue, const Tensor& matrix, double ridge) {
   return out;
 }
 
-Tensor main_directions(Queue& queue, const Ragged& x, int64_t rank, int rounds) {
+MainRows main_rows(Queue& queue, const Ragged& x, int64_t rank, int rounds) {
   const int64_t d = x.values.size[1], all = x.segments();
-  const Tensor out = queue.scratch.take(Dtype::F32, {all, d, d}), flat = out.reshape({all * d, d});
+  const MainRows out{queue.scratch.take(Dtype::F32, {all * rank, d}), queue.scratch.take(Dtype::F32, {all * rank, d})};
   const Num unit = mod(place(), d) == channel();
-  if (rank >= d) return compute(queue, unit, flat), out;
   const Scratch scratch(queue.scratch);
   const Tensor sums = outer_sums(queue, x);
   const Ragged diagonal = numbers(queue, all, d, all, all * d);
@@ -191,11 +190,21 @@ Tensor main_directions(Queue& queue, const Ragged& x, int64_t rank, int rounds) 
     const Ragged next = transformed(queue, rows, squares.reshape({all, d, d}));
     queue.move(mixed(inverse(queue, products(rows, next)), next).values, rows.values);
   }
-  const Ragged dual = mixed(inverse(queue, products(rows, rows)), rows);
-  Ragged columns = diagonal;
+  queue.move(rows.values, out.rows);
+  queue.move(mixed(inverse(queue, products(rows, rows)), rows).values, out.dual);
+  return out;
+}
+
+Tensor main_directions(Queue& queue, const Ragged& x, int64_t rank, int rounds) {
+  const int64_t d = x.values.size[1], all = x.segments();
+  const Tensor out = queue.scratch.take(Dtype::F32, {all, d, d}), flat = out.reshape({all * d, d});
+  if (rank >= d) return compute(queue, mod(place(), d) == channel(), flat), out;
+  const Scratch scratch(queue.scratch);
+  const MainRows main = main_rows(queue, x, rank, rounds);
+  Ragged columns = numbers(queue, all, d, all, all * d);
   columns.values = compute(queue, Dtype::F32, {all * d, rank},
-                           load(rows.values, (floor_div(place(), d) * rank + channel()) * d + mod(place(), d)));
-  queue.move(transformed(queue, columns, dual.values.reshape({all, rank, d})).values, flat);
+                           load(main.rows, (floor_div(place(), d) * rank + channel()) * d + mod(place(), d)));
+  queue.move(transformed(queue, columns, main.dual.reshape({all, rank, d})).values, flat);
   return out;
 }
 

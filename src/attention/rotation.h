@@ -33,6 +33,12 @@ Tensor outer_sums(Queue&, const Ragged& x);
 /// (matrix + ridge · I)^-1 of symmetric matrices F32 [count, d, d] that become positive definite so: Gauss–Jordan in f64
 /// without pivoting, 2 d launches.
 Tensor inverse(Queue&, const Tensor& matrix, double ridge = 0);
+/// Rows that span the `rank` main directions of every segment's rows, F32 [segments · rank, d], and their dual: the
+/// projection is dual^T rows. rank < d; how near they come is said of main_directions.
+struct MainRows {
+  Tensor rows, dual;
+};
+MainRows main_rows(Queue&, const Ragged& x, int64_t rank, int rounds);
 /// The projection on the `rank` main directions of every segment's rows, eigenvectors of Σ x x^T to its largest
 /// eigenvalues: F32 [segments, d, d], symmetric. By orthogonal iteration from random rows: the error falls by
 /// λ_rank+1 / λ_rank a round (eigenvalues below 1e-5 of their sum count as that), about 2 rank launches each.

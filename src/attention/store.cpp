@@ -56,6 +56,67 @@ LayerStore::LayerStore(Store& store, const LayerStore& other, Tensor lengths)
   queue.move(other.table_, table_), queue.move(other.layout_, layout_);
   shared_ = page_bound();
   changed(queue);
+  open_slots(queue);
+}
+
+LayerStore::~LayerStore() {
+  if (ahead_.valid()) ahead_.wait();
+  for (int slot : slots_) slot_pool_->give(slot);
+}
+
+void LayerStore::open_slots(Queue& queue) {
+  slot_pool_ = store_->groups_[size_t(group_)].slots;
+  if (!slot_pool_) return;
+  std::vector<uint64_t> bases;
+  for (int64_t length : length_) {
+    slots_.push_back(slot_pool_->take(pages_for(length)));
+    bases.push_back(reinterpret_cast<uint64_t>(slot_pool_->base(slots_.back())));
+  }
+  bases_ = Buffer(Dtype::U64, {segments_}, *queue.memory);
+  queue.upload(Tensor(bases.data(), Dtype::U64, {segments_}), bases_);
+  changed_bounds();
+}
+
+void LayerStore::map_slots(int64_t more) {
+  if (ahead_.valid()) ahead_.get();
+  for (int64_t s = 0; s < segments_; ++s) slot_pool_->map(slots_[size_t(s)], pages_for(length_[size_t(s)] + more));
+  bytes_stale_ = true;
+}
+
+// Page groups of the next step are mapped in any case, those of later ones until there are two.
+void LayerStore::map_ahead() {
+  if (!slot_pool_ || store_->queue_.recording()) return;
+  if (ahead_.valid()) ahead_.get();
+  const int steps = store_->options_.slots.ahead;
+  bool enough = true;
+  for (int64_t s = 0; s < segments_; ++s)
+    enough &= slot_pool_->holds(slots_[size_t(s)], pages_for(length_[size_t(s)] + steps));
+  if (enough) return;
+  ahead_ = std::async(std::launch::async, [pool = slot_pool_, slots = slots_, length = length_, steps] {
+    int64_t mapped = 0;
+    try {
+      for (int step = 1; step <= steps && (step == 1 || mapped < 2); ++step)
+        for (size_t s = 0; s < slots.size() && (step == 1 || mapped < 2); ++s) {
+          const int64_t more = pool->map(slots[s], pages_for(length[s] + step));
+          if (step > 1) mapped += more;
+        }
+    } catch (const Error&) {  // the step that needs them says so
+    }
+  });
+}
+
+/// Gives back what a cut leaves unused.
+void LayerStore::trim_slots() {
+  if (ahead_.valid()) ahead_.get();
+  const int steps = store_->options_.slots.ahead;
+  for (size_t s = 0; s < slots_.size(); ++s) slot_pool_->trim(slots_[s], pages_for(length_[s] + steps));
+  bytes_stale_ = true;
+}
+
+/// Sees to it that a kernel finds `pages` more pages, or those that bounds allow.
+void LayerStore::promise(Queue& queue, int layout, int64_t pages) {
+  if (slot_pool_) return map_slots();
+  pool(layout).promise(queue, pages);
 }
 
 PagePool& LayerStore::pool(int layout) const { return *store_->groups_[size_t(group_)].pools[size_t(layout)]; }
@@ -78,6 +139,7 @@ void LayerStore::changed_bounds() {
   if (view_.layouts.size() != group.layouts.size()) view_.layouts = group.layouts;
   view_.supply.resize(group.pools.size());
   for (size_t l = 0; l < group.pools.size(); ++l) view_.supply[l] = group.pools[l]->supply();
+  if (slot_pool_) view_.supply[0].base = bases_;
   view_.length_bound = longest();
 }
 
@@ -88,6 +150,7 @@ void LayerStore::changed(Queue& queue) {
   }
   changed_bounds();
   offsets_stale_ = bytes_stale_ = true;
+  if (visible(queue)) map_ahead();
 }
 
 Tensor LayerStore::offsets(Queue& queue) {
@@ -102,14 +165,21 @@ int64_t LayerStore::bytes() {
   Queue& queue = store_->queue_;
   bytes_ = 0;
   bytes_stale_ = false;
+  if (slot_pool_) {
+    if (ahead_.valid()) ahead_.wait();
+    for (int slot : slots_) bytes_ += slot_pool_->mapped(slot);
+    return bytes_;
+  }
   std::vector<int32_t> lengths(static_cast<size_t>(segments_));
   queue.read_back(view_.length, lengths.data());
   const int64_t wide = table_->size[1];
   std::vector<uint8_t> layouts(converted_ ? size_t(segments_ * wide) : 0);
   if (converted_) queue.read_back(layout_, layouts.data());
   for (int64_t s = 0; s < segments_; ++s)
-    for (int64_t p = 0; p < pages_for(lengths[size_t(s)]); ++p)
-      bytes_ += view_.layouts[converted_ ? layouts[size_t(s * wide + p)] : 0].bytes;
+    for (int64_t p = 0; p < pages_for(lengths[size_t(s)]); ++p) {
+      const PageLayout& held = view_.layouts[converted_ ? layouts[size_t(s * wide + p)] : 0];
+      bytes_ += held.bytes / held.lists;
+    }
   return bytes_;
 }
 
@@ -140,7 +210,7 @@ void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor p
   }
   if (total == 0) return;
   if (together_ >= 0) together_ += total;
-  if (promised_ < 0) pool(0).promise(queue, page_bound() - before + (shared_ > 0 ? segments_ : 0));
+  if (promised_ < 0) promise(queue, 0, page_bound() - before + (shared_ > 0 ? segments_ : 0));
   promised_ = -1;
   widen(queue, pages_for(longest()));
   changed_bounds();
@@ -155,7 +225,7 @@ void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor p
 void LayerStore::own(Queue& queue, Tensor until) {
   if (shared_ == 0) return;
   const int64_t most = std::min(shared_, page_bound());
-  for (size_t l = 0; l < (converted_ ? view_.layouts.size() : 1); ++l) pool(int(l)).promise(queue, most);
+  for (size_t l = 0; l < (converted_ ? view_.layouts.size() : 1); ++l) promise(queue, int(l), most);
   changed_bounds();
   queue.run->page_own(queue, view_, until);
 }
@@ -206,18 +276,35 @@ void LayerStore::let_go(Queue& queue, Tensor lengths, std::span<const int64_t> m
   }
   changed(queue);
   const int64_t after = page_bound();
-  if (!converted_ && !queue.recording()) pool(0).returned(std::max<int64_t>(0, before - after - shared_));
+  if (!converted_ && !slot_pool_ && !queue.recording())
+    pool(0).returned(std::max<int64_t>(0, before - after - shared_));
   shared_ = std::min(shared_, after);
+  if (visible(queue)) trim_slots();
 }
 
 void LayerStore::convert(Queue& queue, Tensor first, Tensor last, int layout, int64_t pages, bool again) {
   if (pages <= 0) return;
-  pool(layout).promise(queue, pages);
+  require(!slot_pool_ || layout == 0, "LayerStore::convert", "pages in slots keep their layout");
+  promise(queue, layout, pages);
   converted_ |= layout != 0;
   changed_bounds();
   queue.run->page_convert(queue, view_, first, last, layout, again);
   changed(queue);
   loose_ = !visible(queue);
+}
+
+void LayerStore::pair(Queue& queue, LayerStore& below, Tensor first, Tensor last, int layout, const Ragged& k_apart,
+                      const Ragged& v_apart, float t, int64_t pages) {
+  if (pages <= 0) return;
+  require(group_ == below.group_, "LayerStore::pair", "layers of different shapes");
+  pool(layout).promise(queue, pages);
+  converted_ = below.converted_ = true;
+  changed_bounds(), below.changed_bounds();
+  queue.run->page_pair(queue, below.view_, view_, first, last, layout, k_apart, v_apart, t);
+  for (LayerStore* layer : {this, &below}) {
+    layer->changed(queue);
+    layer->loose_ = !visible(queue);
+  }
 }
 
 void LayerStore::truncate(Queue& queue, int sequence, int64_t position) {
@@ -277,6 +364,11 @@ Store::Store(Queue& queue, std::span<const StoreShape> layers, StoreOptions opti
     at += segments;
   }
   add_layout(options_.k, options_.v);
+  for (Group& group : groups_)
+    if (group.shape.slots)
+      group.slots = std::make_shared<SlotPool>(*queue.memory, options_.slots, pages_for(options_.slots.entries),
+                                               kPageHeader + group.layouts[0].bytes);
+  for (auto& layer : layers_) layer->open_slots(queue);
 }
 
 Store::Store(Queue& queue, Store& other)
@@ -290,15 +382,16 @@ Store::Store(Queue& queue, Store& other)
     if (layer->page_bound() == 0) continue;
     queue.run->page_hold(queue, layers_.back()->view_);
     layer->shared_ = layer->page_bound();
+    if (!layers_.back()->slot_pool_) continue;
+    layers_.back()->own(queue, layers_.back()->view_.length);
+    layers_.back()->shared_ = layer->shared_ = 0;
   }
 }
 
 Store::~Store() {
   try {
     for (auto& layer : layers_) {
-      bool shared = false;
-      for (const auto& pool : groups_[size_t(layer->group_)].pools) shared |= pool.use_count() > 1;
-      if (!shared) continue;
+      if (groups_[size_t(layer->group_)].pools[0].use_count() == 1) continue;
       Scratch scope(queue_.scratch);
       const Tensor none = queue_.scratch.take(Dtype::I32, {layer->segments()});
       queue_.fill(none, 0);
@@ -314,7 +407,8 @@ int Store::add_layout(PageType k, PageType v) {
     require(group.layouts.size() < 4, "Store::add_layout", "a store has at most four ways of keeping pages");
     const bool transposed = queue_.run && queue_.run->v_transposed;
     group.layouts.push_back(page_layout(group.shape.d, group.shape.d_v, k, v, transposed, options_.bias, options_.columns));
-    group.pools.push_back(std::make_shared<PagePool>(*queue_.memory, group.layouts.back().bytes));
+    if (k.pair == 2) group.pools.push_back(std::shared_ptr<PagePool>(group.pools.back()));
+    else group.pools.push_back(std::make_shared<PagePool>(*queue_.memory, group.layouts.back().bytes));
   }
   for (auto& layer : layers_) layer->changed(queue_);
   return groups_.empty() ? 0 : int(groups_[0].layouts.size()) - 1;
@@ -327,13 +421,17 @@ void Store::truncate(Queue& queue, int sequence, int64_t position) {
 
 void Store::sync() {
   bool shared = false, loose = false;
-  for (const Group& group : groups_)
-    for (const auto& pool : group.pools) shared |= pool.use_count() > 1;
+  for (const Group& group : groups_) shared |= group.pools[0].use_count() > 1;
   for (auto& layer : layers_) {
     if (!shared) layer->shared_ = 0;
     loose |= layer->loose_ || layer->shared_ > 0;
   }
-  if (!loose || visible(queue_)) return;
+  if (visible(queue_)) return;
+  if (loose) read_bounds();
+  for (auto& layer : layers_) layer->map_ahead();
+}
+
+void Store::read_bounds() {
   std::vector<int32_t> lengths(static_cast<size_t>(lengths_->numel()));
   queue_.read_back(lengths_, lengths.data());
   auto at = lengths.begin();
@@ -342,6 +440,7 @@ void Store::sync() {
     at += layer->segments();
     layer->together_ = -1, layer->loose_ = false;
     layer->view_.length_bound = layer->longest();
+    layer->trim_slots();
   }
   for (const Group& group : groups_)
     for (const auto& pool : group.pools) {
@@ -366,7 +465,8 @@ bool Store::prepare() {
       more += pages_for(after) - pages_for(after - 1);
       covered = covered && after <= layer->ceiling_[s];
     }
-    if (layer->promised_ < 0) layer->pool(0).promise(queue_, more);
+    if (layer->promised_ < 0 && !layer->slot_pool_) layer->pool(0).promise(queue_, more);
+    if (layer->slot_pool_) layer->map_slots(1);
     layer->promised_ = std::max(layer->promised_, more);
     holds &= covered;
   }
@@ -382,7 +482,7 @@ bool Store::prepare() {
 
 void Store::withdraw() {
   for (auto& layer : layers_) {
-    layer->pool(0).returned(std::max<int64_t>(0, layer->promised_));
+    if (!layer->slot_pool_) layer->pool(0).returned(std::max<int64_t>(0, layer->promised_));
     layer->promised_ = -1;
   }
 }
@@ -421,12 +521,14 @@ void Store::replayed(bool evicts) {
     layer->loose_ |= evicts, layer->promised_ = -1;
     layer->changed_bounds();
     layer->offsets_stale_ = layer->bytes_stale_ = true;
+    layer->map_ahead();
   }
 }
 
 int64_t Store::bytes() {
   int64_t total = 0;
   for (auto& layer : layers_) total += layer->bytes();
+  for (const Group& group : groups_) total += group.slots ? group.slots->idle() : 0;
   return total;
 }
 

@@ -8,12 +8,14 @@
 // launches and decide when more pages are needed; sync() makes them exact. On a CPU they always are.
 #pragma once
 #include <cstdint>
+#include <future>
 #include <memory>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "attention/slots.h"
 #include "base/queue.h"
 #include "kernels/kernels.h"
 
@@ -23,6 +25,7 @@ namespace heed {
 struct StoreShape {
   int kv_heads = 1;
   int d = 0, d_v = 0;
+  bool slots = false;  // every segment's pages lie end to end (StoreOptions::slots)
   bool operator==(const StoreShape&) const = default;
 };
 
@@ -31,6 +34,7 @@ struct StoreOptions {
   bool plain_keys = false;  // keys before rotary embedding, rotated where they are read
   bool bias = false;        // a logit bias for each entry (synthetic entries)
   std::vector<Column> columns;
+  SlotOptions slots;
 };
 
 /// Pages of equal size in blocks of memory, and the stack of those that lie free. Blocks grow as the host's bounds ask for
@@ -62,6 +66,7 @@ class LayerStore {
  public:
   LayerStore(const LayerStore&) = delete;
   LayerStore& operator=(const LayerStore&) = delete;
+  ~LayerStore();
 
   int64_t segments() const { return segments_; }
   const StoreShape& shape() const { return shape_; }
@@ -70,7 +75,8 @@ class LayerStore {
   int64_t longest() const;
   /// Σ lengths, likewise.
   int64_t entries() const;
-  /// Bytes of the pages this layer holds; a page shared by forks counts in each of them. Waits, unless nothing changed.
+  /// Bytes of the pages this layer holds; a page shared by forks counts in each of them. In slots, of the memory that is
+  /// mapped. Waits, unless nothing changed.
   int64_t bytes();
 
   /// What kernels read; valid until the layer next changes.
@@ -93,6 +99,11 @@ class LayerStore {
   /// (Store::add_layout); at most `pages` are not yet.
   void convert(Queue&, Tensor first, Tensor last, int layout, int64_t pages, bool again = false);
 
+  /// Full pages first[s] … last[s] − 1 of every segment, of this layer and of one below it with the same entries, become
+  /// pages that both hold, in `layout` and `layout` + 1 (Kernels::page_pair); at most `pages` are not yet.
+  void pair(Queue&, LayerStore& below, Tensor first, Tensor last, int layout, const Ragged& k_apart,
+            const Ragged& v_apart, float t, int64_t pages);
+
   /// Forgets entries whose position is ≥ `position` in every segment of `sequence`.
   void truncate(Queue&, int sequence, int64_t position);
 
@@ -112,6 +123,11 @@ class LayerStore {
   LayerStore(Store& store, const LayerStore& other, Tensor lengths);  // shares the pages
   PagePool& pool(int layout) const;
   int64_t page_bound() const;  // pages in all lists
+  void promise(Queue&, int layout, int64_t pages);
+  void open_slots(Queue&);
+  void map_slots(int64_t more = 0);  // memory for what bounds allow, and so many more entries
+  void map_ahead();                  // for the steps to come, beside the computation
+  void trim_slots();
   void widen(Queue&, int64_t pages);
   void own(Queue&, Tensor until);  // pages of entries before until[s] are no fork's
   void let_go(Queue&, Tensor lengths, std::span<const int64_t> most, int64_t together);
@@ -134,7 +150,11 @@ class LayerStore {
     int64_t promised = -1, together = -1;
     bool loose = false;
   } true_;
-  bool converted_ = false;  // some pages have another layout than the first
+  bool converted_ = false;               // some pages have another layout than the first
+  std::shared_ptr<SlotPool> slot_pool_;  // null: pages lie wherever one is free
+  std::vector<int> slots_;
+  Buffer bases_;
+  std::future<void> ahead_;  // of what is mapped beside the computation
   Buffer table_, layout_;
   Pages view_;
   Buffer offsets_;
@@ -158,7 +178,8 @@ class Store {
   LayerStore& layer(int l) { return *layers_[size_t(l)]; }
   const LayerStore& layer(int l) const { return *layers_[size_t(l)]; }
   const StoreOptions& options() const { return options_; }
-  /// Another way of keeping pages (at most three besides the first): its number for LayerStore::convert.
+  /// Another way of keeping pages (at most three besides the first): its number for LayerStore::convert. What the second
+  /// of two layers sees of a page (PageType::pair) is added behind what the first sees, and lies in the same pool.
   int add_layout(PageType k, PageType v);
   /// In all layers. Waits.
   void truncate(Queue&, int sequence, int64_t position);
@@ -183,10 +204,12 @@ class Store {
 
  private:
   friend class LayerStore;
+  void read_bounds();
   struct Group {  // layers of one shape share layouts and pools
     StoreShape shape;
     std::vector<PageLayout> layouts;
     std::vector<std::shared_ptr<PagePool>> pools;
+    std::shared_ptr<SlotPool> slots;
   };
   Queue& queue_;
   StoreOptions options_;

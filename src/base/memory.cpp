@@ -1,5 +1,8 @@
 #include "base/memory.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -20,6 +23,26 @@ void copy_bytes(void*, const void* from, void* to, int64_t bytes) {
   if (bytes > 0) std::memcpy(to, from, size_t(bytes));
 }
 
+constexpr int kHidden = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+
+void* reserve(int64_t bytes) {
+  void* at = mmap(nullptr, size_t(bytes), PROT_NONE, kHidden, -1, 0);
+  if (at == MAP_FAILED)
+    throw Error(Code::Memory, "memory", std::to_string(bytes) + " bytes of address space asked for, not available");
+  return at;
+}
+
+void commit(void* at, int64_t bytes) {
+  if (mprotect(at, size_t(bytes), PROT_READ | PROT_WRITE) != 0)
+    throw Error(Code::Memory, "memory", std::to_string(bytes) + " bytes asked for, not available");
+#ifdef MADV_POPULATE_WRITE  // at once rather than at the first touch; older kernels do the latter
+  madvise(at, size_t(bytes), MADV_POPULATE_WRITE);
+#endif
+}
+
+/// A fresh mapping over the old one gives back its memory and what the system counted for it.
+void decommit(void* at, int64_t bytes) noexcept { mmap(at, size_t(bytes), PROT_NONE, kHidden | MAP_FIXED, -1, 0); }
+
 }  // namespace
 
 const Memory& cpu_memory() {
@@ -35,6 +58,9 @@ const Memory& cpu_memory() {
       if (bytes > 0) std::memset(to, byte, size_t(bytes));
     };
     m.finish = [](void*) {};
+    m.grain = sysconf(_SC_PAGESIZE);
+    m.reserve = reserve, m.commit = commit, m.decommit = decommit;
+    m.unreserve = [](void* at, int64_t bytes) noexcept { munmap(at, size_t(bytes)); };
     return m;
   }();
   return memory;

@@ -31,6 +31,14 @@ struct Memory {
   void* (*end_recording)(void* stream) = nullptr;
   void (*replay)(void* stream, void* recording) = nullptr;
   void (*drop_recording)(void* recording) noexcept = nullptr;
+  /// Address space, and memory behind parts of it that comes and goes without moving anything. Addresses and sizes are
+  /// multiples of `grain`; 0, and no functions, where a device cannot. commit: memory behind a part that has none; not
+  /// initialised. decommit: takes it away; nothing that was put on a stream may need it any more.
+  int64_t grain = 0;
+  void* (*reserve)(int64_t bytes) = nullptr;
+  void (*unreserve)(void* at, int64_t bytes) noexcept = nullptr;
+  void (*commit)(void* at, int64_t bytes) = nullptr;
+  void (*decommit)(void* at, int64_t bytes) noexcept = nullptr;
 };
 
 const Memory& cpu_memory();

@@ -86,6 +86,15 @@ int check_column(const char* where, const Pages& pages, int column, const Ragged
   return width;
 }
 
+void check_pair(const char* where, const Pages& one, const Pages& two, int layout) {
+  require(one.segments() == two.segments() && one.layouts.size() == two.layouts.size() && layout > 0 &&
+              size_t(layout) + 1 < one.layouts.size() && one.layouts[size_t(layout)].k.pair == 1 &&
+              two.layouts[size_t(layout) + 1].k.pair == 2,
+          where, "two layers of one shape, with a layout for the first and one for the second");
+  require(!one.layouts[0].k.quantised() && !one.layouts[0].v.quantised() && !one.layouts[0].k.pair, where,
+          "pages of layout 0 keep plain numbers");
+}
+
 void check_combine(const char* where, const Tensor& x, const Tensor& y, const Tensor& out) {
   require(x.type == Dtype::F32 && (x.rank == 1 || x.rank == 2), where, "x is F32 [rows] or [rows, width], got " + x.shape());
   const bool wide = x.rank == 2;

@@ -25,4 +25,7 @@ void check_spread(const char* where, const Ragged& x, const Spread& how, const T
 /// Numbers that q, k and v may be made of.
 inline bool is_float(Dtype type) { return type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16; }
 
+/// Two layers of one shape whose layouts `layout` and the next are pages that both hold.
+void check_pair(const char* where, const Pages& one, const Pages& two, int layout);
+
 }  // namespace heed

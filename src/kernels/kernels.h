@@ -356,6 +356,13 @@ struct Kernels {
   /// Pages first[s] … last[s] − 1 (I32 [segments]; no further than entries reach) are moved to new pages of `layout`, block
   /// columns made anew; those that have it already stay unless `again`.
   void (*page_convert)(Queue&, const Pages&, Tensor first, Tensor last, int layout, bool again);
+  /// Full pages first[s] … last[s] − 1 (I32 [segments]) of two layers with the same segments and positions, of layout 0 in
+  /// both, become pages that both lists hold, of layouts `layout` and `layout` + 1 (PageType::pair, 1 and 2). A row is the
+  /// direction between the two (spherical: `t` of the way from the first to the second; linear where the sine of their angle is
+  /// less than 1e-7), its norms are theirs. Entries whose number in k_apart or v_apart (F32, laid out as page_read's rows) is
+  /// not 0 stay as they are on that side; pages with more of those than kSpare on either side stay too.
+  void (*page_pair)(Queue&, const Pages& one, const Pages& two, Tensor first, Tensor last, int layout,
+                    const Ragged& k_apart, const Ragged& v_apart, float t);
   /// Upper bound of q·k over each block from KeyMin and KeyMax columns (Quest: Σ_c max(q_c lo_c, q_c hi_c)), or q·mean
   /// when low == high (a KeyMean column). Not scaled. q has one row a segment, or none (whose
   /// scores stay as they were); scores: Ragged, heads = h,

@@ -12,8 +12,15 @@ int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 void check_side(const PageType& type, int width, const char* side) {
   require(width > 0, "page_layout", std::string(side) + " have no width");
   if (!type.quantised()) return;
+  require(!type.pair, "page_layout", std::string(side) + ": what two layers hold is not quantised");
+  require(type.codes != PageType::Codes::Polar || (type.axis == PageType::Axis::Channel && width % 2 == 0 &&
+                                                   type.turned >= 0 && type.turned <= width && type.turned % 2 == 0),
+          "page_layout", std::string(side) + ": pairs of channels have groups of entries and an even width");
   require(type.group > 0, "page_layout", std::string(side) + ": a group needs at least one number");
-  require(type.codes == PageType::Codes::Range || type.axis == PageType::Axis::Token, "page_layout",
+  const bool sphere = type.codes == PageType::Codes::Sphere;
+  require(sphere == (type.kind == PageType::Kind::Q3) && (!sphere || (type.group == 16 && width % 16 == 0)),
+          "page_layout", std::string(side) + ": 3 bits are those of blocks of 16 channels that make the width");
+  require(type.zeros() || type.axis == PageType::Axis::Token, "page_layout",
           std::string(side) + ": groups of entries have asymmetric codes");
   require(type.codes != PageType::Codes::Table || type.bits() <= 4, "page_layout",
           std::string(side) + ": a table of points has at most 4 bits");
@@ -33,6 +40,7 @@ int PageType::bits() const {
     case Kind::Q8: return 8;
     case Kind::Q4: return 4;
     case Kind::Q2: return 2;
+    case Kind::Q3: return 3;
   }
   return 0;
 }
@@ -43,6 +51,7 @@ int64_t PageType::groups(int width) const {
 }
 
 int64_t PageType::bytes(int width) const {
+  if (pair) return round_up(norms_at(width) + 2 * kPage * int64_t(sizeof(float)) + kPage);
   return round_up(int64_t(kPage) * width * bits() / 8 + (zeros() ? 2 : 1) * groups(width) * int64_t(sizeof(f16)));
 }
 
@@ -61,14 +70,21 @@ PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed
   out.k_at = place(k.bytes(d));
   out.v_at = place(v.bytes(d_v));
   out.position_at = place(kPage * int64_t(sizeof(int32_t)));
-  if (bias) out.bias_at = place(kPage * int64_t(sizeof(float)));
-  for (const Column& column : columns) {
-    require(column.block > 0 && kPage % column.block == 0, "page_layout",
-            "column '" + column.name + "': blocks of " + std::to_string(column.block) + " do not divide a page of 64");
-    const bool user = column.keeps == Column::Keeps::User;
-    require(!user || (column.width > 0 && column.block == 1), "page_layout",
-            "column '" + column.name + "': one written by a mechanism has a width and blocks of 1");
-    out.column_at.push_back(place(int64_t(kPage / column.block) * (user ? column.width : d) * int64_t(sizeof(float))));
+  require(k.pair == v.pair, "page_layout", "two layers hold keys and values of a page, or neither");
+  out.lists = k.pair ? 2 : 1;
+  for (int list = 1; list <= out.lists; ++list) {  // what lies beside entries is each layer's own
+    const bool own = !k.pair || list == k.pair;
+    const int64_t bias_at = bias ? place(kPage * int64_t(sizeof(float))) : -1;
+    if (own) out.bias_at = bias_at;
+    for (const Column& column : columns) {
+      require(column.block > 0 && kPage % column.block == 0, "page_layout",
+              "column '" + column.name + "': blocks of " + std::to_string(column.block) + " do not divide a page of 64");
+      const bool user = column.keeps == Column::Keeps::User;
+      require(!user || (column.width > 0 && column.block == 1), "page_layout",
+              "column '" + column.name + "': one written by a mechanism has a width and blocks of 1");
+      const int64_t column_at = place(int64_t(kPage / column.block) * (user ? column.width : d) * int64_t(sizeof(float)));
+      if (own) out.column_at.push_back(column_at);
+    }
   }
   out.bytes = at;
   return out;

@@ -12,7 +12,7 @@ inline constexpr int kPage = 64;  // entries of a page
 
 /// How one side (K or V) of a page is kept.
 struct PageType {
-  enum class Kind : uint8_t { F32, BF16, F16, Q8, Q4, Q2 } kind = Kind::BF16;
+  enum class Kind : uint8_t { F32, BF16, F16, Q8, Q4, Q2, Q3 } kind = Kind::BF16;
   /// Quantised kinds keep codes and, for each group, a scale (and a zero): `group` consecutive channels of one entry
   /// (Token; the last group may be shorter) or `group` consecutive entries of one channel (Channel, as KIVI keeps keys;
   /// group divides 64; only entries that are there count; Codes::Range only).
@@ -26,17 +26,36 @@ struct PageType {
              // fewer: scale = e / −half, e the first of the largest |x| (llama.cpp's q8_0 and q4_0)
     Table,  // no zeros; point = points[code], the nearest to x / scale, of equals the lower; scale = √(mean x²); at most
             // 4 bits
+    Polar,  // groups of entries; point = code + 1/2. Channels make pairs: in the place of the first lies the pair's angle in
+            // [0, 2π), in that of the second its length; code = ⌊(x − zero) / scale⌋, scale = (max − min) / 2^bits
+    Sphere,  // 3 bits, groups of 16 channels of one entry, no zeros. The 48 bits are a word (the first code lowest) of angles of
+    // neighbours: eight of 4 bits in [0, 2π), the middles of equal parts; then four, two and one of 2 bits in [0, π/2],
+    // among neighbours' lengths, the nearest of points[4 (level − 2) …]; 2 bits unused. scale: the length left at last
   } codes = Codes::Range;
-  std::array<float, 16> points = {};  // Table: 2^bits of them, ascending
+  std::array<float, 16> points = {};  // Table: 2^bits of them, ascending; Sphere: 4 for each of three levels
+  int turned = 0;  // Polar: of the first so many channels c and c + turned / 2 are a pair, of those behind them every two
+  /// Of plain kinds: pages that two layers hold, as the first (1) or the second (2) of them sees it. 64 rows are directions,
+  /// which each layer multiplies by norms of its own (value = row · norm); of kSpare entries the second layer has rows of
+  /// its own. Rows; then F32 [2][64] norms; then U8 [64]: 0, or which of the spare rows (from 1) is the second layer's.
+  uint8_t pair = 0;
+  static constexpr int kSpare = 4;
 
   bool quantised() const { return kind >= Kind::Q8; }
-  bool zeros() const { return codes == Codes::Range; }
+  bool zeros() const { return codes == Codes::Range || codes == Codes::Polar; }
   int bits() const;
   float point(uint32_t code) const {
     return codes == Codes::Range    ? float(code)
            : codes == Codes::Signed ? float(int(code) - (1 << (bits() - 1)))
+           : codes == Codes::Polar  ? float(code) + 0.5f
                                     : points[code & 15];
   }
+  /// Polar: the other channel of c's pair, and whether c is the first.
+  bool first(int c) const { return c < turned ? c < turned / 2 : (c - turned) % 2 == 0; }
+  int mate(int c) const {
+    const int away = c < turned ? turned / 2 : 1;
+    return first(c) ? c + away : c - away;
+  }
+  int64_t norms_at(int width) const { return int64_t(kPage + kSpare) * width * bits() / 8; }
   /// Scales (and zeros) of 64 entries of `width` numbers; 0 unless quantised.
   int64_t groups(int width) const;
   /// Bytes of 64 entries of `width` numbers, padded to 64: codes in the side's order, the first in the low bits of a byte;
@@ -75,6 +94,7 @@ struct PageLayout {
   int64_t bias_at = -1;            // F32 [64]: logit bias of synthetic entries; −1: none
   std::vector<int64_t> column_at;  // F32 [64 / block][width or d], in the order of the store's columns
   int64_t bytes = 0;
+  int lists = 1;  // that hold such a page: of so many layers
 };
 
 /// Lays out a page of d-wide keys and d_v-wide values with these columns. Throws Error(Invalid) for widths, groups or
@@ -88,6 +108,9 @@ struct PageSupply {
   Tensor free;  // U64 [capacity]: addresses, the first top of them free
   Tensor top;   // I32 [1]
   int64_t page_bytes = 0;
+  /// U64 [segments]; where it is given, page p of a segment is the one at base[segment] + kPageHeader + p · (kPageHeader +
+  /// page_bytes), and the stack is not looked at: who let go of it may be given it again.
+  Tensor base;
 };
 inline constexpr int64_t kPageHeader = 64;
 

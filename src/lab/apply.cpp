@@ -57,6 +57,7 @@ class Harness {
 
     StoreOptions options;  // keys come as they are read: without a rotation of its own the store keeps none plain
     options.k = options.v = page_type(type);
+    StoreShape shape{int(g_), model_.d, model_.d_v};
     bool quantised = false;
     Needs types;
     for (const Composition::Part& p : composition_.parts()) {
@@ -67,15 +68,17 @@ class Harness {
       options.bias |= needs.bias;
       if (needs.positions != Read::Positions::True) positions_ = needs.positions;
       options.columns.insert(options.columns.end(), needs.columns.begin(), needs.columns.end());
+      if (needs.slots.group > 0) options.slots = needs.slots, shape.slots = true;
       if (needs.quantised) quantised = true, types = needs;
       states_.push_back(p.mechanism->open(model_));
       if (needs.basis) basis_ = heed::placed(queue_, p.mechanism->basis(model_));
     }
     if (basis_.k) turn(q_, q_offsets_, basis_.k, q_), turn(k_, k_offsets_, basis_.k, k_);
     if (basis_.v) turn(v_, k_offsets_, basis_.v, v_);
-    const StoreShape shape{int(g_), model_.d, model_.d_v};
     store_ = std::make_unique<Store>(queue_, std::span(&shape, 1), options);
-    if (quantised) store_->add_layout(types.quantised_k, types.quantised_v);
+    if (quantised)
+      store_->add_layout(types.quantised_k.quantised() ? types.quantised_k : options.k,
+                         types.quantised_v.quantised() ? types.quantised_v : options.v);
   }
 
   ApplyOutput run() {

@@ -69,7 +69,7 @@ class Bench {
     row.density_read = base_.reads > 0 ? reads / base_.reads : 1;
     row.mass_prefill = probe.prefill_mass();
     row.mass_decode = probe.decode_mass();
-    row.peak_bytes = std::max({probe.peak_bytes(), row.kv_bytes, session.store().bytes()});
+    row.peak_bytes = std::max({probe.peak_bytes(), row.kv_bytes, session.kv_bytes()});
     row.plans = probe.plans(), row.reads = probe.reads();
     row.nll.assign(losses.begin(), losses.end());
     row.kld.assign(kld.begin(), kld.end());
@@ -108,7 +108,7 @@ class Bench {
     timing.prefill = now() - begin - (probed() - watched);
     const Times behind_prefill = session.times();
     row.prefill_times = behind_prefill;
-    row.kv_bytes = session.store().bytes();
+    row.kv_bytes = session.kv_bytes();
     held_ = double(session.store().entries());
     if (probe && options_.details) describe(session, row);
     visit(0, logits.select(0, 0).span<const float>());

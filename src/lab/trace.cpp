@@ -28,8 +28,7 @@ Arrays trace(std::shared_ptr<const Model> model, const SessionOptions& options, 
   std::vector<int32_t> kept;
   offsets->at<int64_t>(0) = 0;
   for (int l = 0; l < m.layers; ++l) {
-    LayerStore& layer = session.store().layer(l);
-    bytes->at<int64_t>(l) = layer.bytes();
+    bytes->at<int64_t>(l) = session.kv_bytes(l);
     for (int64_t head = 0; head < m.g; ++head) {
       const std::vector<int32_t> positions = session.origins(l, head);
       kept.insert(kept.end(), positions.begin(), positions.end());

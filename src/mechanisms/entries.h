@@ -87,6 +87,7 @@ Entry lychee_decode();
 Entry magicpig();
 Entry merge_evict();
 Entry minference();
+Entry minicache();
 Entry moa();
 Entry moba();
 Entry mosa();
@@ -96,6 +97,8 @@ Entry nsa();
 Entry observed_attention();
 Entry omnikv();
 Entry ov_evict();
+Entry polar_rope();
+Entry polarquant();
 Entry power();
 Entry pqcache();
 Entry proxyattn();
@@ -148,8 +151,10 @@ Entry triforce();
 Entry trimmed_llama();
 Entry turboquant();
 Entry twilight();
+Entry vattention();
 Entry vggt_block_sparse();
 Entry xattention();
+Entry xkv();
 Entry zipvl();
 
 }  // namespace heed::mechanisms

@@ -90,6 +90,7 @@ std::span<const Entry> registry() {
       magicpig(),
       merge_evict(),
       minference(),
+      minicache(),
       moa(),
       moba(),
       mosa(),
@@ -99,6 +100,8 @@ std::span<const Entry> registry() {
       observed_attention(),
       omnikv(),
       ov_evict(),
+      polar_rope(),
+      polarquant(),
       power(),
       pqcache(),
       proxyattn(),
@@ -151,8 +154,10 @@ std::span<const Entry> registry() {
       trimmed_llama(),
       turboquant(),
       twilight(),
+      vattention(),
       vggt_block_sparse(),
       xattention(),
+      xkv(),
       zipvl(),
   };
   return entries;

@@ -59,7 +59,6 @@ struct Session::Impl {
   std::unique_ptr<Store> store;
   std::vector<std::unique_ptr<State>> states;       // one for each part
   std::vector<std::shared_ptr<const Basis>> bases;  // for each layer; null, or none at all: coordinates as they come
-  int quantised_layout = 0;
   Read::Positions positions = Read::Positions::True;
   int64_t reach = 0;  // the most tokens of a sequence; 0: any number
   std::vector<std::vector<int32_t>> tokens;
@@ -181,8 +180,8 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
   composition = std::make_shared<Composition>(value_or_throw(Composition::parse(o.attention, m, registry())));
   StoreOptions store_options;
   store_options.k = o.k, store_options.v = o.v;
-  PageType quantised_k, quantised_v;
-  bool quantised = false;
+  std::vector<StoreShape> shapes(size_t(m.layers), StoreShape{m.g, m.d, m.d_v});
+  std::vector<std::pair<PageType, PageType>> later;  // layouts besides the first
   for (const Composition::Part& p : composition->parts()) {
     if (p.entry->kind != "mechanism")
       throw Error(Code::Unsupported, "--attention",
@@ -202,7 +201,17 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
       if (std::none_of(store_options.columns.begin(), store_options.columns.end(),
                        [&](const Column& c) { return c.name == column.name; }))
         store_options.columns.push_back(column);
-    if (needs.quantised) quantised = true, quantised_k = needs.quantised_k, quantised_v = needs.quantised_v;
+    if (needs.slots.group > 0) {
+      store_options.slots = needs.slots;
+      for (int l = 0; l < m.layers; ++l) shapes[size_t(l)].slots |= p.mechanism->layers.holds(l, m.layers);
+    }
+    if (needs.quantised)
+      later.assign(1, {needs.quantised_k.quantised() ? needs.quantised_k : o.k,
+                       needs.quantised_v.quantised() ? needs.quantised_v : o.v});
+    for (uint8_t of = 1; needs.paired && of <= 2; ++of) {
+      later.emplace_back(o.k, o.v);
+      later.back().first.pair = later.back().second.pair = of;
+    }
     states.push_back(p.mechanism->open(m));
     if (!needs.basis) continue;
     const auto basis = std::make_shared<const Basis>(placed(queue, p.mechanism->basis(m)));
@@ -211,9 +220,8 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
       if (p.mechanism->layers.holds(l, m.layers)) bases[size_t(l)] = basis;
   }
   reach = positions == Read::Positions::Cache || m.context == 0 ? 0 : std::max(reach, m.context);
-  const std::vector<StoreShape> shapes(size_t(m.layers), StoreShape{m.g, m.d, m.d_v});
   store = std::make_unique<Store>(queue, shapes, store_options, o.sequences);
-  if (quantised) quantised_layout = store->add_layout(quantised_k, quantised_v);
+  for (const auto& [k, v] : later) store->add_layout(k, v);
   tokens.resize(size_t(o.sequences));
   next.assign(size_t(o.sequences), 0);
   prompt.assign(size_t(o.sequences), 0);
@@ -226,11 +234,10 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
 
 Session::Impl::Impl(Impl& other)
     : model(other.model), options(other.options), composition(other.composition), queue(&other.queue),
-      weights(other.weights), shape(other.shape), store(std::make_unique<Store>(queue, *other.store)),
-      bases(other.bases), quantised_layout(other.quantised_layout), positions(other.positions), reach(other.reach),
-      tokens(other.tokens), next(other.next), prompt(other.prompt), chosen(other.chosen), given(other.given),
-      step(other.step), times(other.times), dense_rows(other.dense_rows), rows(other.rows),
-      pair_weight(other.pair_weight), shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
+      weights(other.weights), shape(other.shape), store(std::make_unique<Store>(queue, *other.store)), bases(other.bases),
+      positions(other.positions), reach(other.reach), tokens(other.tokens), next(other.next), prompt(other.prompt),
+      chosen(other.chosen), given(other.given), step(other.step), times(other.times), dense_rows(other.dense_rows),
+      rows(other.rows), pair_weight(other.pair_weight), shares(Dtype::F64, {shape.layers, shape.h}, *queue.memory),
       reads(Dtype::F64, {shape.layers, shape.h}, *queue.memory), reads_count(other.reads_count) {
   queue.move(other.shares, shares), queue.move(other.reads, reads);
   for (const auto& state : other.states) states.push_back(state ? state->clone() : nullptr);
@@ -848,6 +855,8 @@ void Session::truncate(int sequence, int64_t position) {
   require(sequence >= 0 && sequence < m.options.sequences, "truncate", "no sequence " + std::to_string(sequence));
   position = std::clamp<int64_t>(position, 0, m.next[size_t(sequence)]);
   m.store->truncate(m.queue, sequence, position);
+  for (const auto& state : m.states)
+    if (state) state->truncate(sequence, position);
   m.recorded.clear();
   m.next[size_t(sequence)] = position;
   m.tokens[size_t(sequence)].resize(size_t(position));
@@ -869,6 +878,16 @@ const Model& Session::model() const { return *impl_->model; }
 const Composition& Session::composition() const { return *impl_->composition; }
 int64_t Session::reach() const { return impl_->reach; }
 Store& Session::store() { return *impl_->store; }
+int64_t Session::kv_bytes(int layer) {
+  int64_t bytes = store().layer(layer).bytes();
+  for (const auto& state : impl_->states) bytes += state ? state->bytes(layer) : 0;
+  return bytes;
+}
+int64_t Session::kv_bytes() {
+  int64_t bytes = store().bytes();
+  for (int l = 0; l < store().layers(); ++l) bytes += kv_bytes(l) - store().layer(l).bytes();
+  return bytes;
+}
 std::span<const int32_t> Session::tokens(int sequence) const { return impl_->tokens[size_t(sequence)]; }
 int64_t Session::step() const { return impl_->step; }
 const Times& Session::times() const { return impl_->times; }

@@ -75,6 +75,9 @@ class Session final {
   const Model& model() const;
   const Composition& composition() const;
   Store& store();
+  /// Bytes held for keys and values, in the store or by mechanisms in its place: of a layer, or of all.
+  int64_t kv_bytes(int layer);
+  int64_t kv_bytes();
   std::span<const int32_t> tokens(int sequence = 0) const;
   /// Where a segment's entries of a layer stood in what was fed: at their positions, unless a drive left tokens of the
   /// prompt out. Waits.

@@ -80,7 +80,7 @@ class Stores : public testing::TestWithParam<const char*> {
     EXPECT_EQ(q.host_waits, waits);
   }
 
-  void check(Queue& q, Store& store, const Mirror& mirror) {
+  void check(Queue& q, Store& store, const Mirror& mirror, bool inherits = false) {
     const Scratch scope(q.scratch);
     LayerStore& layer = store.layer(0);
     const int64_t bound = layer.entries();
@@ -99,9 +99,24 @@ class Stores : public testing::TestWithParam<const char*> {
       EXPECT_LE(int64_t(held.size()), layer.length(int64_t(s)));
       total += int64_t(held.size()), pages += int64_t(held.size() + 63) / 64;
     }
-    EXPECT_EQ(store.bytes(), pages * layer.pages().layouts[0].bytes) << "what is reported is what is held";
+    const SlotOptions& slots = store.options().slots;
+    if (slots.group == 0) {
+      EXPECT_EQ(store.bytes(), pages * layer.pages().layouts[0].bytes) << "what is reported is what is held";
+    }
     store.sync();
     EXPECT_EQ(layer.entries(), total);
+    if (slots.group == 0) return;
+    const int64_t stride = kPageHeader + layer.pages().layouts[0].bytes;
+    int64_t groups = 0;
+    const Buffer table = q.read_back(layer.pages().table);
+    for (size_t s = 0; s < mirror.held.size(); ++s) {
+      const int64_t held = int64_t(mirror.held[s].size());
+      groups += ((held + slots.ahead + 63) / 64 * stride + slots.group - 1) / slots.group;
+      for (int64_t p = 1; p < (held + 63) / 64; ++p)
+        EXPECT_EQ(table->at<uint64_t>(int64_t(s), p), table->at<uint64_t>(int64_t(s), 0) + uint64_t(p * stride));
+    }
+    if (inherits) EXPECT_GE(layer.bytes(), groups * slots.group) << "of a slot that was longer";
+    else EXPECT_EQ(layer.bytes(), groups * slots.group);
   }
 
   Random random{5};
@@ -227,6 +242,52 @@ TEST_P(Stores, PagesTurnToAnotherLayoutAndBack) {
   store.truncate(queue, 0, 100);
   EXPECT_EQ(store.bytes(), g * (small + exact + small + exact)) << "the page that is cut takes exact entries again";
   EXPECT_EQ(store.layer(0).positions(0).size(), 100u);
+}
+
+// Pages of a segment end to end whatever happens to it, mapped by whole groups, and where they were at first.
+TEST_P(Stores, PagesInSlotsLieEndToEnd) {
+  const StoreShape shape{.kv_heads = g, .d = d, .d_v = d, .slots = true};
+  for (const auto& [group, ahead] : {std::pair{4096, 0}, {8192, 0}, {8192, 1}}) {
+    StoreOptions o = options();
+    o.slots = {.group = group, .entries = 2000, .ahead = ahead};
+    o.columns = {{.name = "bounds", .keeps = Column::Keeps::KeyMax, .block = 16}};
+    auto store = std::make_unique<Store>(queue, std::span(&shape, 1), o, sequences);
+    Mirror mirror = empty();
+    Buffer first;
+    for (int round = 0; round < 10; ++round) {
+      append(queue, *store, mirror, {1 + random.below(150), 1 + random.below(3), round % 3 ? 1 : 64});
+      const Buffer table = queue.read_back(store->layer(0).pages().table);
+      if (!first) first = queue.read_back(store->layer(0).pages().table);
+      for (int64_t s = 0; s < g * sequences; ++s) EXPECT_EQ(table->at<uint64_t>(s, 0), first->at<uint64_t>(s, 0));
+      if (round % 2) evict(queue, *store, mirror, 10 + random.below(120));
+      if (round % 5 == 4) {
+        store->truncate(queue, 0, mirror.next[0] - 1);
+        --mirror.next[0];
+        for (int head = 0; head < g; ++head)
+          std::erase_if(mirror.held[size_t(head)], [&](const auto& e) { return e.first >= mirror.next[0]; });
+      }
+      check(queue, *store, mirror);
+    }
+    Queue beside(&queue);
+    int64_t idle = 0;
+    for (bool again : {false, true}) {  // what a fork leaves mapped, the next one takes
+      auto fork = std::make_unique<Store>(beside, *store);
+      Mirror other = mirror;
+      check(beside, *fork, other, again);
+      EXPECT_EQ(store->bytes() - store->layer(0).bytes(), 0);
+      append(beside, *fork, other, {1, 70, 0}), append(queue, *store, mirror, {0, 1, 1});
+      check(queue, *store, mirror), check(beside, *fork, other, again);
+      fork.reset();
+      if (!again) idle = store->bytes() - store->layer(0).bytes();
+    }
+    EXPECT_GT(idle, 0) << "what is left stays mapped";
+    check(queue, *store, mirror);
+  }
+  StoreOptions o = options();
+  o.slots = {.group = 4096, .entries = 100};
+  Store narrow(queue, std::span(&shape, 1), o, sequences);
+  Mirror mirror = empty();
+  EXPECT_THROW(append(queue, narrow, mirror, {200, 1, 1}), Error) << "more than is reserved";
 }
 
 }  // namespace

@@ -22,17 +22,25 @@ struct Side {
   std::vector<Buffer> memory;
   Pages pages[2];
 
-  explicit Side(const Kernels& table) : run(table), queue(&table, *table.memory) {
+  enum class Of { Layouts, Pairs, Slots };
+  explicit Side(const Kernels& table, Of of = Of::Layouts) : run(table), queue(&table, *table.memory) {
     static const std::vector<Column> columns{{"score", Column::Keeps::User, 2, 1, 0.5f},
                                              {"low", Column::Keeps::KeyMin, 1, 16}};
     Pages& p = pages[0];
     const PageType plain{PageType::Kind::BF16}, small{PageType::Kind::Q8, PageType::Axis::Token, 32};
-    p.layouts = {page_layout(kD, kD, plain, plain, table.v_transposed, true, columns),
-                 page_layout(kD, kD, small, plain, table.v_transposed, false, columns)};
+    p.layouts = {page_layout(kD, kD, plain, plain, table.v_transposed, true, columns)};
+    PageType pair = plain;
+    for (pair.pair = 1; of == Of::Pairs && pair.pair <= 2; ++pair.pair)
+      p.layouts.push_back(page_layout(kD, kD, pair, pair, table.v_transposed, true, columns));
+    if (of == Of::Layouts) p.layouts.push_back(page_layout(kD, kD, small, plain, table.v_transposed, false, columns));
     p.columns = &columns;
     p.kv_heads = 2;
     p.length_bound = kCapacity * kPage;
     for (const PageLayout& layout : p.layouts) {
+      if (layout.k.pair == 2) {
+        p.supply.push_back(p.supply.back());
+        continue;
+      }
       PageSupply supply{zeros(Dtype::U64, {kSupply}), zeros(Dtype::I32, {1}), layout.bytes};
       run.page_supply(queue, supply, zeros(Dtype::U8, {kSupply * (kPageHeader + layout.bytes)}));
       p.supply.push_back(supply);
@@ -42,6 +50,12 @@ struct Side {
       store.table = zeros(Dtype::U64, {kSegments, kCapacity});
       store.layout = zeros(Dtype::U8, {kSegments, kCapacity});
       store.length = zeros(Dtype::I32, {kSegments});
+      if (of != Of::Slots) continue;
+      const int64_t slot = kCapacity * (kPageHeader + store.layouts[0].bytes);
+      const auto at = reinterpret_cast<uint64_t>(zeros(Dtype::U8, {kSegments * slot}).data);
+      std::vector<uint64_t> bases;
+      for (int64_t s = 0; s < kSegments; ++s) bases.push_back(at + uint64_t(s * slot));
+      store.supply[0].base = numbers(bases);
     }
   }
   Tensor zeros(Dtype type, std::initializer_list<int64_t> sizes) {
@@ -170,6 +184,105 @@ TEST_P(PageLists, StepsEqualTheOracles) {
       both([&](Side& side) { side.run.page_shrink(side.queue, side.pages[store], side.zeros(Dtype::I32, {kSegments})); });
     compare("emptied", 0);
     EXPECT_EQ(got.shape().back(), kSupply);
+  }
+}
+
+/// Rows for both stores: of as many entries and the same positions, with keys of their own.
+struct Appended {
+  std::vector<int64_t> offsets{0};
+  std::vector<float> k[2];
+  std::vector<int32_t> positions;
+  Appended(Random& random, int64_t most) {
+    for (int64_t s = 0; s < kSegments; ++s) offsets.push_back(offsets.back() + 1 + random.below(most));
+    for (auto& keys : k)
+      for (int64_t i = 0; i < offsets.back() * kD; ++i) keys.push_back(float(random.normal()));
+    for (int64_t r = 0; r < offsets.back(); ++r) positions.push_back(int32_t(random.below(1000)));
+  }
+};
+
+void expect_alike(Side& want, Side& got, double bound, const char* what) {
+  SCOPED_TRACE(what);
+  EXPECT_EQ(want.shape(), got.shape());
+  for (int store = 0; store < 2; ++store) {
+    const std::vector<float> a = want.contents(store), b = got.contents(store);
+    ASSERT_EQ(a.size(), b.size());
+    for (size_t j = 0; j < a.size(); ++j) ASSERT_NEAR(a[j], b[j], bound) << "store " << store << ", number " << j;
+  }
+}
+
+TEST_P(PageLists, TwoLayersShareAPage) {
+  Random random(43);
+  for (int i = 0; i < cases(10); ++i) {
+    Side want(reference_kernels(), Side::Of::Pairs), got(*GetParam(), Side::Of::Pairs);
+    auto both = [&](auto step) { step(want), step(got); };
+    const Appended rows(random, 250);
+    std::vector<float> apart[2];  // of keys and values
+    for (auto& flags : apart)
+      for (int64_t r = 0; r < rows.offsets.back(); ++r) flags.push_back(chance(random, 0.03) ? 1.0f : 0.0f);
+    const std::vector<int32_t> first{0, 1, 0, 2}, last{9, 9, 2, 3};
+    const float t = float(random.below(11)) / 10;
+    both([&](Side& side) {
+      for (int store = 0; store < 2; ++store) side.append(store, rows.offsets, rows.k[store], rows.positions);
+    });
+    const std::vector<float> before[2] = {want.contents(0), want.contents(1)};
+    both([&](Side& side) {
+      const Tensor offsets = side.numbers(rows.offsets);
+      const Ragged k{side.numbers(apart[0]), offsets, {}, 2, rows.offsets.back()},
+          v{side.numbers(apart[1]), offsets, {}, 2, rows.offsets.back()};
+      side.run.page_pair(side.queue, side.pages[0], side.pages[1], side.numbers(first), side.numbers(last), 1, k, v, t);
+    });
+    expect_alike(want, got, 0.04, "shared");  // rows of bf16, times norms of eight
+    const std::vector<float> after[2] = {want.contents(0), want.contents(1)};
+    const Buffer layout = want.queue.read_back(want.pages[1].layout);
+    for (int64_t s = 0; s < kSegments; ++s)
+      for (int64_t r = rows.offsets[size_t(s)]; r < rows.offsets[size_t(s) + 1]; ++r) {
+        const int64_t p = (r - rows.offsets[size_t(s)]) / kPage;
+        const bool shares = layout->at<uint8_t>(s, p) == 2;
+        EXPECT_FALSE(shares && (p < first[size_t(s)] || p >= last[size_t(s)]));
+        for (int store = 0; store < 2 && (!shares || apart[0][size_t(r)] != 0); ++store)
+          for (int64_t c = 0; c < kD; ++c)
+            ASSERT_EQ(after[store][size_t(r * kD + c)], before[store][size_t(r * kD + c)]) << "stays as it is";
+      }
+    both([&](Side& side) {
+      side.run.page_convert(side.queue, side.pages[1], side.numbers(std::vector<int32_t>{1, 0, 0, 0}),
+                            side.numbers(std::vector<int32_t>{3, 1, 0, 9}), 0, false);
+    });
+    expect_alike(want, got, 0.04, "on its own again");
+    both([&](Side& side) { side.append(0, rows.offsets, rows.k[1], rows.positions); });
+    expect_alike(want, got, 0.04, "grown");
+    for (int store = 0; store < 2; ++store)
+      both([&](Side& side) { side.run.page_shrink(side.queue, side.pages[store], side.zeros(Dtype::I32, {kSegments})); });
+    for (const PageSupply& supply : got.pages[0].supply)
+      EXPECT_EQ(got.queue.read_back(supply.top)->at<int32_t>(0), kSupply);
+  }
+}
+
+TEST_P(PageLists, SlotsHoldPagesInTheirPlaces) {
+  Random random(44);
+  for (int i = 0; i < cases(10); ++i) {
+    Side want(reference_kernels(), Side::Of::Slots), got(*GetParam(), Side::Of::Slots);
+    auto both = [&](auto step) { step(want), step(got); };
+    for (int round = 0; round < 4; ++round) {
+      const Appended rows(random, 90);
+      both([&](Side& side) {
+        for (int store = 0; store < 2; ++store) side.append(store, rows.offsets, rows.k[store], rows.positions);
+      });
+      expect_alike(want, got, 0, "grown");
+      const std::vector<int32_t> left{int32_t(random.below(200)), 500, 70, int32_t(random.below(64))};
+      both([&](Side& side) {
+        side.run.page_shrink(side.queue, side.pages[1], side.numbers(left));
+        side.run.page_convert(side.queue, side.pages[1], side.zeros(Dtype::I32, {kSegments}),
+                              side.numbers(std::vector<int32_t>{9, 9, 0, 9}), 0, true);
+      });
+      expect_alike(want, got, 0, "cut, and made anew where it lies");
+      const Buffer table = got.queue.read_back(got.pages[1].table),
+                   base = got.queue.read_back(got.pages[1].supply[0].base),
+                   length = got.queue.read_back(got.pages[1].length);
+      for (int64_t s = 0; s < kSegments; ++s)
+        for (int64_t p = 0; p * kPage < length->at<int32_t>(s); ++p)
+          EXPECT_EQ(table->at<uint64_t>(s, p),
+                    base->at<uint64_t>(s) + uint64_t(kPageHeader + p * (kPageHeader + got.pages[1].supply[0].page_bytes)));
+    }
   }
 }
 

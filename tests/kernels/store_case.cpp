@@ -11,12 +11,19 @@ constexpr int64_t guard = 128;
 PageType random_type(Random& random, Kinds kinds) {
   using Kind = PageType::Kind;
   PageType out;
-  out.kind = kinds != Kinds::Any ? pick(random, {Kind::F32, Kind::BF16, Kind::F16})
-                                 : pick(random, {Kind::F32, Kind::BF16, Kind::F16, Kind::Q8, Kind::Q4, Kind::Q2});
+  out.kind = kinds != Kinds::Any
+                 ? pick(random, {Kind::F32, Kind::BF16, Kind::F16})
+                 : pick(random, {Kind::F32, Kind::BF16, Kind::F16, Kind::Q8, Kind::Q4, Kind::Q2, Kind::Q3});
   out.axis = pick(random, {PageType::Axis::Token, PageType::Axis::Channel});
   out.group = out.axis == PageType::Axis::Token ? pick(random, {32, 64, 16, 256}) : pick(random, {32, 64});
   if (out.quantised() && out.axis == PageType::Axis::Token)
     out.codes = pick(random, {PageType::Codes::Range, PageType::Codes::Signed, PageType::Codes::Table});
+  if (out.quantised() && out.axis == PageType::Axis::Channel && chance(random, 0.3))
+    out.codes = PageType::Codes::Polar, out.turned = pick(random, {0, 64, 32});
+  if (out.kind == Kind::Q3) {
+    out.axis = PageType::Axis::Token, out.group = 16, out.codes = PageType::Codes::Sphere;
+    for (size_t i = 0; i < 12; ++i) out.points[i] = 0.3f + 0.3f * float(i % 4) + 0.02f * float(i / 4);
+  }
   if (out.kind == Kind::Q8 && out.codes == PageType::Codes::Table) out.codes = PageType::Codes::Signed;
   if (out.codes == PageType::Codes::Table) {
     for (int i = 0; i < 1 << out.bits(); ++i) out.points[size_t(i)] = float(random.normal());
@@ -122,7 +129,7 @@ void StoreCase::randomise_bias(Random& random) const {
 }
 
 std::string StoreCase::text() const {
-  const char* kinds[] = {"f32", "bf16", "f16", "q8", "q4", "q2"};
+  const char* kinds[] = {"f32", "bf16", "f16", "q8", "q4", "q2", "q3"};
   std::string out = "KV heads " + std::to_string(g) + ", d " + std::to_string(d) + ", d_v " + std::to_string(d_v) +
                     ", layouts";
   auto side = [&](const PageType& t) {
@@ -132,6 +139,8 @@ std::string StoreCase::text() const {
           .append(std::to_string(t.group))
           .append(t.codes == PageType::Codes::Range    ? ""
                   : t.codes == PageType::Codes::Signed ? "s"
+                  : t.codes == PageType::Codes::Polar  ? "p"
+                  : t.codes == PageType::Codes::Sphere ? "o"
                                                        : "t");
   };
   for (const PageLayout& l : pages.layouts) {

@@ -50,6 +50,10 @@ double code_step(const StoreCase& store, double most) {
       if (t.codes == PageType::Codes::Table) {
         for (size_t i = 1; i < size_t(1) << t.bits(); ++i)
           step = std::max(step, most * double(t.points[i] - t.points[i - 1]));
+      } else if (t.codes == PageType::Codes::Sphere) {
+        step = std::max(step, 4 * most);  // a sixteenth of a turn, of the length of 16
+      } else if (t.quantised() && t.codes == PageType::Codes::Polar) {
+        step = std::max(step, 10 * most / (1 << t.bits()));  // a step round the circle, or along a pair's length
       } else if (t.quantised()) {
         step = std::max(step, 2.01 * most / ((1 << t.bits()) - 1));
       }
@@ -138,6 +142,50 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
             const int64_t index[] = {first + e, c};
             return number(of.segment(s), index);
           };
+          if (t.codes == PageType::Codes::Sphere) {  // its error is told by a test of its own
+            for (int64_t e = 0; e < rows; ++e)
+              for (int64_t c0 = 0; c0 < width; c0 += 16) {
+                double before = 0, after = 0, away = 0;
+                for (int64_t c = c0; c < c0 + 16; ++c) {
+                  before += x(in, e, c) * x(in, e, c), after += x(out, e, c) * x(out, e, c);
+                  away += std::pow(x(in, e, c) - x(out, e, c), 2);
+                }
+                ASSERT_NEAR(std::sqrt(after), std::sqrt(before), 2e-3 * std::sqrt(before)) << "angles keep the length";
+                // At worst π/16 and three halves of a range of codes off.
+                ASSERT_LE(std::sqrt(away), 1.5 * std::sqrt(before));
+              }
+            continue;
+          }
+          if (t.quantised() && t.codes == PageType::Codes::Polar) {
+            for (int64_t e0 = 0; e0 < rows; e0 += group_rows)
+              for (int64_t c = 0; c < width; ++c) {
+                // Pairs as pages.h names them: c and half of `turned` further on, then every two.
+                const int64_t half = t.turned / 2, mate = c < half                      ? c + half
+                                                          : c >= t.turned && c % 2 == 0 ? c + 1
+                                                                                        : -1;
+                if (mate < 0) continue;
+                const int64_t e1 = std::min(rows, e0 + group_rows);
+                double low[2] = {1e30, 1e30}, high[2] = {-1e30, -1e30};
+                const auto polar = [&](int64_t e) {
+                  const double a = std::atan2(x(in, e, mate), x(in, e, c));
+                  return std::pair(a < 0 ? a + 2 * M_PI : a, std::hypot(x(in, e, c), x(in, e, mate)));
+                };
+                for (int64_t e = e0; e < e1; ++e) {
+                  const auto [angle, length] = polar(e);
+                  low[0] = std::min(low[0], angle), high[0] = std::max(high[0], angle);
+                  low[1] = std::min(low[1], length), high[1] = std::max(high[1], length);
+                }
+                const auto room = [&](int i) {
+                  return (high[i] - low[i]) / (2 << t.bits()) + (std::abs(low[i]) + high[i] - low[i]) * 0x1p-9 + 1e-6;
+                };
+                for (int64_t e = e0; e < e1; ++e) {
+                  const double away = std::hypot(x(in, e, c) - x(out, e, c), x(in, e, mate) - x(out, e, mate));
+                  ASSERT_LE(away, room(1) + polar(e).second * room(0))
+                      << "pair " << c << ", " << mate << " of entry " << first + e;
+                }
+              }
+            continue;
+          }
           for (int64_t e0 = 0; e0 < rows; e0 += group_rows)
             for (int64_t c0 = 0; c0 < width; c0 += group_cols) {
               const int64_t e1 = std::min(rows, e0 + group_rows), c1 = std::min(width, c0 + group_cols);

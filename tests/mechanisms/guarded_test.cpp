@@ -178,6 +178,14 @@ const std::vector<std::string> kSpecs = {
     "turboquant(bits=2)",
     "turboquant(residual=8,layers=1-2)",
     "context-shift(budget=16,sinks=3)",
+    "polar-rope(residual=8,group=16)",
+    "polar-rope(residual=0,values=4,bits=8,layers=1-2)",
+    "polarquant",
+    "xkv(size=2,rank=20,value_rank=16)",
+    "minicache(from=0)",
+    "minicache(from=1,retention=0,heads=1)+quest(budget=9,page=8,dense=1)",
+    "vattention(page=8,context=512,ahead=3)",
+    "vattention(page=4,context=512)+adakv(snapkv(budget=16,window=4))+quest(budget=9,page=8,dense=1)",
 };
 
 std::shared_ptr<const Model> tiny() {
@@ -329,9 +337,9 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
     EXPECT_LT(farthest(plain, course(model, spec, true)), 1e-5);
     // These ask for the step or keep something of their own on the host; KIVI takes pages as it goes.
     const char* const differ[] = {
-        "tidal",     "recycled",   "omnikv", "kivi",   "r-kv",       "spatten",   "shadowkv",  "double-sparsity",
-        "clusterkv", "pqcache",    "hylra",  "lychee", "long-heads", "loki",      "retrieval", "magicpig",
-        "squeezed",  "forcing-kv", "cam(",   "lserve", "kv-",        "turboquant"};
+        "tidal",     "recycled",   "omnikv", "kivi",   "r-kv",       "spatten",    "shadowkv",  "double-sparsity",
+        "clusterkv", "pqcache",    "hylra",  "lychee", "long-heads", "loki",       "retrieval", "magicpig",
+        "squeezed",  "forcing-kv", "cam(",   "lserve", "kv-",        "turboquant", "polar",     "xkv"};
     const bool differs = std::any_of(std::begin(differ), std::end(differ),
                                      [&](const char* name) { return spec.starts_with(name); });
     if (!differs) { EXPECT_GE(replays() - before, 20); }

@@ -186,6 +186,10 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "kv-q4",
                              "turboquant(bits=2)",
                              "context-shift(budget=16,sinks=3)",
+                             "polar-rope(residual=0,bits=2)",
+                             "minicache(from=0)",
+                             "polarquant",
+                             "xkv(size=2,rank=8,value_rank=8)",
                              "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+"
                              "h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
       const double changed = distance(dense, logits(model, spec, chunk));
@@ -200,6 +204,10 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
   for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)",
                            "h2o(budget=10)",
                            "kivi(residual=0)",
+                           "polar-rope(residual=0)",
+                           "minicache(from=0)",
+                           "xkv(size=2,rank=8,value_rank=8)",
+                           "vattention(page=8)+h2o(budget=10)",
                            "quest(budget=8,page=4,dense=0)",
                            "a2sf(budget=10)",
                            "recycled-attention(budget=8,stride=4)",

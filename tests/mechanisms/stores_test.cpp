@@ -1,4 +1,7 @@
 // Mechanisms that change how entries lie in the store, not which of them count.
+#include <array>
+#include <numeric>
+
 #include "attention/clusters.h"
 #include "attention/numbers.h"
 #include "attention/rotation.h"
@@ -95,7 +98,7 @@ struct Settled {
     const StoreShape layer{int(g), int(d), int(d_v)};
     Store store(queue, std::span(&layer, 1), options);
     const Needs needs = mechanism->needs(model);
-    EXPECT_EQ(store.add_layout(needs.quantised_k, needs.quantised_v), 1);
+    EXPECT_EQ(store.add_layout(needs.quantised_k, needs.quantised_v.quantised() ? needs.quantised_v : options.v), 1);
     const Tensor offsets = compute(queue, Dtype::I64, {g + 1}, index() * m);
     const Tensor positions = compute(queue, Dtype::I32, {g * m}, mod(index(), m));
     const auto ragged = [&](const Tensor& x) { return Ragged{x, offsets, {}, g, g * m}; };
@@ -291,6 +294,508 @@ TEST_P(Stores, ContextShiftDropsHalves) {
 }
 
 HEED_ON_ALL_SETTINGS(Stores);
+
+// The same bits as from pages that lie anywhere, in memory that grows and shrinks by whole page groups, at addresses that
+// stay; forks take the slots that others left.
+TEST(VAttention, IsTheSameAttentionInOnePieceOfMemory) {
+  for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}})
+    for (const std::string own : {"", "+h2o(budget=70)", "+adakv(snapkv(budget=40,window=4,when=every(9)))"})
+      for (const int64_t chunk : {0, 25}) {
+        const auto model = windowed(h, g, {0, 24, 0});
+        SessionOptions o = in_f32("dense" + own, chunk);
+        Session plain(model, o);
+        o.attention = "vattention(page=8,context=300,ahead=0,layers=0-1)" + own;
+        Session slots(model, o);
+        const auto check = [&] {
+          for (int l = 0; l < 2; ++l) {
+            LayerStore& layer = slots.store().layer(l);
+            const int64_t stride = kPageHeader + layer.pages().layouts[0].bytes;
+            int64_t groups = 0;
+            for (int64_t s = 0; s < layer.segments(); ++s) {
+              const int64_t pages = (layer.length(s) + 63) / 64;
+              groups += (pages * stride + 8191) / 8192;
+              for (int64_t p = 1; p < pages; ++p)
+                EXPECT_EQ(layer.pages().page(s, p), layer.pages().page(s, 0) + p * stride);
+            }
+            EXPECT_EQ(layer.bytes(), groups * 8192);
+          }
+          EXPECT_EQ(slots.store().layer(2).bytes(), plain.store().layer(2).bytes());
+        };
+        EXPECT_EQ(row(slots.prefill(text(83, 1))), row(plain.prefill(text(83, 1))));
+        check();
+        const char* first = slots.store().layer(0).pages().page(0, 0);
+        for (int32_t i = 0; i < 50; ++i) {
+          EXPECT_EQ(row(slots.decode(i)), row(plain.decode(i))) << i;
+          check();
+        }
+        EXPECT_EQ(slots.store().layer(0).pages().page(0, 0), first);
+        for (int round = 0; round < 2; ++round) {
+          const auto fork = slots.fork(), other = plain.fork();
+          EXPECT_EQ(row(fork->decode(round)), row(other->decode(round)));
+          fork->truncate(0, 90), other->truncate(0, 90);
+          EXPECT_EQ(row(fork->decode(9)), row(other->decode(9)));
+        }
+        EXPECT_EQ(row(slots.prefill(text(40, 2))), row(plain.prefill(text(40, 2))));
+        check();
+        EXPECT_EQ(row(slots.decode(3)), row(plain.decode(3)));
+      }
+}
+
+TEST(VAttention, SaysWhatItCannot) {
+  const auto model = tiny_model(4, 2);
+  for (const auto& [spec, says] : {std::pair{"vattention(page=6)", "page"},
+                                   {"vattention(page=2)", "page"},
+                                   {"vattention(heads=0)", "heads"},
+                                   {"vattention(pool=1)", "pool"},
+                                   {"vattention(ahead=10)", "ahead"},
+                                   {"vattention+kv-q8", "kv-q8"},
+                                   {"vattention+vattention(page=4)", "vattention"}}) {
+    const auto parsed = Composition::parse(spec, model->info(), registry());
+    ASSERT_FALSE(parsed.has_value()) << spec;
+    EXPECT_NE(parsed.error().text().find(says), std::string::npos) << parsed.error().text();
+  }
+  Session narrow(model, in_f32("vattention(page=4,context=64)"));
+  try {
+    narrow.prefill(text(83, 1));
+    FAIL() << "83 entries where 64 are reserved";
+  } catch (const Error& e) { EXPECT_NE(std::string(e.what()).find("context"), std::string::npos) << e.what(); }
+  EXPECT_NO_THROW(narrow.prefill(text(50, 1))) << "as it was before";
+  Session small(model, in_f32("vattention(page=256,pool=1)"));  // 4 layers of 2 heads
+  EXPECT_THROW(small.prefill(text(50, 1)), Error);
+}
+
+// The paper's code of a pair, from its angle and length alone, and its error against exact keys.
+TEST_P(Stores, PolarKeysAreTheMiddlesOfTheirRanges) {
+  const Case c(shape(4, 192, 32, 32), 3);
+  for (const auto& [bits, group] : {std::pair{4, 64}, {2, 16}, {8, 32}}) {
+    const std::string spec = "polar-rope(residual=64,bits=" + std::to_string(bits) + ",group=" + std::to_string(group) +
+                             ")";
+    const Settled kept(c, spec, backend());
+    const double levels = 1 << bits;
+    for (int64_t kv = 0; kv < c.shape.g; ++kv)
+      for (int64_t j = 0; j < 192; ++j)
+        for (int64_t x = 0; x < 16; ++x) {
+          const auto polar = [&](int64_t i) {
+            const double a = double(c.k->at<float>(kv, i, x)), b = double(c.k->at<float>(kv, i, x + 16));
+            return std::array{std::fmod(std::atan2(b, a) + 2 * M_PI, 2 * M_PI), std::hypot(a, b)};
+          };
+          const auto& row = kept.k[size_t(kv)][size_t(j)];
+          if (j >= 128) {
+            ASSERT_EQ(row[size_t(x)], double(c.k->at<float>(kv, j, x)));
+            continue;
+          }
+          double low[2] = {1e9, 1e9}, high[2] = {-1e9, -1e9};
+          for (int64_t i = j / group * group; i < (j / group + 1) * group; ++i)
+            for (size_t w = 0; w < 2; ++w)
+              low[w] = std::min(low[w], polar(i)[w]), high[w] = std::max(high[w], polar(i)[w]);
+          const double a = row[size_t(x)], b = row[size_t(x + 16)],
+                       there[2] = {std::fmod(std::atan2(b, a) + 2 * M_PI, 2 * M_PI), std::hypot(a, b)};
+          for (size_t w = 0; w < 2; ++w) {
+            const double step = (high[w] - low[w]) / levels, code = (there[w] - low[w]) / step - 0.5,
+                         wanted = std::min(levels - 1, std::floor((polar(j)[w] - low[w]) / step));
+            const double room = 0x1p-9 * (levels + std::abs(low[w]) / step);  // range and step are rounded to f16
+            ASSERT_NEAR(code, std::round(code), room + 1e-3) << spec;
+            const double edge = (polar(j)[w] - low[w]) / step;
+            ASSERT_NEAR(std::round(code), wanted, std::abs(edge - std::round(edge)) < room + 1e-3 ? 1 : 0.01) << spec;
+          }
+        }
+    for (int64_t kv = 0; kv < c.shape.g; ++kv)
+      for (int64_t j = 0; j < 192; ++j)
+        for (int64_t x = 0; x < 32; ++x)
+          ASSERT_EQ(kept.v[size_t(kv)][size_t(j)][size_t(x)], double(c.v->at<float>(kv, j, x)));
+  }
+}
+
+/// All keys (or values) of a layer, row by row.
+std::vector<std::vector<double>> rows_of(Session& session, int layer, bool keys) {
+  LayerStore& store = session.store().layer(layer);
+  Queue queue(&reference_kernels(), cpu_memory());
+  const int64_t all = store.entries(), width = keys ? store.shape().d : store.shape().d_v;
+  const Ragged out{queue.scratch.take(Dtype::F32, {all, width}), store.offsets(queue), {}, session.model().info().g, all};
+  queue.run->page_read(queue, store.pages(), nullptr, keys ? out : Ragged(), keys ? Ragged() : out, {});
+  std::vector<std::vector<double>> rows;
+  for (int64_t r = 0; r < all; ++r)
+    rows.emplace_back(out.values.select(0, r).as<float>(), out.values.select(0, r).as<float>() + width);
+  return rows;
+}
+
+// Two layers' entries behind a prompt against the paper's lines on what a dense session holds, and the memory of it.
+TEST(MiniCache, TwoLayersShareDirections) {
+  struct Course {
+    int h, g, from;
+    double t, retention;
+    int64_t chunk;
+  };
+  for (const Course& c : {Course{6, 2, 0, 0.6, 0.05, 0}, Course{3, 3, -1, 0.6, 0.05, 0}, Course{3, 3, 1, 0.3, 0, 0},
+                          Course{6, 2, 0, 0.5, 0.02, 100}, Course{4, 1, 0, 1, 0, 70}, Course{3, 3, 0, 0.5, 1, 0}}) {
+    const auto model = tiny_model(c.h, c.g);
+    const std::string spec = "minicache(from=" + std::to_string(c.from) + ",t=" + std::to_string(c.t) +
+                             ",retention=" + std::to_string(c.retention) + ")";
+    SCOPED_TRACE(spec + " chunk " + std::to_string(c.chunk));
+    Session merged(model, in_f32(spec, c.chunk)), dense(model, in_f32("dense", c.chunk));
+    const int64_t all = 200;
+    // What later parts of a prompt come to depends on what earlier ones became: those are compared by direction alone.
+    merged.prefill(text(all, 1)), dense.prefill(text(all, 1));
+    const int from = c.from < 0 ? 2 : c.from;
+    int64_t shared = 0, plain_bytes = dense.store().layer(0).pages().layouts[0].bytes;
+    for (int low = from; low + 1 < 4; low += 2) {
+      const Pages &one = merged.store().layer(low).pages(), &two = merged.store().layer(low + 1).pages();
+      for (int kv = 0; kv < c.g; ++kv)
+        for (int64_t p = 0; p < 4; ++p) {
+          EXPECT_EQ(one.page(kv, p) == two.page(kv, p), one.layout.at<uint8_t>(kv, p) == 1);
+          EXPECT_EQ(two.layout.at<uint8_t>(kv, p), 2 * one.layout.at<uint8_t>(kv, p));
+          shared += one.page(kv, p) == two.page(kv, p);
+        }
+      for (const bool keys : {true, false}) {
+        const auto x = rows_of(dense, low, keys), y = rows_of(dense, low + 1, keys), a = rows_of(merged, low, keys),
+                   b = rows_of(merged, low + 1, keys);
+        for (int kv = 0; kv < c.g; ++kv) {
+          std::vector<double> alike;
+          const auto dot = [](const std::vector<double>& p, const std::vector<double>& q) {
+            return std::inner_product(p.begin(), p.end(), q.begin(), 0.0);
+          };
+          for (int64_t j = 0; j < all; ++j) {
+            const auto &p = x[size_t(kv * all + j)], &q = y[size_t(kv * all + j)];
+            alike.push_back(dot(p, q) / std::sqrt(dot(p, p) * dot(q, q)));
+          }
+          const double low_one = *std::min_element(alike.begin(), alike.end()),
+                       high = *std::max_element(alike.begin(), alike.end());
+          for (int64_t j = 0; c.chunk == 0 && j < all; ++j) {
+            const size_t r = size_t(kv * all + j);
+            const bool whole = one.page(kv, j / 64) != two.page(kv, j / 64) ||
+                               alike[size_t(j)] < low_one + c.retention * (high - low_one);
+            if (std::abs(alike[size_t(j)] - low_one - c.retention * (high - low_one)) < 1e-4)
+              continue;  // either may be
+            const double angle = std::acos(alike[size_t(j)]), m = std::sqrt(dot(x[r], x[r])),
+                         n = std::sqrt(dot(y[r], y[r]));
+            for (size_t i = 0; i < x[r].size(); ++i) {
+              const double e = (std::sin((1 - c.t) * angle) * x[r][i] / m + std::sin(c.t * angle) * y[r][i] / n) /
+                               std::sin(angle);
+              ASSERT_NEAR(a[r][i], whole ? x[r][i] : m * e, 1e-4) << "entry " << j << " channel " << i;
+              ASSERT_NEAR(b[r][i], whole ? y[r][i] : n * e, 1e-4) << "entry " << j << " channel " << i;
+            }
+          }
+          for (int64_t j = 0; j < all; ++j)  // where they share a page and are merged, one direction
+            if (c.t == 0.5 && c.retention == 0 && one.page(kv, j / 64) == two.page(kv, j / 64)) {
+              const auto &p = a[size_t(kv * all + j)], &q = b[size_t(kv * all + j)];
+              ASSERT_NEAR(dot(p, q) / std::sqrt(dot(p, p) * dot(q, q)), 1, 1e-5);
+            }
+        }
+      }
+    }
+    if (c.retention == 0) { EXPECT_EQ(shared, 3 * c.g * (from == 1 ? 1 : 2)) << "every full page"; }
+    if (c.retention == 1) { EXPECT_EQ(shared, 0); }
+    EXPECT_GE(shared, c.retention < 0.1 ? 1 : 0);
+    int64_t held = 0;
+    for (int l = 0; l < 4; ++l) held += merged.store().layer(l).bytes();
+    const int64_t one_page = shared ? merged.store().layer(0).pages().layouts[1].bytes : 0;
+    EXPECT_EQ(held, 4 * 4 * c.g * plain_bytes - shared * (2 * plain_bytes - one_page))
+        << "a page that two layers hold counts once";
+    // Forked, decoded and taken back, into a page that was shared too.
+    auto fork = merged.fork();
+    EXPECT_EQ(row(fork->decode(7)), row(merged.decode(7)));
+    fork->truncate(0, 150), fork->decode(3);
+    fork->truncate(0, 20), fork->decode(9);
+    EXPECT_EQ(fork->store().layer(3).positions(0).size(), 21u);
+    fork.reset();
+    EXPECT_TRUE(std::isfinite(row(merged.decode(5))[0]));
+    Session twin(model, in_f32(spec, c.chunk));
+    twin.prefill(text(all, 1)), twin.decode(7), twin.decode(5);
+    EXPECT_EQ(row(twin.decode(9)), row(merged.decode(9))) << "as if there had been no fork";
+  }
+}
+
+// Layers that are the same but for a factor: nothing is lost at any t.
+TEST(MiniCache, EqualDirectionsStayWhatTheyAre) {
+  Queue queue(&reference_kernels(), cpu_memory());
+  const StoreShape shape{2, 16, 8};
+  StoreOptions options;
+  options.k.kind = options.v.kind = PageType::Kind::F32;
+  options.columns = {{.name = "own"}, {.name = "high", .keeps = Column::Keeps::KeyMax, .block = 16}};
+  for (const float t : {0.0f, 0.4f, 1.0f}) {
+    Store store(queue, std::vector{shape, shape}, options);
+    for (uint8_t of : {uint8_t(1), uint8_t(2)}) {
+      PageType pair = options.k;
+      pair.pair = of;
+      ASSERT_EQ(store.add_layout(pair, pair), of);
+    }
+    Random random(3);
+    const std::vector<int64_t> offsets{0, 130, 260};
+    Buffer k(Dtype::F32, {260, 16}), v(Dtype::F32, {260, 8}), positions(Dtype::I32, {260});
+    for (int64_t i = 0; i < 260 * 16; ++i) k->as<float>()[i] = float(random.normal());
+    for (int64_t i = 0; i < 260 * 8; ++i)
+      v->as<float>()[i] = i < 8 ? 0 : float(random.normal());  // one of no direction
+    for (int32_t i = 0; i < 260; ++i) positions->as<int32_t>()[i] = i % 130;
+    const auto appended = [&](int layer) {
+      const Ragged keys{k, queue.upload(offsets), {}, 2, 260}, values{v, keys.offsets, {}, 2, 260};
+      store.layer(layer).append(queue, keys, values, positions);
+      Ragged own = keys;
+      own.values = compute(queue, Dtype::F32, {260}, index() + layer * 1000);
+      store.layer(layer).write_column(queue, 0, own);
+    };
+    appended(0);
+    for (int64_t i = 0; i < 260 * 16; ++i)
+      k->as<float>()[i] *= -0.25f * (i / 16 == 70 ? 1 : -1);  // and one the other way round
+    for (int64_t i = 0; i < 260 * 8; ++i) v->as<float>()[i] *= 3;
+    appended(1);
+    const auto read = [&](int layer) {
+      std::vector<float> out(260 * 24 + 260 + 2 * 9 * 16);
+      const Ragged keys{Tensor(out.data(), Dtype::F32, {260, 16}), store.layer(layer).offsets(queue), {}, 2, 260};
+      Ragged values = keys, own = keys;
+      values.values = Tensor(out.data() + 260 * 16, Dtype::F32, {260, 8}),
+      own.values = Tensor(out.data() + 260 * 24, Dtype::F32, {260});
+      queue.run->page_read(queue, store.layer(layer).pages(), nullptr, keys, values, {});
+      queue.run->column_read(queue, store.layer(layer).pages(), 0, own);
+      for (int64_t s = 0; s < 2; ++s)
+        for (int64_t b = 0; b < 9; ++b) {
+          const Pages& pages = store.layer(layer).pages();
+          const auto* at = reinterpret_cast<const float*>(pages.page(s, b / 4) + pages.layout_of(s, b / 4).column_at[1]) +
+                           b % 4 * 16;
+          std::copy_n(at, 16, out.data() + 260 * 25 + (s * 9 + b) * 16);
+        }
+      return out;
+    };
+    const auto low = read(0), high = read(1);
+    const Tensor first = queue.upload(std::vector<int32_t>{0, 1}), last = queue.upload(std::vector<int32_t>{9, 2});
+    Ragged none{queue.scratch.take(Dtype::F32, {260}), store.layer(0).offsets(queue), {}, 2, 260};
+    queue.fill(none.values, 0);
+    Ragged some = none;
+    some.values = compute(queue, Dtype::F32, {260}, index() == 70);  // stays whole
+    store.layer(1).pair(queue, store.layer(0), first, last, 1, some, none, t, 3);
+    EXPECT_LT(distance(read(0), low), 1e-5);
+    EXPECT_LT(distance(read(1), high), 1e-5);
+    EXPECT_EQ(store.layer(0).pages().layout.at<uint8_t>(0, 1), 1);
+    EXPECT_EQ(store.layer(1).pages().layout.at<uint8_t>(1, 1), 2);
+    EXPECT_EQ(store.layer(1).pages().layout.at<uint8_t>(1, 0), 0) << "not asked for";
+    EXPECT_EQ(store.layer(1).pages().layout.at<uint8_t>(0, 2), 0) << "not full";
+    EXPECT_EQ(store.layer(0).pages().page(0, 1), store.layer(1).pages().page(0, 1));
+  }
+}
+
+TEST(MiniCache, NeedsTheSameEntriesInBothLayers) {
+  const auto model = tiny_model(4, 2);
+  for (const char* spec :
+       {"minicache+snapkv", "minicache+kv-q8", "minicache(layers=2-)+kivi(layers=0)", "minicache+vattention"}) {
+    const auto parsed = Composition::parse(spec, model->info(), registry());
+    ASSERT_FALSE(parsed.has_value()) << spec;
+    EXPECT_EQ(parsed.error().code, Code::Conflict);
+  }
+  EXPECT_FALSE(Composition::parse("minicache(t=1.5)", model->info(), registry()).has_value());
+  EXPECT_FALSE(Composition::parse("minicache(retention=-1)", model->info(), registry()).has_value());
+}
+
+/// ∫ f over [a, b], by Simpson's rule.
+template <class F>
+double integral(double a, double b, F&& f) {
+  const int n = 2000;
+  double sum = f(a) + f(b);
+  for (int i = 1; i < n; ++i) sum += f(a + (b - a) * i / n) * (i % 2 ? 4 : 2);
+  return sum * (b - a) / n / 3;
+}
+
+// Blocks of 16 against the tree of angles written out, with points that are the means of what is nearest to them.
+TEST_P(Stores, PolarQuantIsATreeOfAngles) {
+  const Case c(shape(1, 128 + 9, 32, 64), 5);
+  const Settled kept(c, "polarquant", backend());
+  EXPECT_EQ(Settled(Case(shape(1, 128, 32, 64), 5), "polarquant", backend()).bits_k, 4)
+      << "62 bits for 16 numbers, in 64";
+  ModelInfo model;
+  model.d = 32, model.d_v = 64;
+  const auto mechanism = value_or_throw(make_mechanism(value_or_throw(parse_spec("polarquant"))[0], registry()));
+  const PageType type = mechanism->needs(model).quantised_k;
+  const double variance[] = {0.1169, 0.0613, 0.0311};
+  std::vector<std::vector<double>> points;
+  for (int level = 2; level <= 4; ++level) {
+    const auto density = [&](double x) { return std::pow(std::sin(2 * x), std::pow(2.0, level - 1) - 1); };
+    const auto moment = [&](double a, double b, int of) {
+      return integral(a, b, [&](double x) { return density(x) * std::pow(x, of); });
+    };
+    const double all = moment(0, M_PI / 2, 0), mean = moment(0, M_PI / 2, 1) / all;
+    EXPECT_NEAR(moment(0, M_PI / 2, 2) / all - mean * mean, variance[level - 2], 2e-4);
+    auto& own = points.emplace_back();
+    for (int i = 0; i < 4; ++i) own.push_back(double(type.points[size_t(4 * (level - 2) + i)]));
+    for (size_t i = 0; i < 4; ++i) {
+      const double a = i ? (own[i - 1] + own[i]) / 2 : 0, b = i < 3 ? (own[i] + own[i + 1]) / 2 : M_PI / 2;
+      EXPECT_NEAR(own[i], moment(a, b, 1) / moment(a, b, 0), 2e-3) << "level " << level;
+    }
+  }
+  double away = 0, size = 0;
+  const auto check = [&](const Rows& got, const Buffer& from, int64_t kv, int64_t width) {
+    for (int64_t j = 0; j < 137; ++j)
+      for (int64_t first = 0; first < width; first += 16) {
+        std::vector<double> x, wanted(16, 1.0);
+        for (int64_t i = 0; i < 16; ++i) x.push_back(double(from->at<float>(kv, j, first + i)));
+        const std::vector<double> given = x;
+        bool close = false;  // to where either code may be taken
+        for (int level = 1; level <= 4; ++level) {
+          std::vector<double> up;
+          for (size_t i = 0; i + 1 < x.size(); i += 2) {
+            const double angle = std::fmod(std::atan2(x[i + 1], x[i]) + 2 * M_PI, 2 * M_PI), part = M_PI / 8;
+            double code = (std::floor(angle / part) + 0.5) * part;
+            close |= level == 1 && std::abs(angle / part - std::round(angle / part)) < 1e-5;
+            if (level > 1) {
+              const auto& own = points[size_t(level - 2)];
+              code = *std::min_element(own.begin(), own.end(),
+                                       [&](double a, double b) { return std::abs(angle - a) < std::abs(angle - b); });
+              for (size_t p = 1; p < 4; ++p) close |= std::abs(angle - (own[p - 1] + own[p]) / 2) < 1e-5;
+            }
+            for (size_t n = 0; n < size_t(1) << level; ++n)
+              wanted[(i << (level - 1)) + n] *= n >> (level - 1) ? std::sin(code) : std::cos(code);
+            up.push_back(std::hypot(x[i], x[i + 1]));
+          }
+          x = up;
+        }
+        for (size_t i = 0; i < 16; ++i) {
+          const double there = got[size_t(j)][size_t(first) + i];
+          if (j >= 128) { ASSERT_EQ(there, given[i]) << "not a full page"; }
+          if (j < 128 && !close) { ASSERT_NEAR(there, x[0] * wanted[i], 1e-3 * x[0]); }
+          if (j < 128) away += std::pow(there - given[i], 2), size += given[i] * given[i];
+        }
+      }
+  };
+  for (int64_t kv = 0; kv < c.shape.g; ++kv)
+    check(kept.k[size_t(kv)], c.k, kv, 32), check(kept.v[size_t(kv)], c.v, kv, 64);
+  EXPECT_LT(away / size, 0.05);
+  EXPECT_GT(away / size, 0.005);
+  EXPECT_THROW(mechanism->needs([] {
+    ModelInfo m;
+    m.d = m.d_v = 24;
+    return m;
+  }()),
+               Error);
+}
+
+/// The projection on the `rank` main eigenvectors of Σ x x^T of rows x, by Jacobi rotations.
+Rows projected(const Rows& x, size_t rank) {
+  const size_t n = x[0].size();
+  Rows a(n, std::vector<double>(n, 0.0)), v = a;
+  for (const auto& row : x)
+    for (size_t i = 0; i < n; ++i)
+      for (size_t j = 0; j < n; ++j) a[i][j] += row[i] * row[j];
+  for (size_t i = 0; i < n; ++i) v[i][i] = 1;
+  for (int sweep = 0; sweep < 30; ++sweep)
+    for (size_t p = 0; p < n; ++p)
+      for (size_t q = p + 1; q < n; ++q) {
+        if (std::abs(a[p][q]) < 1e-14 * std::sqrt(a[p][p] * a[q][q])) continue;
+        const double half = (a[q][q] - a[p][p]) / (2 * a[p][q]),
+                     t = (half < 0 ? -1 : 1) / (std::abs(half) + std::hypot(half, 1)), cos = 1 / std::hypot(t, 1),
+                     sin = t * cos;
+        for (size_t i = 0; i < n; ++i) {
+          const double x1 = a[i][p], y1 = a[i][q];
+          a[i][p] = cos * x1 - sin * y1, a[i][q] = sin * x1 + cos * y1;
+        }
+        for (size_t i = 0; i < n; ++i) {
+          const double x1 = a[p][i], y1 = a[q][i], x2 = v[p][i], y2 = v[q][i];
+          a[p][i] = cos * x1 - sin * y1, a[q][i] = sin * x1 + cos * y1;
+          v[p][i] = cos * x2 - sin * y2, v[q][i] = sin * x2 + cos * y2;
+        }
+      }
+  std::vector<size_t> order(n);
+  std::iota(order.begin(), order.end(), size_t(0));
+  std::sort(order.begin(), order.end(), [&](size_t i, size_t j) { return a[i][i] > a[j][j]; });
+  Rows out;
+  for (const auto& row : x) {
+    auto& to = out.emplace_back(n, 0.0);
+    for (size_t r = 0; r < rank; ++r) {
+      const auto& e = v[order[r]];
+      const double dot = std::inner_product(e.begin(), e.end(), row.begin(), 0.0);
+      for (size_t i = 0; i < n; ++i) to[i] += dot * e[i];
+    }
+  }
+  return out;
+}
+
+/// Rotates a row of 2 · |turn| numbers to a position (or back), halves together.
+void rotate(std::vector<double>& row, const Rope& rope, double position) {
+  for (size_t c = 0; c < size_t(rope.dims / 2); ++c) {
+    const double a = position * double(rope.inv_freq.at<float>(int64_t(c))), x = row[c], y = row[c + size_t(rope.dims / 2)];
+    row[c] = x * std::cos(a) - y * std::sin(a), row[c + size_t(rope.dims / 2)] = x * std::sin(a) + y * std::cos(a);
+  }
+}
+
+// The first decoded token's attention in the first group of layers, from the singular vectors of what a dense session holds.
+TEST(Xkv, LayersShareLatents) {
+  for (const auto& [h, g, size, rank, value_rank] :
+       {std::tuple{6, 2, 2, 24, 30}, {3, 3, 4, 60, 50}, {6, 2, 1, 20, 8}, {4, 1, 3, 90, 12}}) {
+    const auto model = windowed(h, g, {0, 0, 0, 0});
+    const ModelInfo& info = model->info();
+    const std::string spec = "xkv(size=" + std::to_string(size) + ",rank=" + std::to_string(rank) +
+                             ",value_rank=" + std::to_string(value_rank) + ",rounds=40)";
+    SCOPED_TRACE(spec);
+    Session compact(model, in_f32(spec)), dense(model, in_f32("dense"));
+    const int64_t all = 150;
+    EXPECT_EQ(row(compact.prefill(text(all, 1))), row(dense.prefill(text(all, 1)))) << "a prompt is read densely";
+    Rows keys(static_cast<size_t>(all)), values = keys;  // a token's rows of all layers of the group
+    for (int l = 0; l < size; ++l) {
+      auto k = rows_of(dense, l, true), v = rows_of(dense, l, false);
+      for (int kv = 0; kv < g; ++kv)
+        for (int64_t j = 0; j < all; ++j) {
+          auto &x = k[size_t(kv * all + j)], &y = v[size_t(kv * all + j)];
+          rotate(x, *info.rope(l), -double(j));
+          keys[size_t(j)].insert(keys[size_t(j)].end(), x.begin(), x.end());
+          values[size_t(j)].insert(values[size_t(j)].end(), y.begin(), y.end());
+        }
+    }
+    const Rows k = projected(keys, std::min(size_t(rank), keys[0].size())),
+               v = projected(values, std::min(size_t(value_rank), values[0].size()));
+    for (int l = 0; l < 4; ++l)
+      EXPECT_EQ(compact.store().layer(l).entries(), 0) << "nothing of the prompt stays in the store";
+    double worst = 0, changed = 0;
+    compact.tap([&](LayerView& at) {
+      if (at.layer > 0) return;
+      const Ragged own_k = stored_keys(at), own_v = stored_values(at);
+      for (int head = 0; head < h; ++head) {
+        const size_t kv = size_t(head * g / h);
+        std::vector<double> q, weights, out(16, 0.0);
+        for (int64_t c = 0; c < 16; ++c) q.push_back(double(at.q.values.at<float>(head, c)));
+        double total = 0;
+        for (int64_t j = 0; j <= all; ++j) {
+          std::vector<double> x, y;
+          for (size_t c = 0; c < 16; ++c) {
+            x.push_back(j < all ? k[size_t(j)][kv * 16 + c] : double(own_k.values.at<float>(int64_t(kv), int64_t(c))));
+            y.push_back(j < all ? v[size_t(j)][kv * 16 + c] : double(own_v.values.at<float>(int64_t(kv), int64_t(c))));
+          }
+          if (j < all) rotate(x, *info.rope(0), double(j));
+          const double w = std::exp(std::inner_product(q.begin(), q.end(), x.begin(), 0.0) / 4);
+          total += w;
+          for (size_t c = 0; c < 16; ++c) out[c] += w * y[c];
+        }
+        for (size_t c = 0; c < 16; ++c)
+          worst = std::max(worst, std::abs(out[c] / total - double(at.out.at<float>(head, int64_t(c)))));
+      }
+    });
+    const auto first = row(compact.decode(7));
+    compact.tap({});
+    changed = distance(first, row(dense.decode(7)));
+    EXPECT_LT(worst, 1e-3);
+    EXPECT_GT(changed, 1e-4);
+    int64_t held = 0;  // latents of all tokens, and a matrix for each layer
+    for (int l = 0; l < 4; l += size) {
+      const int64_t count = std::min(size, 4 - l), wide = count * g * 16, r = std::min<int64_t>(rank, wide),
+                    w = std::min<int64_t>(value_rank, wide);
+      held += 4 * (r + w) * (all + wide) + 4 * all * (1 + g) + 8 * (2 + g + 1);
+    }
+    EXPECT_NEAR(double(compact.kv_bytes() - compact.store().bytes()), double(held), 16) << "shares may be rounded";
+    // A fork, tokens taken back from the prompt, and a second part of it.
+    auto fork = compact.fork();
+    EXPECT_EQ(row(fork->decode(5)), row(compact.decode(5)));
+    fork->truncate(0, 100);
+    auto again = fork->fork();
+    again->prefill(text(130, 4)), again->decode(1);
+    EXPECT_TRUE(std::isfinite(row(fork->decode(9))[0]));
+    Session shorter(model, in_f32("dense")),
+        exact(model, in_f32("xkv(rank=1000000,value_rank=1000000,size=" + std::to_string(size) + ")"));
+    exact.prefill(text(all, 1)), exact.decode(3), exact.truncate(0, 100);
+    const auto prompt = text(all, 1);
+    shorter.prefill(std::span(prompt).first(100));
+    EXPECT_LT(distance(row(exact.decode(9)), row(shorter.decode(9))), 1e-4) << "what is taken back is not read";
+    EXPECT_LT(distance(row(exact.prefill(text(40, 2))), row(shorter.prefill(text(40, 2)))), 1e-4);
+    EXPECT_LT(distance(row(exact.decode(2)), row(shorter.decode(2))), 1e-4);
+  }
+  const auto model = tiny_model(4, 2);
+  for (const char* spec : {"xkv(layers=2-)", "xkv(heads=0)", "xkv(size=0)", "xkv+snapkv", "xkv+tidal-decode"})
+    EXPECT_FALSE(Composition::parse(spec, model->info(), registry()).has_value()) << spec;
+}
 
 }  // namespace
 }  // namespace heed::test

@@ -488,7 +488,7 @@ class Decode {
 
 /// Whether a side can be read as pairs of vectors.
 bool in_pairs(const PageType& type, int width) {
-  if (width % kPair != 0 || type.codes == PageType::Codes::Table) return false;
+  if (width % kPair != 0 || type.pair || (type.quantised() && type.codes >= PageType::Codes::Table)) return false;
   if (!type.quantised() || type.axis == PageType::Axis::Channel) return true;
   const int pairs = type.group / kPair;  // that share a scale
   return type.group % kPair == 0 && (pairs & (pairs - 1)) == 0;

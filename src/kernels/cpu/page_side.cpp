@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
+#include <vector>
 
+#include "base/error.h"
 #include "kernels/cpu/convert.h"
 
 namespace heed::HEED_ISA {
@@ -10,14 +13,16 @@ namespace {
 
 uint32_t code_at(const PageSide& side, int64_t place) {
   const int bits = side.type->bits();
-  return uint32_t(uint8_t(side.data[place * bits / 8])) >> (place * bits % 8) & ((1u << bits) - 1);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(side.data) + place * bits / 8;
+  const bool crosses = place * bits % 8 + bits > 8;
+  return uint32_t(bytes[0] | (crosses ? bytes[1] << 8 : 0)) >> (place * bits % 8) & ((1u << bits) - 1);
 }
 
 /// Codes [first, first + n) of an entry, one a byte.
 void expand(const PageSide& side, int entry, int first, int n, uint8_t* codes) {
   const int bits = side.type->bits();
   const int64_t place = side.place(entry, first);
-  if (side.transposed || place * bits % 8 != 0) {
+  if (side.transposed || bits == 3 || place * bits % 8 != 0) {
     for (int c = 0; c < n; ++c) codes[c] = uint8_t(code_at(side, side.place(entry, first + c)));
     return;
   }
@@ -51,7 +56,8 @@ void read_quantised(const PageSide& side, int entry, float* out) {
         for (int i = 0; i < count; ++i) out[first + c + i] = side.type->points[codes[c + i]] * scale;
       } else {
         const F scale = by_channel ? load_part(side.scales() + group, count) : set(float(side.scales()[group]));
-        const F zero = by_channel ? load_part(side.zeros() + group, count) : set(side.zero(group));
+        F zero = by_channel ? load_part(side.zeros() + group, count) : set(side.zero(group));
+        if (side.type->codes == PageType::Codes::Polar) zero = fma(scale, set(0.5f), zero);
         store_part(out + first + c, fma(load(codes + c), scale, zero), count);
       }
       c += count;
@@ -59,10 +65,80 @@ void read_quantised(const PageSide& side, int entry, float* out) {
   }
 }
 
+/// Pairs of angle and length ↔ of two numbers, in the places of the pair's channels.
+void from_polar(const PageSide& side, float* row) {
+  for (int c = 0; c < side.width; ++c) {
+    if (!side.type->first(c)) continue;
+    float &x = row[c], &y = row[side.type->mate(c)];
+    const double angle = double(x), length = double(y);
+    x = float(length * std::cos(angle)), y = float(length * std::sin(angle));
+  }
+}
+
+void to_polar(const PageSide& side, float* row) {
+  for (int c = 0; c < side.width; ++c) {
+    if (!side.type->first(c)) continue;
+    float &x = row[c], &y = row[side.type->mate(c)];
+    const double angle = std::atan2(double(y), double(x)), length = std::hypot(double(x), double(y));
+    x = float(angle < 0 ? angle + 2 * std::numbers::pi : angle), y = float(length);
+  }
+}
+
 void set_code(const PageSide& side, int64_t place, uint32_t code) {
   const int bits = side.type->bits(), shift = int(place * bits % 8), mask = ((1 << bits) - 1) << shift;
-  char& byte = side.data[place * bits / 8];
-  byte = char((byte & ~mask) | int(code << shift));
+  for (int i = 0; i < (shift + bits > 8 ? 2 : 1); ++i) {
+    char& byte = side.data[place * bits / 8 + i];
+    byte = char((byte & ~(mask >> 8 * i)) | int(code << shift) >> 8 * i);
+  }
+}
+
+constexpr int kBlock = 16;  // channels that share a length
+
+void read_blocks(const PageSide& side, int entry, float* out) {
+  float x[28], y[28];  // of every angle there is: 16 of level 1, 4 of each other
+  for (int i = 0; i < 28; ++i) {
+    const double angle = i < 16 ? (i + 0.5) * std::numbers::pi / 8 : double(side.type->points[size_t(i - 16)]);
+    x[i] = float(std::cos(angle)), y[i] = float(std::sin(angle));
+  }
+  for (int first = 0; first < side.width; first += kBlock) {
+    uint64_t word = 0;
+    for (int i = 0; i < kBlock; ++i) word |= uint64_t(code_at(side, side.place(entry, first + i))) << 3 * i;
+    float* block = out + first;
+    block[0] = float(side.scales()[side.group(entry, first)]);
+    const auto open = [&](int count, int begin, int bits, int points) {
+      for (int i = count - 1; i >= 0; --i) {
+        const int at = points + int(word >> (begin + i * bits) & ((1u << bits) - 1));
+        const float length = block[i];
+        block[2 * i] = length * x[at], block[2 * i + 1] = length * y[at];
+      }
+    };
+    open(1, 44, 2, 24), open(2, 40, 2, 20), open(4, 32, 2, 16), open(8, 0, 4, 0);
+  }
+}
+
+void write_blocks(const PageSide& side, int entry, const float* row) {
+  for (int first = 0; first < side.width; first += kBlock) {
+    double lengths[kBlock];
+    std::copy_n(row + first, kBlock, lengths);
+    uint64_t word = 0;
+    for (int count = kBlock / 2, at = 0, level = 0; count > 0; count /= 2, ++level)
+      for (int i = 0; i < count; ++i) {
+        const double angle = std::atan2(lengths[2 * i + 1], lengths[2 * i]);
+        uint64_t code = 0;
+        if (level == 0) {
+          const double turns = (angle < 0 ? angle + 2 * std::numbers::pi : angle) * 8 / std::numbers::pi;
+          code = uint64_t(std::min(15.0, std::floor(turns)));
+        } else {
+          const float* points = side.type->points.data() + 4 * (level - 1);
+          for (uint64_t p = 1; p < 4; ++p)
+            if (std::abs(angle - double(points[p])) < std::abs(angle - double(points[code]))) code = p;
+        }
+        word |= code << at, at += level == 0 ? 4 : 2;
+        lengths[i] = std::hypot(lengths[2 * i], lengths[2 * i + 1]);
+      }
+    for (int i = 0; i < kBlock; ++i) set_code(side, side.place(entry, first + i), uint32_t(word >> 3 * i & 7));
+    side.scales()[side.group(entry, first)] = f16(float(lengths[0]));
+  }
 }
 
 /// Codes, scale and zero of `entries` × `channels` numbers that share them.
@@ -75,7 +151,7 @@ void quantise(const PageSide& side, int entry, int entries, int channel, int cha
     side.scales()[group] = f16(scale);
     return float(side.scales()[group]);
   };
-  if (type.codes != PageType::Codes::Range) {  // of channels of one entry
+  if (!type.zeros()) {  // of channels of one entry
     float largest = value(0, 0);
     double squares = 0;
     for (int c = 0; c < channels; ++c) {
@@ -98,6 +174,7 @@ void quantise(const PageSide& side, int entry, int entries, int channel, int cha
     }
     return;
   }
+  const bool polar = type.codes == PageType::Codes::Polar;
   float low = value(0, 0), high = low;
   for (int e = 0; e < entries; ++e)
     for (int c = 0; c < channels; ++c) {
@@ -106,12 +183,27 @@ void quantise(const PageSide& side, int entry, int entries, int channel, int cha
     }
   const f16 zero_kept = f16(low);
   side.zeros()[group] = zero_kept;
-  const float zero = float(zero_kept), scale = keep_scale((high - low) / float(most));
+  const float zero = float(zero_kept), scale = keep_scale((high - low) / float(polar ? most + 1 : most));
   for (int e = 0; e < entries; ++e)
     for (int c = 0; c < channels; ++c) {
-      const float code = scale > 0 ? std::clamp(std::nearbyint((value(e, c) - zero) / scale), 0.0f, float(most)) : 0.0f;
+      const float x = scale > 0 ? (value(e, c) - zero) / scale : 0.0f;
+      const float code = std::clamp(polar ? std::floor(x) : std::nearbyint(x), 0.0f, float(most));
       set_code(side, side.place(entry + e, channel + c), uint32_t(code));
     }
+}
+
+/// Of a page of two layers: a direction times the norm that this layer has.
+const float* read_shared(const PageSide& side, int entry, float* out) {
+  PageType plain = *side.type;
+  plain.pair = 0;
+  const auto* norms = reinterpret_cast<const float*>(side.data + side.type->norms_at(side.width));
+  const int spare = side.type->pair == 2 ? reinterpret_cast<const uint8_t*>(norms + 2 * kPage)[entry] : 0;
+  // Spare rows lie row by row whatever the side's order.
+  const PageSide rows{side.data, &plain, side.width, side.transposed && spare == 0};
+  const float* row = read_entry(rows, spare > 0 ? kPage + spare - 1 : entry, out);
+  const float norm = norms[(side.type->pair - 1) * kPage + entry];
+  for (int c = 0; c < side.width; ++c) out[c] = row[c] * norm;
+  return out;
 }
 
 }  // namespace
@@ -126,9 +218,12 @@ const float* read_entry(const PageSide& side, int entry, float* out) {
   using Kind = PageType::Kind;
   const int n = side.width;
   if (side.type->quantised()) {
+    if (side.type->kind == Kind::Q3) return read_blocks(side, entry, out), out;
     read_quantised(side, entry, out);
+    if (side.type->codes == PageType::Codes::Polar) from_polar(side, out);
     return out;
   }
+  if (side.type->pair) return read_shared(side, entry, out);
   if (side.transposed) {
     for (int c = 0; c < n; ++c) {
       const int64_t at = side.place(entry, c);
@@ -147,14 +242,27 @@ const float* read_entry(const PageSide& side, int entry, float* out) {
 
 void write_entries(const PageSide& side, int begin, int count, const float* rows, int64_t step) {
   using Kind = PageType::Kind;
+  require(!side.type->pair, "page_write", "a page of two layers is not written to", "turn it into one of its own first");
   const int n = side.width;
   if (side.type->quantised()) {
     const int group = side.type->group;
+    if (side.type->kind == Kind::Q3) {
+      for (int e = 0; e < count; ++e) write_blocks(side, begin + e, rows + e * step);
+      return;
+    }
     if (side.type->axis == PageType::Axis::Token) {
       for (int e = 0; e < count; ++e)
         for (int c = 0; c < n; c += group)
           quantise(side, begin + e, 1, c, std::min(group, n - c), rows + e * step, step);
       return;
+    }
+    std::vector<float> turned;
+    if (side.type->codes == PageType::Codes::Polar) {
+      for (int e = 0; e < count; ++e) {
+        turned.insert(turned.end(), rows + e * step, rows + e * step + n);
+        to_polar(side, turned.data() + int64_t(e) * n);
+      }
+      rows = turned.data(), step = n;
     }
     for (int e = 0; e < count; e += group)
       for (int c = 0; c < n; ++c) quantise(side, begin + e, std::min(group, count - e), c, 1, rows + e * step, step);

@@ -19,10 +19,11 @@ struct PageSide {
   }
   /// Where an entry's numbers lie side by side, else null.
   char* row(int entry) const {
-    if (transposed || type->quantised()) return nullptr;
+    if (transposed || type->quantised() || type->pair) return nullptr;
     return data + int64_t(entry) * width * (type->bits() / 8);
   }
   int64_t place(int entry, int channel) const {
+    if (entry >= kPage) return int64_t(entry) * width + channel;  // a spare row
     return transposed ? int64_t(channel) * kPage + entry : int64_t(entry) * width + channel;
   }
   f16* scales() const { return reinterpret_cast<f16*>(data + int64_t(kPage) * width * type->bits() / 8); }

@@ -94,7 +94,8 @@ bool KeySource::dots(Dtype queries, int d) const {
   if (!pages) return k->values.type == Dtype::BF16 && (!v || v->values.type == Dtype::BF16);
   if (turns.rope) return false;
   for (const PageLayout& layout : pages->layouts)
-    if (layout.k.kind != PageType::Kind::BF16 || layout.v.kind != PageType::Kind::BF16 || layout.v_transposed)
+    if (layout.k.kind != PageType::Kind::BF16 || layout.v.kind != PageType::Kind::BF16 || layout.v_transposed ||
+        layout.k.pair)
       return false;
   return !pages->layouts.empty();
 #else

@@ -1,4 +1,6 @@
 // The memory of the GPU: allocation, streams, and copies that do not wait.
+#include <cuda.h>
+
 #include <cstdio>
 #include <cstring>
 #include <mutex>
@@ -193,6 +195,81 @@ void drop_recording(void* recording) noexcept {
 
 void finish(void* stream) { check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cuda"); }
 
+/// The driver's calls for address space, found at run time: heed does not link the driver.
+struct Spaces {
+  int64_t grain = 0;  // 0: there are none
+  CUmemAllocationProp kind{};
+  CUmemAccessDesc access{};
+  decltype(&cuMemAddressReserve) reserve = nullptr;
+  decltype(&cuMemAddressFree) unreserve = nullptr;
+  decltype(&cuMemCreate) create = nullptr;
+  decltype(&cuMemRelease) release = nullptr;
+  decltype(&cuMemMap) map = nullptr;
+  decltype(&cuMemUnmap) unmap = nullptr;
+  decltype(&cuMemSetAccess) set_access = nullptr;
+  decltype(&cuMemGetAllocationGranularity) granularity = nullptr;
+
+  template <class F>
+  bool find(const char* name, F& to) {
+    void* at = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    if (cudaGetDriverEntryPointByVersion(name, &at, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+      return cudaGetLastError(), false;
+    to = reinterpret_cast<F>(at);
+    return true;
+  }
+  Spaces() {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || !find("cuMemAddressReserve", reserve) ||
+        !find("cuMemAddressFree", unreserve) || !find("cuMemCreate", create) || !find("cuMemRelease", release) ||
+        !find("cuMemMap", map) || !find("cuMemUnmap", unmap) || !find("cuMemSetAccess", set_access) ||
+        !find("cuMemGetAllocationGranularity", granularity))
+      return;
+    kind.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    kind.location.type = access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    kind.location.id = access.location.id = device;
+    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    size_t least = 0;
+    if (granularity(&least, &kind, CU_MEM_ALLOC_GRANULARITY_MINIMUM) == CUDA_SUCCESS) grain = int64_t(least);
+  }
+};
+const Spaces& spaces() {
+  static const Spaces made;
+  return made;
+}
+
+void* reserve(int64_t bytes) {
+  CUdeviceptr at = 0;
+  if (spaces().reserve(&at, size_t(bytes), 0, 0, 0) != CUDA_SUCCESS)
+    throw Error(Code::Memory, "cuda memory", megabytes(size_t(bytes)) + " of address space asked for, not available");
+  return reinterpret_cast<void*>(at);
+}
+
+void decommit(void* at, int64_t bytes) noexcept {
+  cudaDeviceSynchronize();  // unmapping does not wait for kernels
+  for (int64_t done = 0; done < bytes; done += spaces().grain)
+    spaces().unmap(reinterpret_cast<CUdeviceptr>(at) + size_t(done), size_t(spaces().grain));
+}
+
+/// Grain by grain, since only what was mapped as one can be unmapped.
+void commit(void* at, int64_t bytes) {
+  const Spaces& by = spaces();
+  const CUdeviceptr begin = reinterpret_cast<CUdeviceptr>(at);
+  for (int64_t done = 0; done < bytes; done += by.grain) {
+    CUmemGenericAllocationHandle memory = 0;
+    const bool made = by.create(&memory, size_t(by.grain), &by.kind, 0) == CUDA_SUCCESS;
+    const bool mapped = made && by.map(begin + size_t(done), size_t(by.grain), 0, memory, 0) == CUDA_SUCCESS;
+    if (made) by.release(memory);  // the mapping holds it
+    if (mapped) continue;
+    decommit(at, done);
+    throw Error(Code::Memory, "cuda memory", megabytes(size_t(bytes)) + " asked for, not available");
+  }
+  if (by.set_access(begin, size_t(bytes), &by.access, 1) == CUDA_SUCCESS) return;
+  decommit(at, bytes);
+  throw Error(Code::Device, "cuda memory", "memory that was mapped could not be opened");
+}
+
 }  // namespace
 
 const Memory& memory() {
@@ -208,6 +285,13 @@ const Memory& memory() {
     m.move = move;
     m.fill = fill;
     m.finish = finish;
+    m.grain = spaces().grain;
+    if (m.grain > 0) {
+      m.reserve = reserve, m.commit = commit, m.decommit = decommit;
+      m.unreserve = [](void* at, int64_t bytes) noexcept {
+        spaces().unreserve(reinterpret_cast<CUdeviceptr>(at), size_t(bytes));
+      };
+    }
     m.begin_recording = begin_recording;
     m.end_recording = end_recording;
     m.replay = replay;

@@ -15,7 +15,10 @@ SideView side_view(const char* where, const PageType& type, int width, int64_t a
                type.kind,
                type.codes,
                type.quantised() && type.axis == PageType::Axis::Channel,
-               {}};
+               {},
+               type.turned,
+               type.pair,
+               type.norms_at(width)};
   std::copy(type.points.begin(), type.points.end(), out.points);
   if (type.quantised() &&
       (width * type.bits() % 8 != 0 || (!out.by_channel && type.group * type.bits() % 8 != 0 && type.group < width)))
@@ -43,8 +46,9 @@ __global__ void bias_kernel(const __grid_constant__ PagesView pages, int64_t bou
 Dtype panel_type(const Pages& pages, bool keys) {
   bool bf16 = true, f16 = true;
   for (const PageLayout& l : pages.layouts) {
-    bf16 &= (keys ? l.k : l.v).kind == PageType::Kind::BF16;
-    f16 &= (keys ? l.k : l.v).kind == PageType::Kind::F16;
+    const PageType& type = keys ? l.k : l.v;
+    bf16 &= type.kind == PageType::Kind::BF16 && !type.pair;
+    f16 &= type.kind == PageType::Kind::F16 && !type.pair;
   }
   if (keys && pages.plain_keys) return Dtype::F32;  // turned keys are not rounded again
   return bf16 ? Dtype::BF16 : f16 ? Dtype::F16 : Dtype::F32;

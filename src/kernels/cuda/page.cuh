@@ -15,22 +15,34 @@ struct SideView {
   PageType::Codes codes;
   bool by_channel;   // groups of entries
   float points[16];  // Table
+  int turned;        // Polar
+  int pair;
+  int64_t norms_at;  // from `at`
 
   __host__ __device__ bool quantised() const { return kind >= PageType::Kind::Q8; }
   /// Whether an entry moves as it is, codes and scales.
-  __host__ __device__ bool raw() const { return !quantised() || !by_channel; }
+  __host__ __device__ bool raw() const { return !pair && (!quantised() || !by_channel); }
   __host__ __device__ int row_groups() const { return quantised() ? (width + group - 1) / group : 0; }
   __host__ __device__ int64_t row_bytes() const { return int64_t(width) * bits / 8; }
-  __host__ __device__ bool has_zeros() const { return codes == PageType::Codes::Range; }
+  __host__ __device__ bool has_zeros() const {
+    return codes == PageType::Codes::Range || codes == PageType::Codes::Polar;
+  }
+  __host__ __device__ bool polar() const { return quantised() && codes == PageType::Codes::Polar; }
+  __device__ bool first(int c) const { return c < turned ? c < turned / 2 : (c - turned) % 2 == 0; }
+  __device__ int mate(int c) const { return c + (first(c) ? 1 : -1) * (c < turned ? turned / 2 : 1); }
+  __device__ float* norms(char* page) const { return reinterpret_cast<float*>(page + at + norms_at); }
+  __device__ uint8_t* spares(char* page) const { return reinterpret_cast<uint8_t*>(norms(page) + 2 * kPage); }
   __device__ bool same_type(const SideView& o) const {
+    if (pair || o.pair) return false;
     if (kind != o.kind || !quantised()) return kind == o.kind;
-    bool same = by_channel == o.by_channel && group == o.group && codes == o.codes;
+    bool same = by_channel == o.by_channel && group == o.group && codes == o.codes && turned == o.turned;
     for (int i = 0; i < 16; ++i) same = same && points[i] == o.points[i];
     return same;
   }
   __device__ float point(int code) const {
     return codes == PageType::Codes::Range    ? float(code)
            : codes == PageType::Codes::Signed ? float(code - (1 << (bits - 1)))
+           : codes == PageType::Codes::Polar  ? float(code) + 0.5f
                                               : points[code];
   }
   __device__ int group_of(int entry, int c) const {
@@ -46,9 +58,43 @@ struct SideView {
     }
   }
   __device__ int code(const char* row, int c) const {
-    return uint8_t(row[c * bits / 8]) >> (c * bits % 8) & ((1 << bits) - 1);
+    const auto* bytes = reinterpret_cast<const uint8_t*>(row) + c * bits / 8;
+    const bool crosses = c * bits % 8 + bits > 8;
+    return (bytes[0] | (crosses ? bytes[1] << 8 : 0)) >> (c * bits % 8) & ((1 << bits) - 1);
   }
   __device__ float get(char* page, int entry, int c) const {
+    if (pair) {
+      const int spare = pair == 2 ? spares(page)[entry] : 0;
+      return plain(page + at + (spare ? kPage + spare - 1 : entry) * row_bytes(), c) *
+             norms(page)[(pair - 1) * kPage + entry];
+    }
+    if (sphere()) {
+      const char* row = page + at + entry * row_bytes();
+      return of_block(row, __half2float(scales(page)[group_of(entry, c)]), c);
+    }
+    if (!polar()) return number(page, entry, c);
+    const bool of_first = first(c);
+    const double angle = number(page, entry, of_first ? c : mate(c)), size = number(page, entry, of_first ? mate(c) : c);
+    return float(size * (of_first ? cos(angle) : sin(angle)));
+  }
+  __host__ __device__ bool sphere() const { return kind == PageType::Kind::Q3; }
+  /// Channel c of a block: the product of the sines and cosines on its way down from the block's length.
+  __device__ float of_block(const char* row, float length, int c) const {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(row) + c / 16 * 6;
+    uint64_t word = 0;
+    for (int i = 0; i < 6; ++i) word |= uint64_t(bytes[i]) << (8 * i);
+    const int i = c % 16;
+    const int begin[4] = {0, 32, 40, 44};
+    float x = length;
+    for (int level = 3; level >= 0; --level) {
+      const int bits = level ? 2 : 4, code = int(word >> (begin[level] + (i >> (level + 1)) * bits)) & ((1 << bits) - 1);
+      const double angle = level ? double(points[4 * (level - 1) + code]) : (code + 0.5) * 0.39269908169872414;
+      x *= float(i >> level & 1 ? sin(angle) : cos(angle));
+    }
+    return x;
+  }
+  /// As its place holds it.
+  __device__ float number(char* page, int entry, int c) const {
     const char* row = page + at + entry * row_bytes();
     if (!quantised()) return plain(row, c);
     const int g = group_of(entry, c);
@@ -58,6 +104,11 @@ struct SideView {
   /// Channels c … c + 7 (c a multiple of eight), zeros past the width.
   __device__ void get8(char* page, int entry, int c, float (&x)[8]) const {
     const char* row = page + at + entry * row_bytes();
+    if (pair || polar() || sphere()) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = c + i < width ? get(page, entry, c + i) : 0.0f;
+      return;
+    }
     if (!quantised()) {
       const Dtype type = kind == PageType::Kind::F32   ? Dtype::F32
                          : kind == PageType::Kind::F16 ? Dtype::F16
@@ -170,11 +221,12 @@ struct Quantiser {
   __device__ Quantiser(const SideView& side, const Extent& of, __half* zero_to, __half* scale_to)
       : side(side), most((1 << side.bits) - 1), half(1 << (side.bits - 1)) {
     using Codes = PageType::Codes;
-    if (side.codes == Codes::Range) {
+    if (side.has_zeros()) {
       *zero_to = __float2half_rn(of.low);
       zero = __half2float(*zero_to);
     }
     *scale_to = __float2half_rn(side.codes == Codes::Range   ? __fdiv_rn(of.high - of.low, float(most))
+                                : side.codes == Codes::Polar ? __fdiv_rn(of.high - of.low, float(most + 1))
                                 : side.codes == Codes::Table ? float(sqrt(of.squares / of.count))
                                 : side.bits == 8             ? __fdiv_rn(fabsf(of.largest), 127.0f)
                                                              : __fdiv_rn(of.largest, float(-half)));
@@ -188,10 +240,37 @@ struct Quantiser {
         if (fabsf(x - side.points[i]) < fabsf(x - side.points[best])) best = i;
       return best;
     }
-    const float code = side.codes == PageType::Codes::Range ? rintf(x) : floorf(x + 0.5f) + float(half);
+    const float code = side.codes == PageType::Codes::Range   ? rintf(x)
+                       : side.codes == PageType::Codes::Polar ? floorf(x)
+                                                              : floorf(x + 0.5f) + float(half);
     return int(fminf(fmaxf(code, 0.0f), float(most)));
   }
 };
+
+/// Channels first … first + 15 of an entry take get(channel), by one thread.
+template <class Get>
+__device__ inline void put_block(const SideView& side, char* page, int entry, int first, Get get) {
+  double lengths[16];
+  for (int i = 0; i < 16; ++i) lengths[i] = get(first + i);
+  uint64_t word = 0;
+  for (int count = 8, at = 0, level = 0; count > 0; count /= 2, ++level)
+    for (int i = 0; i < count; ++i) {
+      const double angle = atan2(lengths[2 * i + 1], lengths[2 * i]);
+      int code = 0;
+      if (level == 0) {
+        code = min(15, int(floor((angle < 0 ? angle + 6.283185307179586 : angle) / 0.39269908169872414)));
+      } else {
+        const float* points = side.points + 4 * (level - 1);
+        for (int p = 1; p < 4; ++p)
+          if (fabs(angle - points[p]) < fabs(angle - points[code])) code = p;
+      }
+      word |= uint64_t(code) << at, at += level ? 2 : 4;
+      lengths[i] = hypot(lengths[2 * i], lengths[2 * i + 1]);
+    }
+  uint8_t* row = reinterpret_cast<uint8_t*>(page + side.at + entry * side.row_bytes()) + first / 16 * 6;
+  for (int i = 0; i < 6; ++i) row[i] = uint8_t(word >> (8 * i));
+  side.scales(page)[side.group_of(entry, first)] = __float2half_rn(float(lengths[0]));
+}
 
 /// Entries begin … begin + count take get(entry − begin, channel), but those for which skip(entry − begin); by every thread
 /// of a block. With groups of entries begin starts one, and none is skipped.
@@ -217,6 +296,10 @@ __device__ inline void put(const SideView& side, char* page, int begin, int coun
     for (int item = threadIdx.x; item < count * groups; item += blockDim.x) {
       const int entry = item / groups, first = item % groups * side.group, end = min(first + side.group, side.width);
       if (skip(entry)) continue;
+      if (side.sphere()) {
+        put_block(side, page, begin + entry, first, [&](int c) { return get(entry, c); });
+        continue;
+      }
       Extent of;
       for (int c = first; c < end; ++c) of.add(get(entry, c));
       const int g = side.group_of(begin + entry, first);
@@ -230,17 +313,25 @@ __device__ inline void put(const SideView& side, char* page, int begin, int coun
     }
     return;
   }
+  const auto number = [&](int entry, int c) {
+    if (!side.polar()) return float(get(entry, c));
+    const bool first = side.first(c);
+    const double x = get(entry, first ? c : side.mate(c)), y = get(entry, first ? side.mate(c) : c);
+    if (!first) return float(hypot(x, y));
+    const double angle = atan2(y, x);
+    return float(angle < 0 ? angle + 6.283185307179586 : angle);
+  };
   const int bytes = side.width / per, groups = (count + side.group - 1) / side.group;
   for (int item = threadIdx.x; item < groups * bytes; item += blockDim.x) {
     const int first = item / bytes * side.group, end = min(first + side.group, count), c0 = item % bytes * per;
     for (int i = 0; i < per; ++i) {
       Extent of;
-      for (int e = first; e < end; ++e) of.add(get(e, c0 + i));
+      for (int e = first; e < end; ++e) of.add(number(e, c0 + i));
       const int g = side.group_of(begin + first, c0 + i);
       const Quantiser by(side, of, side.zeros(page) + g, side.scales(page) + g);
       for (int e = first; e < end; ++e) {
         uint8_t& byte = *reinterpret_cast<uint8_t*>(page + side.at + (begin + e) * side.row_bytes() + c0 / per);
-        const int code = by.code(get(e, c0 + i)) << (i * side.bits);
+        const int code = by.code(number(e, c0 + i)) << (i * side.bits);
         byte = uint8_t(i == 0 ? code : byte | code);
       }
     }

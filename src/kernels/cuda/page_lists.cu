@@ -9,6 +9,7 @@ struct SupplyView {
   uint64_t* free;
   int32_t* top;
   int64_t bytes;
+  const uint64_t* base;  // of each segment, where its pages lie end to end
 };
 
 struct Supplies {
@@ -30,7 +31,13 @@ __device__ inline unsigned long long* holders(uint64_t page) {
   return reinterpret_cast<unsigned long long*>(page - kPageHeader);
 }
 
-__device__ uint64_t take(const SupplyView& supply) {
+/// For page p of segment s.
+__device__ uint64_t take(const SupplyView& supply, int s, int p) {
+  if (supply.base) {
+    const uint64_t page = supply.base[s] + p * (kPageHeader + supply.bytes) + kPageHeader;
+    *holders(page) = 1;
+    return page;
+  }
   const int top = atomicSub(supply.top, 1);
   if (top <= 0) __trap();  // the store promised more than it has: going on would write to pages of others
   const uint64_t page = supply.free[top - 1];
@@ -39,7 +46,7 @@ __device__ uint64_t take(const SupplyView& supply) {
 }
 
 __device__ void let_go(const SupplyView& supply, uint64_t page) {
-  if (atomicAdd(holders(page), ~0ull) == 1) supply.free[atomicAdd(supply.top, 1)] = page;
+  if (atomicAdd(holders(page), ~0ull) == 1 && !supply.base) supply.free[atomicAdd(supply.top, 1)] = page;
 }
 
 /// By a warp: a page that others hold too is exchanged for a copy; the page let go of, or 0.
@@ -49,7 +56,7 @@ __device__ uint64_t own(const Lists& a, int s, int p) {
   if (__shfl_sync(0xffffffffu, *holders(page), 0) == 1) return 0;
   const SupplyView& supply = a.supplies.of[a.layout_at(s, p)];
   uint64_t copy = 0;
-  if (lane == 0) copy = take(supply);
+  if (lane == 0) copy = take(supply, s, p);
   copy = __shfl_sync(0xffffffffu, copy, 0);
   for (int64_t at = lane * 16; at < supply.bytes; at += 32 * 16)
     *reinterpret_cast<uint4*>(copy + at) = *reinterpret_cast<const uint4*>(page + at);
@@ -78,7 +85,7 @@ __global__ void grow_kernel(const __grid_constant__ Lists a, Segments rows, int3
   if (count > 0) {
     if (length % kPage != 0) old = own(a, s, length / kPage);
     for (int p = pages_for(length) + lane; p < pages_for(end); p += 32) {
-      a.page(s, p) = take(a.supplies.of[0]);
+      a.page(s, p) = take(a.supplies.of[0], s, p);
       a.layout_at(s, p) = 0;
     }
   }
@@ -152,7 +159,8 @@ __global__ void convert_kernel(const __grid_constant__ Lists a, const int32_t* f
       left[s * capacity + p] = old;
       layouts[s * capacity + p] = uint8_t(was);
       if (changes) {
-        taken = take(a.supplies.of[layout]);
+        taken = take(a.supplies.of[layout], s, p);
+        if (taken == old) left[s * capacity + p] = 0;  // anew where it lay
         a.page(s, p) = taken;
         a.layout_at(s, p) = uint8_t(layout);
       }
@@ -177,8 +185,115 @@ __global__ void convert_kernel(const __grid_constant__ Lists a, const int32_t* f
   }
 }
 
+__device__ void put_plain(const SideView& side, char* page, int row, int c, float x) {
+  char* to = page + side.at + row * side.row_bytes();
+  switch (side.kind) {
+    case PageType::Kind::F32: reinterpret_cast<float*>(to)[c] = x; break;
+    case PageType::Kind::F16: reinterpret_cast<__half*>(to)[c] = from_float<__half>(x); break;
+    default: reinterpret_cast<__nv_bfloat16*>(to)[c] = from_float<__nv_bfloat16>(x);
+  }
+}
+
+/// By a block: a warp takes an entry at a time. number[e]: 0, or which spare row entry e has.
+__device__ void pair_side(const SideView& one, char* page_one, const SideView& two, char* page_two, const SideView& to,
+                          char* page, const int* number, double t) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  for (int e = threadIdx.x / 32; e < kPage; e += warps) {
+    const int spare = number[e];
+    double m = 0, n = 0, dot = 0;
+    for (int c = lane; c < to.width && !spare; c += 32) {
+      const double x = one.get(page_one, e, c), y = two.get(page_two, e, c);
+      m += x * x, n += y * y, dot += x * y;
+    }
+    for (int far = 16; far > 0; far /= 2) {
+      m += __shfl_xor_sync(0xffffffffu, m, far);
+      n += __shfl_xor_sync(0xffffffffu, n, far);
+      dot += __shfl_xor_sync(0xffffffffu, dot, far);
+    }
+    m = sqrt(m), n = sqrt(n);
+    const double angle = m * n > 0 ? acos(fmin(fmax(dot / (m * n), -1.0), 1.0)) : 0;
+    double from_one = 1 - t, from_two = t;
+    if (m * n == 0) from_one = 1, from_two = 1;  // where one is 0, the other's
+    else if (sin(angle) >= 1e-7) from_one = sin((1 - t) * angle) / sin(angle), from_two = sin(t * angle) / sin(angle);
+    for (int c = lane; c < to.width; c += 32) {
+      const double x = one.get(page_one, e, c), y = two.get(page_two, e, c);
+      put_plain(to, page, e, c, spare ? float(x) : float((m > 0 ? from_one * x / m : 0) + (n > 0 ? from_two * y / n : 0)));
+      if (spare) put_plain(to, page, kPage + spare - 1, c, float(y));
+    }
+    if (lane != 0) continue;
+    to.norms(page)[e] = spare ? 1.0f : float(m);
+    to.norms(page)[kPage + e] = spare ? 1.0f : float(n);
+    to.spares(page)[e] = uint8_t(spare);
+  }
+}
+
+__device__ void keep_beside(const PagesView& pages, const LayoutView& from, char* old_page, const LayoutView& to, char* page) {
+  for (int e = threadIdx.x; e < kPage; e += blockDim.x) {
+    if (to.bias_at >= 0) bias_at(to, page, e) = from.bias_at >= 0 ? bias_at(from, old_page, e) : 0.0f;
+    for (int c = 0; c < pages.columns; ++c)
+      if (pages.column[c].keeps == Column::Keeps::User)
+        for (int j = 0; j < pages.column[c].width; ++j)
+          pages.column_at(to, page, c, e)[j] = pages.column_at(from, old_page, c, e)[j];
+  }
+  __syncthreads();
+  refresh(pages, to, page, 0, kPage, kPage);
+}
+
+/// One block a page. Grid: pages (strided), segments. left [2, segments, capacity]: pages that were let go of.
+__global__ void pair_kernel(const __grid_constant__ Lists one, const __grid_constant__ Lists two, const int32_t* first,
+                            const int32_t* last, int layout, const float* k_apart, const float* v_apart, Segments rows,
+                            double t, uint64_t* left, int64_t capacity) {
+  __shared__ uint64_t taken;
+  __shared__ int number[2][kPage];  // of keys and values: which spare row an entry has
+  __shared__ int most;
+  const int s = blockIdx.y, end = min(last[s], min(one.length[s], two.length[s]) / kPage);
+  for (int p = blockIdx.x; p < capacity; p += gridDim.x) {
+    __syncthreads();
+    const bool candidate = p >= first[s] && p < end && one.layout_at(s, p) == 0 && two.layout_at(s, p) == 0;
+    if (threadIdx.x == 0) {
+      most = candidate ? 0 : kPage;
+      for (int side = 0; side < 2 && candidate; ++side) {
+        const float* apart = (side ? v_apart : k_apart) + rows.begin(s) + p * kPage;
+        int count = 0;
+        for (int e = 0; e < kPage; ++e) number[side][e] = apart[e] != 0 ? ++count : 0;
+        most = max(most, count);
+      }
+      left[s * capacity + p] = left[(gridDim.y + s) * capacity + p] = 0;
+    }
+    __syncthreads();
+    if (most > PageType::kSpare) continue;
+    const uint64_t old_one = one.page(s, p), old_two = two.page(s, p);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      taken = take(one.supplies.of[layout], s, p);
+      *holders(taken) = 2;
+      one.page(s, p) = two.page(s, p) = taken;
+      one.layout_at(s, p) = uint8_t(layout), two.layout_at(s, p) = uint8_t(layout + 1);
+      left[s * capacity + p] = old_one, left[(gridDim.y + s) * capacity + p] = old_two;
+    }
+    __syncthreads();
+    char *page = reinterpret_cast<char*>(taken), *from_one = reinterpret_cast<char*>(old_one),
+         *from_two = reinterpret_cast<char*>(old_two);
+    const LayoutView &plain_one = one.pages.layouts[0], &plain_two = two.pages.layouts[0],
+                     &to_one = one.pages.layouts[layout], &to_two = two.pages.layouts[layout + 1];
+    pair_side(plain_one.k, from_one, plain_two.k, from_two, to_one.k, page, number[0], t);
+    pair_side(plain_one.v, from_one, plain_two.v, from_two, to_one.v, page, number[1], t);
+    for (int e = threadIdx.x; e < kPage; e += blockDim.x)
+      position_at(to_one, page, e) = position_at(plain_one, from_one, e);
+    __syncthreads();
+    keep_beside(one.pages, plain_one, from_one, to_one, page);
+    keep_beside(two.pages, plain_two, from_two, to_two, page);
+  }
+}
+
+/// Lets go of pages of layout 0.
+__global__ void leave_plain_kernel(const __grid_constant__ Lists a, const uint64_t* left, int64_t capacity) {
+  for (int64_t p = blockIdx.x * blockDim.x + threadIdx.x; p < capacity; p += gridDim.x * blockDim.x)
+    if (const uint64_t old = left[blockIdx.y * capacity + p]) let_go(a.supplies.of[0], old);
+}
+
 SupplyView supply_view(const PageSupply& supply) {
-  return {supply.free.as<uint64_t>(), supply.top.as<int32_t>(), supply.page_bytes};
+  return {supply.free.as<uint64_t>(), supply.top.as<int32_t>(), supply.page_bytes, supply.base.as<uint64_t>()};
 }
 
 Lists lists(const char* where, const Pages& pages) {
@@ -255,6 +370,24 @@ void page_convert(Queue& queue, const Pages& pages, Tensor first, Tensor last, i
   launch(queue, where, convert_kernel, page_grid(pages, 1), 128, 0, a, first.as<int32_t>(), last.as<int32_t>(), layout,
          again, left, layouts, capacity);
   launch(queue, where, leave_kernel, page_grid(pages, 64), 64, 0, a, left, layouts, capacity);
+}
+
+void page_pair(Queue& queue, const Pages& one, const Pages& two, Tensor first, Tensor last, int layout,
+               const Ragged& k_apart, const Ragged& v_apart, float t) {
+  constexpr const char* where = "page_pair";
+  check_tensor(where, "first", first, {one.segments()}, false, Dtype::I32);
+  check_tensor(where, "last", last, {one.segments()}, false, Dtype::I32);
+  check_pair(where, one, two, layout);
+  const int64_t capacity = std::min(one.table.size[1], two.table.size[1]), all = one.segments();
+  if (all * capacity == 0) return;
+  Scratch scratch(queue.scratch);
+  uint64_t* left = queue.scratch.take(Dtype::U64, {2 * all * capacity}).as<uint64_t>();
+  const Lists a = lists(where, one), b = lists(where, two);
+  const dim3 grid(blocks_for(capacity, all), unsigned(all)), few(blocks_for(ceil_div(capacity, 64), all), unsigned(all));
+  launch(queue, where, pair_kernel, grid, 128, 0, a, b, first.as<int32_t>(), last.as<int32_t>(), layout,
+         k_apart.values.as<float>(), v_apart.values.as<float>(), segments(k_apart), double(t), left, capacity);
+  launch(queue, where, leave_plain_kernel, few, 64, 0, a, left, capacity);
+  launch(queue, where, leave_plain_kernel, few, 64, 0, b, left + all * capacity, capacity);
 }
 
 }  // namespace heed::cuda

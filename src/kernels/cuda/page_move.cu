@@ -49,6 +49,7 @@ __device__ float gathered(const SideView& side, const char* from, int c) {
   if (!side.quantised()) return side.plain(from, c);
   const __half* scales = reinterpret_cast<const __half*>(from + (side.row_bytes() + 1) / 2 * 2);
   const int g = c / side.group;
+  if (side.sphere()) return side.of_block(from, __half2float(scales[g]), c);
   return __fadd_rn(side.has_zeros() ? __half2float(scales[side.row_groups() + g]) : 0.0f,
                    __fmul_rn(side.point(side.code(from, c)), __half2float(scales[g])));
 }

@@ -108,6 +108,7 @@ const Kernels* cuda_kernels() {
     t.page_supply = cuda::page_supply;
     t.page_grow = cuda::page_grow;
     t.page_own = cuda::page_own;
+    t.page_pair = cuda::page_pair;
     t.page_shrink = cuda::page_shrink;
     t.page_hold = cuda::page_hold;
     t.page_convert = cuda::page_convert;

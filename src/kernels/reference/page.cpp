@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numbers>
 
 namespace heed::reference {
 
@@ -15,7 +16,9 @@ uint32_t PageSide::code(int entry, int channel) const {
     std::memcpy(&value, data_ + at * (bits / 8), size_t(bits / 8));
     return value;
   }
-  return uint32_t(uint8_t(data_[at * bits / 8])) >> (at * bits % 8) & ((1u << bits) - 1);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(data_) + at * bits / 8;
+  const bool crosses = at * bits % 8 + bits > 8;
+  return uint32_t(bytes[0] | (crosses ? bytes[1] << 8 : 0)) >> (at * bits % 8) & ((1u << bits) - 1);
 }
 
 void PageSide::set_code(int entry, int channel, uint32_t code) const {
@@ -25,9 +28,11 @@ void PageSide::set_code(int entry, int channel, uint32_t code) const {
     std::memcpy(data_ + at * (bits / 8), &code, size_t(bits / 8));
     return;
   }
-  char& byte = data_[at * bits / 8];
   const int shift = int(at * bits % 8), mask = ((1 << bits) - 1) << shift;
-  byte = char((byte & ~mask) | int(code << shift));
+  for (int i = 0; i < (shift + bits > 8 ? 2 : 1); ++i) {
+    char& byte = data_[at * bits / 8 + i];
+    byte = char((byte & ~(mask >> 8 * i)) | int(code << shift) >> 8 * i);
+  }
 }
 
 int64_t PageSide::group_of(int entry, int channel) const {
@@ -39,7 +44,69 @@ f16* PageSide::scale(int64_t group) const {
   return reinterpret_cast<f16*>(data_ + int64_t(kPage) * width_ * type_.bits() / 8) + group;
 }
 
+float& PageSide::norm(int layer, int entry) const {
+  return reinterpret_cast<float*>(data_ + type_.norms_at(width_))[layer * kPage + entry];
+}
+
 float PageSide::get(int entry, int channel) const {
+  if (type_.pair) {
+    const int own = type_.pair == 2 ? spare(entry) : 0;
+    return number(own > 0 ? kPage + own - 1 : entry, channel) * norm(type_.pair - 1, entry);
+  }
+  if (type_.kind == PageType::Kind::Q3) return float(block(entry, channel / 16 * 16)[size_t(channel % 16)]);
+  if (type_.codes != PageType::Codes::Polar || !type_.quantised()) return number(entry, channel);
+  const bool first = type_.first(channel);
+  const int mate = type_.mate(channel);
+  const double angle = double(number(entry, first ? channel : mate)),
+               length = double(number(entry, first ? mate : channel));
+  return float(length * (first ? std::cos(angle) : std::sin(angle)));
+}
+
+std::array<double, 16> PageSide::block(int entry, int first) const {
+  uint64_t word = 0;
+  for (int i = 0; i < 16; ++i) word |= uint64_t(code(entry, first + i)) << 3 * i;
+  std::array<double, 16> out{double(float(*scale(group_of(entry, first))))};
+  for (int level = 4, at = 46; level > 0; --level) {
+    const int count = 16 >> level;  // lengths so far
+    const int bits = level == 1 ? 4 : 2;
+    at -= count * bits;
+    for (int i = count - 1; i >= 0; --i) {
+      const auto code = size_t(word >> (at + i * bits) & ((1u << bits) - 1));
+      const double angle = level == 1 ? (double(code) + 0.5) * std::numbers::pi / 8
+                                      : double(type_.points[4 * size_t(level - 2) + code]);
+      const double length = out[size_t(i)];
+      out[size_t(2 * i)] = length * std::cos(angle), out[size_t(2 * i + 1)] = length * std::sin(angle);
+    }
+  }
+  return out;
+}
+
+void PageSide::put_block(int entry, int first, const double* values) const {
+  std::vector<double> lengths(values, values + 16);
+  uint64_t word = 0;
+  for (int level = 1, at = 0; level <= 4; ++level) {
+    const int bits = level == 1 ? 4 : 2;
+    for (size_t i = 0; i < lengths.size() / 2; ++i, at += bits) {
+      const double angle = std::atan2(lengths[2 * i + 1], lengths[2 * i]);
+      uint64_t code = 0;
+      if (level == 1)
+        code = uint64_t(std::clamp(
+            std::floor((angle < 0 ? angle + 2 * std::numbers::pi : angle) * 8 / std::numbers::pi), 0.0, 15.0));
+      else
+        for (uint64_t p = 1; p < 4; ++p) {
+          const float* points = type_.points.data() + 4 * (level - 2);
+          if (std::abs(angle - double(points[p])) < std::abs(angle - double(points[code]))) code = p;
+        }
+      word |= code << at;
+      lengths[i] = std::hypot(lengths[2 * i], lengths[2 * i + 1]);
+    }
+    lengths.resize(lengths.size() / 2);
+  }
+  for (int i = 0; i < 16; ++i) set_code(entry, first + i, uint32_t(word >> 3 * i & 7));
+  *scale(group_of(entry, first)) = f16(float(lengths[0]));
+}
+
+float PageSide::number(int entry, int channel) const {
   const uint32_t value = code(entry, channel);
   switch (type_.kind) {
     case PageType::Kind::F32: return std::bit_cast<float>(value);
@@ -73,6 +140,11 @@ void PageSide::quantise(const Group& group, int begin, const std::vector<double>
       z = float(*zero(group.index)), s = (high - low) / float(most);
       break;
     case PageType::Codes::Signed: s = bits == 8 ? std::abs(largest) / 127 : largest / float(-half); break;
+    case PageType::Codes::Polar:
+      *zero(group.index) = f16(low);
+      z = float(*zero(group.index)), s = (high - low) / float(most + 1);
+      break;
+    case PageType::Codes::Sphere: break;  // put_block
     case PageType::Codes::Table: s = float(std::sqrt(squares / double(group.entries * group.channels))); break;
   }
   *scale(group.index) = f16(s);
@@ -82,6 +154,7 @@ void PageSide::quantise(const Group& group, int begin, const std::vector<double>
       const float x = s != 0 ? (value(e, c) - z) / s : 0;
       float code = 0;
       if (type_.codes == PageType::Codes::Range) code = std::clamp(std::nearbyint(x), 0.0f, float(most));
+      if (type_.codes == PageType::Codes::Polar) code = std::clamp(std::floor(x), 0.0f, float(most));
       if (type_.codes == PageType::Codes::Signed)
         code = std::clamp(std::floor(x + 0.5f) + float(half), 0.0f, float(most));
       if (type_.codes == PageType::Codes::Table)
@@ -91,16 +164,31 @@ void PageSide::quantise(const Group& group, int begin, const std::vector<double>
     }
 }
 
-void PageSide::put(int begin, int count, const std::vector<double>& values) const {
+void PageSide::put_row(int row, int channel, float x) const {
+  uint32_t code = std::bit_cast<uint32_t>(x);
+  if (type_.kind == PageType::Kind::BF16) code = bf16(x).bits;
+  if (type_.kind == PageType::Kind::F16) code = std::bit_cast<uint16_t>(f16(x));
+  set_code(row, channel, code);
+}
+
+void PageSide::put(int begin, int count, const std::vector<double>& given) const {
+  require(!type_.pair, "page_write", "a page of two layers is not written to", "turn it into one of its own first");
   if (!type_.quantised()) {
     for (int e = 0; e < count; ++e)
-      for (int c = 0; c < width_; ++c) {
-        const float x = float(values[size_t(int64_t(e) * width_ + c)]);
-        uint32_t code = std::bit_cast<uint32_t>(x);
-        if (type_.kind == PageType::Kind::BF16) code = bf16(x).bits;
-        if (type_.kind == PageType::Kind::F16) code = std::bit_cast<uint16_t>(f16(x));
-        set_code(begin + e, c, code);
-      }
+      for (int c = 0; c < width_; ++c) put_row(begin + e, c, float(given[size_t(int64_t(e) * width_ + c)]));
+    return;
+  }
+  std::vector<double> values = given;
+  for (int64_t e = 0; type_.codes == PageType::Codes::Polar && e < count; ++e)
+    for (int c = 0; c < width_; ++c) {
+      if (!type_.first(c)) continue;
+      double &x = values[size_t(e * width_ + c)], &y = values[size_t(e * width_ + type_.mate(c))];
+      const double angle = std::atan2(y, x), length = std::hypot(x, y);
+      x = angle < 0 ? angle + 2 * std::numbers::pi : angle, y = length;
+    }
+  if (type_.kind == PageType::Kind::Q3) {
+    for (int e = 0; e < count; ++e)
+      for (int c = 0; c < width_; c += 16) put_block(begin + e, c, values.data() + int64_t(e) * width_ + c);
     return;
   }
   if (type_.axis == PageType::Axis::Token) {

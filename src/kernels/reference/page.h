@@ -1,5 +1,7 @@
 // One page, number by number.
 #pragma once
+#include <array>
+
 #include "kernels/reference/reference.h"
 
 namespace heed::reference {
@@ -11,6 +13,10 @@ class PageSide {
       : data_(data), type_(type), width_(width), transposed_(transposed) {}
 
   float get(int entry, int channel) const;
+  /// Of a page of two layers: a row's number, an entry's norm for either (0, 1), which spare row the second has of it.
+  void put_row(int row, int channel, float x) const;
+  float& norm(int layer, int entry) const;
+  uint8_t& spare(int entry) const { return reinterpret_cast<uint8_t*>(&norm(2, 0))[entry]; }
   /// Entries begin … begin + count take values [count, width]. With groups of entries (Channel), begin starts a group.
   void put(int begin, int count, const std::vector<double>& values) const;
   /// Everything kept for one entry, codes with their scales: what moves raw. Not for groups of entries.
@@ -20,7 +26,7 @@ class PageSide {
   };
   Raw raw(int entry) const;
   void put_raw(int entry, const Raw& raw) const;
-  bool moves_raw() const { return !type_.quantised() || type_.axis == PageType::Axis::Token; }
+  bool moves_raw() const { return !type_.pair && (!type_.quantised() || type_.axis == PageType::Axis::Token); }
   const PageType& type() const { return type_; }
 
  private:
@@ -29,11 +35,15 @@ class PageSide {
     int64_t index;
   };
   int64_t place(int entry, int channel) const {
+    if (entry >= kPage) return int64_t(entry) * width_ + channel;
     return transposed_ ? int64_t(channel) * kPage + entry : int64_t(entry) * width_ + channel;
   }
   int64_t group_of(int entry, int channel) const;
   uint32_t code(int entry, int channel) const;
   void set_code(int entry, int channel, uint32_t code) const;
+  std::array<double, 16> block(int entry, int first) const;  // of Sphere
+  void put_block(int entry, int first, const double* values) const;
+  float number(int entry, int channel) const;  // as its place holds it
   f16* scale(int64_t group) const;
   f16* zero(int64_t group) const { return scale(group) + type_.groups(width_); }  // where they are kept
   void quantise(const Group& group, int begin, const std::vector<double>& values) const;

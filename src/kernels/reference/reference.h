@@ -40,6 +40,7 @@ Function<decltype(Kernels::column_write)> column_write;
 Function<decltype(Kernels::page_supply)> page_supply;
 Function<decltype(Kernels::page_grow)> page_grow;
 Function<decltype(Kernels::page_own)> page_own;
+Function<decltype(Kernels::page_pair)> page_pair;
 Function<decltype(Kernels::page_shrink)> page_shrink;
 Function<decltype(Kernels::page_hold)> page_hold;
 Function<decltype(Kernels::page_convert)> page_convert;

@@ -34,6 +34,7 @@ const Kernels& reference_kernels() {
     t.page_supply = reference::page_supply;
     t.page_grow = reference::page_grow;
     t.page_own = reference::page_own;
+    t.page_pair = reference::page_pair;
     t.page_shrink = reference::page_shrink;
     t.page_hold = reference::page_hold;
     t.page_convert = reference::page_convert;
