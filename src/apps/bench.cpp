@@ -5,12 +5,14 @@
 #include <iostream>
 
 #include "apps/bench_kernels.h"
+#include "attention/spec.h"
 #include "base/threads.h"
 #include "kernels/kernels.h"
 #include "lab/files.h"
 #include "lab/machine.h"
 #include "lab/progress.h"
 #include "lab/shapes.h"
+#include "mechanisms/registry.h"
 
 namespace heed::apps {
 namespace {
@@ -132,7 +134,9 @@ class BenchCommand final : public Command {
     Json results = Json::array();
     Progress progress("bench");
     const double total = double(tests.size() * attention_.size());
-    bool stopped = false;
+    bool stopped = false, failed = false;
+    for (const std::string& attention : attention_)  // a mistake in the last one shows at once
+      value_or_throw(Composition::parse(attention, model->info(), registry()));
     for (const std::string& attention : attention_) {
       for (const BenchTest& test : tests) {
         progress.at(double(results.size()) / total, attention);
@@ -141,8 +145,12 @@ class BenchCommand final : public Command {
           results.push_back(result_json(*model, flags_, attention,
                                         bench(model, flags_.session(attention), test, repetitions_, seed_), time));
         } catch (const Error& e) {
-          if (e.failure().code != Code::Interrupted) throw;
-          stopped = true;
+          stopped = e.failure().code == Code::Interrupted;
+          if (!stopped && results.empty()) throw;
+          if (stopped) break;
+          failed = true;  // what was measured before it, and what comes, still stands
+          progress.clear();
+          std::cerr << "heed: " << attention << " failed: " << e.what() << '\n';
         }
         if (stopped) break;
       }
@@ -153,7 +161,7 @@ class BenchCommand final : public Command {
     if (format_ == "csv") csv(results);
     if (format_ == "md") markdown(results);
     if (stopped) std::cerr << "heed: interrupted; " << results.size() << " tests were finished\n";
-    return stopped ? 130 : 0;
+    return stopped ? 130 : failed ? 1 : 0;
   }
 
  private:

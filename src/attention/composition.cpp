@@ -133,7 +133,12 @@ std::vector<int> Composition::with(Role role, int layer) const {
   return out;
 }
 
-std::vector<int> Composition::edits(int layer) const { return with(Role::Edit, layer); }
+std::vector<int> Composition::edits(int layer) const {
+  // What a plan or a read left to its edit comes first; a policy adds to that what it holds outside the store.
+  std::vector<int> out = with(Role::Edit, layer);
+  std::stable_partition(out.begin(), out.end(), [&](int p) { return !has(parts_[size_t(p)].roles, Role::Keep); });
+  return out;
+}
 std::vector<int> Composition::keepers(int layer) const { return with(Role::Keep, layer); }
 
 Result<Composition> Composition::parse(const std::string& text, const ModelInfo& model, std::span<const Entry> registry) {

@@ -289,6 +289,34 @@ void scan_equals_reference(const Kernels& run, Random random) {
   }
 }
 
+/// More segments than the second dimension of a GPU's grid has blocks: one a row of a long prompt's heads.
+void many_segments_equal_reference(const Kernels& run, Random random) {
+  std::vector<int64_t> lengths;
+  for (int i = 0; i < 70'000; ++i) lengths.push_back(random.below(3));
+  const RaggedData x = normal_ragged(random, Dtype::F32, lengths, 1, 1, {});
+  Poisoned want = x.values.twin(), got = x.values.twin();
+  Queue queue;
+  oracle().scan(queue, x, {}, ScanKind::Max, want), run.scan(queue, x, {}, ScanKind::Max, got);
+  expect_close("scan", want, got, 0);
+  Numbers segment;
+  segment.count = 1, segment.steps[0].op = Numbers::Op::Segment;
+  oracle().compute(queue, segment, &x.view, want), run.compute(queue, segment, &x.view, got);
+  expect_close("compute", want, got, 0);
+  const Tensor rows = x.view.values.reshape({x.view.values.size[0]});
+  Ragged flat = x.view;
+  flat.values = rows;
+  Poisoned smooth_want(Dtype::F32, {rows.size[0]}), smooth_got = smooth_want.twin();
+  oracle().smooth(queue, flat, PoolKind::Max, 3, smooth_want), run.smooth(queue, flat, PoolKind::Max, 3, smooth_got);
+  expect_close("smooth", smooth_want, smooth_got, 0);
+  for (int64_t& length : lengths) length = (length + 1) / 2;
+  const RaggedData pooled = ragged(random, Dtype::F32, lengths, 1, 1, {});
+  const Poisoned pooled_got = pooled.values.twin();
+  Ragged to = pooled.view;
+  to.values = pooled_got;
+  oracle().pool(queue, x, PoolKind::Max, 2, pooled), run.pool(queue, x, PoolKind::Max, 2, to);
+  expect_close("pool", pooled.values, pooled_got, 0);
+}
+
 /// Numbers 1 … count in one segment.
 RaggedData counting(int64_t count, int64_t width) {
   Random random(0);
@@ -468,10 +496,15 @@ TEST(Reference, SpreadOfFiveNumbers) {
 
 std::vector<Check> planning_checks() {
   using enum Check::Against;
-  return {{Reference, "pool", pool_equals_reference},     {Reference, "smooth", smooth_equals_reference},
-          {Reference, "proxy", proxy_equals_reference},   {Reference, "reduce", reduce_equals_reference},
-          {Reference, "select", select_equals_reference}, {Property, "select_topk_is_largest", select_topk_is_largest},
-          {Reference, "scan", scan_equals_reference},     {Reference, "combine", combine_equals_reference},
+  return {{Reference, "pool", pool_equals_reference},
+          {Reference, "smooth", smooth_equals_reference},
+          {Reference, "proxy", proxy_equals_reference},
+          {Reference, "reduce", reduce_equals_reference},
+          {Reference, "select", select_equals_reference},
+          {Property, "select_topk_is_largest", select_topk_is_largest},
+          {Reference, "many_segments", many_segments_equal_reference},
+          {Reference, "scan", scan_equals_reference},
+          {Reference, "combine", combine_equals_reference},
           {Reference, "spread", spread_equals_reference}};
 }
 

@@ -118,13 +118,13 @@ struct Output {
   }
 };
 
-/// Grid: numbers (strided), segments; without segments all rows are one.
+/// Grid: segments (only x takes more than 65535), numbers (strided); without segments all rows are one.
 __global__ void compute_kernel(const __grid_constant__ Numbers what, Segments over, const __grid_constant__ Output out) {
   await();
-  const int s = blockIdx.y;
+  const int s = blockIdx.x;
   const int64_t begin = over.offsets ? over.begin(s) : 0, length = over.offsets ? over.length(s) : out.rows;
-  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < length * out.width;
-       e += int64_t(gridDim.x) * blockDim.x) {
+  for (int64_t e = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; e < length * out.width;
+       e += int64_t(gridDim.y) * blockDim.x) {
     const int64_t row = begin + e / out.width;
     const int c = int(e % out.width);
     out.set(row, c,
@@ -171,7 +171,7 @@ void compute(Queue& queue, const Numbers& what, const Ragged* over, Tensor out) 
                   out.size[0],   out.rank > 1 ? int(out.size[1]) : 1};
   const unsigned count = over ? unsigned(over->segments()) : 1;
   if (out.numel() == 0) return;
-  launch_early(queue, where, compute_kernel, dim3(blocks_for(ceil_div(out.numel(), 128), count), count), 128, 0, what,
+  launch_early(queue, where, compute_kernel, dim3(count, blocks_for(ceil_div(out.numel(), 128), count)), 128, 0, what,
                over ? segments(*over) : Segments{}, to);
 }
 

@@ -3,11 +3,11 @@
 namespace heed::cuda {
 namespace {
 
-/// Thread by number of out. Grid: numbers (strided), segments.
+/// Thread by number of out. Grid: segments, numbers (strided).
 __global__ void pool_kernel(Matrix x, Segments xs, PoolKind kind, int block, Matrix out, Segments to) {
-  const int s = blockIdx.y, length = xs.length(s);
+  const int s = blockIdx.x, length = xs.length(s);
   const int64_t blocks = (int64_t(length) + block - 1) / block, count = blocks * out.width;
-  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < count; e += int64_t(gridDim.x) * blockDim.x) {
+  for (int64_t e = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; e < count; e += int64_t(gridDim.y) * blockDim.x) {
     const int64_t b = e / out.width, first = xs.begin(s) + b * block;
     const int c = int(e % out.width), rows = int(min(int64_t(block), xs.end(s) - first));
     float result = 0;
@@ -44,7 +44,7 @@ void pool(Queue& queue, const Ragged& x, PoolKind kind, int block, Ragged out) {
           "out has x's segments and is " + std::to_string(width_out) + " wide, got " + out.values.shape());
   const unsigned count = unsigned(x.segments());
   launch(queue, where, pool_kernel,
-         dim3(blocks_for(ceil_div(ceil_div(x.values.size[0], block) * width_out, 256), count), count), 256, 0,
+         dim3(count, blocks_for(ceil_div(ceil_div(x.values.size[0], block) * width_out, 256), count)), 256, 0,
          matrix(x.values), segments(x), kind, block, matrix(out.values), segments(out));
 }
 

@@ -19,9 +19,9 @@ __device__ inline float step(ScanKind kind, float held, float a, float x, bool f
   }
 }
 
-/// Many channels: a thread walks one, neighbours read neighbours. Grid: channels, segments.
+/// Many channels: a thread walks one, neighbours read neighbours. Grid: segments, channels.
 __global__ void scan_wide_kernel(Matrix x, Segments xs, Matrix a, ScanKind kind, Matrix out) {
-  const int s = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x, n = xs.length(s);
+  const int s = blockIdx.x, c = blockIdx.y * blockDim.x + threadIdx.x, n = xs.length(s);
   if (c >= x.width) return;
   float held = 0;
   for (int t = 0; t < n; ++t) {
@@ -31,9 +31,9 @@ __global__ void scan_wide_kernel(Matrix x, Segments xs, Matrix a, ScanKind kind,
   }
 }
 
-/// Few channels: a warp takes 32 rows of one at a time (Hillis & Steele 1986). Grid: channels, segments.
+/// Few channels: a warp takes 32 rows of one at a time (Hillis & Steele 1986). Grid: segments, channels.
 __global__ void scan_narrow_kernel(Matrix x, Segments xs, Matrix a, ScanKind kind, Matrix out) {
-  const int s = blockIdx.y, c = blockIdx.x, lane = threadIdx.x, n = xs.length(s);
+  const int s = blockIdx.x, c = blockIdx.y, lane = threadIdx.x, n = xs.length(s);
   float held = 0;
   for (int t0 = 0; t0 < n; t0 += 32) {
     const int64_t r = xs.begin(s) + t0 + lane;
@@ -61,10 +61,10 @@ void scan(Queue& queue, const Ragged& x, Tensor a, ScanKind kind, Tensor out) {
   require(kind != ScanKind::Linear || (a && as_x(a)), where, "a linear scan needs a, of x's shape");
   const unsigned count = unsigned(x.segments());
   if (width >= 32)
-    launch(queue, where, scan_wide_kernel, dim3(unsigned(ceil_div(width, 32)), count), 32, 0, matrix(x.values),
+    launch(queue, where, scan_wide_kernel, dim3(count, unsigned(ceil_div(width, 32))), 32, 0, matrix(x.values),
            segments(x), matrix(a), kind, matrix(out));
   else
-    launch(queue, where, scan_narrow_kernel, dim3(unsigned(width), count), 32, 0, matrix(x.values), segments(x),
+    launch(queue, where, scan_narrow_kernel, dim3(count, unsigned(width)), 32, 0, matrix(x.values), segments(x),
            matrix(a), kind, matrix(out));
 }
 

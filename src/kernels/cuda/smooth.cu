@@ -4,9 +4,9 @@ namespace heed::cuda {
 namespace {
 
 __global__ void smooth_kernel(Matrix x, Segments xs, bool mean, int width, Matrix out) {
-  const int s = blockIdx.y;
+  const int s = blockIdx.x;
   const int64_t begin = xs.begin(s), end = xs.end(s);
-  for (int64_t r = begin + int64_t(blockIdx.x) * blockDim.x + threadIdx.x; r < end; r += int64_t(gridDim.x) * blockDim.x) {
+  for (int64_t r = begin + int64_t(blockIdx.y) * blockDim.x + threadIdx.x; r < end; r += int64_t(gridDim.y) * blockDim.x) {
     float sum = 0, top = -kInfinity;
     for (int64_t j = max(begin, r - width / 2); j <= min(end - 1, r + width / 2); ++j) {
       const float value = x.get(j);
@@ -25,7 +25,7 @@ void smooth(Queue& queue, const Ragged& x, PoolKind kind, int width, Tensor out)
   require(kind == PoolKind::Mean || kind == PoolKind::Max, where, "rows are smoothed by Mean or Max");
   check_tensor(where, "out", out, {x.values.size[0]});
   const unsigned count = unsigned(x.segments());
-  launch(queue, where, smooth_kernel, dim3(blocks_for(ceil_div(x.values.size[0], 256), count), count), 256, 0,
+  launch(queue, where, smooth_kernel, dim3(count, blocks_for(ceil_div(x.values.size[0], 256), count)), 256, 0,
          matrix(x.values), segments(x), kind == PoolKind::Mean, width, matrix(out));
 }
 

@@ -116,8 +116,8 @@ struct Xkv final : KeepPolicy {
     if (r == width) {  // nothing to find
       for (int64_t l = 0; l < layers; ++l)
         compute(queue, mod(place(), r) == channel() + double(l * block), matrices[size_t(l)].reshape({all * r, block}));
-      return queue.run->split_heads(queue, x.values.reshape({x.values.size[0], 1, width}), x.offsets, {}, 0, nullptr,
-                                    {}, out);
+      const Heads kept{.x = x.values.reshape({x.values.size[0], 1, width}), .out = out};
+      return queue.run->split_heads(queue, x.offsets, 0, {&kept, 1});
     }
     const MainRows main = main_rows(queue, x, r, rounds);
     for (int64_t l = 0; l < layers; ++l)
@@ -126,7 +126,8 @@ struct Xkv final : KeepPolicy {
     const Tensor dual = compute(queue, Dtype::F32, {all * width, r},
                                 load(main.dual, (floor_div(place(), width) * r + channel()) * width + mod(place(), width)));
     const Ragged made = transformed(queue, x, dual.reshape({all, width, r}));
-    queue.run->split_heads(queue, made.values.reshape({x.values.size[0], 1, r}), x.offsets, {}, 0, nullptr, {}, out);
+    const Heads kept{.x = made.values.reshape({x.values.size[0], 1, r}), .out = out};
+    queue.run->split_heads(queue, x.offsets, 0, {&kept, 1});
   }
 
   bool settle(LayerView& at) const override {
@@ -191,7 +192,8 @@ struct Xkv final : KeepPolicy {
                .ends = {},
                .heads = g,
                .bound = of.rows * g};
-    queue.run->split_heads(queue, made.values.reshape({of.rows, g, width}), of.offsets, {}, 0, rope, of.positions, out);
+    const Heads heads{.x = made.values.reshape({of.rows, g, width}), .rope = rope, .positions = of.positions, .out = out};
+    queue.run->split_heads(queue, of.offsets, 0, {&heads, 1});
     return out;
   }
 
