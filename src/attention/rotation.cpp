@@ -110,18 +110,40 @@ void change_basis(Queue& queue, const Ragged& x, const Tensor& matrix, const Rag
   queue.run->split_heads(queue, x.offsets, 0, {&one, 1});
 }
 
+namespace {
+
+/// body(part of x's columns, first, last), for as many as a recurrence's state has rows on every backend.
+template <class Body> void each_columns(const Ragged& x, Body body) {
+  constexpr int64_t most = 256;
+  for (int64_t first = 0; first < x.values.size[1]; first += most) {
+    const int64_t last = std::min(first + most, x.values.size[1]);
+    Ragged part = x;
+    part.values = x.values.slice(1, first, last);
+    body(part, first, last);
+  }
+}
+
+}  // namespace
+
 Ragged transformed(Queue& queue, const Ragged& x, const Tensor& matrix) {
   // A recurrence that only reads its state.
   const int64_t rows = x.values.size[0], width = matrix.size[2];
-  Ragged out = x, none = x, nothing = x;
+  Ragged out = x, nothing = x;
   out.values = queue.scratch.take(Dtype::F32, {rows, width});
-  none.values = compute(queue, Dtype::F32, {rows, x.values.size[1]}, 0);
+  const Scratch scratch(queue.scratch);
   nothing.values = compute(queue, Dtype::F32, {rows, width}, 0);
-  RecurInputs in;
-  in.q = x, in.k = none, in.v = nothing, in.state = matrix;
   Recur plain;
   plain.scale = 1;
-  queue.run->recur(queue, in, plain, out.values, {}, {});
+  each_columns(x, [&](const Ragged& part, int64_t first, int64_t last) {
+    const Scratch inner(queue.scratch);
+    Ragged none = part;
+    none.values = compute(queue, Dtype::F32, {rows, last - first}, 0);
+    RecurInputs in;
+    in.q = part, in.k = none, in.v = nothing, in.state = matrix.slice(1, first, last);
+    const Tensor made = first == 0 ? out.values : queue.scratch.take(Dtype::F32, {rows, width});
+    queue.run->recur(queue, in, plain, made, {}, {});
+    if (first > 0) queue.run->combine(queue, out.values, made, Combine::Add, 1, out.values);
+  });
   return out;
 }
 
@@ -129,9 +151,12 @@ Tensor outer_sums(Queue& queue, const Ragged& x) {
   // A recurrence whose state is all that counts.
   const int64_t d = x.values.size[1];
   const Tensor sums = queue.scratch.take(Dtype::F32, {x.segments(), d, d});
-  RecurInputs in;
-  in.q = in.k = in.v = x;
-  queue.run->recur(queue, in, {}, unfilled(queue, x).values, sums, {});
+  each_columns(x, [&](const Ragged& part, int64_t first, int64_t last) {
+    const Scratch scratch(queue.scratch);
+    RecurInputs in;
+    in.q = in.k = part, in.v = x;
+    queue.run->recur(queue, in, {}, unfilled(queue, x).values, sums.slice(1, first, last), {});
+  });
   return sums;
 }
 
