@@ -211,7 +211,12 @@ TEST(RealModelWindows, AWindowCachePredictsAsAFullOneDoes) {
     return worst;
   };
   ASSERT_EQ(first[0].size(), first[1].size());
-  EXPECT_LT(farthest(first), 1e-4) << "sums in another order";
+  // Matrix registers and bf16 dots take weights of softmax as bf16, by a maximum that hangs on which keys stand in a block.
+  const std::string table = backend(backend_or("auto")).name;
+  double largest = 0;
+  for (float x : first[0]) largest = std::max(largest, std::abs(double(x)));
+  EXPECT_LT(farthest(first), table == "amx" || table == "avx512-bf16" || table == "cuda" ? 0x1p-7 * largest : 1e-4)
+      << table << ", outputs up to " << largest;
   EXPECT_LT(farthest(logits), 1.5) << "activations that were rounded to the other side, eighteen layers long";
   const size_t layers = entries.size() / 2;
   for (size_t l = 0; l < layers; ++l) {

@@ -71,7 +71,8 @@ TEST_P(Speculation, VerificationReadsWhatADraftsRowsChose) {
     EXPECT_LT(worst, kExact) << p;
   }
   ApplyInput in = c.input(backend());
-  in.inputs["draft"] = Buffer::zeros(Dtype::F32, {5, 79});
+  const Buffer narrow = Buffer::zeros(Dtype::F32, {5, 79});
+  in.inputs["draft"] = narrow;
   const auto wrong = apply("spec-attn", in);
   ASSERT_FALSE(wrong);
   EXPECT_EQ(wrong.error().exit_status(), 2);
