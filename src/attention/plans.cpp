@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attention/numbers.h"
+#include "attention/select.h"
 #include "kernels/plan_spans.h"
 
 namespace heed {
@@ -20,6 +21,12 @@ Plan ranges_plan(Queue& queue, Plan::Scope scope, int q_tile, int64_t rows, cons
                        pick(mod(place(), 2) == 0 && there(row), pick(channel() == 0, load(begin, row), load(end, row)),
                             pick(channel() == 0, load(next, row), load(last, row))));
   return plan;
+}
+
+void see_until(LayerView& at, const Range& heads, const Num& last) {
+  const Num inside = among(at.queue, heads, at.k.heads, mod(segment(), at.k.heads));
+  at.mods.until = at.queue.scratch.take(Dtype::I32, {at.k.values.size[0]});
+  compute(at.queue, at.k, pick(inside, min(last, kAlways), kAlways), at.mods.until);
 }
 
 void each_interval(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods, int64_t s, int64_t head_number,

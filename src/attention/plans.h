@@ -33,6 +33,11 @@ struct KeyRange {
 /// begins no earlier than the first one ends.
 Plan ranges_plan(Queue&, Plan::Scope, int q_tile, int64_t rows, const KeyRange& first, const KeyRange& second = {0, 0});
 
+/// A mask of training that a cache follows: keys of these KV heads are seen by queries up to position `last`, a formula over the
+/// rows of at.k, those of others by all that follow. Sets at.mods.until.
+inline constexpr double kAlways = 2147483647;  // as last
+void see_until(LayerView&, const Range& heads, const Num& last);
+
 /// Calls visit(query row of the segment, first key, past-the-last key) for everything that query head `head` of sequence
 /// `s` reads under plan, causality, window and until: the plan as a set, for pictures and exports.
 void each_interval(const Plan&, const Ragged& q, const Ragged& k, const Mods&, int64_t s, int64_t head,

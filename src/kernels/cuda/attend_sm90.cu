@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attend_sm90.cuh"
+#include "kernels/cuda/grid.cuh"
 
 namespace heed::sm90 {
 namespace {
@@ -221,15 +222,6 @@ Scratch lay_out(const Attend& a, void* memory) {
   return s;
 }
 
-int multiprocessors() {
-  static const int count = [] {
-    int device = 0, n = 0;
-    cudaGetDevice(&device), cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-    return n;
-  }();
-  return count;
-}
-
 template <class S>
 cudaError_t launch(const Attend& a, void* memory, cudaStream_t stream) {
   const Scratch scratch = lay_out(a, memory);
@@ -254,7 +246,7 @@ cudaError_t launch(const Attend& a, void* memory, cudaStream_t stream) {
   static const cudaError_t ready = cudaFuncSetAttribute(attend_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (ready != cudaSuccess) return ready;
   cudaLaunchConfig_t config{};
-  config.gridDim = unsigned(std::min<int64_t>(multiprocessors(), most_tiles(a))), config.blockDim = S::threads,
+  config.gridDim = unsigned(std::min<int64_t>(cuda::multiprocessors(), most_tiles(a))), config.blockDim = S::threads,
   config.dynamicSmemBytes = bytes, config.stream = stream;
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;

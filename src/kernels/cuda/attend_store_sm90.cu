@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attend_sm90.h"
+#include "kernels/cuda/grid.cuh"
 #include "kernels/cuda/sm90.h"
 
 namespace heed::sm90 {
@@ -109,21 +110,15 @@ struct Memory {
   int last;
 };
 
-__device__ __forceinline__ void await() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 __global__ void clear_kernel(int* arrived, int count) {
-  await();
+  cuda::await();
   if (int(threadIdx.x) < count) arrived[threadIdx.x] = 0;
 }
 
 template <int D, int DV, int kWarps, int PerSm>
 __global__ void __launch_bounds__(32 * kWarps, PerSm)
     attend_store_kernel(const AttendStore a, Partial<DV>* partials, int* arrived) {
-  await();
+  cuda::await();
   extern __shared__ uint8_t raw[];
   Memory<DV, kWarps>& sh = *reinterpret_cast<Memory<DV, kWarps>*>(raw);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
@@ -466,18 +461,9 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
   }
 }
 
-int multiprocessors() {
-  static const int count = [] {
-    int device = 0, n = 0;
-    cudaGetDevice(&device), cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-    return n;
-  }();
-  return count;
-}
-
 template <int D, int DV, int kWarps, int PerSm>
 cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t stream) {
-  const int blocks = std::min(PerSm * multiprocessors(), kMostBlocks);
+  const int blocks = std::min(PerSm * cuda::multiprocessors(), kMostBlocks);
   static_assert(kMostBlocks * kColumns + 2 * kColumns + 4 * 32 * kWarps <= kWarps * kColumns * DV);
   int* arrived = static_cast<int*>(scratch);
   const int64_t skip = (int64_t(blocks) * 4 + 255) / 256 * 256;

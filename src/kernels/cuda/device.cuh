@@ -5,9 +5,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/check.h"
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/grid.cuh"
 
 namespace heed::cuda {
 
@@ -41,21 +43,6 @@ void launch(Queue& queue, const char* where, void (*kernel)(Formal...), dim3 gri
   kernel<<<grid, threads, shared, stream(queue)>>>(args...);
   check(cudaGetLastError(), where);
 }
-
-/// First line of a kernel that launch_early starts: waits until what lies before it in the queue is done, its writes
-/// included. The kernel behind is set up meanwhile, and the one behind that: all of them wait here.
-__device__ inline void await() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-int multiprocessors();
-/// Bytes of shared memory that a block may ask for.
-size_t most_shared();
-
-/// Whether the GPU sets up kernels early (programmatic dependent launch).
-bool launches_early();
 
 /// As launch, for kernels that begin with await(): setting up such a kernel overlaps the end of the one before.
 template <class... Formal, class... Actual>
@@ -114,6 +101,22 @@ inline Matrix matrix(const Tensor& t) {
   return {t.data, t.stride[0], t.rank > 1 ? int(t.size[1]) : 1, t.type};
 }
 
+/// Eight numbers of 16 bits.
+template <class T> __device__ inline void unpack8(const uint4& bits, float (&x)[8]) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, __half>) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    } else {
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+}
+
 /// Eight numbers of a row from element `at` on; zeros past `count`. One 16-byte load (F32: two) where the address allows.
 __device__ inline void load8(const void* data, Dtype type, int64_t at, int count, float (&x)[8]) {
   const char* p = static_cast<const char*>(data) + at * (type == Dtype::F32 ? 4 : 2);
@@ -124,18 +127,8 @@ __device__ inline void load8(const void* data, Dtype type, int64_t at, int count
       return;
     }
     const uint4 bits = *reinterpret_cast<const uint4*>(p);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (type == Dtype::BF16) {
-        x[2 * i] = __uint_as_float(words[i] << 16);
-        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-      } else {
-        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-        x[2 * i] = pair.x;
-        x[2 * i + 1] = pair.y;
-      }
-    }
+    if (type == Dtype::BF16) unpack8<__nv_bfloat16>(bits, x);
+    else unpack8<__half>(bits, x);
     return;
   }
 #pragma unroll

@@ -85,24 +85,6 @@ __global__ void __launch_bounds__(kWarps * 32) few_blocks_kernel(const __grid_co
   }
 }
 
-__device__ inline void unpack8(const uint4& bits, const __half*, float (&to)[8]) {
-  const __half2* pairs = reinterpret_cast<const __half2*>(&bits);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 x = __half22float2(pairs[i]);
-    to[2 * i] = x.x;
-    to[2 * i + 1] = x.y;
-  }
-}
-__device__ inline void unpack8(const uint4& bits, const __nv_bfloat16*, float (&to)[8]) {
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    to[2 * i] = __uint_as_float(words[i] << 16);
-    to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-
 /// Plain weights. `wide`: rows of w and x are 16-byte aligned, so lanes take eight numbers at once.
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kWarps * 32) few_plain_kernel(const __grid_constant__ Few a, bool wide) {
@@ -121,7 +103,7 @@ __global__ void __launch_bounds__(kWarps * 32) few_plain_kernel(const __grid_con
 #pragma unroll 2
       for (int c = 8 * lane; c < from; c += 256) {
         float w[8];
-        unpack8(*reinterpret_cast<const uint4*>(row + c), static_cast<const T*>(nullptr), w);
+        unpack8<T>(*reinterpret_cast<const uint4*>(row + c), w);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           if (kTokens > 1 && t >= a.tokens) break;

@@ -97,19 +97,6 @@ template <Dtype kType> __device__ inline void round_runs(const float* x, int run
   }
 }
 
-template <class T> __device__ inline void unpack(const uint4& bits, float (&to)[8]) {
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (std::is_same_v<T, __half>) {
-      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-      to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
-    } else {
-      to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-  }
-}
-
 /// 16 bytes to shared memory without waiting; of `from` only the first `bytes` are read, the rest are zeros.
 __device__ inline void copy16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
@@ -208,7 +195,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) one_kernel(const __grid_consta
           const float4* by = reinterpret_cast<const float4*>(plain + column);
           const float4 low = by[0], high = by[1];
           float w[8];
-          unpack<T>(*reinterpret_cast<const uint4*>(at + 2 * c), w);
+          unpack8<T>(*reinterpret_cast<const uint4*>(at + 2 * c), w);
           sum += w[0] * low.x + w[1] * low.y + w[2] * low.z + w[3] * low.w + w[4] * high.x + w[5] * high.y +
                  w[6] * high.z + w[7] * high.w;
         }

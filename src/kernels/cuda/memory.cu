@@ -17,34 +17,6 @@ void check(cudaError_t status, const char* where) {
   throw Error(Code::Device, where, std::string("the GPU reports: ") + cudaGetErrorString(status));
 }
 
-bool launches_early() {
-  static const bool early = [] {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-  }();
-  return early;
-}
-
-namespace {
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "cuda");
-  check(cudaDeviceGetAttribute(&value, which, device), "cuda");
-  return value;
-}
-}  // namespace
-
-int multiprocessors() {
-  static const int count = attribute(cudaDevAttrMultiProcessorCount);
-  return count;
-}
-
-size_t most_shared() {
-  static const size_t bytes = size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  return bytes;
-}
-
 cudaStream_t stream(Queue& queue) {
   ++queue.launches;
   return static_cast<cudaStream_t>(queue.stream);

@@ -1,5 +1,4 @@
-#include <limits>
-
+#include "attention/plans.h"
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -32,12 +31,8 @@ struct ActivationBeacon final : KeepPolicy {
   Num is_beacon(const Num& position) const { return mod(mod(position, whole()), ratio + 1.0) == ratio; }
 
   Plan plan(LayerView& at) const override {
-    constexpr double kAlways = std::numeric_limits<int32_t>::max();
-    const Num j = load(at.k_pos, index()), inside = among(at.queue, heads, at.k.heads, mod(segment(), at.k.heads));
-    at.mods.until = at.queue.scratch.take(Dtype::I32, {at.k.values.size[0]});
-    compute(at.queue, at.k,
-            pick(inside && 1 - is_beacon(j), min(kAlways, (floor_div(j, whole()) + 1) * whole() - 1), kAlways),
-            at.mods.until);
+    const Num j = load(at.k_pos, index());
+    see_until(at, heads, pick(is_beacon(j), kAlways, (floor_div(j, whole()) + 1) * whole() - 1));
     Plan dense;
     dense.causal = at.plan.causal;
     return dense;
@@ -59,9 +54,8 @@ Entry activation_beacon() {
   Entry e = entry<ActivationBeacon>("activation-beacon", "Long Context Compression with Activation Beacon",
                                     "Zhang et al., 2024, arXiv 2401.03462", 2024, Role::Plan | Role::Keep);
   e.equation =
-      "windows of w + w / a positions, every (a + 1)-th a beacon: i sees j ≤ i of its window and earlier beacons; of a "
-      "window "
-      "that has ended beacons stay";
+      "windows of w + w / a positions, every (a + 1)-th a beacon: i sees j ≤ i of its window and earlier beacons; "
+      "of a window that has ended beacons stay";
   e.needs = "rows of q, k and v at beacons from a trained model's own matrices";
   e.identity = "activation-beacon(window=1000000000,ratio=1)";
   e.verified = {"identity", "formula", "model"};

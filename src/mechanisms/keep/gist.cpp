@@ -1,6 +1,7 @@
 #include <limits>
 
 #include "attention/inputs.h"
+#include "attention/plans.h"
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -68,13 +69,10 @@ struct Gist final : KeepPolicy {
     const Ragged now = marks(at);
     at.set_column("gist.mark", now);
     const auto [first, last] = ends(at, now);
-    const Num entry = begin_of(first, segment()) + place(),
-              inside = among(at.queue, heads, at.k.heads, mod(segment(), at.k.heads));
-    at.mods.until = at.queue.scratch.take(Dtype::I32, {at.k.values.size[0]});
-    compute(at.queue, at.k,
-            pick(inside && place() < load(first.values, entry),
-                 load(at.k_pos, begin_of(at.k, segment()) + load(last.values, entry)), std::numeric_limits<int32_t>::max()),
-            at.mods.until);
+    const Num entry = begin_of(first, segment()) + place();
+    see_until(at, heads,
+              pick(place() < load(first.values, entry),
+                   load(at.k_pos, begin_of(at.k, segment()) + load(last.values, entry)), kAlways));
     Plan dense;
     dense.causal = at.plan.causal;
     return dense;

@@ -164,9 +164,8 @@ Entry sage() {
   Entry e = entry<Sage>("sage", "SageAttention: Accurate 8-Bit Attention for Plug-and-play Inference Acceleration",
                         "Zhang et al., 2024, arXiv 2410.02367; 2411.10958, 2505.21136", 2024, Role::Plan | Role::Edit);
   e.equation =
-      "softmax of (q̂_i·k̂_j + q_i·k̄) / √d, q̂ and k̂ whole numbers of q and of k − k̄ times a group's scale; o = Σ P̂ V̂ / Σ "
-      "P, P "
-      "= e^(s − max so far)";
+      "s_ij = (q̂_i·k̂_j + q_i·k̄) / √d, q̂ and k̂ whole numbers of q and of k − k̄ times a group's scale; "
+      "o = Σ P̂ V̂ / Σ P, P = e^(s − max so far)";
   e.needs = "nothing; logits are written out, so it is slower than dense attention";
   e.identity = "sage(codes=f32,weights=f32)";
   e.verified = {"identity", "formula", "model"};

@@ -1,0 +1,105 @@
+// What session.cpp and session_layer.cpp share; nobody else includes it.
+#pragma once
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "model/session.h"
+
+namespace heed {
+
+/// Adds the seconds of its life.
+class Clock {
+ public:
+  explicit Clock(double& into) : into_(into), begin_(std::chrono::steady_clock::now()) {}
+  ~Clock() { into_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
+
+ private:
+  double& into_;
+  std::chrono::steady_clock::time_point begin_;
+};
+
+struct Session::Impl {
+  std::shared_ptr<const Model> model;
+  SessionOptions options;
+  std::shared_ptr<const Composition> composition;
+  Queue queue;
+  std::shared_ptr<const ModelWeights> weights;
+  ModelInfo shape;  // of the model, ropes where kernels read them
+  std::unique_ptr<Store> store;
+  std::vector<std::unique_ptr<State>> states;       // one for each part
+  std::vector<std::shared_ptr<const Basis>> bases;  // for each layer; null, or none at all: coordinates as they come
+  Read::Positions positions = Read::Positions::True;
+  int64_t reach = 0;  // the most tokens of a sequence; 0: any number
+  std::vector<std::vector<int32_t>> tokens;
+  std::vector<int64_t> next;                 // position of each sequence's next token
+  std::vector<int64_t> prompt;               // tokens of each sequence's prompt
+  std::vector<std::vector<int32_t>> chosen;  // of a prompt that a drive shortened: the numbers of the tokens read
+  std::vector<int64_t> given;                // tokens that the prompt had before
+  int64_t step = 0;
+  Times times;
+  std::vector<double> dense_rows, rows;  // for each layer: prompt rows that a dense plan read, and all of them
+  // What a row that is read counts for in them, for each layer: more than 1 row of a shortened prompt, and fewer pairs.
+  double row_weight = 1;
+  std::vector<double> pair_weight;
+  Buffer shares;  // F64 [layers, h], of kernels: rows under other plans, each times the share of pairs computed
+  Buffer reads;   // F64 [layers, h], of kernels: keys read while decoding
+  int64_t reads_count = 0;
+  Buffer logits_out;
+  // Decode steps of one token for each sequence. Steps in which other policies are due are other work.
+  struct Recorded {
+    uint64_t due = 0;  // a bit for each part
+    bool evicts = false;
+    Recording work;  // empty: such steps cannot be recorded
+  };
+  std::vector<Recorded> recorded;
+  // What recorded steps read and write: I32 [2, sequences], tokens and positions; F32 [sequences, vocabulary].
+  Buffer fed, logits_there;
+  Tap tap;
+  std::function<void(int64_t, int64_t)> progress;
+
+  Impl(std::shared_ptr<const Model> model_in, const SessionOptions& o);
+  Impl(Impl& other);
+
+  int parts() const { return int(composition->parts().size()); }
+  const Mechanism& part(int p) const { return *composition->parts()[size_t(p)].mechanism; }
+  const ModelInfo& info() const { return shape; }
+  const Architecture& architecture() const { return model->architecture(); }
+
+  struct Batch;
+  void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
+            const std::function<void(int64_t, Tensor)>& visit, int depth = 0);
+  std::vector<std::span<const int32_t>> shorten(const std::vector<std::span<const int32_t>>& tokens,
+                                                std::vector<std::vector<int32_t>>& read);
+  void check_reach(int64_t length) const;
+  Tensor forward(Batch& batch);
+  bool replay(const Batch& batch, std::span<const int32_t> ids, std::span<const int32_t> places);
+  void layer(Batch& batch, int l, Tensor x);
+  void attend(Batch& batch, LayerView& view);
+  void keep(Batch& batch, LayerView& view);
+  void make_room(Batch& batch, LayerView& view);
+  bool due(const Batch& batch, const KeepPolicy& policy) const;
+  std::vector<int64_t> lengths(const KeepPolicy& policy, std::span<const int64_t> coming) const;
+  void cut(const Batch& batch, LayerView& view, const KeepPolicy& policy, std::span<const int64_t> coming);
+  void evict_all(int p, Phase phase);
+  void emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit);
+  void count_reads(LayerView& view);
+  void count_shares(const Batch& batch, LayerView& view);
+  Ragged head_major(const Batch& batch, Dtype type, int64_t heads, int64_t width);
+  void make_logits(Tensor x, Tensor host);
+};
+
+/// One feed: the tokens, where they stand, and what it is.
+struct Session::Impl::Batch {
+  Phase phase;
+  bool last_chunk;
+  int layers;                  // that it goes through
+  std::vector<int64_t> count;  // new tokens of each sequence
+  int64_t total = 0;
+  Tensor ids, positions, first;  // I32 [T], I32 [T], I64 [sequences + 1]
+  Tensor q_offsets, kv_offsets;  // I64 [sequences · heads + 1]: the new rows, head-major
+  Tensor q_pos, kv_pos;          // I32, as those rows
+};
+
+}  // namespace heed
