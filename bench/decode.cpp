@@ -119,8 +119,10 @@ void products(const Kernels& run, const Buffer& memory) {
   for (int64_t i = 0; i < memory->bytes() / 2; ++i)
     memory->as<uint16_t>()[i] = uint16_t(0x1c00 | ((i * 2654435761u) >> 20 & 0xff));
   for (Dtype type : {Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q8_0, Dtype::Q4_K, Dtype::Q6_K, Dtype::F16, Dtype::BF16}) {
+   for (bool interleaved : {false, true}) {
     const DtypeInfo kind = info(type);
-    std::printf("matmul, one token, %-5s", kind.name);
+    if (interleaved && !is_block(type)) continue;
+    std::printf("matmul, one token, %-5s%s", kind.name, interleaved ? ", interleaved" : "             ");
     for (int64_t width : {576, 1536, 4096}) {
       if (width % kind.block) {
         std::printf("  %4ld      -", long(width));
@@ -131,11 +133,13 @@ void products(const Kernels& run, const Buffer& memory) {
       for (int64_t i = 0; i < width; ++i) x->as<float>()[i] = float(i % 13) - 6;
       Queue queue;
       queue.run = &run;
-      const double seconds = best(
-          5, [&] { run.matmul(queue, Tensor(memory->data, type, {rows, width}), x, {}, false, y); });
+      Tensor w(memory->data, type, {rows, width});
+      w.interleaved = interleaved;
+      const double seconds = best(5, [&] { run.matmul(queue, w, x, {}, false, y); });
       std::printf("  %4ld %6.1f", long(width), double(rows * row) / seconds * 1e-9);
     }
     std::printf("  GB/s\n");
+   }
   }
 }
 
@@ -146,7 +150,8 @@ void small(const Kernels& run) {
   Buffer w(Dtype::U8, {2 * out * width / kind.block * kind.bytes}), x(Dtype::F32, {1, width}), y(Dtype::F32, {1, out});
   std::memset(w->data, 0x1c, size_t(w->bytes()));
   for (int64_t i = 0; i < width; ++i) x->as<float>()[i] = float(i % 13) - 6;
-  const Tensor gate(w->data, Dtype::Q4_1, {out, width}), up(w->as<char>() + w->bytes() / 2, Dtype::Q4_1, {out, width});
+  Tensor gate(w->data, Dtype::Q4_1, {out, width}), up(w->as<char>() + w->bytes() / 2, Dtype::Q4_1, {out, width});
+  gate.interleaved = up.interleaved = run.interleave != nullptr;
   Queue queue;
   queue.run = &run;
   const double region = best(20, [] {

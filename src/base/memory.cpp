@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <string>
 
 #include "base/error.h"
@@ -64,6 +65,14 @@ const Memory& cpu_memory() {
     return m;
   }();
   return memory;
+}
+
+int64_t free_memory() {
+  std::ifstream about("/proc/meminfo");
+  std::string line;
+  while (std::getline(about, line))
+    if (line.starts_with("MemAvailable:")) return std::atoll(line.c_str() + 13) << 10;
+  return 0;
 }
 
 }  // namespace heed
