@@ -6,8 +6,8 @@
 namespace heed {
 namespace {
 
-constexpr int64_t kTile = 64;
-using Mask = std::array<uint64_t, kTile>;  // bit j of word i: row i of the tile sees key j of the block
+constexpr int64_t kBlock = 64, kMostRows = 128;
+using Mask = std::array<uint64_t, kMostRows>;  // bit j of word i: row i of the tile sees key j of the block
 
 /// Bits low … high − 1.
 uint64_t bits(int64_t low, int64_t high) {
@@ -35,18 +35,18 @@ struct Rows {
   }
 };
 
-/// One query tile: rows first … last − 1 of n queries over m keys.
+/// One query tile: rows first … last − 1 of n queries over m keys. Words of rows that there are not are all ones.
 void add_tile(Rows& rows, const Pattern& pattern, int64_t first, int64_t last, int64_t n, int64_t m, bool causal) {
-  const int64_t blocks = (m + kTile - 1) / kTile;
+  const int64_t blocks = (m + kBlock - 1) / kBlock;
   std::vector<Mask> seen(static_cast<size_t>(blocks), Mask{});
   std::vector<bool> any(static_cast<size_t>(blocks), false);
   for (int64_t r = first; r < last; ++r) {
     const int64_t i = m - n + r, end = causal ? i + 1 : m;
     pattern(i, m, [&](int64_t a, int64_t b) {
       a = std::max<int64_t>(a, 0), b = std::min(b, end);
-      for (int64_t block = a / kTile; a < b && block <= (b - 1) / kTile; ++block) {
-        seen[size_t(block)][size_t(r - first)] |= bits(std::max<int64_t>(0, a - block * kTile),
-                                                       std::min(kTile, b - block * kTile));
+      for (int64_t block = a / kBlock; a < b && block <= (b - 1) / kBlock; ++block) {
+        seen[size_t(block)][size_t(r - first)] |= bits(std::max<int64_t>(0, a - block * kBlock),
+                                                       std::min(kBlock, b - block * kBlock));
         any[size_t(block)] = true;
       }
     });
@@ -54,9 +54,9 @@ void add_tile(Rows& rows, const Pattern& pattern, int64_t first, int64_t last, i
   for (int64_t block = 0; block < blocks; ++block) {
     if (!any[size_t(block)]) continue;
     // What causality or the ends hide anyway is no reason for a mask.
-    for (int64_t r = 0; r < kTile; ++r) {
+    for (int64_t r = 0; r < kMostRows; ++r) {
       const int64_t end = first + r >= last ? 0 : causal ? m - n + first + r + 1 : m;
-      seen[size_t(block)][size_t(r)] |= bits(std::clamp<int64_t>(end - block * kTile, 0, kTile), kTile);
+      seen[size_t(block)][size_t(r)] |= bits(std::clamp<int64_t>(end - block * kBlock, 0, kBlock), kBlock);
     }
     rows.add(block, seen[size_t(block)]);
   }
@@ -65,17 +65,17 @@ void add_tile(Rows& rows, const Pattern& pattern, int64_t first, int64_t last, i
 
 /// Rows for the heads of a scope, each of which has a pattern and the keys of a KV head.
 Plan planned(LayerView& at, Plan::Scope scope, const std::function<const Pattern&(int64_t head)>& of_head) {
-  const int64_t g = at.k.heads, heads = scope_heads(scope, at.q.heads, g);
+  const int64_t g = at.k.heads, heads = scope_heads(scope, at.q.heads, g), tile = at.queue.run->plan_rows;
   Rows rows;
   for (int64_t s = 0; s < at.sequences(); ++s)
     for (int64_t head = 0; head < heads; ++head) {
       const int64_t n = at.rows[size_t(s)], m = at.key_rows[size_t(s * g + head * g / heads)];
-      for (int64_t first = 0; first < n; first += kTile)
-        add_tile(rows, of_head(head), first, std::min(n, first + kTile), n, m, at.plan.causal);
+      for (int64_t first = 0; first < n; first += tile)
+        add_tile(rows, of_head(head), first, std::min(n, first + tile), n, m, at.plan.causal);
     }
   Plan plan;
   plan.form = Plan::Form::Blocks, plan.scope = scope;
-  plan.q_tile = plan.k_tile = kTile, plan.causal = at.plan.causal;
+  plan.q_tile = int(tile), plan.k_tile = kBlock, plan.causal = at.plan.causal;
   const int64_t count = int64_t(rows.index.size());
   plan.nnz_bound = count;
   plan.rowptr = at.queue.upload(rows.rowptr);
@@ -83,8 +83,8 @@ Plan planned(LayerView& at, Plan::Scope scope, const std::function<const Pattern
   if (rows.masks.empty()) return plan;
   plan.mask = at.queue.upload(rows.mask);
   std::vector<uint64_t> words;
-  for (const Mask& m : rows.masks) words.insert(words.end(), m.begin(), m.end());
-  plan.bits = at.queue.upload(words).reshape({int64_t(rows.masks.size()), kTile, 1});
+  for (const Mask& m : rows.masks) words.insert(words.end(), m.begin(), m.begin() + tile);
+  plan.bits = at.queue.upload(words).reshape({int64_t(rows.masks.size()), tile, 1});
   return plan;
 }
 
