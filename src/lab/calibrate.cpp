@@ -52,7 +52,8 @@ std::vector<Calibrated> calibrated_mechanisms() {
           {"lychee-decode", "retrieval", 0.25, "the heads that retrieve"},
           {"context-cutoff", "probes", 0, "a probe that tells when enough has been read"},
           {"expected-attention-stats", "stats", 0,
-           "means and covariances of queries, in a file of arrays beside the profile"}};
+           "means and covariances of queries, in a file of arrays beside the profile"},
+          {"kvquant", "points", 0, "code books of each layer's keys and values, in a file of arrays beside the profile"}};
 }
 
 Result<Calibrated> find_calibrated(const std::string& name) {

@@ -181,6 +181,10 @@ const std::vector<std::string> kSpecs = {
     "polar-rope(residual=8,group=16)",
     "polar-rope(residual=0,values=4,bits=8,layers=1-2)",
     "polarquant",
+    "qjl(residual=8,group=8,outliers=3)",
+    "qjl(residual=0,values=0,outliers=0,bits=4,layers=1-2)",
+    "kvquant(first=0)",
+    "kvquant(first=0,bits=2,outliers=3,residual=8,layers=1-2)",
     "xkv(size=2,rank=20,value_rank=16)",
     "minicache(from=0)",
     "minicache(from=1,retention=0,heads=1)+quest(budget=9,page=8,dense=1)",
@@ -339,7 +343,8 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
     const char* const differ[] = {
         "tidal",     "recycled",   "omnikv", "kivi",   "r-kv",       "spatten",    "shadowkv",  "double-sparsity",
         "clusterkv", "pqcache",    "hylra",  "lychee", "long-heads", "loki",       "retrieval", "magicpig",
-        "squeezed",  "forcing-kv", "cam(",   "lserve", "kv-",        "turboquant", "polar",     "xkv"};
+        "squeezed",  "forcing-kv", "cam(",   "lserve", "kv-",        "turboquant", "polar",     "xkv",
+        "kvquant",   "qjl"};
     const bool differs = std::any_of(std::begin(differ), std::end(differ),
                                      [&](const char* name) { return spec.starts_with(name); });
     if (!differs) { EXPECT_GE(replays() - before, 20); }

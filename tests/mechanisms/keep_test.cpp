@@ -332,6 +332,8 @@ TEST(KeepPolicies, ABudgetBelowWhatIsForcedNamesTheParameter) {
         {"streaming-llm(budget=4)", "sinks"},     {"adakv(snapkv(budget=31))", "window"},
         {"snapkv(kernel=4)", "kernel"},           {"kivi(bits=3)", "bits"},
         {"kv-hadamard(bits=5)", "bits"},          {"turboquant(bits=3)", "bits"},
+        {"kvquant(bits=5)", "bits"},              {"kvquant(outliers=17)", "outliers"},
+        {"qjl(outlier_bits=33)", "outlier_bits"}, {"qjl(values=3)", "values"},
         {"polar-rope(bits=3)", "bits"},           {"polar-rope(group=24)", "group"},
         {"polar-rope(values=3)", "values"},       {"context-shift(budget=5,sinks=4)", "sinks"},
         {"ov-evict(budget=100)", "budget"},       {"ov-evict(budget=0.5)", "budget"},
