@@ -45,7 +45,8 @@ class Calibrate final : public Command {
         "  heed calibrate \"duo-attention(sinks=4,recent=256)\" -m model.gguf -f book.txt -o duo.json\n"
         "  heed calibrate \"headkv(snapkv(budget=512))\" -m model.gguf -f book.txt -o headkv.json\n"
         "  heed calibrate expected-attention-stats -m model.gguf -f book.txt -c 512 -o stats.json   # and stats.npz\n"
-        "  heed calibrate \"kvquant(bits=3)\" -m model.gguf -f book.txt -c 512 -o books.json              # and books.npz\n"
+        "  heed calibrate \"kvquant(bits=3)\" -m model.gguf -f book.txt -c 512 -o books.json              # and "
+        "books.npz\n"
         "  heed run -m model.gguf -f book.txt --attention @duo.json");
   }
 
@@ -129,8 +130,8 @@ class Calibrate final : public Command {
     const Json profile = code_books_profile(spec, model->info(), books, arrays.string(), arrays.filename().string());
     value_or_throw(write_file(output_, profile.dump(2) + "\n"));
     if (json_) return print(profile), 0;
-    std::cout << output_ << ", " << arrays.string() << ": of " << books.pages << " pages a KV head, from " << books.texts
-              << " texts\n";
+    std::cout << output_ << ", " << arrays.string() << ": of " << books.pages << " pages a KV head, from "
+              << books.texts << " texts\n";
     return 0;
   }
 

@@ -154,8 +154,8 @@ class LayerStore {
     bool loose = false;
   } true_;
   std::vector<std::pair<int, PagePoints>> points_;  // of layouts
-  bool converted_ = false;               // some pages have another layout than the first
-  std::shared_ptr<SlotPool> slot_pool_;  // null: pages lie wherever one is free
+  bool converted_ = false;                          // some pages have another layout than the first
+  std::shared_ptr<SlotPool> slot_pool_;             // null: pages lie wherever one is free
   std::vector<int> slots_;
   Buffer bases_;
   std::future<void> ahead_;  // of what is mapped beside the computation

@@ -22,20 +22,19 @@ void check_side(const PageType& type, int width, const char* side) {
           std::string(side) + ": blocks of angles have 3 bits and 16 channels, and make the width");
   require(type.kind != PageType::Kind::Q3 || type.sphere() || type.sparse(), "page_layout",
           std::string(side) + ": 3 bits are blocks of angles, or codes of a table with outliers");
-  require(type.sketched() == (type.kind == PageType::Kind::Q1), "page_layout", std::string(side) + ": 1 bit is a sketch's");
+  require(type.sketched() == (type.kind == PageType::Kind::Q1), "page_layout",
+          std::string(side) + ": 1 bit is a sketch's");
   require(type.zeros() || type.sketched() == (type.axis == PageType::Axis::Channel), "page_layout",
           std::string(side) + ": groups of entries have asymmetric codes or sketches");
   require((type.codes != PageType::Codes::Table && !type.sparse()) || type.bits() <= 4, "page_layout",
           std::string(side) + ": a table of points has at most 4 bits");
-  require(!type.sparse() || (type.group <= 256 && 4 * type.outliers <= (type.axis == PageType::Axis::Token
-                                                                              ? std::min(type.group, width)
-                                                                              : type.group)),
-          "page_layout",
-          std::string(side) + ": at most a quarter of a group of at most 256 numbers are outliers");
+  require(!type.sparse() ||
+              (type.group <= 256 &&
+               4 * type.outliers <= (type.axis == PageType::Axis::Token ? std::min(type.group, width) : type.group)),
+          "page_layout", std::string(side) + ": at most a quarter of a group of at most 256 numbers are outliers");
   const auto projections = [](int n) { return n >= 32 && n <= 4096 && n % 32 == 0; };
-  require(!type.sketched() ||
-              (width <= kMostSketchWidth && type.outliers < width && projections(type.sketch) &&
-               (type.outliers > 0 ? projections(type.outlier_sketch) : type.outlier_sketch == 0)),
+  require(!type.sketched() || (width <= kMostSketchWidth && type.outliers < width && projections(type.sketch) &&
+                               (type.outliers > 0 ? projections(type.outlier_sketch) : type.outlier_sketch == 0)),
           "page_layout", std::string(side) + ": a sketch has 32, 64, … 4096 signs, of at most 256 channels");
   if (type.axis == PageType::Axis::Channel)
     require(kPage % type.group == 0, "page_layout",

@@ -32,15 +32,15 @@ struct PageType {
     // neighbours: eight of 4 bits in [0, 2π), the middles of equal parts; then four, two and one of 2 bits in [0, π/2],
     // among neighbours' lengths, the nearest of points[4 (level − 2) …]; 2 bits unused. scale: the length left at last
     Sparse,  // point = points[code], the nearest to (x − zero) / scale, of equals the lower; at most 4 bits. Of a group, the
-             // `outliers` numbers farthest from its mean (of equals the first) are kept as they are, in f16; zero and scale are
-             // the middle and half the width of the range of the others
+    // `outliers` numbers farthest from its mean (of equals the first) are kept as they are, in f16; zero and scale are
+    // the middle and half the width of the range of the others
     Sketch,  // 1 bit, groups of entries: what stands for x has about its dot products with others, not its numbers. The
              // `outliers` channels with most of a group's squares (of equals the first) make one part of x, the others
-             // another; of each the norm is kept and the signs (1: > 0) of so many projections, `sketch` of the others and
-             // `outlier_sketch` of these. value = √(π/2) √n norm / projections · Σ ± row. Rows: sketch_width and sketch_signs
+    // another; of each the norm is kept and the signs (1: > 0) of so many projections, `sketch` of the others and
+    // `outlier_sketch` of these. value = √(π/2) √n norm / projections · Σ ± row. Rows: sketch_width and sketch_signs
   } codes = Codes::Range;
-  std::array<float, 16> points = {};  // Table, Sparse: 2^bits of them, ascending; Sphere: 4 for each of three levels
-  uint8_t outliers = 0;               // Sparse: at most a quarter of a group; Sketch: fewer than there are channels
+  std::array<float, 16> points = {};   // Table, Sparse: 2^bits of them, ascending; Sphere: 4 for each of three levels
+  uint8_t outliers = 0;                // Sparse: at most a quarter of a group; Sketch: fewer than there are channels
   int sketch = 0, outlier_sketch = 0;  // Sketch: multiples of 32; the second is 0 without outliers
   uint32_t seed = 1;                   // Sketch
   int turned = 0;  // Polar: of the first so many channels c and c + turned / 2 are a pair, of those behind them every two

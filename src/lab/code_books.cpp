@@ -11,14 +11,6 @@
 namespace heed {
 namespace {
 
-Ragged in_f32(Queue& queue, Ragged x) {
-  const Tensor from = x.values;
-  x.values = queue.scratch.take(Dtype::F32, {from.size[0], from.size[1]});
-  queue.fill(x.values, 0);
-  compute(queue, x, load(from, index()), x.values);
-  return x;
-}
-
 /// Rows of one KV head after another, on the host: at(head, row, channel).
 struct HostRows {
   Buffer values, offsets;
@@ -31,8 +23,7 @@ struct HostRows {
 }  // namespace
 
 CodeBooks learn_code_books(std::shared_ptr<const Model> model, std::span<const int32_t> text, const PageType& k,
-                           const PageType& v, const CodeBookOptions& options,
-                           const std::function<void(double)>& progress) {
+                           const PageType& v, const CodeBookOptions& options, const std::function<void(double)>& progress) {
   const ModelInfo& m = model->info();
   std::vector<mechanisms::RangeHistogram> keys(static_cast<size_t>(m.layers)), values = keys;
   CodeBooks out;
@@ -62,7 +53,8 @@ CodeBooks learn_code_books(std::shared_ptr<const Model> model, std::span<const i
           for (int64_t e = first; e < first + kPage; ++e)
             for (int64_t begin = 0; begin < m.d_v; begin += v.group) {
               group.clear();
-              for (int64_t c = begin; c < std::min<int64_t>(begin + v.group, m.d_v); ++c) group.push_back(value.at(head, e, c));
+              for (int64_t c = begin; c < std::min<int64_t>(begin + v.group, m.d_v); ++c)
+                group.push_back(value.at(head, e, c));
               values[size_t(at.layer)].add(group, v.outliers);
             }
         }

@@ -128,6 +128,7 @@ Entry self_extend();
 Entry shadowkv();
 Entry simlayerkv();
 Entry sinklora();
+Entry slim_attention();
 Entry snapkv();
 Entry spargeattn();
 Entry sparsed();

@@ -131,6 +131,7 @@ std::span<const Entry> registry() {
       shadowkv(),
       simlayerkv(),
       sinklora(),
+      slim_attention(),
       snapkv(),
       spargeattn(),
       sparsed(),

@@ -151,8 +151,8 @@ std::string StoreCase::text() const {
                   : t.codes == PageType::Codes::Polar  ? "p"
                   : t.codes == PageType::Codes::Sphere ? "o"
                   : t.codes == PageType::Codes::Sparse ? "x" + std::to_string(t.outliers)
-                  : t.codes == PageType::Codes::Sketch
-                      ? "k" + std::to_string(t.sketch) + "/" + std::to_string(t.outliers) + ":" + std::to_string(t.outlier_sketch)
+                  : t.codes == PageType::Codes::Sketch ? "k" + std::to_string(t.sketch) + "/" + std::to_string(t.outliers) +
+                                                             ":" + std::to_string(t.outlier_sketch)
                                                        : "t");
   };
   for (const PageLayout& l : pages.layouts) {

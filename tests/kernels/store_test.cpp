@@ -192,7 +192,8 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
               for (int64_t c0 = 0; c0 < width; c0 += group_cols) {
                 std::vector<std::pair<double, double>> numbers;
                 for (int64_t e = e0; e < std::min(rows, e0 + group_rows); ++e)
-                  for (int64_t c = c0; c < std::min(width, c0 + group_cols); ++c) numbers.emplace_back(x(in, e, c), x(out, e, c));
+                  for (int64_t c = c0; c < std::min(width, c0 + group_cols); ++c)
+                    numbers.emplace_back(x(in, e, c), x(out, e, c));
                 double mean = 0;
                 for (const auto& [a, b] : numbers) mean += a / double(numbers.size());
                 std::stable_sort(numbers.begin(), numbers.end(), [&](const auto& a, const auto& b) {
@@ -209,7 +210,8 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
                     bound = std::min(bound, std::abs(a - middle - half * double(t.points[p])));
                   bound += (std::abs(middle) + 2 * half) * 0x1p-9;
                   if (i < t.outliers) bound = 0x1p-11 * std::abs(a) + 0x1p-24;
-                  ASSERT_LE(std::abs(a - b), bound) << "entry " << first + e0 << ", channel " << c0 << ": " << a << " became " << b;
+                  ASSERT_LE(std::abs(a - b), bound)
+                      << "entry " << first + e0 << ", channel " << c0 << ": " << a << " became " << b;
                 }
               }
             continue;

@@ -341,10 +341,10 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
     EXPECT_LT(farthest(plain, course(model, spec, true)), 1e-5);
     // These ask for the step or keep something of their own on the host; KIVI takes pages as it goes.
     const char* const differ[] = {
-        "tidal",     "recycled",   "omnikv", "kivi",   "r-kv",       "spatten",    "shadowkv",  "double-sparsity",
-        "clusterkv", "pqcache",    "hylra",  "lychee", "long-heads", "loki",       "retrieval", "magicpig",
-        "squeezed",  "forcing-kv", "cam(",   "lserve", "kv-",        "turboquant", "polar",     "xkv",
-        "kvquant",   "qjl"};
+        "tidal",           "recycled",  "omnikv",   "kivi",       "r-kv",   "spatten",    "shadowkv",
+        "double-sparsity", "clusterkv", "pqcache",  "hylra",      "lychee", "long-heads", "loki",
+        "retrieval",       "magicpig",  "squeezed", "forcing-kv", "cam(",   "lserve",     "kv-",
+        "turboquant",      "polar",     "xkv",      "kvquant",    "qjl"};
     const bool differs = std::any_of(std::begin(differ), std::end(differ),
                                      [&](const char* name) { return spec.starts_with(name); });
     if (!differs) { EXPECT_GE(replays() - before, 20); }

@@ -264,7 +264,8 @@ uint32_t nearest(const PageType& type, float x) {
   return code;
 }
 
-void quantise_sparse(const PageSide& side, int entry, int entries, int channel, int channels, const float* rows, int64_t step) {
+void quantise_sparse(const PageSide& side, int entry, int entries, int channel, int channels, const float* rows,
+                     int64_t step) {
   const PageType& type = *side.type;
   const int64_t group = side.group(entry, channel), groups = type.groups(side.width);
   const int size = entries * channels;  // one of them is 1
@@ -321,7 +322,8 @@ void quantise(const PageSide& side, int entry, int entries, int channel, int cha
     }
     return;
   }
-  if (type.codes == PageType::Codes::Sparse) return quantise_sparse(side, entry, entries, channel, channels, rows, step);
+  if (type.codes == PageType::Codes::Sparse)
+    return quantise_sparse(side, entry, entries, channel, channels, rows, step);
   const bool polar = type.codes == PageType::Codes::Polar;
   float low = value(0, 0), high = low;
   for (int e = 0; e < entries; ++e)

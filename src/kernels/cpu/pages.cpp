@@ -177,10 +177,9 @@ struct Moving {
     if (!from.type->quantised() || from.type->axis == PageType::Axis::Channel) return;
     read_codes(from, entry, codes + at * width);
     f16* to = scales + at * 2 * width;
-    each_beside(from, entry, [&](f16* numbers, int64_t n) { to = std::copy_n(numbers, n, to); },
-                [&](uint8_t* places, int64_t n, int64_t done) {
-                  std::copy_n(places, n, reinterpret_cast<uint8_t*>(to) + done);
-                });
+    each_beside(
+        from, entry, [&](f16* numbers, int64_t n) { to = std::copy_n(numbers, n, to); },
+        [&](uint8_t* places, int64_t n, int64_t done) { std::copy_n(places, n, reinterpret_cast<uint8_t*>(to) + done); });
   }
 
   /// What lies beside an entry's codes: numbers(from, count) for scales, zeros and each outlier of its groups, then
@@ -197,10 +196,11 @@ struct Moving {
     const int64_t width = to.width;
     write_codes(to, entry, codes + at * width);
     const f16* from = scales + at * 2 * width;
-    each_beside(to, entry, [&](f16* numbers, int64_t n) { std::copy_n(from, n, numbers), from += n; },
-                [&](uint8_t* places, int64_t n, int64_t done) {
-                  std::copy_n(reinterpret_cast<const uint8_t*>(from) + done, n, places);
-                });
+    each_beside(
+        to, entry, [&](f16* numbers, int64_t n) { std::copy_n(from, n, numbers), from += n; },
+        [&](uint8_t* places, int64_t n, int64_t done) {
+          std::copy_n(reinterpret_cast<const uint8_t*>(from) + done, n, places);
+        });
   }
 };
 

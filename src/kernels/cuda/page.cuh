@@ -44,8 +44,8 @@ struct SideView {
   __device__ bool same_type(const SideView& o) const {
     if (pair || o.pair) return false;
     if (kind != o.kind || !quantised()) return kind == o.kind;
-    bool same = by_channel == o.by_channel && group == o.group && codes == o.codes && turned == o.turned && outliers == o.outliers &&
-                sketch == o.sketch && outlier_sketch == o.outlier_sketch && seed == o.seed;
+    bool same = by_channel == o.by_channel && group == o.group && codes == o.codes && turned == o.turned &&
+                outliers == o.outliers && sketch == o.sketch && outlier_sketch == o.outlier_sketch && seed == o.seed;
     for (int i = 0; i < 16; ++i) same = same && points[i] == o.points[i];
     return same;
   }
@@ -96,7 +96,7 @@ struct SideView {
   __host__ __device__ bool sphere() const { return quantised() && codes == PageType::Codes::Sphere; }
   /// Channels c … c + N − 1 of an entry: Σ over a block's rows i of H_ci D_i (Σ_j H_ij s_j), the inner sums as counts of bits,
   /// 32 signs at a time.
-  template <int N> __device__ void open_sketch(char* page, int entry, int c, float (&x)[N]) const {
+  template <int N> __noinline__ __device__ void open_sketch(char* page, int entry, int c, float (&x)[N]) const {
     const int n = sketch_width(width);
     const uint8_t* apart = places(page) + entry / group * outliers;
     uint32_t outlier = 0;
@@ -338,7 +338,8 @@ __device__ inline void put_sparse(const SideView& side, char* page, int g, int s
   for (int i = 0, best = 0; i < side.outliers; ++i) {
     int farthest = -1;
     for (int j = 0; j < size; ++j)
-      if (!is_out(j) && (farthest < 0 || fabs(double(value(j)) - mean) > fabs(double(value(farthest)) - mean))) farthest = j;
+      if (!is_out(j) && (farthest < 0 || fabs(double(value(j)) - mean) > fabs(double(value(farthest)) - mean)))
+        farthest = j;
     if (farthest >= 0) best = farthest;  // a group of few keeps one again
     left_out[best / 32] |= 1u << (best % 32);
     side.scales(page)[(2 + i) * side.groups + g] = __float2half_rn(value(best));

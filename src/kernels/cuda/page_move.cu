@@ -42,7 +42,8 @@ __device__ void gather(const SideView& side, char* page, int entry, char* to, in
   auto* places = reinterpret_cast<uint8_t*>(scales + side.halves() * own);
   for (int g = lane; g < own; g += 32) {
     for (int i = 0; i < side.halves(); ++i) scales[i * own + g] = side.scales(page)[i * side.groups + entry * own + g];
-    for (int i = 0; i < side.row_places(); ++i) places[i * own + g] = side.places(page)[i * side.groups + entry * own + g];
+    for (int i = 0; i < side.row_places(); ++i)
+      places[i * own + g] = side.places(page)[i * side.groups + entry * own + g];
   }
 }
 
@@ -108,7 +109,8 @@ __device__ void place(const SideView& side, char* page, int count, const PagesVi
     const auto* places = reinterpret_cast<const uint8_t*>(scales + side.halves() * own);
     for (int g = lane; g < own; g += 32) {
       for (int i = 0; i < side.halves(); ++i) side.scales(page)[i * side.groups + e * own + g] = scales[i * own + g];
-      for (int i = 0; i < side.row_places(); ++i) side.places(page)[i * side.groups + e * own + g] = places[i * own + g];
+      for (int i = 0; i < side.row_places(); ++i)
+        side.places(page)[i * side.groups + e * own + g] = places[i * own + g];
     }
   }
 }

@@ -119,7 +119,8 @@ void PageSide::sketch(int begin, int count, const std::vector<double>& values) c
         for (int i = 0; i < bits; i += n) {
           const std::vector<double>& rows = projections(type_.seed, n, i / n);
           for (int j = i; j < std::min(i + n, bits); ++j)
-            if (std::inner_product(part.begin(), part.end(), rows.begin() + (j - i) * n, 0.0) > 0) to[j / 32] |= 1u << j % 32;
+            if (std::inner_product(part.begin(), part.end(), rows.begin() + (j - i) * n, 0.0) > 0)
+              to[j / 32] |= 1u << j % 32;
         }
       }
   }

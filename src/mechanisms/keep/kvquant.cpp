@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <mutex>
 
 #include "attention/array_file.h"
 #include "attention/clusters.h"
@@ -40,6 +42,23 @@ std::array<float, 16> RangeHistogram::points(int bits) const {
 
 namespace {
 
+/// Of groups of normal numbers. Needs are asked for more than once, so what was found is remembered.
+std::array<float, 16> points_of_normal(int bits, int group, int outliers) {
+  static std::mutex busy;
+  static std::map<std::array<int, 3>, std::array<float, 16>> known;
+  const std::lock_guard lock(busy);
+  const auto [found, is_new] = known.try_emplace({bits, group, outliers});
+  if (!is_new) return found->second;
+  Random random(1);
+  RangeHistogram normal;
+  std::vector<float> numbers(static_cast<size_t>(group));
+  for (int i = 0; i < (1 << 16) / group; ++i) {
+    for (float& x : numbers) x = float(random.normal());
+    normal.add(numbers, outliers);
+  }
+  return found->second = normal.points(bits);
+}
+
 // KVQuant (Hooper et al., 2024): keys before rotary embedding and by channel, values by entry; a code book that is not
 // uniform; few outliers exact, beside the codes. Ranges and outliers of keys are those of the 64 entries of a page (the
 // authors set them beforehand, for a channel of a whole text), so that only code books are learnt: `heed calibrate` makes
@@ -53,7 +72,7 @@ struct Kvquant final : QuantisedPast {
   static std::vector<ParamInfo> params() {
     using M = Kvquant;
     return {
-        param(&M::bits, "bits", 3, 2, 4, "a number"),
+        param(&M::bits, "bits", 3, 2, 4, "bits a number"),
         param(&M::outliers, "outliers", 1, 0, 16, "of 64 numbers, those that stay exact"),
         first_param(1),
         residual_param(0),
@@ -65,14 +84,7 @@ struct Kvquant final : QuantisedPast {
     PageType out;
     out.kind = kind(bits), out.axis = axis, out.codes = PageType::Codes::Sparse;
     out.group = group, out.outliers = uint8_t(apart);
-    Random random(1);
-    RangeHistogram normal;
-    std::vector<float> numbers(static_cast<size_t>(group));
-    for (int i = 0; i < (1 << 16) / group; ++i) {
-      for (float& x : numbers) x = float(random.normal());
-      normal.add(numbers, apart);
-    }
-    out.points = normal.points(bits);
+    out.points = points_of_normal(bits, group, apart);
     return out;
   }
 
@@ -104,9 +116,12 @@ Entry kvquant() {
                            "KVQuant: Towards 10 Million Context Length LLM Inference with KV Cache Quantization",
                            "Hooper et al., 2024, arXiv 2401.18079", 2024, uint8_t(Role::Keep));
   e.equation =
-      "of 64 entries of a channel of plain keys, or of an entry's value: the farthest from the mean exact; of the others x "
+      "of 64 entries of a channel of plain keys, or of an entry's value: the farthest from the mean exact; of the "
+      "others x "
       "≈ (hi + lo)/2 + p (hi − lo)/2, p the nearest of 2^b points";
-  e.needs = "keys before rotation; a second layout of pages; code books that are learnt (`heed calibrate`) or of normal numbers";
+  e.needs =
+      "keys before rotation; a second layout of pages; code books that are learnt (`heed calibrate`) or of normal "
+      "numbers";
   e.identity = "kvquant(residual=1000000000)";
   e.verified = {"identity", "formula", "model"};
   return e;

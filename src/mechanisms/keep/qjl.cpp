@@ -46,7 +46,8 @@ struct Qjl final : QuantisedPast {
     n.quantised = true;
     PageType& k = n.quantised_k;
     k.kind = PageType::Kind::Q1, k.codes = PageType::Codes::Sketch, k.axis = PageType::Axis::Channel, k.group = group;
-    k.sketch = (bits * m.d + 31) / 32 * 32, k.outliers = uint8_t(outliers), k.outlier_sketch = outliers > 0 ? outlier_bits : 0;
+    k.sketch = (bits * m.d + 31) / 32 * 32, k.outliers = uint8_t(outliers),
+    k.outlier_sketch = outliers > 0 ? outlier_bits : 0;
     k.seed = uint32_t(seed);
     if (values > 0) n.quantised_v.kind = kind(values);
     return n;
@@ -58,7 +59,8 @@ struct Qjl final : QuantisedPast {
 Entry qjl() {
   Entry e = entry<Qjl>("qjl", "QJL: 1-Bit Quantized JL Transform for KV Cache Quantization with Zero Overhead",
                        "Zandieh et al., 2024, arXiv 2406.03482", 2024, uint8_t(Role::Keep));
-  e.equation = "q·k ≈ √(π/2) / m ‖k‖ Σ_i (s_i·q) sign(s_i·k), s_i of length √n, orthogonal n at a time; outlier channels alike";
+  e.equation =
+      "q·k ≈ √(π/2) / m ‖k‖ Σ_i (s_i·q) sign(s_i·k), s_i of length √n, orthogonal n at a time; outlier channels alike";
   e.needs = "a second layout of pages; keys of at most 256 channels";
   e.identity = "qjl(residual=1000000000)";
   e.verified = {"identity", "formula", "model"};

@@ -9,7 +9,8 @@ ParamInfo QuantisedPast::residual_param(int fallback) {
 }
 
 ParamInfo QuantisedPast::first_param(int fallback) {
-  return param(&QuantisedPast::first, "first", fallback, 0, 1 << 20, "first entries that stay exact, in whole pages of 64");
+  return param(&QuantisedPast::first, "first", fallback, 0, 1 << 20,
+               "first entries that stay exact, in whole pages of 64");
 }
 
 PageType::Kind QuantisedPast::kind(int bits) {
