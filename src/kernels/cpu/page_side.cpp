@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numbers>
 #include <vector>
 
@@ -22,7 +23,7 @@ uint32_t code_at(const PageSide& side, int64_t place) {
 void expand(const PageSide& side, int entry, int first, int n, uint8_t* codes) {
   const int bits = side.type->bits();
   const int64_t place = side.place(entry, first);
-  if (side.transposed || bits == 3 || place * bits % 8 != 0) {
+  if (side.transposed || place * bits % 8 != 0) {
     for (int c = 0; c < n; ++c) codes[c] = uint8_t(code_at(side, side.place(entry, first + c)));
     return;
   }
@@ -35,6 +36,14 @@ void expand(const PageSide& side, int entry, int first, int n, uint8_t* codes) {
         codes[2 * c + 1] = from[c] >> 4;
       }
       if (n % 2) codes[n - 1] = from[n / 2] & 15;
+      break;
+    case 3:
+      for (int c = 0; c < n; c += 8) {
+        uint32_t word = 0;  // eight codes, or what is left of them
+        const int here = std::min(8, n - c);
+        std::memcpy(&word, from + c / 8 * 3, size_t(here * 3 + 7) / 8);
+        for (int i = 0; i < here; ++i) codes[c + i] = uint8_t(word >> 3 * i & 7);
+      }
       break;
     default:
       for (int c = 0; c < n; ++c) codes[c] = from[c / 4] >> (c % 4 * 2) & 3;
@@ -69,20 +78,23 @@ void read_quantised(const PageSide& side, int entry, float* out) {
 void read_sparse(const PageSide& side, int entry, float* out) {
   const PageType& type = *side.type;
   const bool by_channel = type.axis == PageType::Axis::Channel;
-  const int64_t groups = type.groups(side.width);
-  uint8_t codes[64];
-  for (int first = 0; first < side.width; first += 64) {
-    const int n = std::min(64, side.width - first);
+  const int64_t groups = type.groups(side.width), own = side.group(entry, 0);
+  const f16 *scales = side.scales() + own, *zeros = side.zeros() + own;
+  uint8_t codes[256];
+  for (int first = 0, run = by_channel ? 64 : type.group; first < side.width; first += run) {
+    const int n = std::min(run, side.width - first);
     expand(side, entry, first, n, codes);
-    for (int c = 0; c < n; ++c) {
-      const int64_t group = side.group(entry, first + c);
-      out[first + c] = float(side.zeros()[group]) + type.points[codes[c]] * float(side.scales()[group]);
-    }
+    if (by_channel)
+      for (int c = 0; c < n; ++c)
+        out[first + c] = float(zeros[first + c]) + type.points[codes[c]] * float(scales[first + c]);
+    else
+      for (int c = 0; c < n; ++c)
+        out[first + c] = float(zeros[first / run]) + type.points[codes[c]] * float(scales[first / run]);
   }
   const int64_t step = by_channel ? 1 : type.group;  // channels of a group
   const int here = entry % type.group;
   for (int i = 0; i < type.outliers; ++i) {
-    const int64_t at = i * groups + side.group(entry, 0);
+    const int64_t at = i * groups + own;
     const uint8_t* places = side.places() + at;
     const f16* numbers = side.scales() + 2 * groups + at;
     for (int64_t c = 0, g = 0; c < side.width; c += step, ++g)

@@ -229,8 +229,8 @@ Entry slim_attention() {
       "Graef et al., 2025, arXiv 2503.05840", 2025, Role::Keep | Role::Edit);
   e.equation = "V = K W_K^-1 W_V, so P V = (P K) W_K^-1 W_V: the keys of all heads are kept, no values";
   e.needs = "keys before rotation, of every query head and not normed; a square W_K";
-  e.no_identity = "it is exact on the models that it takes, but for rounding";
-  e.verified = {"formula", "model"};
+  e.no_identity = "only up to rounding, which goes through an inverse";
+  e.verified = {"formula"};
   return e;
 }
 
