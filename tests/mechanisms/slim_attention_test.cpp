@@ -148,7 +148,7 @@ void check_projections(const std::string& backend, bool biases, int64_t queries,
 }
 
 TEST(SlimAttention, MakesValuesOfKeys) {
-  for (const std::string backend : {"reference", "auto"})
+  for (const std::string backend : {"reference", "auto", "guarded"})
     for (const bool biases : {false, true})
       for (const int64_t queries : {1, 5}) check_projections(backend, biases, queries, false);
   check_projections("reference", false, 1, true);

@@ -91,7 +91,7 @@ struct Kvquant final : QuantisedPast {
   Needs needs(const ModelInfo& m) const override {
     Needs n;
     n.quantised = n.plain_keys = true;
-    const int group = std::min(m.d_v, 256);
+    const int group = std::clamp(m.d_v, 1, 256);
     n.quantised_k = side(PageType::Axis::Channel, kPage, outliers);
     n.quantised_v = side(PageType::Axis::Token, group, (outliers * group + kPage - 1) / kPage);
     if (!book) return n;

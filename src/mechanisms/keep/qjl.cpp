@@ -38,7 +38,7 @@ struct Qjl final : QuantisedPast {
   }
 
   Needs needs(const ModelInfo& m) const override {
-    if (m.d > kMostSketchWidth || outliers >= m.d)
+    if (m.d > kMostSketchWidth || (m.d > 0 && outliers >= m.d))
       throw Error(Code::Unsupported, "qjl",
                   "keys of " + std::to_string(m.d) + " channels, of which " + std::to_string(outliers) + " are outliers",
                   "keys have at most 256 channels, and more than outliers=");
