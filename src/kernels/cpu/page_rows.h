@@ -68,7 +68,8 @@ void with_rows(const PageType& type, Fn&& f) {
     case Kind::Q2:
       return by_channel ? f.template operator()<RowOf<Kind::Q2, Axis::Channel>>()
                         : f.template operator()<RowOf<Kind::Q2, Axis::Token>>();
-    case Kind::Q3: return;  // no rows of numbers
+    case Kind::Q3:
+    case Kind::Q1: return;  // no rows of numbers
   }
 }
 
