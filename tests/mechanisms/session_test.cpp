@@ -211,7 +211,7 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
                            "kvquant(first=0)",
                            "minicache(from=0)",
                            "xkv(size=2,rank=8,value_rank=8)",
-                           "vattention(page=8)+h2o(budget=10)",
+                           "vattention+h2o(budget=10)",
                            "quest(budget=8,page=4,dense=0)",
                            "a2sf(budget=10)",
                            "recycled-attention(budget=8,stride=4)",

@@ -114,7 +114,9 @@ HEED_INLINE Whole32 add_dot(Whole32 sums, Word w, const int8_t* activations) {
 #endif
 }
 
-HEED_INLINE F to_float(Whole32 x) { return F(__builtin_convertvector(x, float __attribute__((vector_size(4 * kLanes))))); }
+HEED_INLINE F to_float(Whole32 x) {
+  return F(__builtin_convertvector(x, float __attribute__((vector_size(4 * kLanes)))));
+}
 /// Byte `i` of every word, unsigned or signed.
 HEED_INLINE F byte_of(Word w, int i) { return to_float(Whole32(w >> 8 * i & 255)); }
 HEED_INLINE F signed_byte_of(Word w, int i) { return to_float(Whole32(w << (24 - 8 * i)) >> 24); }
@@ -140,8 +142,12 @@ struct FifthSixteen : AnySixteen {
   Bytes qh = bytes, qs = bytes + 4;
   HEED_INLINE FifthSixteen(const char* column, int part) : AnySixteen(column, part, D) {}
 };
-template <> struct Sixteen<Dtype::Q5_0> : FifthSixteen<Dtype::Q5_0> { using FifthSixteen::FifthSixteen; };
-template <> struct Sixteen<Dtype::Q5_1> : FifthSixteen<Dtype::Q5_1> { using FifthSixteen::FifthSixteen; };
+template <> struct Sixteen<Dtype::Q5_0> : FifthSixteen<Dtype::Q5_0> {
+  using FifthSixteen::FifthSixteen;
+};
+template <> struct Sixteen<Dtype::Q5_1> : FifthSixteen<Dtype::Q5_1> {
+  using FifthSixteen::FifthSixteen;
+};
 template <>
 struct Sixteen<Dtype::Q2_K> : AnySixteen {
   Bytes scales = bytes, qs = bytes + 16;
