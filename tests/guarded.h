@@ -5,6 +5,7 @@
 #pragma once
 #include <sys/mman.h>
 
+#include <bit>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -35,7 +36,8 @@ class GuardedSpace {
   }
   void* take(int64_t bytes, bool filled = true) {
     const std::lock_guard lock(mutex_);
-    const int64_t size = std::max<int64_t>(1, (bytes + kUnit - 1) / kUnit) * kUnit;
+    // Few sizes, so that what is given back is taken again: opening and closing takes as long as the space is wide.
+    const auto size = int64_t(std::bit_ceil(uint64_t(std::max(bytes, kUnit))));
     char* at;
     if (auto& idle = idle_[size]; !idle.empty()) {
       at = idle.back();
@@ -47,7 +49,7 @@ class GuardedSpace {
     }
     sizes_[at] = size;
     protect(at - base_, size, PROT_READ | PROT_WRITE);
-    if (filled) std::memset(at, 0xff, size_t(size));  // NaN, and numbers that no kernel takes for its own
+    if (filled) std::memset(at, 0xff, size_t((bytes + kUnit - 1) / kUnit * kUnit));  // NaN, and numbers that no kernel takes for its own
     if (running_ == 0) protect(at - base_, size, PROT_NONE);
     return at;
   }
