@@ -156,8 +156,8 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
                                                             119) "," HEED_NUM8(120, 121, 122, 123, 124, 125, 126, 127)
 template <int N> struct Product;
 
-// Three forms for each N: A and B from shared memory with contiguous k; A from registers and B from shared memory with
-// contiguous n, or with contiguous k.
+// Four forms for each N: A and B from shared memory, both with contiguous k or with contiguous m and n; A from registers and B
+// from shared memory with contiguous n, or with contiguous k.
 #define HEED_WGMMA_REGISTER_A(NAME, TRANSPOSED, N, R, A0, A1, A2, A3, A4, A5)                                \
   static __device__ __forceinline__ void NAME(float(&d)[R], const uint32_t* a, uint64_t b, int accumulate) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5                                                    \
@@ -167,18 +167,21 @@ template <int N> struct Product;
                  : HEED_ACC##R(d)                                                                            \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                     \
   }
-#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                                                                  \
-  template <> struct Product<N> {                                                                                 \
-    static __device__ __forceinline__ void shared_a(float (&d)[R], uint64_t a, uint64_t b, int accumulate) {      \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                                       \
-                   ", 0;\n"                                                                                       \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, %" #A0 ", %" #A1  \
-                                                                                            ", p, 1, 1, 0, 0;\n}" \
-                   : HEED_ACC##R(d)                                                                               \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                            \
-    }                                                                                                             \
-    HEED_WGMMA_REGISTER_A(register_a, 1, N, R, A0, A1, A2, A3, A4, A5)                                            \
-    HEED_WGMMA_REGISTER_A(register_a_k, 0, N, R, A0, A1, A2, A3, A4, A5)                                          \
+#define HEED_WGMMA_SHARED_A(NAME, TRANSPOSED, N, R, A0, A1, A2)                                               \
+  static __device__ __forceinline__ void NAME(float(&d)[R], uint64_t a, uint64_t b, int accumulate) {         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                                     \
+                 ", 0;\n"                                                                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, %" #A0 ", %" #A1 \
+                 ", p, 1, 1, " #TRANSPOSED ", " #TRANSPOSED ";\n}"                                            \
+                 : HEED_ACC##R(d)                                                                             \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                          \
+  }
+#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                       \
+  template <> struct Product<N> {                                      \
+    HEED_WGMMA_SHARED_A(shared_a, 0, N, R, A0, A1, A2)                 \
+    HEED_WGMMA_SHARED_A(shared_a_mn, 1, N, R, A0, A1, A2)              \
+    HEED_WGMMA_REGISTER_A(register_a, 1, N, R, A0, A1, A2, A3, A4, A5) \
+    HEED_WGMMA_REGISTER_A(register_a_k, 0, N, R, A0, A1, A2, A3, A4, A5) \
   };
 HEED_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 HEED_WGMMA(80, 40, 40, 41, 42, 43, 44, 45)
@@ -187,6 +190,7 @@ HEED_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 HEED_WGMMA(160, 80, 80, 81, 82, 83, 84, 85)
 HEED_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 #undef HEED_WGMMA
+#undef HEED_WGMMA_SHARED_A
 #undef HEED_WGMMA_REGISTER_A
 
 // A warp's products: fragments as in the m16n8k16 form of mma (PTX ISA, "mma.m16n8k16").
@@ -205,6 +209,18 @@ __device__ __forceinline__ void load_transposed(uint32_t (&tiles)[4], uint32_t r
                : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
                : "r"(row)
                : "memory");
+}
+
+/// Stores four 8 × 8 tiles of 16 bits; lane l names where row l % 8 of tile l / 8 goes (16 bytes).
+__device__ __forceinline__ void store_tiles(uint32_t row, const uint32_t* tiles) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(tiles[0]), "r"(tiles[1]),
+               "r"(tiles[2]), "r"(tiles[3])
+               : "memory");
+}
+
+/// Adds four f32 to global memory, at a multiple of 16 bytes.
+__device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
 /// Two f32 rounded to bf16, the first in the low half.
