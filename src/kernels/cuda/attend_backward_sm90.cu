@@ -2,7 +2,8 @@
 // 128 keys and walks the query rows that see them, of every head that reads them. Two warpgroups hold 64 keys each: scores and d_p
 // are computed with keys as rows, so that weights and their gradients are A operands in registers for d_v and d_k, which stay in
 // registers. Gradients of scores go through shared memory: each warpgroup multiplies half of a tile of d_q, a step behind, so that
-// neither waits for the other, and adds it to global memory, in whatever order blocks come. A third warpgroup starts the copies.
+// neither waits for the other. A third warpgroup starts copies: in, and of tiles of d_q, which are added up in global memory in
+// whatever order blocks come.
 #include <algorithm>
 
 #include "kernels/cuda/attend_sm90.h"
@@ -14,7 +15,7 @@ namespace heed::sm90 {
 namespace {
 
 constexpr int kKeys = 128;               // of a block
-constexpr int kPad = 132;                // of numbers of a row, between segments
+constexpr int kChunk = 80;               // places of the numbers of 64 rows
 constexpr int64_t kSection = 32 << 20;   // bytes of queries and gradients touched at one time should stay in L2 (50 MB)
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -33,11 +34,15 @@ struct Launch {
   AttendBackward a;
   const KeyTile* tiles;
   const int* total;
-  const float *lse, *dot;  // of rows, at padded_row: −lse·log2 e, Σ out · d_out
+  float* d_q;              // chunk by chunk, in each 64 channels after 64 channels as a warpgroup's threads have them
+  const float *lse, *dot;  // of rows, chunk by chunk: −lse·log2 e, −scale·Σ out · d_out
   float scale_log2;
 };
 
-__device__ __forceinline__ int64_t padded_row(int64_t begin, int segment) { return begin / 4 * 4 + int64_t(kPad) * segment; }
+/// Numbers of rows lie in chunks of 64, and in each as a product's sums have them as columns: a thread's sixteen one after another,
+/// those of the four threads of a row 20 places apart, so that they are in different banks.
+__device__ __forceinline__ int64_t first_chunk(int64_t begin, int segment) { return begin / 64 + 2 * segment; }
+__device__ __forceinline__ int place_in_chunk(int row) { return row % 8 / 2 * 20 + row / 8 * 2 + row % 2; }
 
 template <int D, int Rows, int Stages>
 struct BackwardShape {
@@ -50,18 +55,17 @@ struct BackwardShape {
 /// Where a step of the pipeline stands in a ring of slots, and the parity of the barriers there.
 template <int Slots>
 struct Slot {
-  static_assert((Slots & (Slots - 1)) == 0);
-  int slot;
-  uint32_t parity;
-  __device__ __forceinline__ explicit Slot(int step) : slot(step & (Slots - 1)), parity(step / Slots & 1) {}
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ Slot next() const { return slot + 1 == Slots ? Slot{0, parity ^ 1} : Slot{slot + 1, parity}; }
 };
 
 /// Of a step: its rows.
 struct alignas(16) Rows {
-  int first;   // row of the segment
-  int row;     // and of q.values
-  int left;    // rows of the segment from there on
-  int masked;  // bit g: some row does not see some key of warpgroup g
+  int first;  // row of the segment
+  int left;   // rows of the segment from there on
+  int chunk;  // the first one's
+  int flags;  // bit g: some row does not see some key of warpgroup g; bit 2: there are fewer rows than a tile has
 };
 
 template <class S>
@@ -71,11 +75,13 @@ struct BackwardShared {
   alignas(1024) uint8_t q[S::stages][S::panels * S::q_panel];
   alignas(1024) uint8_t d_out[S::stages][S::panels * S::q_panel];
   alignas(1024) uint8_t d_s[2][S::rows / 64 * kKeys * 128];  // [64 rows of q][key][row]
-  alignas(16) float lse[S::stages][S::rows];
-  alignas(16) float dot[S::stages][S::rows];
+  alignas(1024) float d_q[2][64 * 64];  // of each warpgroup, as its threads have it
+  alignas(16) float lse[S::stages][S::rows / 64 * kChunk];
+  alignas(16) float dot[S::stages][S::rows / 64 * kChunk];
   Rows steps[8];  // step % 8
   KeyTile tile;
-  uint64_t k_full, v_full, q_full[S::stages], d_out_full[S::stages], empty[S::stages], d_s_full[2], d_s_empty[2];
+  uint64_t k_full, v_full, q_full[S::stages], d_out_full[S::stages], empty[S::stages], d_s_full[2], d_s_empty[2], d_q_full[2],
+      d_q_empty[2];
 };
 
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
@@ -108,26 +114,6 @@ __device__ __forceinline__ void add_rows(float (&to)[S::d / 2], const uint32_t (
   for (int i = 0; i < S::rows / 16; ++i) Product<S::d>::register_a(to, weights + 4 * i, rows + i * (2048 / 16), 1);
 }
 
-/// Adds 64 rows × 64 channels, held as a product's sums, to rows of d_q that begin at `to`. Neighbouring lanes swap halves so that
-/// each has four channels of a row.
-__device__ __forceinline__ void add_to_rows(const float (&x)[32], float* to, int64_t stride, int row, int rows, int channels, float scale) {
-  const int c = threadIdx.x % 4;
-  const bool odd = c % 2;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float* at = to + (row + 8 * r) * stride + 8 * (c % 2) + 4 * (c / 2);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float *one = x + 8 * i + 2 * r, *two = one + 4;
-      float a = odd ? one[0] : two[0], b = odd ? one[1] : two[1];
-      a = __shfl_xor_sync(~0u, a, 1) * scale, b = __shfl_xor_sync(~0u, b, 1) * scale;
-      const float own[2] = {(odd ? two[0] : one[0]) * scale, (odd ? two[1] : one[1]) * scale};
-      if (row + 8 * r < rows && 16 * i < channels)
-        add_four(at + 16 * i, odd ? a : own[0], odd ? b : own[1], odd ? own[0] : a, odd ? own[1] : b);
-    }
-  }
-}
-
 /// A warpgroup's 64 keys of the tile.
 template <class S>
 __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& t, int group) {
@@ -147,22 +133,33 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
       named_sync(1 + group, 128);
     }
   }
-  // Waits for the rows of a step.
-  auto await = [&](int step) {
-    const Slot<S::stages> at(step);
+  // Waits for the rows of a step; returns its flags.
+  auto await = [&](int step, Slot<S::stages> at) {
     barrier_wait(&sh.q_full[at.slot], at.parity);
-    const int left = uniform(sh.steps[step % 8].left);
-    if (left >= S::rows) return;
-    barrier_wait(&sh.d_out_full[at.slot], at.parity);
-    clear_rows(sh.q[at.slot], S::panels, S::q_panel, left, S::rows);
-    clear_rows(sh.d_out[at.slot], S::panels, S::q_panel, left, S::rows);
-    proxy_fence();
-    named_sync(1 + group, 128);
+    const int flags = uniform(sh.steps[step % 8].flags);
+    if (flags & 4) {
+      const int left = sh.steps[step % 8].left;
+      barrier_wait(&sh.d_out_full[at.slot], at.parity);
+      clear_rows(sh.q[at.slot], S::panels, S::q_panel, left, S::rows);
+      clear_rows(sh.d_out[at.slot], S::panels, S::q_panel, left, S::rows);
+      proxy_fence();
+      named_sync(1 + group, 128);
+    }
+    return flags;
+  };
+  // Numbers of 16 of the columns that this thread has: of 64 rows.
+  const uint32_t column_place = column / 2 * 20 * 4;
+  auto numbers = [&](const float* chunk, float (&to)[16]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 x = load_four(shared_address(chunk) + column_place + 16 * i);
+      to[4 * i] = x.x, to[4 * i + 1] = x.y, to[4 * i + 2] = x.z, to[4 * i + 3] = x.w;
+    }
   };
   float s[S::rows / 2];
-  auto score = [&](int step) {
+  auto score = [&](int slot) {
     wgmma_fence();
-    dots<S>(s, k, descriptor_k(sh.q[Slot<S::stages>(step).slot]));
+    dots<S>(s, k, descriptor_k(sh.q[slot]));
     wgmma_commit();
   };
   // A quarter of the rows' gradients, 64 × 64, of which this warpgroup has its own: other rows or, with 64 rows, other channels.
@@ -174,29 +171,37 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     for (int i = 0; i < kKeys / 16; ++i) Product<64>::shared_a_mn(d_q, d_s + i * (2048 / 16), keys + i * (2048 / 16), i > 0);
     wgmma_commit();
   };
-  auto send = [&](const float(&d_q)[32], int step) {
-    if (lane == 0) barrier_arrive(&sh.d_s_empty[Slot<2>(step).slot]);
-    const Rows rows = sh.steps[step % 8];
-    add_to_rows(d_q, a.a.d_q + rows.row * a.a.d_q_stride + 64 * own_channels, a.a.d_q_stride, 64 * own_rows + warp * 16 + lane / 4,
-                rows.left, S::d - 64 * own_channels, a.a.scale);
+  const uint32_t d_q_place = shared_address(sh.d_q[group]) + threadIdx.x % 128 * 16;
+  auto send = [&](const float(&d_q)[32], Slot<2> from) {
+    if (lane == 0) barrier_arrive(&sh.d_s_empty[from.slot]);
+    barrier_wait(&sh.d_q_empty[group], from.slot ^ 1);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) store_four(d_q_place + 2048 * i, d_q[4 * i], d_q[4 * i + 1], d_q[4 * i + 2], d_q[4 * i + 3]);
+    proxy_fence();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&sh.d_q_full[group]);
   };
-  if (total > 0) await(0);
+  Slot<S::stages> at;
+  Slot<2> out, before;
+  int flags = 0;
+  if (total > 0) flags = await(0, at);
   score(0);
+  float lse[16];
+  numbers(sh.lse[0], lse);
   wgmma_wait<0>();
   pin(s);
   for (int step = 0; step < total; ++step) {
     float d_p[S::rows / 2];
-    const Slot<S::stages> at(step);
-    const Slot<2> out(step), before(step - 1);
+    const Slot<S::stages> next = at.next();
     barrier_wait(&sh.d_out_full[at.slot], at.parity);
     wgmma_fence();
     dots<S>(d_p, v, descriptor_k(sh.d_out[at.slot]));
     wgmma_commit();
-    const Rows rows = sh.steps[step % 8];
-    if (uniform(rows.masked) >> group & 1) {
+    if (flags >> group & 1) {
+      const int first = sh.steps[step % 8].first;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int from = (key + 8 * r < t.keys ? t.low + key + 8 * r : 1 << 30) - rows.first - column, to = t.high + key + 8 * r - rows.first - column;
+        const int from = (key + 8 * r < t.keys ? t.low + key + 8 * r : 1 << 30) - first - column, to = t.high + key + 8 * r - first - column;
 #pragma unroll
         for (int i = 0; i < S::rows / 8; ++i)
 #pragma unroll
@@ -208,28 +213,31 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     }
 #pragma unroll
     for (int i = 0; i < S::rows / 8; ++i) {
-      const float2 lse = *reinterpret_cast<const float2*>(&sh.lse[at.slot][8 * i + column]);
+      if (i % 8 == 0 && i > 0) numbers(sh.lse[at.slot] + i / 8 * kChunk, lse);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        s[4 * i + 2 * r] = exp2_fast(fmaf(s[4 * i + 2 * r], a.scale_log2, lse.x));
-        s[4 * i + 2 * r + 1] = exp2_fast(fmaf(s[4 * i + 2 * r + 1], a.scale_log2, lse.y));
-        x.weights[2 * i + r] = pack_bf16(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]);
+        float *x0 = s + 4 * i + 2 * r, *l = lse + i % 8 * 2;
+        x.weights[2 * i + r] = pack_bf16(exp2_fast(fmaf(x0[0], a.scale_log2, l[0])), exp2_fast(fmaf(x0[1], a.scale_log2, l[1])));
       }
     }
     pin(x.weights), pin(x.d_v);
     wgmma_fence();
     add_rows<S>(x.d_v, x.weights, descriptor_mn(sh.d_out[at.slot], S::q_panel));
     wgmma_commit();
+    float dot[16];
+    numbers(sh.dot[at.slot], dot);
+    if (step + 1 < total) flags = await(step + 1, next);
     wgmma_wait<1>();
     pin(d_p);
 #pragma unroll
     for (int i = 0; i < S::rows / 8; ++i) {
-      const float2 dot = *reinterpret_cast<const float2*>(&sh.dot[at.slot][8 * i + column]);
+      if (i % 8 == 0 && i > 0) numbers(sh.dot[at.slot] + i / 8 * kChunk, dot);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t w = x.weights[2 * i + r];  // the f32 ones would take registers that there are not
         const float low = __uint_as_float(w << 16), high = __uint_as_float(w & 0xffff0000u);
-        x.d_s[2 * i + r] = pack_bf16(low * (d_p[4 * i + 2 * r] - dot.x), high * (d_p[4 * i + 2 * r + 1] - dot.y));
+        const float *d = d_p + 4 * i + 2 * r, *o = dot + i % 8 * 2;
+        x.d_s[2 * i + r] = pack_bf16(low * fmaf(d[0], a.a.scale, o[0]), high * fmaf(d[1], a.a.scale, o[1]));
       }
     }
     barrier_wait(&sh.d_s_empty[out.slot], out.parity ^ 1);
@@ -248,23 +256,23 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     wgmma_wait<1>();  // d_v: frees the registers of the weights
     pin(x.d_v), pin(x.weights);
     multiply(d_q, before.slot);
-    if (step + 1 < total) await(step + 1);
-    score(step + 1);
+    score(next.slot);  // behind the last step of anything: a branch around the product would cost registers
     wgmma_wait<1>();
     pin(d_q), pin(x.d_k), pin(x.d_s);
     if (lane == 0) barrier_arrive(&sh.empty[at.slot]);
-    if (step > 0) send(d_q, step - 1);
+    if (step > 0) send(d_q, before);
+    numbers(sh.lse[next.slot], lse);
     wgmma_wait<0>();
     pin(s);
+    at = next, before = out, out = out.next();
   }
   if (total > 0) {
-    const Slot<2> last(total - 1);
     float d_q[32];
-    barrier_wait(&sh.d_s_full[last.slot], last.parity);
-    multiply(d_q, last.slot);
+    barrier_wait(&sh.d_s_full[before.slot], before.parity);
+    multiply(d_q, before.slot);
     wgmma_wait<0>();
     pin(d_q);
-    send(d_q, total - 1);
+    send(d_q, before);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -273,7 +281,7 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     float* d_v = a.a.d_v + (t.v_row + key + 8 * r) * a.a.d_v_stride + column;
 #pragma unroll
     for (int i = 0; i < S::d / 8; ++i) {
-      *reinterpret_cast<float2*>(d_k + 8 * i) = {x.d_k[4 * i + 2 * r] * a.a.scale, x.d_k[4 * i + 2 * r + 1] * a.a.scale};
+      *reinterpret_cast<float2*>(d_k + 8 * i) = {x.d_k[4 * i + 2 * r], x.d_k[4 * i + 2 * r + 1]};
       *reinterpret_cast<float2*>(d_v + 8 * i) = {x.d_v[4 * i + 2 * r], x.d_v[4 * i + 2 * r + 1]};
     }
   }
@@ -282,23 +290,22 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
 /// Starts the copies of a step: `head` and `i` are its place among the tiles of rows.
 template <class S>
 __device__ __forceinline__ void load_rows(BackwardShared<S>& sh, const Launch& a, const CUtensorMap& q_map, const CUtensorMap& d_out_map,
-                                          int step, int head, int i) {
+                                          int step, Slot<S::stages> at, int head, int i) {
   const KeyTile& t = sh.tile;
-  const Slot<S::stages> at(step);
   const int segment = t.q_segment + head, place = i + t.shift, first = t.from + (place < t.count ? place : place - t.count) * S::rows;
-  const int64_t begin = a.a.q_begin[segment], padded = padded_row(begin, segment) + first;
+  const int64_t begin = a.a.q_begin[segment], chunk = first_chunk(begin, segment) + first / 64;
   const int row = int(begin) + first;
-  int masked = t.keys < kKeys ? 3 : 0;
-  for (int g = 0; g < 2; ++g) masked |= (first < t.low + 64 * g + 63 || first + S::rows > t.high + 64 * g) << g;
+  int flags = (t.keys < kKeys ? 3 : 0) | (t.n - first < S::rows) << 2;
+  for (int g = 0; g < 2; ++g) flags |= (first < t.low + 64 * g + 63 || first + S::rows > t.high + 64 * g) << g;
   barrier_wait(&sh.empty[at.slot], at.parity ^ 1);
-  sh.steps[step % 8] = {first, row, t.n - first, masked};
+  sh.steps[step % 8] = {first, t.n - first, int(chunk), flags};
   uint64_t *q_full = &sh.q_full[at.slot], *d_out_full = &sh.d_out_full[at.slot];
   barrier_expect(q_full, sizeof sh.q[0] + sizeof sh.lse[0]);
   for (int p = 0; p < S::panels; ++p) tma_load(sh.q[at.slot] + p * S::q_panel, &q_map, q_full, p * 64, row);
-  bulk_load(sh.lse[at.slot], a.lse + padded, sizeof sh.lse[0], q_full);
+  bulk_load(sh.lse[at.slot], a.lse + chunk * kChunk, sizeof sh.lse[0], q_full);
   barrier_expect(d_out_full, sizeof sh.d_out[0] + sizeof sh.dot[0]);
   for (int p = 0; p < S::panels; ++p) tma_load(sh.d_out[at.slot] + p * S::q_panel, &d_out_map, d_out_full, p * 64, row);
-  bulk_load(sh.dot[at.slot], a.dot + padded, sizeof sh.dot[0], d_out_full);
+  bulk_load(sh.dot[at.slot], a.dot + chunk * kChunk, sizeof sh.dot[0], d_out_full);
 }
 
 template <class S>
@@ -309,12 +316,26 @@ __device__ void load_tile(BackwardShared<S>& sh, const Launch& a, const CUtensor
   if (count == 0) return;
   barrier_expect(&sh.k_full, sizeof sh.k), barrier_expect(&sh.v_full, sizeof sh.v);
   for (int p = 0; p < S::panels; ++p) tma_load(sh.k + p * S::k_panel, &k_map, &sh.k_full, p * 64, t.k_row);
+  Slot<S::stages> at;
   for (int head = 0, step = 0; head < heads; ++head)
-    for (int i = 0; i < count; ++i, ++step) {
-      load_rows(sh, a, q_map, d_out_map, step, head, i);
+    for (int i = 0; i < count; ++i, ++step, at = at.next()) {
+      load_rows(sh, a, q_map, d_out_map, step, at, head, i);
       if (step == 0)
         for (int p = 0; p < S::panels; ++p) tma_load(sh.v + p * S::k_panel, &v_map, &sh.v_full, p * 64, t.v_row);
     }
+}
+
+/// Adds what a warpgroup leaves of d_q to global memory.
+template <class S>
+__device__ void send_d_q(BackwardShared<S>& sh, const Launch& a, int group) {
+  const int total = sh.tile.count * (a.a.heads / a.a.kv_heads), own_rows = S::rows == 64 ? 0 : group, own_channels = S::rows == 64 ? group : 0;
+  const uint32_t bytes = min(64, S::d - 64 * own_channels) * 64 * 4;
+  for (int step = 0; step < total; ++step) {
+    barrier_wait(&sh.d_q_full[group], step & 1);
+    bulk_add(a.d_q + (int64_t(sh.steps[step % 8].chunk + own_rows) * S::panels + own_channels) * 4096, sh.d_q[group], bytes);
+    bulk_wait_read();
+    barrier_arrive(&sh.d_q_empty[group]);
+  }
 }
 
 template <class S>
@@ -332,14 +353,21 @@ __global__ void __launch_bounds__(384, 1)
     barrier_init(&sh.k_full, 1), barrier_init(&sh.v_full, 1);
     for (int i = 0; i < S::stages; ++i)
       barrier_init(&sh.q_full[i], 1), barrier_init(&sh.d_out_full[i], 1), barrier_init(&sh.empty[i], 8);
-    for (int i = 0; i < 2; ++i) barrier_init(&sh.d_s_full[i], 8), barrier_init(&sh.d_s_empty[i], 8);
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&sh.d_s_full[i], 8), barrier_init(&sh.d_s_empty[i], 8);
+      barrier_init(&sh.d_q_full[i], 4), barrier_init(&sh.d_q_empty[i], 1);
+    }
     barrier_init_fence();
   }
   __syncthreads();
   const int group = uniform(threadIdx.x / 128);
   if (group == 2) {
     registers_down<S::loader_registers>();
-    if (threadIdx.x == 256) load_tile<S>(sh, a, q_map, k_map, v_map, d_out_map);
+    const int warp = threadIdx.x / 32 - 8;
+    if (threadIdx.x % 32 == 0) {
+      if (warp == 0) load_tile<S>(sh, a, q_map, k_map, v_map, d_out_map);
+      else if (warp < 3) send_d_q<S>(sh, a, warp - 1);
+    }
   } else {
     registers_up<S::registers>();
     sum_keys<S>(sh, a, sh.tile, group);
@@ -347,14 +375,14 @@ __global__ void __launch_bounds__(384, 1)
 #endif
 }
 
-/// One warp a row: Σ out · d_out, lse in the kernel's form, d_out in bf16, zeros in d_q.
+/// One warp a row: Σ out · d_out, lse in the kernel's form, d_out in bf16.
 __global__ void prepare_rows(const __grid_constant__ AttendBackward a, float* lse, float* dots, __nv_bfloat16* d_out, int tile) {
   const int segment = blockIdx.y, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const int64_t begin = a.q_begin[segment], n = a.q_end[segment] - begin, padded = padded_row(begin, segment);
+  const int64_t begin = a.q_begin[segment], n = a.q_end[segment] - begin, chunk = first_chunk(begin, segment);
   for (int64_t i = blockIdx.x * warps + threadIdx.x / 32; i < (n + tile - 1) / tile * tile; i += gridDim.x * warps) {
-    const int64_t row = begin + i;
+    const int64_t row = begin + i, place = (chunk + i / 64) * kChunk + place_in_chunk(int(i % 64));
     if (i >= n) {
-      if (lane == 0) lse[padded + i] = -INFINITY, dots[padded + i] = 0;
+      if (lane == 0) lse[place] = -INFINITY, dots[place] = 0;
       continue;
     }
     float dot = 0;
@@ -363,14 +391,31 @@ __global__ void prepare_rows(const __grid_constant__ AttendBackward a, float* ls
                    g = *reinterpret_cast<const float4*>(a.d_out + row * a.d_out_stride + c);
       dot += o.x * g.x + o.y * g.y + o.z * g.z + o.w * g.w;
       *reinterpret_cast<uint2*>(d_out + row * a.d + c) = {pack_bf16(g.x, g.y), pack_bf16(g.z, g.w)};
-      *reinterpret_cast<float4*>(a.d_q + row * a.d_q_stride + c) = {0, 0, 0, 0};
     }
     for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
     if (lane != 0) continue;
     const float x = a.lse[row];  // −∞: the row sees nothing
-    lse[padded + i] = x == -INFINITY ? x : -x * kLog2e;
-    dots[padded + i] = dot;
+    lse[place] = x == -INFINITY ? x : -x * kLog2e;
+    dots[place] = -a.scale * dot;
     if (a.out_dot) a.out_dot[row] = dot;
+  }
+}
+
+/// A block: 64 rows and channels of d_q, from threads' order to rows.
+__global__ void __launch_bounds__(128) write_d_q(const __grid_constant__ AttendBackward a, const float* from) {
+  const int segment = blockIdx.y, panels = (a.d + 63) / 64, row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int64_t begin = a.q_begin[segment], n = a.q_end[segment] - begin;
+  for (int64_t tile = blockIdx.x; tile < (n + 63) / 64 * panels; tile += gridDim.x) {
+    const int64_t first = tile / panels * 64;
+    const int channel = int(tile % panels) * 64;
+    const float4* x = reinterpret_cast<const float4*>(from + ((first_chunk(begin, segment) + first / 64) * panels + channel / 64) * 4096);
+    float* to = a.d_q + (begin + first + row) * a.d_q_stride + channel + threadIdx.x % 4 * 2;
+    float4 y[8];
+    for (int i = 0; i < 8; ++i) y[i] = x[128 * i + threadIdx.x];
+    for (int i = 0; i < 8 && channel + 8 * i < a.d; ++i) {
+      if (first + row < n) *reinterpret_cast<float2*>(to + 8 * i) = {y[i].x, y[i].y};
+      if (first + row + 8 < n) *reinterpret_cast<float2*>(to + 8 * a.d_q_stride + 8 * i) = {y[i].z, y[i].w};
+    }
   }
 }
 
@@ -378,7 +423,7 @@ struct BackwardScratch {
   int* total;
   KeyTile* tiles;
   int* first_tile;  // [segments of k + 1]
-  float *lse, *dot;
+  float *d_q, *lse, *dot;
   __nv_bfloat16* d_out;
   int64_t bytes;
 };
@@ -393,9 +438,9 @@ BackwardScratch lay_out(const AttendBackward& a, void* memory) {
     at += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
   };
   BackwardScratch s;
-  const int64_t numbers = a.q_rows + kPad * int64_t(a.segments + 1);
+  const int64_t chunks = a.q_rows / 64 + 2 * (int64_t(a.segments) + 1);
   take(s.total, 1), take(s.tiles, most_key_tiles(a)), take(s.first_tile, key_segments(a) + 1);
-  take(s.lse, numbers), take(s.dot, numbers), take(s.d_out, a.q_rows * a.d);
+  take(s.d_q, chunks * ((a.d + 63) / 64) * 4096), take(s.lse, chunks * kChunk), take(s.dot, chunks * kChunk), take(s.d_out, a.q_rows * a.d);
   s.bytes = at - static_cast<char*>(memory);
   return s;
 }
@@ -459,13 +504,15 @@ cudaError_t launch(const AttendBackward& a, void* memory, cudaStream_t stream) {
   const int64_t each = (a.q_rows + a.segments - 1) / a.segments;
   prepare_rows<<<dim3(unsigned(std::clamp<int64_t>((each + 15) / 16, 1, 1024)), unsigned(a.segments)), 256, 0, stream>>>(
       a, scratch.lse, scratch.dot, scratch.d_out, S::rows);
+  cudaMemsetAsync(scratch.d_q, 0, size_t(reinterpret_cast<char*>(scratch.lse) - reinterpret_cast<char*>(scratch.d_q)), stream);
   schedule_key_tiles<<<1, 1024, 0, stream>>>(a, scratch, S::rows);
   constexpr int bytes = sizeof(BackwardShared<S>);
   static_assert(bytes <= 232448);
   static const cudaError_t ready = cudaFuncSetAttribute(attend_backward_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (ready != cudaSuccess) return ready;
-  const Launch to{a, scratch.tiles, scratch.total, scratch.lse, scratch.dot, a.scale * kLog2e};
+  const Launch to{a, scratch.tiles, scratch.total, scratch.d_q, scratch.lse, scratch.dot, a.scale * kLog2e};
   attend_backward_kernel<S><<<unsigned(most_key_tiles(a)), 384, bytes, stream>>>(to, q, k, v, d_out);
+  write_d_q<<<dim3(unsigned(std::clamp<int64_t>((each + 63) / 64 * S::panels, 1, 4096)), unsigned(a.segments)), 128, 0, stream>>>(a, scratch.d_q);
   return cudaGetLastError();
 }
 
@@ -486,8 +533,8 @@ int64_t attend_backward_scratch(const AttendBackward& a) { return lay_out(a, nul
 #ifndef HEED_ATTEND_BACKWARD_SHAPES
 cudaError_t attend_backward_launch(const AttendBackward& a, void* memory, cudaStream_t stream) {
   if (a.d == 64) return launch<BackwardShape<64, 128, 2>>(a, memory, stream);
-  if (a.d == 96) return launch<BackwardShape<96, 64, 4>>(a, memory, stream);
-  return launch<BackwardShape<128, 64, 4>>(a, memory, stream);
+  if (a.d == 96) return launch<BackwardShape<96, 64, 3>>(a, memory, stream);
+  return launch<BackwardShape<128, 64, 3>>(a, memory, stream);
 }
 #endif
 

@@ -87,6 +87,17 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
       : "memory");
 }
 
+/// Adds `bytes` (of 16 each) of f32 from shared to global memory, in no particular order with other additions.
+__device__ __forceinline__ void bulk_add(float* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
+               : "memory");
+}
+/// Until this thread's bulk_adds have read shared memory.
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 template <int N> __device__ __forceinline__ void registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
@@ -218,9 +229,14 @@ __device__ __forceinline__ void store_tiles(uint32_t row, const uint32_t* tiles)
                : "memory");
 }
 
-/// Adds four f32 to global memory, at a multiple of 16 bytes.
-__device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+__device__ __forceinline__ void store_four(uint32_t to, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+/// Four numbers of shared memory, read where the program says so.
+__device__ __forceinline__ float4 load_four(uint32_t from) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from) : "memory");
+  return x;
 }
 
 /// Two f32 rounded to bf16, the first in the low half.
