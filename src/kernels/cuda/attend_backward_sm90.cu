@@ -15,7 +15,6 @@ namespace heed::sm90 {
 namespace {
 
 constexpr int kKeys = 128;               // of a block
-constexpr int kChunk = 80;               // places of the numbers of 64 rows
 constexpr int64_t kSection = 32 << 20;   // bytes of queries and gradients touched at one time should stay in L2 (50 MB)
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -39,16 +38,15 @@ struct Launch {
   float scale_log2;
 };
 
-/// Numbers of rows lie in chunks of 64, and in each as a product's sums have them as columns: a thread's sixteen one after another,
-/// those of the four threads of a row 20 places apart, so that they are in different banks.
+/// Rows of a segment are kept in chunks of 64, whole ones, up to a whole tile of rows.
 __device__ __forceinline__ int64_t first_chunk(int64_t begin, int segment) { return begin / 64 + 2 * segment; }
-__device__ __forceinline__ int place_in_chunk(int row) { return row % 8 / 2 * 20 + row / 8 * 2 + row % 2; }
 
 template <int D, int Rows, int Stages>
 struct BackwardShape {
   static constexpr int d = D, rows = Rows, stages = Stages;
   static constexpr int panels = (D + 63) / 64;
   static constexpr int k_panel = kKeys * 128, q_panel = Rows * 128;
+  static constexpr bool holds_values = D == 64;  // in registers: a fourth less is read from shared memory for d_p
   static constexpr int registers = 240, loader_registers = 24;
 };
 
@@ -76,8 +74,8 @@ struct BackwardShared {
   alignas(1024) uint8_t d_out[S::stages][S::panels * S::q_panel];
   alignas(1024) uint8_t d_s[2][S::rows / 64 * kKeys * 128];  // [64 rows of q][key][row]
   alignas(1024) float d_q[2][64 * 64];  // of each warpgroup, as its threads have it
-  alignas(16) float lse[S::stages][S::rows / 64 * kChunk];
-  alignas(16) float dot[S::stages][S::rows / 64 * kChunk];
+  alignas(16) float lse[S::stages][S::rows];
+  alignas(16) float dot[S::stages][S::rows];
   Rows steps[8];  // step % 8
   KeyTile tile;
   uint64_t k_full, v_full, q_full[S::stages], d_out_full[S::stages], empty[S::stages], d_s_full[2], d_s_empty[2], d_q_full[2],
@@ -98,6 +96,7 @@ template <class S>
 struct KeySums {
   float d_k[S::d / 2], d_v[S::d / 2];
   uint32_t weights[S::rows / 4], d_s[S::rows / 4];  // in bf16
+  uint32_t values[S::holds_values ? S::d / 4 : 1];
 };
 
 /// keys × rows: A and B with contiguous channels.
@@ -133,6 +132,12 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
       named_sync(1 + group, 128);
     }
   }
+  if constexpr (S::holds_values)
+#pragma unroll
+    for (int i = 0; i < S::d / 16; ++i) {
+      const int row = group * 64 + warp * 16 + lane % 16;
+      load_tiles(x.values + 4 * i, shared_address(sh.v) + row * 128 + ((2 * i + lane / 16) ^ row % 8) * 16);
+    }
   // Waits for the rows of a step; returns its flags.
   auto await = [&](int step, Slot<S::stages> at) {
     barrier_wait(&sh.q_full[at.slot], at.parity);
@@ -148,12 +153,11 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     return flags;
   };
   // Numbers of 16 of the columns that this thread has: of 64 rows.
-  const uint32_t column_place = column / 2 * 20 * 4;
-  auto numbers = [&](const float* chunk, float (&to)[16]) {
+  auto numbers = [&](const float* rows, float (&to)[16]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4 x = load_four(shared_address(chunk) + column_place + 16 * i);
-      to[4 * i] = x.x, to[4 * i + 1] = x.y, to[4 * i + 2] = x.z, to[4 * i + 3] = x.w;
+    for (int i = 0; i < 8; ++i) {
+      const float2 x = load_two(shared_address(rows + 8 * i + column));
+      to[2 * i] = x.x, to[2 * i + 1] = x.y;
     }
   };
   float s[S::rows / 2];
@@ -195,7 +199,13 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     const Slot<S::stages> next = at.next();
     barrier_wait(&sh.d_out_full[at.slot], at.parity);
     wgmma_fence();
-    dots<S>(d_p, v, descriptor_k(sh.d_out[at.slot]));
+    const uint64_t d_out = descriptor_k(sh.d_out[at.slot]);
+    if constexpr (S::holds_values) {
+#pragma unroll
+      for (int i = 0; i < S::d / 16; ++i) Product<S::rows>::register_a_k(d_p, x.values + 4 * i, d_out + 2 * i, i > 0);
+    } else {
+      dots<S>(d_p, v, d_out);
+    }
     wgmma_commit();
     if (flags >> group & 1) {
       const int first = sh.steps[step % 8].first;
@@ -213,7 +223,7 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     }
 #pragma unroll
     for (int i = 0; i < S::rows / 8; ++i) {
-      if (i % 8 == 0 && i > 0) numbers(sh.lse[at.slot] + i / 8 * kChunk, lse);
+      if (i % 8 == 0 && i > 0) numbers(sh.lse[at.slot] + 8 * i, lse);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float *x0 = s + 4 * i + 2 * r, *l = lse + i % 8 * 2;
@@ -231,7 +241,7 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     pin(d_p);
 #pragma unroll
     for (int i = 0; i < S::rows / 8; ++i) {
-      if (i % 8 == 0 && i > 0) numbers(sh.dot[at.slot] + i / 8 * kChunk, dot);
+      if (i % 8 == 0 && i > 0) numbers(sh.dot[at.slot] + 8 * i, dot);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t w = x.weights[2 * i + r];  // the f32 ones would take registers that there are not
@@ -302,10 +312,10 @@ __device__ __forceinline__ void load_rows(BackwardShared<S>& sh, const Launch& a
   uint64_t *q_full = &sh.q_full[at.slot], *d_out_full = &sh.d_out_full[at.slot];
   barrier_expect(q_full, sizeof sh.q[0] + sizeof sh.lse[0]);
   for (int p = 0; p < S::panels; ++p) tma_load(sh.q[at.slot] + p * S::q_panel, &q_map, q_full, p * 64, row);
-  bulk_load(sh.lse[at.slot], a.lse + chunk * kChunk, sizeof sh.lse[0], q_full);
+  bulk_load(sh.lse[at.slot], a.lse + chunk * 64, sizeof sh.lse[0], q_full);
   barrier_expect(d_out_full, sizeof sh.d_out[0] + sizeof sh.dot[0]);
   for (int p = 0; p < S::panels; ++p) tma_load(sh.d_out[at.slot] + p * S::q_panel, &d_out_map, d_out_full, p * 64, row);
-  bulk_load(sh.dot[at.slot], a.dot + chunk * kChunk, sizeof sh.dot[0], d_out_full);
+  bulk_load(sh.dot[at.slot], a.dot + chunk * 64, sizeof sh.dot[0], d_out_full);
 }
 
 template <class S>
@@ -380,7 +390,7 @@ __global__ void prepare_rows(const __grid_constant__ AttendBackward a, float* ls
   const int segment = blockIdx.y, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int64_t begin = a.q_begin[segment], n = a.q_end[segment] - begin, chunk = first_chunk(begin, segment);
   for (int64_t i = blockIdx.x * warps + threadIdx.x / 32; i < (n + tile - 1) / tile * tile; i += gridDim.x * warps) {
-    const int64_t row = begin + i, place = (chunk + i / 64) * kChunk + place_in_chunk(int(i % 64));
+    const int64_t row = begin + i, place = chunk * 64 + i;
     if (i >= n) {
       if (lane == 0) lse[place] = -INFINITY, dots[place] = 0;
       continue;
@@ -440,7 +450,7 @@ BackwardScratch lay_out(const AttendBackward& a, void* memory) {
   BackwardScratch s;
   const int64_t chunks = a.q_rows / 64 + 2 * (int64_t(a.segments) + 1);
   take(s.total, 1), take(s.tiles, most_key_tiles(a)), take(s.first_tile, key_segments(a) + 1);
-  take(s.d_q, chunks * ((a.d + 63) / 64) * 4096), take(s.lse, chunks * kChunk), take(s.dot, chunks * kChunk), take(s.d_out, a.q_rows * a.d);
+  take(s.d_q, chunks * ((a.d + 63) / 64) * 4096), take(s.lse, chunks * 64), take(s.dot, chunks * 64), take(s.d_out, a.q_rows * a.d);
   s.bytes = at - static_cast<char*>(memory);
   return s;
 }

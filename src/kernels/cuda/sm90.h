@@ -222,6 +222,14 @@ __device__ __forceinline__ void load_transposed(uint32_t (&tiles)[4], uint32_t r
                : "memory");
 }
 
+/// Four 8 × 8 tiles of 16 bits; lane l names row l % 8 of tile l / 8.
+__device__ __forceinline__ void load_tiles(uint32_t* tiles, uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+               : "r"(row)
+               : "memory");
+}
+
 /// Stores four 8 × 8 tiles of 16 bits; lane l names where row l % 8 of tile l / 8 goes (16 bytes).
 __device__ __forceinline__ void store_tiles(uint32_t row, const uint32_t* tiles) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(tiles[0]), "r"(tiles[1]),
@@ -229,16 +237,16 @@ __device__ __forceinline__ void store_tiles(uint32_t row, const uint32_t* tiles)
                : "memory");
 }
 
+/// Four numbers to shared memory.
 __device__ __forceinline__ void store_four(uint32_t to, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
-/// Four numbers of shared memory, read where the program says so.
-__device__ __forceinline__ float4 load_four(uint32_t from) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from) : "memory");
+/// Two numbers of shared memory, read where the program says so.
+__device__ __forceinline__ float2 load_two(uint32_t from) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
   return x;
 }
-
 /// Two f32 rounded to bf16, the first in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t r;
