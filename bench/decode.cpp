@@ -1,7 +1,7 @@
 // What decoding one token costs its kernels, beside the machine's read bandwidth and the cost of a parallel region, all
 // measured in the same process:
 //
-//     bench_decode [threads] [megabytes of K and V]
+//     bench_decode [threads] [megabytes of K and V] [q8: only what is named so]
 //
 // attend_store reads pages of d = 128 for groups of 1, 3, 4 and 8 query heads, in order and in random order; matmul multiplies
 // one token with matrices too large for the caches. Best of several runs, as GB/s of pages or weights.
@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "base/random.h"
@@ -67,7 +68,7 @@ struct Stored {
     layouts = Buffer::zeros(Dtype::U8, {kv_heads, each});
     length = Buffer(Dtype::I32, {kv_heads});
     // Halves of 0.25 to 0.5: sensible in bf16, as codes and as scales.
-    for (int64_t i = 0; i < memory->bytes() / 2; ++i)
+    for (int64_t i = 0, n = memory->bytes() / 2; i < n; ++i)
       memory->as<uint16_t>()[i] = uint16_t(0x3e00 | ((i * 2654435761u) >> 20 & 0x7f));
     std::vector<int64_t> place(static_cast<size_t>(count));
     for (int64_t p = 0; p < count; ++p) place[size_t(p)] = p;
@@ -84,7 +85,7 @@ struct Stored {
   }
 };
 
-void attention(const Kernels& run, int64_t megabytes) {
+void attention(const Kernels& run, int64_t megabytes, const std::string& only) {
   using Kind = PageType::Kind;
   const int d = 128;
   const int64_t kv_heads = 4, entries = (megabytes << 20) / (4 * d * kv_heads) / kPage * kPage;
@@ -98,6 +99,7 @@ void attention(const Kernels& run, int64_t megabytes) {
                {"q4", {.kind = Kind::Q4}, false},
                {"q2 by channel", {.kind = Kind::Q2, .axis = PageType::Axis::Channel}, false}};
   for (const auto& kind : kinds) {
+    if (!only.empty() && only != kind.name) continue;
     const Stored store(kv_heads, entries, d, kind.type, kind.shuffled);
     std::printf("attend_store, %ld entries x %ld heads, %-18s", long(entries), long(kv_heads), kind.name);
     for (int64_t group : {1, 3, 4, 8}) {
@@ -115,27 +117,32 @@ void attention(const Kernels& run, int64_t megabytes) {
   }
 }
 
-void products(const Kernels& run, const Buffer& memory) {
-  for (int64_t i = 0; i < memory->bytes() / 2; ++i)
+void products(const Kernels& run, const Buffer& memory, const std::string& only) {
+  for (int64_t i = 0, n = memory->bytes() / 2; i < n; ++i)
     memory->as<uint16_t>()[i] = uint16_t(0x1c00 | ((i * 2654435761u) >> 20 & 0xff));
   for (Dtype type : {Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q8_0, Dtype::Q4_K, Dtype::Q6_K, Dtype::F16, Dtype::BF16}) {
-    const DtypeInfo kind = info(type);
-    std::printf("matmul, one token, %-5s", kind.name);
-    for (int64_t width : {576, 1536, 4096}) {
-      if (width % kind.block) {
-        std::printf("  %4ld      -", long(width));
-        continue;
+    if (!only.empty() && only != info(type).name) continue;
+    for (bool interleaved : {false, true}) {
+      const DtypeInfo kind = info(type);
+      if (interleaved && !is_block(type)) continue;
+      std::printf("matmul, one token, %-5s%s", kind.name, interleaved ? ", interleaved" : "             ");
+      for (int64_t width : {576, 1536, 4096}) {
+        if (width % kind.block) {
+          std::printf("  %4ld      -", long(width));
+          continue;
+        }
+        const int64_t row = width / kind.block * kind.bytes, rows = memory->bytes() / row;
+        Buffer x(Dtype::F32, {1, width}), y(Dtype::F32, {1, rows});
+        for (int64_t i = 0; i < width; ++i) x->as<float>()[i] = float(i % 13) - 6;
+        Queue queue;
+        queue.run = &run;
+        Tensor w(memory->data, type, {rows, width});
+        w.interleaved = interleaved;
+        const double seconds = best(5, [&] { run.matmul(queue, w, x, {}, false, y); });
+        std::printf("  %4ld %6.1f", long(width), double(rows * row) / seconds * 1e-9);
       }
-      const int64_t row = width / kind.block * kind.bytes, rows = memory->bytes() / row;
-      Buffer x(Dtype::F32, {1, width}), y(Dtype::F32, {1, rows});
-      for (int64_t i = 0; i < width; ++i) x->as<float>()[i] = float(i % 13) - 6;
-      Queue queue;
-      queue.run = &run;
-      const double seconds = best(
-          5, [&] { run.matmul(queue, Tensor(memory->data, type, {rows, width}), x, {}, false, y); });
-      std::printf("  %4ld %6.1f", long(width), double(rows * row) / seconds * 1e-9);
+      std::printf("  GB/s\n");
     }
-    std::printf("  GB/s\n");
   }
 }
 
@@ -146,7 +153,8 @@ void small(const Kernels& run) {
   Buffer w(Dtype::U8, {2 * out * width / kind.block * kind.bytes}), x(Dtype::F32, {1, width}), y(Dtype::F32, {1, out});
   std::memset(w->data, 0x1c, size_t(w->bytes()));
   for (int64_t i = 0; i < width; ++i) x->as<float>()[i] = float(i % 13) - 6;
-  const Tensor gate(w->data, Dtype::Q4_1, {out, width}), up(w->as<char>() + w->bytes() / 2, Dtype::Q4_1, {out, width});
+  Tensor gate(w->data, Dtype::Q4_1, {out, width}), up(w->as<char>() + w->bytes() / 2, Dtype::Q4_1, {out, width});
+  gate.interleaved = up.interleaved = run.interleave != nullptr;
   Queue queue;
   queue.run = &run;
   const double region = best(20, [] {
@@ -173,6 +181,7 @@ int main(int argc, char** argv) {
   std::memset(memory->data, 1, size_t(memory->bytes()));
   std::printf("%s, %d threads, reading %ld MB: %.1f GB/s\n", run.name.c_str(), threads(), long(megabytes), read_rate(memory));
   small(run);
-  attention(run, megabytes);
-  products(run, memory);
+  const std::string only = argc > 3 ? argv[3] : "";
+  attention(run, megabytes, only);
+  products(run, memory, only);
 }

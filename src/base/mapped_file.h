@@ -22,6 +22,8 @@ class MappedFile {
   static Result<MappedFile> open(const std::string& path);
 
   std::span<const std::byte> bytes() const { return {static_cast<const std::byte*>(data_), size_}; }
+  /// Memory that whole pages of this part take may be put to other uses; they are read again when they are touched.
+  void let_go(std::span<const std::byte> part) const;
 
  private:
   void* data_ = nullptr;

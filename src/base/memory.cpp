@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <string>
 
 #include "base/error.h"
@@ -12,10 +13,17 @@
 namespace heed {
 namespace {
 
+// From here on memory asks for large pages (where the system gives them on demand): two threads decode 10 to 15 % faster, and
+// pages of a store in random order are read at 35 GB/s instead of 26 (Intel Xeon, docs/performance.md).
+constexpr size_t kLarge = size_t(4) << 20, kLargePage = size_t(2) << 20;
+
 void* allocate(int64_t bytes) {
-  const size_t padded = (size_t(bytes) + 63) / 64 * 64;
-  void* memory = std::aligned_alloc(64, padded ? padded : 64);
-  if (!memory) throw Error(Code::Memory, "memory", std::to_string(padded) + " bytes asked for, not available");
+  const size_t align = size_t(bytes) >= kLarge ? kLargePage : 64, padded = (size_t(bytes) + align - 1) / align * align;
+  void* memory = std::aligned_alloc(align, padded ? padded : align);
+  if (!memory) throw Error(Code::Memory, "memory", std::to_string(bytes) + " bytes asked for, not available");
+#ifdef MADV_HUGEPAGE
+  if (align == kLargePage) madvise(memory, padded, MADV_HUGEPAGE);
+#endif
   return memory;
 }
 
@@ -64,6 +72,14 @@ const Memory& cpu_memory() {
     return m;
   }();
   return memory;
+}
+
+int64_t free_memory() {
+  std::ifstream about("/proc/meminfo");
+  std::string line;
+  while (std::getline(about, line))
+    if (line.starts_with("MemAvailable:")) return std::atoll(line.c_str() + 13) << 10;
+  return 0;
 }
 
 }  // namespace heed

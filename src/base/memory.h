@@ -43,4 +43,7 @@ struct Memory {
 
 const Memory& cpu_memory();
 
+/// Bytes of the host's memory that can be had without swapping, as the system estimates it; 0 where it does not say.
+int64_t free_memory();
+
 }  // namespace heed

@@ -34,6 +34,8 @@ struct Tensor {
   Dtype type = Dtype::F32;
   Device device = Device::Cpu;
   int rank = 0;
+  /// Of a matrix of a block type: its rows lie sixteen side by side (kernels/quant.h); parts of it begin at whole sixteens.
+  bool interleaved = false;
   std::array<int64_t, 5> size{}, stride{};
 
   Tensor() = default;

@@ -391,6 +391,9 @@ struct Kernels {
   void (*add)(Queue&, Tensor x, Tensor y);
   /// rows of w (any Dtype) → F32 of the same shape.
   void (*dequantise)(Queue&, Tensor w, Tensor y);
+  /// w [rows, width] of a block type, as files hold it → to, of the same sizes and bytes, in the order in which matmul reads it
+  /// fastest (to.interleaved). Null: this table reads matrices as files hold them, and takes no others.
+  void (*interleave)(Queue&, Tensor w, Tensor to) = nullptr;
 };
 
 /// A queue of its own for this table: its memory, a new stream.

@@ -148,4 +148,23 @@ void dequantise_row(Dtype type, const void* blocks, int64_t count, float* out) {
   }
 }
 
+void interleave_rows(Dtype type, const void* rows, int64_t count, void* out) {
+  const DtypeInfo i = info(type);
+  require(i.block > 1 && count >= 0 && count % i.block == 0, "interleave_rows",
+          std::to_string(count) + " values are not whole blocks of " + i.name);
+  const BlockNumbers numbers = block_numbers(type);
+  const int64_t row_bytes = count / i.block * i.bytes;
+  const auto* from = static_cast<const char*>(rows);
+  auto* to = static_cast<char*>(out);
+  const auto put = [&](int at, int bytes) {  // those bytes of a block of each row
+    for (int r = 0; r < kSideBySide; ++r, to += bytes) std::memcpy(to, from + r * row_bytes + at, size_t(bytes));
+  };
+  for (int64_t b = 0; b < count / i.block; ++b, from += i.bytes) {
+    const int behind = numbers.at + 2 * numbers.count;
+    for (int n = 0; n < numbers.count; ++n) put(numbers.at + 2 * n, 2);
+    for (int at = 0; at < numbers.at; at += 4) put(at, 4);
+    for (int at = behind; at < i.bytes; at += 4) put(at, 4);
+  }
+}
+
 }  // namespace heed

@@ -1,5 +1,6 @@
 // Blocks of quantised weights as GGUF files hold them (the layouts are ggml's), and their exact values.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "base/dtype.h"
@@ -95,5 +96,33 @@ inline int scale_q3(const uint8_t scales[12], int run) {
 /// The `count` values (a multiple of the block) that start at `blocks`, of any Dtype, in f32. Every operation is one
 /// rounded f32 operation in the order written above, so that results equal those of ggml's own conversion.
 void dequantise_row(Dtype type, const void* blocks, int64_t count, float* out);
+
+/// Rows of a block-quantised matrix sixteen by sixteen, so that one vector holds the same four codes of each
+/// (Tensor::interleaved). Rows 16 g … 16 g + 15 take the bytes that they take otherwise; column b of their blocks begins
+/// 16 · b blocks behind the first of them. In it come the blocks' f16 numbers (d, then m or dmin), number n of row r at byte
+/// 2 (16 n + r), then all their other bytes in order, four as a word: word w of row r at byte 4 (16 w + r) from where words
+/// begin. Rows behind the last whole sixteen stay as files hold them.
+inline constexpr int kSideBySide = 16;
+
+/// Where a block keeps its f16 numbers, and how many they are.
+struct BlockNumbers {
+  int at, count;
+};
+constexpr BlockNumbers block_numbers(Dtype type) {
+  switch (type) {
+    case Dtype::Q2_K: return {80, 2};
+    case Dtype::Q3_K: return {108, 1};
+    case Dtype::Q6_K: return {208, 1};
+    case Dtype::Q4_1:
+    case Dtype::Q5_1:
+    case Dtype::Q4_K:
+    case Dtype::Q5_K: return {0, 2};
+    default: return {0, 1};
+  }
+}
+static_assert(offsetof(BlockQ2_K, d) == 80 && offsetof(BlockQ3_K, d) == 108 && offsetof(BlockQ6_K, d) == 208);
+
+/// Sixteen rows of `count` values (a multiple of the block) of a block type, one behind the other → out, interleaved.
+void interleave_rows(Dtype type, const void* rows, int64_t count, void* out);
 
 }  // namespace heed

@@ -38,6 +38,8 @@ class Gguf {
   uint32_t version() const { return version_; }
   uint64_t alignment() const { return alignment_; }
   std::span<const std::byte> file() const { return file_; }
+  /// Memory that the file's part under this tensor takes may be put to other uses until it is touched again.
+  void let_go(const Tensor& t) const { mapped_.let_go({t.as<const std::byte>(), size_t(t.bytes())}); }
 
   const std::map<std::string_view, Value>& metadata() const { return metadata_; }
   /// Null when the key is absent.

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <optional>
 
+#include "base/memory.h"
 #include "model/random_weights.h"
 
 namespace heed {
@@ -182,15 +183,23 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
 
 std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
   const std::lock_guard lock(placing_);
-  std::weak_ptr<const ModelWeights>& known = placed_[queue.memory];
+  const bool host = queue.memory->device == Device::Cpu;
+  // Copies of quantised matrices in the order that is read fastest take the place of the file's pages, which the system gets
+  // back; where memory is short the file stays what is read, since its pages can go and return.
+  const bool interleaved = host && queue.run->interleave && bytes_ < free_memory() / 4 * 3;
+  std::weak_ptr<const ModelWeights>& known = placed_[{queue.memory, interleaved}];
   if (auto found = known.lock()) return found;
   auto out = std::make_shared<ModelWeights>();
-  const bool host = queue.memory->device == Device::Cpu;
   auto place = [&](const Tensor& t) {
-    if (host || !t) return t;
+    const bool turned = interleaved && t && t.rank == 2 && is_block(t.type) && t.contiguous();
+    if (!t || (host && !turned)) return t;
     out->owned.emplace_back(t.type, std::span(t.size.data(), size_t(t.rank)), *queue.memory);
-    queue.upload(t, out->owned.back());
-    return out->owned.back().view();
+    Tensor to = out->owned.back();
+    if (!turned) return queue.upload(t, to), to;
+    to.interleaved = true;
+    queue.run->interleave(queue, t, to);
+    if (file_) file_->let_go(t);
+    return to;
   };
   for (const LayerWeights& w : layers_) {
     LayerWeights& to = out->layers.emplace_back(w);

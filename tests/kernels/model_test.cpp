@@ -37,7 +37,7 @@ void scale_block(Random& random, Dtype type, void* at) {
 }
 
 struct Weights {
-  Buffer memory;
+  Buffer memory, other;
   Tensor view;
   Weights(Random& random, Dtype type, int64_t rows, int64_t width) {
     const DtypeInfo kind = info(type);
@@ -50,6 +50,16 @@ struct Weights {
     for (int64_t i = 0; i < memory->numel(); ++i) memory->as<uint8_t>()[i] = uint8_t(random.next());
     for (int64_t b = 0; b < rows * width / kind.block; ++b)
       scale_block(random, type, memory->as<char>() + b * kind.bytes);
+  }
+  /// As `run` may be given them: half of the time in its own order, where it has one.
+  Tensor as_given(const Kernels& run, Random& random) {
+    if (!run.interleave || !is_block(view.type) || chance(random, 0.5)) return view;
+    other = Buffer(Dtype::U8, {memory->numel()});
+    Tensor to(other->data, view.type, {view.size[0], view.size[1]});
+    to.interleaved = true;
+    Queue queue;
+    run.interleave(queue, view, to);
+    return to;
   }
   /// The largest row norm, of the exact values.
   double norm() const {
@@ -81,9 +91,9 @@ int64_t some_width(Random& random, Dtype type) {
 void matmul_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(4); ++i)
     for (Dtype type : all_types) {
-      const int64_t inputs = some_width(random, type), outputs = pick<int64_t>(random, {1, 3, 17, 64, 100}),
+      const int64_t inputs = some_width(random, type), outputs = pick<int64_t>(random, {1, 3, 16, 17, 64, 100}),
                     tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 70});
-      const Weights w(random, type, outputs, inputs);
+      Weights w(random, type, outputs, inputs);
       const Poisoned x = filled(
           Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
       const Poisoned bias = filled(Dtype::F32, {outputs}, [&] { return random.normal(); }, random.below(2));
@@ -99,7 +109,7 @@ void matmul_equals_reference(const Kernels& run, Random random) {
                    (biased ? ", bias" : "") + (accumulate ? ", accumulate" : ""));
       Queue queue;
       oracle().matmul(queue, w.view, x, biased ? bias.view() : Tensor(), accumulate, want);
-      run.matmul(queue, w.view, x, biased ? bias.view() : Tensor(), accumulate, got);
+      run.matmul(queue, w.as_given(run, random), x, biased ? bias.view() : Tensor(), accumulate, got);
       const double rms = tokens ? longest_row(x) / std::sqrt(double(inputs)) : 0;
       expect_close("y", want, got, product(type, rms, largest(x), w.norm(), double(inputs)));
     }
@@ -138,14 +148,14 @@ void matmul_rounds_activations_once(const Kernels& run, Random random) {
   for (Dtype type : all_types) {
     if (!is_block(type)) continue;
     const int64_t inputs = 768, outputs = 64, tokens = pick<int64_t>(random, {1, 2, 4});
-    const Weights w(random, type, outputs, inputs);
+    Weights w(random, type, outputs, inputs);
     const DtypeInfo kind = info(type);
     for (int64_t b = 0; b < outputs * inputs / kind.block; ++b) centre(type, w.memory->as<char>() + b * kind.bytes);
     const Poisoned x = filled(Dtype::F32, {tokens, inputs}, [&] { return random.normal(); });
     Poisoned want(Dtype::F32, {tokens, outputs}), got = want.twin();
     Queue queue;
     oracle().matmul(queue, w.view, x, {}, false, want);
-    run.matmul(queue, w.view, x, {}, false, got);
+    run.matmul(queue, w.as_given(run, random), x, {}, false, got);
     double expected = 0, error = 0;
     std::vector<float> row(static_cast<size_t>(inputs));
     for (int64_t t = 0; t < tokens; ++t)
@@ -174,14 +184,14 @@ void matmul_each_equals_reference(const Kernels& run, Random random) {
     std::vector<Poisoned> bias, want, got;
     std::vector<Linear> oracles, runs;
     for (int64_t m = 0; m < count; ++m) {
-      const int64_t outputs = pick<int64_t>(random, {1, 3, 17, 64, 100});
+      const int64_t outputs = pick<int64_t>(random, {1, 3, 16, 17, 64, 100});
       w.emplace_back(random, any_type(random), outputs, inputs);
       bias.push_back(filled(Dtype::F32, {outputs}, [&] { return random.normal(); }, random.below(2)));
       want.emplace_back(Dtype::F32, std::initializer_list<int64_t>{tokens, outputs}, random.below(2), random.below(2) * 3);
       got.push_back(want.back().twin());
       const Tensor held = chance(random, 0.5) ? bias.back().view() : Tensor();
       oracles.push_back({w.back().view, held, want.back()});
-      runs.push_back({w.back().view, held, got.back()});
+      runs.push_back({w.back().as_given(run, random), held, got.back()});
     }
     const Poisoned x = filled(
         Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
@@ -199,8 +209,8 @@ void matmul_each_equals_reference(const Kernels& run, Random random) {
 void matmul_glu_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
     const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17}),
-                  outputs = pick<int64_t>(random, {1, 3, 17, 64, 100});
-    const Weights gate(random, any_type(random), outputs, inputs), up(random, any_type(random), outputs, inputs);
+                  outputs = pick<int64_t>(random, {1, 3, 16, 17, 64, 100});
+    Weights gate(random, any_type(random), outputs, inputs), up(random, any_type(random), outputs, inputs);
     const Poisoned x = filled(
         Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
     Poisoned want(Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
@@ -209,7 +219,7 @@ void matmul_glu_equals_reference(const Kernels& run, Random random) {
                  ", " + std::to_string(tokens) + " tokens");
     Queue queue;
     oracle().matmul_glu(queue, gate.view, up.view, x, activation, want);
-    run.matmul_glu(queue, gate.view, up.view, x, activation, got);
+    run.matmul_glu(queue, gate.as_given(run, random), up.as_given(run, random), x, activation, got);
     // act is at most as large as its argument and grows by at most 1.13 of it.
     Poisoned g = want.twin(), u = want.twin();
     oracle().matmul(queue, gate.view, x, {}, false, g);
@@ -225,13 +235,13 @@ void embed_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(2); ++i)
     for (Dtype type : all_types) {
       const int64_t width = some_width(random, type), vocabulary = 1 + random.below(30), tokens = random.below(20);
-      const Weights w(random, type, vocabulary, width);
+      Weights w(random, type, vocabulary, width);
       const Poisoned ids = filled(Dtype::I32, {tokens}, [&] { return double(random.below(vocabulary)); });
       Poisoned want(Dtype::F32, {tokens, width}, 1, 3), got = want.twin();
       SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape());
       Queue queue;
       oracle().embed(queue, w.view, ids, 1.5f, want);
-      run.embed(queue, w.view, ids, 1.5f, got);
+      run.embed(queue, w.as_given(run, random), ids, 1.5f, got);
       expect_close("y", want, got, plain(4, largest(want)));
     }
 }
@@ -239,12 +249,12 @@ void embed_equals_reference(const Kernels& run, Random random) {
 void dequantise_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(2); ++i)
     for (Dtype type : all_types) {
-      const Weights w(random, type, 1 + random.below(9), some_width(random, type));
+      Weights w(random, type, 1 + random.below(40), some_width(random, type));
       Poisoned want(Dtype::F32, {w.view.size[0], w.view.size[1]}, random.below(2), 3), got = want.twin();
       SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape());
       Queue queue;
       oracle().dequantise(queue, w.view, want);
-      run.dequantise(queue, w.view, got);
+      run.dequantise(queue, w.as_given(run, random), got);
       expect_close("y", want, got, plain(4, largest(want)));
     }
 }

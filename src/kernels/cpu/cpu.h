@@ -15,7 +15,7 @@ const Kernels& table();
 void fill_attention(Kernels&);  // attention.cpp: attend, attend_store, merge, observe*, page_*, column_*
 void fill_planning(Kernels&);  // planning.cpp: attend_backward, pool, smooth, proxy, reduce, select, scan, combine, spread
 void fill_recurrence(Kernels&);  // recurrence.cpp: recur, recur_backward
-void fill_model(Kernels&);       // model.cpp: matmul, embed, norms, heads, glu, add, dequantise
+void fill_model(Kernels&);       // model.cpp: matmul, embed, norms, heads, glu, add, dequantise, interleave
 
 template <class Entry>
 using Function = std::remove_pointer_t<Entry>;
@@ -52,5 +52,6 @@ Function<decltype(Kernels::merge_heads)> merge_heads;
 Function<decltype(Kernels::glu)> glu;
 Function<decltype(Kernels::add)> add;
 Function<decltype(Kernels::dequantise)> dequantise;
+Function<decltype(Kernels::interleave)> interleave;
 
 }  // namespace heed::HEED_ISA

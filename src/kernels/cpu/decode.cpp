@@ -108,22 +108,24 @@ struct Softmax {
   Softmax(float* memory, int rows, int d_v) : out(memory), high(memory + int64_t(rows) * d_v), sum(high + 16) {}
 };
 
-void prefetch(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
-}
+/// Asks for the line in which pair c of a row lies, into the second cache: two batches would not fit the first one.
+template <class Row>
+HEED_INLINE void prefetch(const char* row, int64_t c) { __builtin_prefetch(row + c * Row::bits / 8, 0, 2); }
 int64_t row_bytes(const PageType& type, int width) { return int64_t(width) * type.bits() / 8; }
 
-/// s [R][kPage] = dots of query rows q [R][step] (in Row's order) with the entries.
-template <class Row, int R>
-void dots(const Entries& e, const Entries* next, int d, int shift, const float* q, int64_t step, float* s) {
-  const int64_t next_bytes = next ? row_bytes(next->layout->k, d) : 0;
+/// s [R][kPage] = dots of query rows q [R][step] (in Row's order) with the entries. With Fetch the keys of `next` are asked for
+/// on the way, a line for each that is read: all at once they would fill the buffers that this batch's loads need too.
+template <class Row, int R, bool Fetch>
+void dots(const Entries& e, const Entries& next, int d, int shift, const float* q, int64_t step, float* s) {
   for (int j = 0; j < e.count; j += kLanes) {
     F fours[R][kLanes / 4];
     for (int block = 0; block < kLanes / 4; ++block) {
-      int at[4];
+      const char *row[4], *coming[4];
+      const float *scales[4], *lows[4];
       for (int i = 0; i < 4; ++i) {
-        at[i] = std::min(j + 4 * block + i, e.count - 1);  // past the end: the last entry again
-        if (next && j + 4 * block + i < next->count) prefetch(next->k[j + 4 * block + i], next_bytes);
+        const int at = std::min(j + 4 * block + i, e.count - 1);  // past the end: the last entry again
+        row[i] = e.k[at], coming[i] = next.k[std::min(j + 4 * block + i, next.count - 1)];
+        if constexpr (Row::quantised) scales[i] = e.k_scale[at], lows[i] = e.k_low[at];
       }
       F sum[R][4];
       for (int r = 0; r < R; ++r)
@@ -131,9 +133,9 @@ void dots(const Entries& e, const Entries* next, int d, int shift, const float* 
       for (int64_t c = 0; c < d; c += kPair) {
         const int64_t scale = Row::by_channel ? c : (c / kPair) >> shift;
         for (int i = 0; i < 4; ++i) {
+          if constexpr (Fetch) prefetch<Row>(coming[i], c);
           F a, b;
-          Row::load(e.k[at[i]], c, Row::quantised ? e.k_scale[at[i]] + scale : nullptr,
-                    Row::quantised ? e.k_low[at[i]] + scale : nullptr, a, b);
+          Row::load(row[i], c, Row::quantised ? scales[i] + scale : nullptr, Row::quantised ? lows[i] + scale : nullptr, a, b);
           for (int r = 0; r < R; ++r) {
             sum[r][i] = fma(a, load(q + r * step + c), sum[r][i]);
             sum[r][i] = fma(b, load(q + r * step + c + kLanes), sum[r][i]);
@@ -147,14 +149,16 @@ void dots(const Entries& e, const Entries* next, int d, int shift, const float* 
 }
 
 /// out [R][d_v] = out · keep[r] + Σ p [R][kPage] · values, `Pairs` pairs of vectors at once.
-template <class Row, int R, int Pairs>
-HEED_INLINE void add_values(const Entries& e, int64_t c, int shift, const float* p, const float* keep, int d_v, float* out) {
+template <class Row, int R, int Pairs, bool Fetch>
+HEED_INLINE void add_values(const Entries& e, const Entries& next, int64_t c, int shift, const float* p, const float* keep,
+                            int d_v, float* out) {
   F sum[R][2 * Pairs];
   for (int r = 0; r < R; ++r)
     for (F& x : sum[r]) x = zero();
   for (int j = 0; j < e.count; ++j)
     for (int u = 0; u < Pairs; ++u) {
       const int64_t at = c + u * kPair, scale = Row::by_channel ? at : (at / kPair) >> shift;
+      if constexpr (Fetch) prefetch<Row>(next.v[std::min(j, next.count - 1)], at);
       F a, b;
       Row::load(e.v[j], at, Row::quantised ? e.v_scale[j] + scale : nullptr,
                 Row::quantised ? e.v_low[j] + scale : nullptr, a, b);
@@ -174,14 +178,12 @@ HEED_INLINE void add_values(const Entries& e, int64_t c, int shift, const float*
     }
 }
 
-template <class Row, int R>
-void values(const Entries& e, const Entries* next, int d_v, int shift, const float* p, const float* keep, float* out) {
-  if (next)
-    for (int j = 0; j < next->count; ++j) prefetch(next->v[j], row_bytes(next->layout->v, d_v));
+template <class Row, int R, bool Fetch>
+void values(const Entries& e, const Entries& next, int d_v, int shift, const float* p, const float* keep, float* out) {
   int64_t c = 0;
   for (; c + kValuePairs * kPair <= d_v; c += kValuePairs * kPair)
-    add_values<Row, R, kValuePairs>(e, c, shift, p, keep, d_v, out);
-  for (; c < d_v; c += kPair) add_values<Row, R, 1>(e, c, shift, p, keep, d_v, out);
+    add_values<Row, R, kValuePairs, Fetch>(e, next, c, shift, p, keep, d_v, out);
+  for (; c < d_v; c += kPair) add_values<Row, R, 1, Fetch>(e, next, c, shift, p, keep, d_v, out);
 }
 
 /// Calls f.template operator()<R>(first) for blocks of R ≤ kRowBlock rows.
@@ -385,17 +387,26 @@ class Decode {
     for (int i = 0;; i ^= 1) {
       const Entries& e = worker.batch[i].entries;
       const Entries* next = gather(s, walk, run, worker.batch[i ^ 1]) ? &worker.batch[i ^ 1].entries : nullptr;
+      const Entries& coming = next ? *next : e;
       with_rows(e.layout->k, [&]<class Row>() {
         const float* q = Row::interleaved ? worker.q_paired : worker.q;
         over_rows(s.rows, [&]<int R>(int r) {
-          dots<Row, R>(e, r == 0 ? next : nullptr, d_, shift(e.layout->k), q + int64_t(r) * d_, d_, scores + r * kPage);
+          const auto read = [&]<bool Fetch>() {
+            dots<Row, R, Fetch>(e, coming, d_, shift(e.layout->k), q + int64_t(r) * d_, d_, scores + r * kPage);
+          };
+          if (r == 0 && next) read.template operator()<true>();
+          else read.template operator()<false>();
         });
       });
       weigh(s, e, scores, state, keep);
       with_rows(e.layout->v, [&]<class Row>() {
         over_rows(s.rows, [&]<int R>(int r) {
-          values<Row, R>(e, r == 0 ? next : nullptr, d_v_, shift(e.layout->v), scores + r * kPage, keep + r,
-                         state.out + int64_t(r) * d_v_);
+          const auto read = [&]<bool Fetch>() {
+            values<Row, R, Fetch>(e, coming, d_v_, shift(e.layout->v), scores + r * kPage, keep + r,
+                                  state.out + int64_t(r) * d_v_);
+          };
+          if (r == 0 && next) read.template operator()<true>();
+          else read.template operator()<false>();
         });
       });
       if (!next) return;

@@ -1,4 +1,4 @@
-// Rows of weights as f32: embed and dequantise.
+// Rows of weights in another form: embed, dequantise and interleave.
 #include "kernels/check.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/parts.h"
@@ -19,7 +19,7 @@ void embed(Queue& queue, Tensor w, Tensor ids, float scale, Tensor y) {
   over_parts(tokens, width * 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* out = y.as<float>() + t * y.stride[0];
-      unpack(weights, ids.at<int32_t>(t), 0, width, out);
+      unpack(weights, ids.at<int32_t>(t), 1, 0, width, out, width);
       if (scale != 1)
         for (int64_t c = 0; c < width; ++c) out[c] *= scale;
     }
@@ -31,8 +31,24 @@ void dequantise(Queue& queue, Tensor w, Tensor y) {
   const Weights weights(w, "dequantise");
   check_tensor("dequantise", "y", y, {weights.rows, weights.width});
   over_parts(weights.rows, weights.width * 4, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) unpack(weights, r, 0, weights.width, y.as<float>() + r * y.stride[0]);
+    unpack(weights, begin, end - begin, 0, weights.width, y.as<float>() + begin * y.stride[0], y.stride[0]);
   });
+}
+
+void interleave(Queue&, Tensor w, Tensor to) {
+  const DtypeInfo i = info(w.type);
+  require(w.rank == 2 && is_block(w.type) && w.contiguous() && !w.interleaved && to.interleaved && to.contiguous() &&
+              to.size == w.size && to.type == w.type,
+          "interleave", "a matrix " + w.shape() + " of " + i.name + " as files hold it, and an interleaved one of its sizes");
+  const int64_t row_bytes = w.size[1] / i.block * i.bytes, groups = w.size[0] / kSideBySide;
+  over_parts(groups, kSideBySide * row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t at = g * kSideBySide * row_bytes;
+      interleave_rows(w.type, w.as<char>() + at, w.size[1], to.as<char>() + at);
+    }
+  });
+  const int64_t rest = groups * kSideBySide * row_bytes;
+  std::memcpy(to.as<char>() + rest, w.as<char>() + rest, size_t(w.bytes() - rest));
 }
 
 }  // namespace heed::HEED_ISA

@@ -131,6 +131,50 @@ void row_times_tokens(const char* row, int64_t width, int64_t part, const Rounde
   }
 }
 
+/// Sixteen rows side by side · tokens: a scale of every row in one vector, and nothing to add up across lanes. Two thirds of
+/// row_times_tokens' instructions are about scales and sums; from memory it is bound by memory (docs/performance.md).
+template <Dtype D, int Tokens>
+void sixteen_times_tokens(const char* rows, int64_t width, const Rounded* x, F (*result)[kSideBySide / kLanes]) {
+  using Q = Quant<D>;
+  constexpr int per_block = info(D).block, groups = per_block / Q::group, parts = kSideBySide / kLanes;
+  constexpr int shift = Q::offset + (Q::is_signed ? kSignedBias : 0);
+  F acc[Tokens][parts], lows[Tokens][parts];
+  for (int t = 0; t < Tokens; ++t)
+    for (int p = 0; p < parts; ++p) acc[t][p] = lows[t][p] = zero();
+  for (int64_t b = 0; b < width / per_block; ++b, rows += kSideBySide * info(D).bytes)
+    for (int p = 0; p < parts; ++p) {
+      const Sixteen<D> column(rows, p);
+      F scale[groups], low[groups];
+      Q::scales(column, scale, low);
+      const auto unit = [&]<int i>() {
+        const RowCodes codes = Q::template codes<i>(column);
+        for (int t = 0; t < Tokens; ++t) {
+          const int8_t* in = x[t].codes + b * per_block + 32 * i;
+          Whole32 sums[2] = {};  // of codes 0 … 15 and 16 … 31
+          for (int j = 0; j < 8; ++j) sums[j / 4] = add_dot<Q::is_signed>(sums[j / 4], codes.word[j], in + 4 * j);
+          constexpr int here = 32 / Q::group;
+          if constexpr (here == 1) sums[0] += sums[1];
+          for (int h = 0; h < here; ++h) {
+            const int g = i * here + h;
+            const int64_t at = b * groups + g;
+            acc[t][p] = fma(to_float(sums[h]), scale[g] * set(x[t].scale[at]), acc[t][p]);
+            if constexpr (Q::has_low || shift != 0)
+              lows[t][p] = fma(Q::has_low ? low[g] : scale[g], set(x[t].sum[at]), lows[t][p]);
+          }
+        }
+      };
+      [&]<int... i>(std::integer_sequence<int, i...>) {
+        (unit.template operator()<i>(), ...);
+      }(std::make_integer_sequence<int, per_block / 32>());
+    }
+  for (int t = 0; t < Tokens; ++t)
+    for (int p = 0; p < parts; ++p) {
+      result[t][p] = acc[t][p];
+      if constexpr (Q::has_low) result[t][p] = acc[t][p] + lows[t][p];
+      else if constexpr (shift != 0) result[t][p] = acc[t][p] - set(float(shift)) * lows[t][p];
+    }
+}
+
 template <class T, int Tokens>
 void plain_row_times_tokens(const char* row, int64_t width, const float* const* x, float* result) {
   constexpr int chains = Tokens == 1 ? 4 : 2;
@@ -203,7 +247,15 @@ class Inputs {
   void multiply_quant(const Product& p, int64_t begin, int64_t end) const {
     const Rounded* x = rounded_[Quant<D>::group == 32];
     const int64_t part = part_of<D>(p.w.width);
-    for (int64_t r = begin; r < end; ++r)
+    int64_t r = begin;
+    for (; r < std::min(end, p.w.side_by_side); r += kSideBySide)
+      over_tokens(tokens_, [&]<int n>(int64_t t) {
+        F result[n][kSideBySide / kLanes];
+        sixteen_times_tokens<D, n>(p.w.at(r, 0), p.w.width, x + t, result);
+        for (int i = 0; i < n; ++i)
+          for (int v = 0; v < kSideBySide / kLanes; ++v) p.put(t + i, r + v * kLanes, result[i][v]);
+      });
+    for (; r < end; ++r)
       over_tokens(tokens_, [&]<int n>(int64_t t) {
         float result[n];
         row_times_tokens<D, n>(p.w.at(r, 0), p.w.width, part, x + t, result);
@@ -227,19 +279,22 @@ class Inputs {
   Rounded* rounded_[2] = {};  // by groups of 16 and of 32
 };
 
+/// Rows that are dealt to workers as one.
+int64_t together(const Product& p) { return p.w.side_by_side > 0 ? kSideBySide : 1; }
+
 }  // namespace
 
 void multiply_few(Arena& arena, std::span<const Product> products) {
   const Scratch give_back(arena);
   const Inputs inputs(arena, products);
-  int64_t rows = 0, bytes = 0;
-  for (const Product& p : products) rows += p.w.rows, bytes += p.w.rows * p.w.row_bytes;
-  over_parts(rows, bytes / std::max<int64_t>(rows, 1), [&](int64_t begin, int64_t end) {
-    int64_t first = 0;  // of a product's rows among all
+  int64_t units = 0, bytes = 0;
+  for (const Product& p : products) units += ceil_div(p.w.rows, together(p)), bytes += p.w.rows * p.w.row_bytes;
+  over_parts(units, bytes / std::max<int64_t>(units, 1), [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // of a product's units among all
     for (const Product& p : products) {
-      const int64_t a = std::max(begin, first), b = std::min(end, first + p.w.rows);
-      if (a < b) inputs.multiply(p, a - first, b - first);
-      first += p.w.rows;
+      const int64_t n = together(p), count = ceil_div(p.w.rows, n), a = std::max(begin, first), b = std::min(end, first + count);
+      if (a < b) inputs.multiply(p, (a - first) * n, std::min((b - first) * n, p.w.rows));
+      first += count;
     }
   });
 }
@@ -248,7 +303,9 @@ void multiply_few(Arena& arena, const Product& gate, const Product& up, Activati
   const Scratch give_back(arena);
   const Product both[] = {gate, up};
   const Inputs inputs(arena, both);
-  over_parts(gate.w.rows, gate.w.row_bytes + up.w.row_bytes, [&](int64_t begin, int64_t end) {
+  const int64_t n = std::max(together(gate), together(up));
+  over_parts(ceil_div(gate.w.rows, n), n * (gate.w.row_bytes + up.w.row_bytes), [&](int64_t first, int64_t last) {
+    const int64_t begin = first * n, end = std::min(last * n, gate.w.rows);
     for (const Product& p : both) inputs.multiply(p, begin, end);
     for (int64_t t = 0; t < gate.tokens(); ++t)
       glu_row(gate.y_row(t) + begin, up.y_row(t) + begin, end - begin, activation, gate.y_row(t) + begin);

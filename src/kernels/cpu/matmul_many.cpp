@@ -10,8 +10,6 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// Groups of tokens whose sums one task holds (512 tokens × 96 rows is 192 KB), and groups packed at a time.
 constexpr int64_t kTaskGroups = 32, kPackedGroups = 128;
 
@@ -63,11 +61,10 @@ void unpack_panel(const Product& p, int64_t first_row, int64_t rows, int64_t beg
                   typename Tile::Number* panel) {
   using Number = typename Tile::Number;
   const int64_t there = std::min(p.w.width - begin, depth), padded = ceil_div(rows, Tile::rows) * Tile::rows;
+  if (there > 0) unpack(p.w, first_row, rows, begin, there, panel, Tile::panel_stride);
   for (int64_t r = 0; r < padded; ++r) {
     Number* out = panel + r * Tile::panel_stride;
-    const int64_t n = r < rows ? there : 0;
-    if (n > 0) unpack(p.w, first_row + r, begin, n, out);
-    std::fill(out + n, out + depth, Number(0));
+    std::fill(out + (r < rows ? there : 0), out + depth, Number(0));
   }
 }
 

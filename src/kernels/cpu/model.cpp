@@ -8,6 +8,7 @@ void fill_model(Kernels& t) {
   t.matmul_glu = matmul_glu;
   t.embed = embed;
   t.dequantise = dequantise;
+  t.interleave = interleave;
   t.rms_norm = rms_norm;
   t.split_heads = split_heads;
   t.merge_heads = merge_heads;

@@ -1,6 +1,7 @@
 // Rows of a page as pairs of f32 vectors, whatever the page keeps: how decode reads entries.
 //
 // RowOf<kind, axis> has
+//   bits         of a number
 //   interleaved  the pair is the even and the odd channels of 2 · kLanes; else the first and the second half
 //   load(row, channel, scale, low, a, b)   the pair that begins at `channel`; scale and low: of that pair, in its order
 #pragma once
@@ -15,6 +16,11 @@ template <PageType::Kind kind, PageType::Axis axis>
 struct RowOf {
   using Kind = PageType::Kind;
   static constexpr bool quantised = kind >= Kind::Q8, by_channel = quantised && axis == PageType::Axis::Channel;
+  static constexpr int bits = kind == Kind::F32    ? 32
+                              : kind <= Kind::F16  ? 16
+                              : kind == Kind::Q8   ? 8
+                              : kind == Kind::Q4   ? 4
+                                                   : 2;
   static constexpr bool interleaved = kind == Kind::BF16 || kind == Kind::Q4 || kind == Kind::Q2;
 
   HEED_INLINE static void load(const char* row, int64_t channel, const float* scale, const float* low, F& a, F& b) {

@@ -7,11 +7,10 @@
 //   is_signed        codes are signed bytes
 //   offset           low = −offset · scale, unless
 //   has_low          scales() writes it
-//   codes<i>(block)  codes 32 i … 32 i + 31 of the block
-//   scales(block, scale, low)  one number each for every group of the block
+//   codes<i>(block)  codes 32 i … 32 i + 31 of the block, or of a column of blocks
+//   scales(block, scale, low)  one number each, or of a column one vector, for every group of the block
 #pragma once
-#include "kernels/cpu/codes.h"
-#include "kernels/quant.h"
+#include "kernels/cpu/interleaved.h"
 
 namespace heed::HEED_ISA {
 
@@ -26,18 +25,23 @@ template <>
 struct Quant<Dtype::Q4_0> : QuantOf32 {
   using Block = BlockQ4_0;
   static constexpr int offset = 8;
-  template <int> HEED_INLINE static Codes codes(const Block& b) { return load_halves(b.qs); }
+  template <int, class B> HEED_INLINE static auto codes(const B& b) { return load_halves(b.qs); }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) { *scale = float(b.d); }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q4_0>& b, F* scale, F*) { *scale = b.number(0); }
 };
 
 template <>
 struct Quant<Dtype::Q4_1> : QuantOf32 {
   using Block = BlockQ4_1;
   static constexpr bool has_low = true;
-  template <int> HEED_INLINE static Codes codes(const Block& b) { return load_halves(b.qs); }
+  template <int, class B> HEED_INLINE static auto codes(const B& b) { return load_halves(b.qs); }
   HEED_INLINE static void scales(const Block& b, float* scale, float* low) {
     *scale = float(b.d);
     *low = float(b.m);
+  }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q4_1>& b, F* scale, F* low) {
+    *scale = b.number(0);
+    *low = b.number(1);
   }
 };
 
@@ -51,22 +55,27 @@ template <>
 struct Quant<Dtype::Q5_0> : QuantOf32 {
   using Block = BlockQ5_0;
   static constexpr int offset = 16;
-  template <int> HEED_INLINE static Codes codes(const Block& b) {
+  template <int, class B> HEED_INLINE static auto codes(const B& b) {
     return add_fifth(load_halves(b.qs), load_bits(b.qh));
   }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) { *scale = float(b.d); }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q5_0>& b, F* scale, F*) { *scale = b.number(0); }
 };
 
 template <>
 struct Quant<Dtype::Q5_1> : QuantOf32 {
   using Block = BlockQ5_1;
   static constexpr bool has_low = true;
-  template <int> HEED_INLINE static Codes codes(const Block& b) {
+  template <int, class B> HEED_INLINE static auto codes(const B& b) {
     return add_fifth(load_halves(b.qs), load_bits(b.qh));
   }
   HEED_INLINE static void scales(const Block& b, float* scale, float* low) {
     *scale = float(b.d);
     *low = float(b.m);
+  }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q5_1>& b, F* scale, F* low) {
+    *scale = b.number(0);
+    *low = b.number(1);
   }
 };
 
@@ -74,16 +83,18 @@ template <>
 struct Quant<Dtype::Q8_0> : QuantOf32 {
   using Block = BlockQ8_0;
   static constexpr bool is_signed = true;
-  template <int> HEED_INLINE static Codes codes(const Block& b) { return load_codes(b.qs); }
+  template <int, class B> HEED_INLINE static auto codes(const B& b) { return load_codes(b.qs); }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) { *scale = float(b.d); }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q8_0>& b, F* scale, F*) { *scale = b.number(0); }
 };
 
 template <>
 struct Quant<Dtype::IQ4_NL> : QuantOf32 {
   using Block = BlockIQ4_NL;
   static constexpr bool is_signed = true;
-  template <int> HEED_INLINE static Codes codes(const Block& b) { return look_up(iq4_nl_values, load_halves(b.qs)); }
+  template <int, class B> HEED_INLINE static auto codes(const B& b) { return look_up(iq4_nl_values, load_halves(b.qs)); }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) { *scale = float(b.d); }
+  HEED_INLINE static void scales(const Sixteen<Dtype::IQ4_NL>& b, F* scale, F*) { *scale = b.number(0); }
 };
 
 template <>
@@ -91,7 +102,7 @@ struct Quant<Dtype::Q2_K> {
   using Block = BlockQ2_K;
   static constexpr int group = 16, offset = 0;
   static constexpr bool is_signed = false, has_low = true;
-  template <int i> HEED_INLINE static Codes codes(const Block& b) {
+  template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     return field<2 * (i % 4)>(load_codes(b.qs + 32 * (i / 4)), 3);
   }
   HEED_INLINE static void scales(const Block& b, float* scale, float* low) {
@@ -102,6 +113,14 @@ struct Quant<Dtype::Q2_K> {
       scale_bytes(s >> 4 & 0x0f0f0f0f0f0f0f0f, -float(b.dmin), low + 8 * half);
     }
   }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q2_K>& b, F* scale, F* low) {
+    const F d = b.number(0), dmin = zero() - b.number(1);
+    for (int run = 0; run < 16; ++run) {
+      const Word w = b.scales.word(run / 4);
+      scale[run] = d * byte_of(each_byte(w, 15), run % 4);
+      low[run] = dmin * byte_of(each_byte(w >> 4, 15), run % 4);
+    }
+  }
 };
 
 template <>
@@ -109,11 +128,18 @@ struct Quant<Dtype::Q3_K> {
   using Block = BlockQ3_K;
   static constexpr int group = 16, offset = 4;
   static constexpr bool is_signed = false, has_low = false;
-  template <int i> HEED_INLINE static Codes codes(const Block& b) {
+  template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     return join<2>(field<2 * (i % 4)>(load_codes(b.qs + 32 * (i / 4)), 3), field<i>(load_codes(b.hmask), 1));
   }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) {
     for (int run = 0; run < 16; ++run) scale[run] = float(b.d) * float(scale_q3(b.scales, run));
+  }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q3_K>& b, F* scale, F*) {
+    for (int run = 0; run < 16; ++run) {  // as scale_q3
+      const Word low = each_byte(b.scales.word(run % 8 / 4) >> run / 8 * 4, 15),
+                 high = each_byte(b.scales.word(2) >> run / 4 * 2, 3) << 4;
+      scale[run] = b.number(0) * (byte_of(low | high, run % 4) - set(32));
+    }
   }
 };
 
@@ -126,28 +152,42 @@ HEED_INLINE void scales_and_mins(const uint8_t packed[12], float d, float dmin, 
   scale_bytes(m, -dmin, low);
 }
 
+template <Dtype D>
+HEED_INLINE void scales_and_mins(const Sixteen<D>& column, F* scale, F* low) {
+  const Word a = column.scales.word(0), b = column.scales.word(1), c = column.scales.word(2);
+  const Word s[2] = {each_byte(a, 63), each_byte(c, 15) | each_byte(a >> 6, 3) << 4},
+             m[2] = {each_byte(b, 63), each_byte(c >> 4, 15) | each_byte(b >> 6, 3) << 4};
+  const F d = column.number(0), dmin = zero() - column.number(1);
+  for (int run = 0; run < 8; ++run) {
+    scale[run] = d * byte_of(s[run / 4], run % 4);
+    low[run] = dmin * byte_of(m[run / 4], run % 4);
+  }
+}
+
 template <>
 struct Quant<Dtype::Q4_K> : QuantOf32 {
   using Block = BlockQ4_K;
   static constexpr bool has_low = true;
-  template <int i> HEED_INLINE static Codes codes(const Block& b) {
+  template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     return field<4 * (i % 2)>(load_codes(b.qs + 32 * (i / 2)), 15);
   }
   HEED_INLINE static void scales(const Block& b, float* scale, float* low) {
     scales_and_mins(b.scales, float(b.d), float(b.dmin), scale, low);
   }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q4_K>& b, F* scale, F* low) { scales_and_mins(b, scale, low); }
 };
 
 template <>
 struct Quant<Dtype::Q5_K> : QuantOf32 {
   using Block = BlockQ5_K;
   static constexpr bool has_low = true;
-  template <int i> HEED_INLINE static Codes codes(const Block& b) {
+  template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     return join<4>(field<4 * (i % 2)>(load_codes(b.qs + 32 * (i / 2)), 15), field<i>(load_codes(b.qh), 1));
   }
   HEED_INLINE static void scales(const Block& b, float* scale, float* low) {
     scales_and_mins(b.scales, float(b.d), float(b.dmin), scale, low);
   }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q5_K>& b, F* scale, F* low) { scales_and_mins(b, scale, low); }
 };
 
 template <>
@@ -155,13 +195,16 @@ struct Quant<Dtype::Q6_K> {
   using Block = BlockQ6_K;
   static constexpr int group = 16, offset = 32;
   static constexpr bool is_signed = false, has_low = false;
-  template <int i> HEED_INLINE static Codes codes(const Block& b) {
+  template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     constexpr int half = i / 4, part = i % 4;
     return join<4>(field<4 * (part / 2)>(load_codes(b.ql + 64 * half + 32 * (part % 2)), 15),
                    field<2 * part>(load_codes(b.qh + 32 * half), 3));
   }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) {
     for (int i = 0; i < 16; i += kLanes) store(scale + i, load(b.scales + i) * set(float(b.d)));
+  }
+  HEED_INLINE static void scales(const Sixteen<Dtype::Q6_K>& b, F* scale, F*) {
+    for (int run = 0; run < 16; ++run) scale[run] = b.number(0) * signed_byte_of(b.scales.word(run / 4), run % 4);
   }
 };
 

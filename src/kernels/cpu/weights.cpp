@@ -1,5 +1,7 @@
 #include "kernels/cpu/weights.h"
 
+#include <algorithm>
+
 #include "kernels/cpu/quants.h"
 
 namespace heed::HEED_ISA {
@@ -11,6 +13,10 @@ Weights::Weights(const Tensor& w, const char* where) : data(w.as<const char>()),
   rows = w.size[0];
   width = w.size[1];
   row_bytes = w.stride[0] / i.block * i.bytes;
+  if (w.interleaved) {
+    require(is_block(type) && w.stride[0] == w.size[1], where, "interleaved rows are whole and of a block type");
+    side_by_side = rows / kSideBySide * kSideBySide;
+  }
 }
 
 namespace {
@@ -46,22 +52,77 @@ void unpack_plain(const In* from, int64_t count, Out* out) {
   if (i < count) store_part(out + i, load_part(from + i, int(count - i)), int(count - i));
 }
 
+/// Blocks of four neighbouring rows of sixteen, from a column on, as files hold them.
+template <Dtype D>
+void separate(const char* column, int first, int64_t blocks, char* const to[4]) {
+  using Four = uint32_t __attribute__((vector_size(16)));
+  constexpr BlockNumbers numbers = block_numbers(D);
+  constexpr int bytes = info(D).bytes, words = (bytes - 2 * numbers.count) / 4,
+                words_at = numbers.at == 0 ? 2 * numbers.count : 0;
+  for (int64_t b = 0; b < blocks; ++b, column += kSideBySide * bytes) {
+    for (int n = 0; n < numbers.count; ++n)
+      for (int r = 0; r < 4; ++r)
+        std::memcpy(to[r] + b * bytes + numbers.at + 2 * n, column + 2 * (kSideBySide * n + first + r), 2);
+    const char* from = column + 2 * kSideBySide * numbers.count + 4 * first;
+    constexpr int fours = words / 4 * 4;
+    for (int w = 0; w < fours; w += 4) {
+      Four x[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&x[i], from + 4 * kSideBySide * (w + i), 16);
+      const Four a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5), c = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5),
+                 e = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7), g = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+      const Four row[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+                           __builtin_shufflevector(e, g, 0, 1, 4, 5), __builtin_shufflevector(e, g, 2, 3, 6, 7)};
+      for (int r = 0; r < 4; ++r) std::memcpy(to[r] + b * bytes + words_at + 4 * w, &row[r], 16);
+    }
+    for (int w = fours; w < words; ++w)
+      for (int r = 0; r < 4; ++r)
+        std::memcpy(to[r] + b * bytes + words_at + 4 * w, from + 4 * (kSideBySide * w + r), 4);
+  }
+}
+
+/// Rows first … first + rows of sixteen side by side; `row` the first of the sixteen.
+template <Dtype D, class Out>
+void unpack_columns(const Weights& w, int64_t row, int first, int rows, int64_t begin, int64_t count, Out* out, int64_t stride) {
+  constexpr int64_t most = 512, block = info(D).block;
+  alignas(64) char room[4][most / block * info(D).bytes];
+  char* const to[4] = {room[0], room[1], room[2], room[3]};
+  for (int four = first / 4 * 4; four < first + rows; four += 4)
+    for (int64_t at = 0; at < count; at += most) {
+      const int64_t n = std::min(most, count - at);
+      separate<D>(w.at(row, begin + at), four, n / block, to);
+      for (int r = std::max(four, first); r < std::min(four + 4, first + rows); ++r)
+        unpack_quant<D>(to[r - four], n, out + (r - first) * stride + at);
+    }
+}
+
 template <class Out>
-void unpack_any(const Weights& w, int64_t row, int64_t begin, int64_t count, Out* out) {
-  const char* from = w.at(row, begin);
-  if (with_quant(w.type, [&]<Dtype D>() { unpack_quant<D>(from, count, out); })) return;
-  if (w.type == Dtype::F32) return unpack_plain(reinterpret_cast<const float*>(from), count, out);
-  if (w.type == Dtype::F16) return unpack_plain(reinterpret_cast<const f16*>(from), count, out);
-  unpack_plain(reinterpret_cast<const bf16*>(from), count, out);
+void unpack_any(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, Out* out, int64_t stride) {
+  int64_t r = first;
+  const int64_t end = first + rows;
+  while (r < std::min(end, w.side_by_side)) {
+    const int64_t group = r / kSideBySide * kSideBySide, n = std::min(end, group + kSideBySide) - r;
+    with_quant(w.type, [&]<Dtype D>() {
+      unpack_columns<D>(w, group, int(r - group), int(n), begin, count, out + (r - first) * stride, stride);
+    });
+    r += n;
+  }
+  for (; r < end; ++r) {
+    const char* from = w.at(r, begin);
+    Out* to = out + (r - first) * stride;
+    if (with_quant(w.type, [&]<Dtype D>() { unpack_quant<D>(from, count, to); })) continue;
+    if (w.type == Dtype::F32) unpack_plain(reinterpret_cast<const float*>(from), count, to);
+    else if (w.type == Dtype::F16) unpack_plain(reinterpret_cast<const f16*>(from), count, to);
+    else unpack_plain(reinterpret_cast<const bf16*>(from), count, to);
+  }
 }
 
 }  // namespace
 
-void unpack(const Weights& w, int64_t row, int64_t begin, int64_t count, float* out) {
-  unpack_any(w, row, begin, count, out);
+void unpack(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, float* out, int64_t stride) {
+  unpack_any(w, first, rows, begin, count, out, stride);
 }
-void unpack(const Weights& w, int64_t row, int64_t begin, int64_t count, bf16* out) {
-  unpack_any(w, row, begin, count, out);
+void unpack(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, bf16* out, int64_t stride) {
+  unpack_any(w, first, rows, begin, count, out, stride);
 }
 
 }  // namespace heed::HEED_ISA

@@ -5,6 +5,7 @@
 #include "base/queue.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/kernels.h"
+#include "kernels/quant.h"
 
 namespace heed::HEED_ISA {
 
@@ -12,6 +13,7 @@ struct Weights {
   const char* data;
   Dtype type;
   int64_t rows, width, row_bytes;
+  int64_t side_by_side = 0;  // of the rows: whole sixteens of an interleaved matrix
 
   /// Throws Error(Invalid) unless w is [rows, width], its rows contiguous and whole blocks.
   Weights(const Tensor& w, const char* where);
@@ -19,16 +21,20 @@ struct Weights {
   static bool holds(Dtype type) {
     return is_block(type) || type == Dtype::F32 || type == Dtype::F16 || type == Dtype::BF16;
   }
-  /// Where value `column` of row `row` lies; column is a multiple of the type's block.
+  /// Where value `column` of row `row` lies; column is a multiple of the type's block. Of rows side by side: where the column
+  /// of blocks begins; row is a multiple of 16 then.
   const char* at(int64_t row, int64_t column) const {
     const DtypeInfo i = info(type);
-    return data + row * row_bytes + column / i.block * i.bytes;
+    return data + row * row_bytes + column / i.block * i.bytes * (row < side_by_side ? kSideBySide : 1);
   }
 };
 
-/// Values begin … begin + count of a row, in f32 or rounded to bf16. begin and count are multiples of the block.
-void unpack(const Weights& w, int64_t row, int64_t begin, int64_t count, float* out);
-void unpack(const Weights& w, int64_t row, int64_t begin, int64_t count, bf16* out);
+/// Values begin … begin + count of rows first … first + rows, in f32 or rounded to bf16; row i to out + i · stride. begin and
+/// count are multiples of the block.
+void unpack(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, float* out, int64_t stride);
+void unpack(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, bf16* out, int64_t stride);
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// y [T, rows] (+)= x [T, width] · w^T + bias, checked: x and y F32 with contiguous rows, bias contiguous or empty.
 struct Product {
@@ -39,7 +45,12 @@ struct Product {
   int64_t tokens() const { return x.size[0]; }
   const float* x_row(int64_t t) const { return x.as<float>() + t * x.stride[0]; }
   float* y_row(int64_t t) const { return y.as<float>() + t * y.stride[0]; }
-  /// Writes or adds one result.
+  /// Writes or adds kLanes neighbours, or one result.
+  HEED_INLINE void put(int64_t t, int64_t row, F value) const {
+    float* place = y_row(t) + row;
+    if (bias) value = value + load(bias.as<float>() + row);
+    store(place, accumulate ? load(place) + value : value);
+  }
   void put(int64_t t, int64_t row, float value) const {
     float& place = y_row(t)[row];
     if (bias) value += bias.as<float>()[row];

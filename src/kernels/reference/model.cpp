@@ -22,6 +22,7 @@ std::vector<float> weights(const Tensor& w, int64_t r) {
 void check_weights(const char* where, const Tensor& w) {
   require(w.rank == 2 && (w.size[1] <= 1 || w.stride[1] == 1) && w.size[1] % info(w.type).block == 0, where,
           "weights are [rows, width] with contiguous rows of whole blocks, got " + w.shape());
+  require(!w.interleaved, where, "the reference reads rows as files hold them");
 }
 
 }  // namespace

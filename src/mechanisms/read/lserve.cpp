@@ -3,6 +3,7 @@
 #include "attention/patterns.h"
 #include "attention/plans.h"
 #include "attention/reads.h"
+#include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 

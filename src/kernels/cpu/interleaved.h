@@ -1,0 +1,163 @@
+// 32 codes of kLanes rows at a time, out of matrices whose rows lie sixteen side by side (kernels/quant.h). Lane = row: a scale
+// is loaded for all rows at once, and sums need no adding up across lanes. The operations are those of codes.h, so that
+// quants.h says once how a format's codes lie.
+#pragma once
+#include "kernels/cpu/codes.h"
+#include "kernels/quant.h"
+
+namespace heed::HEED_ISA {
+
+/// Four codes of each row.
+using Word = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Whole32 = int32_t __attribute__((vector_size(4 * kLanes)));
+
+/// The same bytes of each row's block, from where the first of kLanes rows has them.
+struct Bytes {
+  const char* at;
+  /// n a multiple of 4.
+  Bytes operator+(int n) const { return {at + kSideBySide * n}; }
+  HEED_INLINE Word word(int i) const {
+    Word w;
+    std::memcpy(&w, at + 4 * kSideBySide * i, sizeof w);
+    return w;
+  }
+};
+
+/// Word j holds codes 4 j … 4 j + 3.
+struct RowCodes {
+  Word word[8];
+};
+
+HEED_INLINE Word each_byte(Word w, uint8_t mask) { return w & mask * 0x01010101u; }
+HEED_INLINE RowCodes load_codes(Bytes p) {
+  RowCodes out;
+  for (int j = 0; j < 8; ++j) out.word[j] = p.word(j);
+  return out;
+}
+HEED_INLINE RowCodes load_halves(Bytes p) {
+  RowCodes out;
+  for (int j = 0; j < 4; ++j) {
+    const Word w = p.word(j);
+    out.word[j] = each_byte(w, 15);
+    out.word[4 + j] = each_byte(w >> 4, 15);
+  }
+  return out;
+}
+template <int Shift>
+HEED_INLINE RowCodes field(RowCodes c, uint8_t mask) {
+  for (Word& w : c.word) w = each_byte(w >> Shift, mask);
+  return c;
+}
+template <int Shift>
+HEED_INLINE RowCodes join(RowCodes low, RowCodes high) {
+  for (int j = 0; j < 8; ++j) low.word[j] |= high.word[j] << Shift;
+  return low;
+}
+HEED_INLINE Word load_bits(Bytes p) { return p.word(0); }
+HEED_INLINE RowCodes add_fifth(RowCodes c, Word bits) {
+  // A product puts bit k of four at bit 8 k + 4, and others where the mask takes them off.
+  for (int j = 0; j < 8; ++j) c.word[j] |= ((bits >> 4 * j & 15) * 0x02040810u) & 0x10101010u;
+  return c;
+}
+HEED_INLINE RowCodes look_up(const int8_t table[16], RowCodes c) {
+  for (Word& w : c.word) {
+#if defined(__AVX512BW__)
+    w = Word(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), __m512i(w)));
+#elif defined(__x86_64__)
+    w = Word(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), __m256i(w)));
+#else
+    w = Word(vqtbl1q_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(table)), uint8x16_t(w)));
+#endif
+  }
+  return c;
+}
+
+/// sums + the products of a word's codes (0 … 127, or Signed: then with kSignedBias added) and four activations.
+template <bool Signed>
+HEED_INLINE Whole32 add_dot(Whole32 sums, Word w, const int8_t* activations) {
+  int32_t four;
+  std::memcpy(&four, activations, 4);
+#if defined(__AVX512VNNI__)
+  if constexpr (Signed) w ^= 0x80808080u;
+  return Whole32(_mm512_dpbusd_epi32(__m512i(sums), __m512i(w), _mm512_set1_epi32(four)));
+#elif defined(__AVX512BW__)
+  __m512i x = _mm512_set1_epi32(four), codes = __m512i(w);
+  if constexpr (Signed) {
+    x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), x);
+    codes = _mm512_abs_epi8(codes);
+  }
+  return sums + Whole32(_mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
+#elif defined(__x86_64__)
+  __m256i x = _mm256_set1_epi32(four), codes = __m256i(w);
+  if constexpr (Signed) {
+    x = _mm256_sign_epi8(x, codes);
+    codes = _mm256_abs_epi8(codes);
+  }
+  return sums + Whole32(_mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+#else
+  const int8x16_t a = int8x16_t(w), b = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#if defined(__ARM_FEATURE_DOTPROD)
+  return Whole32(vdotq_s32(int32x4_t(sums), a, b));
+#else
+  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b))),
+                  high = vpaddlq_s16(vmull_s8(vget_high_s8(a), vget_high_s8(b)));
+  return sums + Whole32(vpaddq_s32(low, high));
+#endif
+#endif
+}
+
+HEED_INLINE F to_float(Whole32 x) { return F(__builtin_convertvector(x, float __attribute__((vector_size(4 * kLanes))))); }
+/// Byte `i` of every word, unsigned or signed.
+HEED_INLINE F byte_of(Word w, int i) { return to_float(Whole32(w >> 8 * i & 255)); }
+HEED_INLINE F signed_byte_of(Word w, int i) { return to_float(Whole32(w << (24 - 8 * i)) >> 24); }
+
+/// A block of each of kLanes rows: part `part` of a column of sixteen.
+struct AnySixteen {
+  const char* numbers;
+  Bytes bytes;
+  HEED_INLINE AnySixteen(const char* column, int part, Dtype type)
+      : numbers(column + 2 * kLanes * part),
+        bytes{column + 2 * kSideBySide * block_numbers(type).count + 4 * kLanes * part} {}
+  HEED_INLINE F number(int n) const { return load(reinterpret_cast<const f16*>(numbers + 2 * kSideBySide * n)); }
+};
+
+/// With members named as the block's.
+template <Dtype D>
+struct Sixteen : AnySixteen {  // Q4_0, Q4_1, Q8_0, IQ4_NL
+  Bytes qs = bytes;
+  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, D) {}
+};
+template <Dtype D>
+struct FifthSixteen : AnySixteen {
+  Bytes qh = bytes, qs = bytes + 4;
+  HEED_INLINE FifthSixteen(const char* column, int part) : AnySixteen(column, part, D) {}
+};
+template <> struct Sixteen<Dtype::Q5_0> : FifthSixteen<Dtype::Q5_0> { using FifthSixteen::FifthSixteen; };
+template <> struct Sixteen<Dtype::Q5_1> : FifthSixteen<Dtype::Q5_1> { using FifthSixteen::FifthSixteen; };
+template <>
+struct Sixteen<Dtype::Q2_K> : AnySixteen {
+  Bytes scales = bytes, qs = bytes + 16;
+  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q2_K) {}
+};
+template <>
+struct Sixteen<Dtype::Q3_K> : AnySixteen {
+  Bytes hmask = bytes, qs = bytes + 32, scales = bytes + 96;
+  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q3_K) {}
+};
+template <>
+struct Sixteen<Dtype::Q4_K> : AnySixteen {
+  Bytes scales = bytes, qs = bytes + 12;
+  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q4_K) {}
+};
+template <>
+struct Sixteen<Dtype::Q5_K> : AnySixteen {
+  Bytes scales = bytes, qh = bytes + 12, qs = bytes + 44;
+  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q5_K) {}
+};
+template <>
+struct Sixteen<Dtype::Q6_K> : AnySixteen {
+  Bytes ql = bytes, qh = bytes + 128, scales = bytes + 192;
+  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q6_K) {}
+};
+
+}  // namespace heed::HEED_ISA
