@@ -45,7 +45,13 @@ __device__ Where where_is(const AttendBackward& a, int64_t row) {
   for (int s = 0; s < a.segments; ++s)
     if (row >= a.q_begin[s] && row < a.q_end[s]) {
       const int own = s / a.heads * a.kv_heads + s % a.heads / (a.heads / a.kv_heads);
-      return {s, own, row - a.q_begin[s], a.q_end[s] - a.q_begin[s], a.k_end[own] - a.k_begin[own], a.k_begin[own], a.v_begin[own]};
+      return {s,
+              own,
+              row - a.q_begin[s],
+              a.q_end[s] - a.q_begin[s],
+              a.k_end[own] - a.k_begin[own],
+              a.k_begin[own],
+              a.v_begin[own]};
     }
   return {-1};
 }
@@ -65,7 +71,8 @@ __global__ void reference_forward(Reference r) {
   if (w.segment < 0) return;
   double* x = r.weights + row % 16384 * r.most;
   for (int64_t j = threadIdx.x; j < w.m; j += blockDim.x)
-    x[j] = visible(a, w.i, j, w.n, w.m) ? product(a.q + row * a.q_stride, a.k + (w.k_first + j) * a.k_stride, a.d) * a.scale : -INFINITY;
+    x[j] = visible(a, w.i, j, w.n, w.m) ? product(a.q + row * a.q_stride, a.k + (w.k_first + j) * a.k_stride, a.d) * a.scale
+                                        : -INFINITY;
   __syncthreads();
   double top = -INFINITY, sum = 0;
   for (int64_t j = 0; j < w.m; ++j) top = fmax(top, x[j]);
@@ -79,7 +86,8 @@ __global__ void reference_forward(Reference r) {
   }
   __syncthreads();
   if (threadIdx.x == 0)
-    r.lse[row] = lse, r.lse_f32[row] = float(lse), r.dot[row] = product(r.out + row * a.d, a.d_out + row * a.d_out_stride, a.d);
+    r.lse[row] = lse, r.lse_f32[row] = float(lse),
+    r.dot[row] = product(r.out + row * a.d, a.d_out + row * a.d_out_stride, a.d);
 }
 
 /// p and d_s of a pair.
@@ -174,14 +182,16 @@ static void make(Problem& p, const Case& c) {
   a.segments = int(c.n.size()) * c.heads, a.heads = c.heads, a.kv_heads = c.kv_heads, a.d = c.d;
   a.q_stride = a.k_stride = a.v_stride = a.out_stride = a.d_out_stride = a.d_q_stride = a.d_k_stride = a.d_v_stride = c.d;
   a.scale = c.spread / std::sqrt(float(c.d)), a.causal = c.causal, a.window = c.window;
-  auto values = [&]<class T>(T, int64_t rows, const std::vector<int64_t>& begin, const std::vector<int64_t>& end, uint64_t seed) {
+  auto values = [&]<class T>(T, int64_t rows, const std::vector<int64_t>& begin, const std::vector<int64_t>& end,
+                             uint64_t seed) {
     T* x = p.device<T>(rows * c.d);
     for (size_t s = 0; s < end.size(); ++s)
       if (end[s] > begin[s])
         random_kernel<<<264, 256>>>(x + begin[s] * c.d, (end[s] - begin[s]) * c.d, seed + s * 7919 * 65536);
     return x;
   };
-  a.q = values(__nv_bfloat16(), a.q_rows, p.q_begin, p.q_end, 1), a.k = values(__nv_bfloat16(), a.k_rows, p.k_begin, p.k_end, 1ull << 40),
+  a.q = values(__nv_bfloat16(), a.q_rows, p.q_begin, p.q_end, 1),
+  a.k = values(__nv_bfloat16(), a.k_rows, p.k_begin, p.k_end, 1ull << 40),
   a.v = values(__nv_bfloat16(), a.v_rows, p.k_begin, p.k_end, 1ull << 50);
   a.d_out = values(float(), a.q_rows, p.q_begin, p.q_end, 1ull << 60);
   auto offsets = [&](const std::vector<int64_t>& x) {
@@ -189,8 +199,8 @@ static void make(Problem& p, const Case& c) {
     p.owned.push_back(to);
     return to;
   };
-  a.q_begin = offsets(p.q_begin), a.q_end = offsets(p.q_end), a.k_begin = offsets(p.k_begin), a.k_end = offsets(p.k_end),
-  a.v_begin = a.k_begin;
+  a.q_begin = offsets(p.q_begin), a.q_end = offsets(p.q_end), a.k_begin = offsets(p.k_begin),
+  a.k_end = offsets(p.k_end), a.v_begin = a.k_begin;
   a.d_q = p.device<float>(a.q_rows * c.d), a.d_k = p.device<float>(a.k_rows * c.d), a.d_v = p.device<float>(a.v_rows * c.d);
   float *out = p.device<float>(a.q_rows * c.d), *lse = p.device<float>(a.q_rows);
   a.out = out, a.lse = lse, a.out_dot = p.device<float>(a.q_rows);
@@ -219,15 +229,18 @@ static bool check(const Case& c, const Variant& v) {
     kernel<<<unsigned(rows), 128>>>(r);
     OK(cudaDeviceSynchronize());
   };
-  in_parts(reference_forward, a.q_rows, 1 << 20), in_parts(reference_d_q, a.q_rows, 1 << 20), in_parts(reference_d_kv, a.k_rows, 1 << 20);
+  in_parts(reference_forward, a.q_rows, 1 << 20), in_parts(reference_d_q, a.q_rows, 1 << 20),
+      in_parts(reference_d_kv, a.k_rows, 1 << 20);
   OK(v.start(a, p.scratch, 0));
   OK(cudaDeviceSynchronize());
   double relative[3];
   size_t bad = 0, strays = 0;
-  auto compare = [&](const float* got, const double* want, int64_t rows, const std::vector<int64_t>& begin, const std::vector<int64_t>& end) {
+  auto compare = [&](const float* got, const double* want, int64_t rows, const std::vector<int64_t>& begin,
+                     const std::vector<int64_t>& end) {
     std::vector<float> g(size_t(rows * c.d));
     std::vector<double> w(g.size());
-    OK(cudaMemcpy(g.data(), got, g.size() * 4, cudaMemcpyDeviceToHost)), OK(cudaMemcpy(w.data(), want, w.size() * 8, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(g.data(), got, g.size() * 4, cudaMemcpyDeviceToHost)),
+        OK(cudaMemcpy(w.data(), want, w.size() * 8, cudaMemcpyDeviceToHost));
     std::vector<char> inside(size_t(rows), 0);
     for (size_t s = 0; s < end.size(); ++s)
       for (int64_t i = begin[s]; i < end[s]; ++i) inside[size_t(i)] = 1;
@@ -242,27 +255,30 @@ static bool check(const Case& c, const Variant& v) {
     }
     return std::sqrt(norm > 0 ? error / norm : error);
   };
-  relative[0] = compare(a.d_q, r.d_q, a.q_rows, p.q_begin, p.q_end), relative[1] = compare(a.d_k, r.d_k, a.k_rows, p.k_begin, p.k_end),
+  relative[0] = compare(a.d_q, r.d_q, a.q_rows, p.q_begin, p.q_end),
+  relative[1] = compare(a.d_k, r.d_k, a.k_rows, p.k_begin, p.k_end),
   relative[2] = compare(a.d_v, r.d_v, a.v_rows, p.k_begin, p.k_end);
   bool fine = bad == 0 && strays == 0;
   for (double x : relative) fine &= x < 1e-2 || c.n == std::vector<int>{1};  // one token: all that is left is rounding
-  printf("%s %-32s %-28s d_q %.1e d_k %.1e d_v %.1e bad %zu stray %zu\n", fine ? "ok  " : "FAIL", c.name.c_str(), v.name, relative[0],
-         relative[1], relative[2], bad, strays);
+  printf("%s %-32s %-28s d_q %.1e d_k %.1e d_v %.1e bad %zu stray %zu\n", fine ? "ok  " : "FAIL", c.name.c_str(),
+         v.name, relative[0], relative[1], relative[2], bad, strays);
   return fine;
 }
 
 /// For bench/peers/torch_cuda.py: [batch, heads, n, d] tensors end to end.
-extern "C" int heed_attend_backward(int variant, const void* q, const void* k, const void* v, const float* out, const float* lse,
-                                    const float* d_out, const int64_t* q_offsets, const int64_t* k_offsets, int batch, int heads,
-                                    int kv_heads, int n, int m, int d, int causal, float* d_q, float* d_k, float* d_v, void* scratch,
-                                    int64_t scratch_bytes, void* stream) {
+extern "C" int heed_attend_backward(int variant, const void* q, const void* k, const void* v, const float* out,
+                                    const float* lse, const float* d_out, const int64_t* q_offsets, const int64_t* k_offsets,
+                                    int batch, int heads, int kv_heads, int n, int m, int d, int causal, float* d_q,
+                                    float* d_k, float* d_v, void* scratch, int64_t scratch_bytes, void* stream) {
   AttendBackward a;
-  a.q = static_cast<const __nv_bfloat16*>(q), a.k = static_cast<const __nv_bfloat16*>(k), a.v = static_cast<const __nv_bfloat16*>(v);
+  a.q = static_cast<const __nv_bfloat16*>(q), a.k = static_cast<const __nv_bfloat16*>(k),
+  a.v = static_cast<const __nv_bfloat16*>(v);
   a.out = out, a.lse = lse, a.d_out = d_out, a.d_q = d_q, a.d_k = d_k, a.d_v = d_v;
   a.q_rows = int64_t(batch) * heads * n, a.k_rows = a.v_rows = int64_t(batch) * kv_heads * m;
   a.q_stride = a.k_stride = a.v_stride = a.out_stride = a.d_out_stride = a.d_q_stride = a.d_k_stride = a.d_v_stride = d;
   a.q_begin = q_offsets, a.q_end = q_offsets + 1, a.k_begin = a.v_begin = k_offsets, a.k_end = k_offsets + 1;
-  a.segments = batch * heads, a.heads = heads, a.kv_heads = kv_heads, a.d = d, a.scale = 1 / std::sqrt(float(d)), a.causal = causal;
+  a.segments = batch * heads, a.heads = heads, a.kv_heads = kv_heads, a.d = d, a.scale = 1 / std::sqrt(float(d)),
+  a.causal = causal;
   if (!attend_backward_fits(a) || attend_backward_scratch(a) > scratch_bytes) return -1;
   int at = 0;
   for (const Variant& x : variants)
@@ -304,7 +320,8 @@ int main(int argc, char** argv) {
       Problem p;
       make(p, c);
       const float ms = median_ms([&] { OK(v.start(p.a, p.scratch, 0)); }, 9);
-      printf(" | %s %dk %.3f ms %.0f", name, n / 1024, ms, 10. * v.d * c.n.size() * heads * n * double(n) / (causal ? 2 : 1) / ms / 1e9);
+      printf(" | %s %dk %.3f ms %.0f", name, n / 1024, ms,
+             10. * v.d * c.n.size() * heads * n * double(n) / (causal ? 2 : 1) / ms / 1e9);
     };
     for (int n : {4096, 16384}) time("causal", n, true, 16, 16), time("full", n, false, 16, 16);
     time("32/8 causal", 8192, true, 32, 8);

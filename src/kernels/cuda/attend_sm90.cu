@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(1024) schedule_tiles(const Attend a, const Scr
   if (threadIdx.x == 0) to.first_tile[a.segments] = base.x, to.header[0] = base.x, to.header[1] = 0;
   __syncthreads();
   const int sections = int(min(int64_t(63), a.k_rows * int64_t(a.d + a.d_v) * 2 / kSection)) + 1;
-  list_longest_first(to.tiles, base.x, sections, longest, [&](int number) { return make_tile(a, to, rows, keys, number); });
+  list_longest_first(to.tiles, base.x, sections, longest,
+                     [&](int number) { return make_tile(a, to, rows, keys, number); });
 }
 
 int64_t most_tiles(const Attend& a) { return a.q_rows / 64 + a.segments; }

@@ -109,8 +109,8 @@ namespace heed::cuda {
 /// As attend, attend_backward and attend_store of kernels.h, on a GPU of compute capability 9.0. They return false, having done nothing, for what
 /// has no fast kernel here; arguments have been checked by the caller.
 bool attend_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out, Tensor lse);
-bool attend_backward_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out, Tensor lse,
-                          Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
+bool attend_backward_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out,
+                          Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
 bool attend_store_sm90(Queue&, const Ragged& q, const Pages&, const Read&, const Mods&, Tensor out, Tensor lse);
 
 }  // namespace heed::cuda

@@ -18,8 +18,8 @@ bool of_products(const Mods& m) { return !m.key_bias && !m.row_factor && !m.key_
 /// There are rows, keys and values in bf16; queries are in bf16 or may be rounded.
 bool bf16_keys(const Ragged& q, const Ragged& k, const Ragged& v) {
   return k.values.type == Dtype::BF16 && v.values.type == Dtype::BF16 &&
-         (q.values.type == Dtype::BF16 || q.values.type == Dtype::F32) && q.values.size[0] > 0 && k.values.size[0] > 0 &&
-         v.values.size[0] > 0;
+         (q.values.type == Dtype::BF16 || q.values.type == Dtype::F32) && q.values.size[0] > 0 &&
+         k.values.size[0] > 0 && v.values.size[0] > 0;
 }
 const int64_t* ends(const Ragged& r) { return r.ends ? r.ends.as<int64_t>() : r.offsets.as<int64_t>() + 1; }
 Tensor rounded(Queue& queue, const char* where, const Ragged& q) {
@@ -64,9 +64,9 @@ bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v
   return true;
 }
 
-bool attend_backward_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
-                          Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias,
-                          Tensor d_gain) {
+bool attend_backward_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan,
+                          const Mods& mods, Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v,
+                          Tensor d_key_bias, Tensor d_gain) {
   if (!plain(mods) || plan.form != Plan::Form::Dense || !of_products(mods) || mods.k_map || mods.v_map || d_key_bias ||
       (mods.window > 0 && (mods.q_pos || mods.k_pos)) || v.heads != k.heads || q.values.size[1] != v.values.size[1])
     return false;

@@ -55,6 +55,20 @@ __device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
 #endif
 }
 
+/// Which stage of a ring and which phase the i-th use is.
+template <int Stages>
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == Stages) slot = 0, parity ^= 1;
+  }
+};
+
+/// The same value, known to the compiler to be equal in a warp: wgmma is serialised where control flow could diverge.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ int4 uniform(int4 x) { return {uniform(x.x), uniform(x.y), uniform(x.z), uniform(x.w)}; }
+
 // Named barriers: id 1 to 15 (0 is __syncthreads).
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -89,8 +103,8 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
 
 /// Adds `bytes` (of 16 each) of f32 from shared to global memory, in no particular order with other additions.
 __device__ __forceinline__ void bulk_add(float* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-               "r"(bytes)
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
 /// Until this thread's bulk_adds have read shared memory.
@@ -178,20 +192,20 @@ template <int N> struct Product;
                  : HEED_ACC##R(d)                                                                            \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                     \
   }
-#define HEED_WGMMA_SHARED_A(NAME, TRANSPOSED, N, R, A0, A1, A2)                                               \
-  static __device__ __forceinline__ void NAME(float(&d)[R], uint64_t a, uint64_t b, int accumulate) {         \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                                     \
-                 ", 0;\n"                                                                                     \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, %" #A0 ", %" #A1 \
-                 ", p, 1, 1, " #TRANSPOSED ", " #TRANSPOSED ";\n}"                                            \
-                 : HEED_ACC##R(d)                                                                             \
-                 : "l"(a), "l"(b), "r"(accumulate));                                                          \
+#define HEED_WGMMA_SHARED_A(NAME, TRANSPOSED, N, R, A0, A1, A2)                                       \
+  static __device__ __forceinline__ void NAME(float(&d)[R], uint64_t a, uint64_t b, int accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                             \
+                 ", 0;\n"                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R             \
+                 "}, %" #A0 ", %" #A1 ", p, 1, 1, " #TRANSPOSED ", " #TRANSPOSED ";\n}"               \
+                 : HEED_ACC##R(d)                                                                     \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                  \
   }
-#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                       \
-  template <> struct Product<N> {                                      \
-    HEED_WGMMA_SHARED_A(shared_a, 0, N, R, A0, A1, A2)                 \
-    HEED_WGMMA_SHARED_A(shared_a_mn, 1, N, R, A0, A1, A2)              \
-    HEED_WGMMA_REGISTER_A(register_a, 1, N, R, A0, A1, A2, A3, A4, A5) \
+#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                         \
+  template <> struct Product<N> {                                        \
+    HEED_WGMMA_SHARED_A(shared_a, 0, N, R, A0, A1, A2)                   \
+    HEED_WGMMA_SHARED_A(shared_a_mn, 1, N, R, A0, A1, A2)                \
+    HEED_WGMMA_REGISTER_A(register_a, 1, N, R, A0, A1, A2, A3, A4, A5)   \
     HEED_WGMMA_REGISTER_A(register_a_k, 0, N, R, A0, A1, A2, A3, A4, A5) \
   };
 HEED_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
