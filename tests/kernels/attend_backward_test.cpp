@@ -93,8 +93,8 @@ TEST_P(AttendBackward, LongSegmentsKeepTheSumsOfSoftmax) {
 /// The shapes that tensor cores take whole: several tiles of rows and keys, odd ends, gaps, one row, none, groups, windows.
 TEST_P(AttendBackward, Bf16TilesEqualReference) {
   Random random(33);
-  for (int i = 0; i < cases(24); ++i) {
-    const int64_t d = pick(random, {64, 96, 128}), g = pick(random, {1, 2}), h = g * pick(random, {1, 3, 8});
+  for (int i = 0; i < cases(12); ++i) {
+    const int64_t d = pick(random, {40, 64, 80, 96, 128}), g = pick(random, {1, 2}), h = g * pick(random, {1, 3, 8});
     std::vector<int64_t> n, m;
     for (int64_t rows : {pick(random, {0, 1, 65}), pick(random, {63, 130, 200})}) {
       const int64_t keys = std::max<int64_t>(0, rows + pick(random, {-40, 0, 70, 129}));
@@ -112,16 +112,13 @@ TEST_P(AttendBackward, Bf16TilesEqualReference) {
     SCOPED_TRACE("case " + std::to_string(i) + ": d " + std::to_string(d) + ", heads " + std::to_string(h) + " over " +
                  std::to_string(g) + ", rows " + std::to_string(n.back()) + ", keys " + std::to_string(m.back()) +
                  (plan.causal ? ", causal" : "") + ", window " + std::to_string(mods.window));
-    const int64_t rows = q.view.values.size[0], keys = k.view.values.size[0];
+    const int64_t rows = q.view.values.size[0];
     const Poisoned d_out = row_numbers(q, Dtype::F32, d, [&] { return random.normal(); });
     Poisoned out(Dtype::F32, {rows, d}), lse(Dtype::F32, {rows});
     oracle().attend(queue, q, k, v, plan, mods, out, lse);
     auto fresh = [&] {
-      return Gradients{Poisoned(Dtype::F32, {rows, d}),
-                       Poisoned(Dtype::F32, {keys, d}),
-                       Poisoned(Dtype::F32, {keys, d}),
-                       {},
-                       Poisoned(Dtype::F32, {rows})};
+      auto like = [&](const RaggedData& of) { return Poisoned(Dtype::F32, {of.view.values.size[0], d}); };
+      return Gradients{like(q), like(k), like(v), {}, Poisoned(Dtype::F32, {rows})};
     };
     Gradients want = fresh(), got = fresh();
     oracle().attend_backward(queue, q, k, v, plan, mods, out, lse, d_out, want.q, want.k, want.v, {}, want.gain);

@@ -165,7 +165,7 @@ bool attend_backward_fits(const AttendBackward& a) {
   auto row = [](const void* p, int64_t stride, int64_t elements) {
     return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % elements == 0 && stride < (int64_t(1) << 38);
   };
-  return (a.d == 64 || a.d == 96 || a.d == 128) && row(a.q, a.q_stride, 8) && row(a.k, a.k_stride, 8) &&
+  return a.d >= 8 && a.d <= 128 && a.d % 8 == 0 && row(a.q, a.q_stride, 8) && row(a.k, a.k_stride, 8) &&
          row(a.v, a.v_stride, 8) && row(a.out, a.out_stride, 4) && row(a.d_out, a.d_out_stride, 4) &&
          row(a.d_q, a.d_q_stride, 4) && row(a.d_k, a.d_k_stride, 4) && row(a.d_v, a.d_v_stride, 4) &&
          a.heads % a.kv_heads == 0 && a.q_rows < 1 << 30 && a.k_rows < 1 << 30 && a.v_rows < 1 << 30 && a.scale > 0 &&
@@ -176,8 +176,8 @@ int64_t attend_backward_scratch(const AttendBackward& a) { return lay_out(a, nul
 
 #ifndef HEED_ATTEND_BACKWARD_SHAPES
 cudaError_t attend_backward_launch(const AttendBackward& a, void* memory, cudaStream_t stream) {
-  if (a.d == 64) return launch<BackwardShape<64, 128, 2>>(a, memory, stream);
-  if (a.d == 96) return launch<BackwardShape<96, 64, 3>>(a, memory, stream);
+  if (a.d <= 64) return launch<BackwardShape<64, 128, 2>>(a, memory, stream);
+  if (a.d <= 96) return launch<BackwardShape<96, 64, 3>>(a, memory, stream);
   return launch<BackwardShape<128, 64, 3>>(a, memory, stream);
 }
 #endif

@@ -36,6 +36,7 @@ struct Launch {
 /// Rows of a segment are kept in chunks of 64, whole ones, up to a whole tile of rows.
 __device__ __forceinline__ int64_t first_chunk(int64_t begin, int segment) { return begin / 64 + 2 * segment; }
 
+/// D: at least the heads' width, and at most 64 if that is.
 template <int D, int Rows, int Stages>
 struct BackwardShape {
   static constexpr int d = D, rows = Rows, stages = Stages;
@@ -284,6 +285,7 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     float* d_v = a.a.d_v + (t.v_row + key + 8 * r) * a.a.d_v_stride + column;
 #pragma unroll
     for (int i = 0; i < S::d / 8; ++i) {
+      if (8 * i >= a.a.d) break;
       *reinterpret_cast<float2*>(d_k + 8 * i) = {x.d_k[4 * i + 2 * r], x.d_k[4 * i + 2 * r + 1]};
       *reinterpret_cast<float2*>(d_v + 8 * i) = {x.d_v[4 * i + 2 * r], x.d_v[4 * i + 2 * r + 1]};
     }
