@@ -2,7 +2,7 @@
 // 128 keys and walks the query rows that see them, of every head that reads them. Two warpgroups hold 64 keys each: scores and d_p
 // are computed with keys as rows, so that weights and their gradients are A operands in registers for d_v and d_k, which stay in
 // registers. Gradients of scores go through shared memory: each warpgroup multiplies half of a tile of d_q, a step behind, so that
-// neither waits for the other. A third warpgroup starts copies: in, and of tiles of d_q, which are added up in global memory in
+// neither waits for the other's. A third warpgroup starts copies: in, and of tiles of d_q, which are added up in global memory in
 // whatever order blocks come.
 #pragma once
 #include "kernels/cuda/attend_sm90.h"
@@ -180,6 +180,8 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
   Ring<2> out, before;
   int flags = 0;
   if (total > 0) flags = await(0, at);
+  // Warpgroups take turns in making weights, so that one multiplies meanwhile; the first turn is warpgroup 0's.
+  if (total > 0 && group == 1) named_arrive(3, 256);
   score(0);
   float lse[16];
   numbers(sh.lse[0], lse);
@@ -199,6 +201,7 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
       dots<S>(d_p, v, d_out);
     }
     wgmma_commit();
+    named_sync(3 + group, 256);
     if (flags >> group & 1) {
       const int first = sh.steps[step % 8].first;
 #pragma unroll
@@ -228,6 +231,7 @@ __device__ void sum_keys(BackwardShared<S>& sh, const Launch& a, const KeyTile& 
     wgmma_fence();
     add_rows<S>(x.d_v, x.weights, descriptor_mn(sh.d_out[at.slot], S::q_panel));
     wgmma_commit();
+    named_arrive(3 + (group ^ 1), 256);
     float dot[16];
     numbers(sh.dot[at.slot], dot);
     if (step + 1 < total) flags = await(step + 1, next);
