@@ -126,8 +126,6 @@ __global__ void __launch_bounds__(1024)
     t.from = max(0, t.low) / rows * rows;
     const int last = min(t.n, a.window > 0 ? t.high + min(kKeys, t.keys) - 1 : t.n);
     t.count = last > t.from ? (last - t.from + rows - 1) / rows : 0;
-    // Where all rows see all keys, blocks of a head begin at different rows, so as not to add to the same ones at one time.
-    t.shift = a.causal || t.count == 0 ? 0 : int(int64_t(tile) * (kKeys / rows) % t.count);
     job.length = t.count * group;
     job.section = int(min(int64_t(63), a.q_begin[t.q_segment] * 8 * a.d / kSection));
     return job;

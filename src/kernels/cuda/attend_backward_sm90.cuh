@@ -20,7 +20,6 @@ struct alignas(16) KeyTile {
   int q_segment;     // of the first head that reads them
   int n;             // rows of each head
   int from, count;   // first row, tiles of rows
-  int shift;         // tile to begin with
   int low, high;     // key r of the tile is seen by rows from low + r on, before high + r
 };
 
@@ -301,8 +300,7 @@ template <class S>
 __device__ __forceinline__ void load_rows(BackwardShared<S>& sh, const Launch& a, const CUtensorMap& q_map,
                                           const CUtensorMap& d_out_map, int step, Ring<S::stages> at, int head, int i) {
   const KeyTile& t = sh.tile;
-  const int segment = t.q_segment + head, place = i + t.shift,
-            first = t.from + (place < t.count ? place : place - t.count) * S::rows;
+  const int segment = t.q_segment + head, first = t.from + i * S::rows;
   const int64_t begin = a.a.q_begin[segment], chunk = first_chunk(begin, segment) + first / 64;
   const int row = int(begin) + first;
   int flags = (t.keys < kKeys ? 3 : 0) | (t.n - first < S::rows) << 2;
