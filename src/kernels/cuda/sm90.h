@@ -126,7 +126,7 @@ template <int N> __device__ __forceinline__ void registers_down() {
 __device__ __forceinline__ uint64_t descriptor_k(const void* tile) {
   return uint64_t((shared_address(tile) & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
-/// B given as [K][N]: rows of 64 contiguous n, panels of 64 n `panel` bytes apart. Step along k by 16: + 2048 bytes.
+/// A given as [K][M] (64 m) or B as [K][N]: rows of 64 contiguous n, panels of 64 n `panel` bytes apart. Step along k by 16: + 2048 bytes.
 __device__ __forceinline__ uint64_t descriptor_mn(const void* tile, uint32_t panel) {
   return uint64_t((shared_address(tile) & 0x3FFFF) >> 4) | uint64_t(panel >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
