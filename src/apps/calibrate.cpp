@@ -4,6 +4,7 @@
 #include <iostream>
 
 #include "apps/command.h"
+#include "lab/code_books.h"
 #include "lab/cutoff.h"
 #include "lab/files.h"
 #include "lab/progress.h"
@@ -32,7 +33,7 @@ class Calibrate final : public Command {
     app.add_option(
            "--prompts", prompts_,
            "needles to look for, at different depths (-1: 6, or 32 for a probe); 0: heads are ranked by how far they "
-           "look. For statistics of queries: parts of the text that are read (-1: 100)")
+           "look. For statistics of queries and code books: parts of the text that are read (-1: 100)")
         ->type_name("N")
         ->check(CLI::Range(-1, 1000));
     app.add_option("-s,--seed", seed_, "of the needles")->type_name("N");
@@ -44,6 +45,8 @@ class Calibrate final : public Command {
         "  heed calibrate \"duo-attention(sinks=4,recent=256)\" -m model.gguf -f book.txt -o duo.json\n"
         "  heed calibrate \"headkv(snapkv(budget=512))\" -m model.gguf -f book.txt -o headkv.json\n"
         "  heed calibrate expected-attention-stats -m model.gguf -f book.txt -c 512 -o stats.json   # and stats.npz\n"
+        "  heed calibrate \"kvquant(bits=3)\" -m model.gguf -f book.txt -c 512 -o books.json              # and "
+        "books.npz\n"
         "  heed run -m model.gguf -f book.txt --attention @duo.json");
   }
 
@@ -58,6 +61,7 @@ class Calibrate final : public Command {
     const bool queries = std::string(what.parameter) == "stats";
     const std::vector<int32_t> text = tokens_of(*model, file_);
     Progress progress("calibrate");
+    if (std::string(what.parameter) == "points") return learn_points(specs[0], model, text, progress);
     if (queries) return learn_queries(specs[0], model, text, progress);
     if (what.share == 0) return learn_probe(specs[0], model, text, progress);
     if (prompts_ < 0) prompts_ = 6;
@@ -108,6 +112,26 @@ class Calibrate final : public Command {
     if (json_) return print(profile), 0;
     std::cout << output_ << ", " << arrays.string() << ": of " << stats.count << " queries a head, from " << stats.texts
               << " texts\n";
+    return 0;
+  }
+
+  int learn_points(const Spec& spec, const std::shared_ptr<const Model>& model, std::span<const int32_t> text,
+                   Progress& progress) {
+    require(share_ < 0, "--share", "code books have none", "leave it out");
+    require(prompts_ != 0, "--prompts", "0 parts of the text teach nothing", "give at least 1");
+    const Needs needs = value_or_throw(make_mechanism(spec, registry()))->needs(model->info());
+    CodeBookOptions options;
+    options.session = flags_.session("dense"), options.length = context_;
+    if (prompts_ > 0) options.texts = prompts_;
+    const CodeBooks books = learn_code_books(model, text, needs.quantised_k, needs.quantised_v, options,
+                                             [&](double share) { progress.at(share); });
+    progress.clear();
+    const std::filesystem::path arrays = std::filesystem::path(output_).replace_extension(".npz");
+    const Json profile = code_books_profile(spec, model->info(), books, arrays.string(), arrays.filename().string());
+    value_or_throw(write_file(output_, profile.dump(2) + "\n"));
+    if (json_) return print(profile), 0;
+    std::cout << output_ << ", " << arrays.string() << ": of " << books.pages << " pages a KV head, from "
+              << books.texts << " texts\n";
     return 0;
   }
 

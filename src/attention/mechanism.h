@@ -67,6 +67,7 @@ struct Needs {
   bool basis = false;                 // basis() has something to say: goes with nobody who keeps keys plain
   bool quantised = false;             // settle() moves pages to a second layout of these types
   PageType quantised_k, quantised_v;  // a side whose type is a plain one stays as the store keeps it
+  std::vector<PagePoints> points;     // of each layer, in place of theirs; empty: theirs
   bool paired = false;                // settle() makes two layers' pages one: layouts 1 and 2 (PageType::pair)
   SlotOptions slots;                  // its layers keep each segment's pages in a slot; goes with no second layout
   std::vector<std::string> inputs;    // tensors that `heed apply --input` must give: "beta [h, n]"
@@ -88,6 +89,12 @@ struct State {
   virtual int64_t bytes(int /*layer*/) const { return 0; }
   /// Tokens at positions ≥ `position` of a sequence are forgotten.
   virtual void truncate(int /*sequence*/, int64_t /*position*/) {}
+};
+
+/// What makes a layer's keys, before rotary embedding, and values: matrix · input + bias.
+struct Projections {
+  Tensor k, v;            // any type, [g·d, hidden] and [g·d_v, hidden]; empty where keys are normed behind the product
+  Tensor k_bias, v_bias;  // empty: none
 };
 
 /// One layer of one step, as a mechanism sees it. Views are valid until the layer ends.
@@ -119,6 +126,7 @@ class LayerView {
   Tensor hidden;    // F32 [new tokens, hidden]: the residual stream before this layer; `heed apply` has none
   const Basis* basis = nullptr;  // what q, k, v and out are multiplied by
   Tensor output_matrix;          // any type, [hidden, h·d_v]: the layer's W_O; read it by output()
+  Projections projections;       // of the layer; `heed apply` has none
   LayerStore* store = nullptr;   // the new entries are in it
   Store* stores = nullptr;       // for column numbers
   const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`

@@ -12,7 +12,8 @@ using AddKeys = std::function<void(int64_t begin, int64_t end)>;
 /// behind the query nothing is read.
 using Pattern = std::function<void(int64_t i, int64_t m, const AddKeys& add)>;
 
-/// The plan that reads what `pattern` names, for all heads alike, as blocks of 64 × 64 with bit masks where they are cut.
+/// The plan that reads what `pattern` names, for all heads alike, as blocks of 64 keys for Kernels::plan_rows queries, with bit masks where they
+/// are cut.
 /// Key numbers count the entries that the queries see, so behind an eviction a pattern is one of what is left.
 Plan pattern_plan(LayerView&, const Pattern& pattern);
 /// Likewise with a pattern for each query head.

@@ -284,7 +284,7 @@ Plan listed_blocks(Queue& queue, int q_tile, int k_tile, std::span<const std::ve
 
 Plan tiled_blocks(LayerView& at, int block, Tensor index_of, Tensor count, int64_t capacity, int64_t blocks) {
   Queue& queue = at.queue;
-  constexpr int64_t tile = 64;
+  const int64_t tile = queue.run->plan_rows;
   int split = (block + 63) / 64;  // a block becomes parts of at most 64 keys, all of one size
   while (block % split) ++split;
   const int64_t h = at.q.heads, tiles = plan_rows(at, int(tile)), most = std::min(blocks, tile * capacity) * split;

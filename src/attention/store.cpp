@@ -52,6 +52,7 @@ LayerStore::LayerStore(Store& store, int group, StoreShape shape, int64_t segmen
 LayerStore::LayerStore(Store& store, const LayerStore& other, Tensor lengths)
     : LayerStore(store, other.group_, other.shape_, other.segments_, lengths, other.table_->size[1]) {
   Queue& queue = store.queue_;
+  points_ = other.points_;
   length_ = other.length_, together_ = other.together_, loose_ = other.loose_, converted_ = other.converted_;
   queue.move(other.table_, table_), queue.move(other.layout_, layout_);
   shared_ = page_bound();
@@ -136,11 +137,20 @@ int64_t LayerStore::page_bound() const {
 
 void LayerStore::changed_bounds() {
   const Store::Group& group = store_->groups_[size_t(group_)];
-  if (view_.layouts.size() != group.layouts.size()) view_.layouts = group.layouts;
+  if (view_.layouts.size() != group.layouts.size()) {
+    view_.layouts = group.layouts;
+    for (const auto& [layout, points] : points_)
+      view_.layouts[size_t(layout)].k.points = points.k, view_.layouts[size_t(layout)].v.points = points.v;
+  }
   view_.supply.resize(group.pools.size());
   for (size_t l = 0; l < group.pools.size(); ++l) view_.supply[l] = group.pools[l]->supply();
   if (slot_pool_) view_.supply[0].base = bases_;
   view_.length_bound = longest();
+}
+
+void LayerStore::set_points(int layout, const PagePoints& points) {
+  points_.emplace_back(layout, points);
+  view_.layouts[size_t(layout)].k.points = points.k, view_.layouts[size_t(layout)].v.points = points.v;
 }
 
 void LayerStore::changed(Queue& queue) {

@@ -99,6 +99,9 @@ class LayerStore {
   /// (Store::add_layout); at most `pages` are not yet.
   void convert(Queue&, Tensor first, Tensor last, int layout, int64_t pages, bool again = false);
 
+  /// Points (PageType) of a layout's pages in this layer, in place of the layout's own: before any page has that layout.
+  void set_points(int layout, const PagePoints& points);
+
   /// Full pages first[s] … last[s] − 1 of every segment, of this layer and of one below it with the same entries, become
   /// pages that both hold, in `layout` and `layout` + 1 (Kernels::page_pair); at most `pages` are not yet.
   void pair(Queue&, LayerStore& below, Tensor first, Tensor last, int layout, const Ragged& k_apart,
@@ -150,8 +153,9 @@ class LayerStore {
     int64_t promised = -1, together = -1;
     bool loose = false;
   } true_;
-  bool converted_ = false;               // some pages have another layout than the first
-  std::shared_ptr<SlotPool> slot_pool_;  // null: pages lie wherever one is free
+  std::vector<std::pair<int, PagePoints>> points_;  // of layouts
+  bool converted_ = false;                          // some pages have another layout than the first
+  std::shared_ptr<SlotPool> slot_pool_;             // null: pages lie wherever one is free
   std::vector<int> slots_;
   Buffer bases_;
   std::future<void> ahead_;  // of what is mapped beside the computation

@@ -259,6 +259,7 @@ struct Kernels {
   bool v_transposed = false;             // the page layout this backend wants for V
   const Memory* memory = &cpu_memory();  // where every tensor that a kernel sees must lie
   int64_t tile_rows = 512;               // tokens of a prompt whose products are best done at once
+  int plan_rows = 64;                    // queries of a tile, 64 or 128, for which a plan of blocks is fastest
 
   /// out [rows, d_v], lse [rows]; with plan.parts > 1: out [parts, rows, d_v], lse [parts, rows]. lse may be empty.
   /// Milakov & Gimelshein 2018 (online softmax); Dao 2023 (tiling).
@@ -302,8 +303,8 @@ struct Kernels {
   /// out[0] = 0, out[i + 1] = out[i] + lengths[i]: lengths I32 or I64 [n], out I64 [n + 1].
   void (*offsets)(Queue&, Tensor lengths, Tensor out);
   /// Block lists of single queries → one list a tile. index I32 [rows · capacity], count I32 [rows]: row r lists
-  /// count[r] blocks, ascending, at r · capacity. Tile t takes rows first[t] … first[t + 1] − 1 (I64 [tiles + 1]; at most 64
-  /// each), and its list becomes row t of `out`: out.index and out.mask have room for out.rowptr[t + 1] − out.rowptr[t]
+  /// count[r] blocks, ascending, at r · capacity. Tile t takes rows first[t] … first[t + 1] − 1 (I64 [tiles + 1]; at most
+  /// 128 each), and its list becomes row t of `out`: out.index and out.mask have room for out.rowptr[t + 1] − out.rowptr[t]
   /// entries at out.rowptr[t] (an input, multiples of `split`), out.count[t] of which are written. A block becomes `split`
   /// consecutive numbers block · split + i, all with mask −1 when every row lists it, else with the mask
   /// rowptr[t] / split + place of the block in the list, whose bits [rows of the tile, 1] say which rows do.

@@ -1,5 +1,6 @@
 #include "kernels/pages.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/error.h"
@@ -17,13 +18,24 @@ void check_side(const PageType& type, int width, const char* side) {
                                                    type.turned >= 0 && type.turned <= width && type.turned % 2 == 0),
           "page_layout", std::string(side) + ": pairs of channels have groups of entries and an even width");
   require(type.group > 0, "page_layout", std::string(side) + ": a group needs at least one number");
-  const bool sphere = type.codes == PageType::Codes::Sphere;
-  require(sphere == (type.kind == PageType::Kind::Q3) && (!sphere || (type.group == 16 && width % 16 == 0)),
-          "page_layout", std::string(side) + ": 3 bits are those of blocks of 16 channels that make the width");
-  require(type.zeros() || type.axis == PageType::Axis::Token, "page_layout",
-          std::string(side) + ": groups of entries have asymmetric codes");
-  require(type.codes != PageType::Codes::Table || type.bits() <= 4, "page_layout",
+  require(!type.sphere() || (type.kind == PageType::Kind::Q3 && type.group == 16 && width % 16 == 0), "page_layout",
+          std::string(side) + ": blocks of angles have 3 bits and 16 channels, and make the width");
+  require(type.kind != PageType::Kind::Q3 || type.sphere() || type.sparse(), "page_layout",
+          std::string(side) + ": 3 bits are blocks of angles, or codes of a table with outliers");
+  require(type.sketched() == (type.kind == PageType::Kind::Q1), "page_layout",
+          std::string(side) + ": 1 bit is a sketch's");
+  require(type.zeros() || type.sketched() == (type.axis == PageType::Axis::Channel), "page_layout",
+          std::string(side) + ": groups of entries have asymmetric codes or sketches");
+  require((type.codes != PageType::Codes::Table && !type.sparse()) || type.bits() <= 4, "page_layout",
           std::string(side) + ": a table of points has at most 4 bits");
+  require(!type.sparse() ||
+              (type.group <= 256 &&
+               4 * type.outliers <= (type.axis == PageType::Axis::Token ? std::min(type.group, width) : type.group)),
+          "page_layout", std::string(side) + ": at most a quarter of a group of at most 256 numbers are outliers");
+  const auto projections = [](int n) { return n >= 32 && n <= 4096 && n % 32 == 0; };
+  require(!type.sketched() || (width <= kMostSketchWidth && type.outliers < width && projections(type.sketch) &&
+                               (type.outliers > 0 ? projections(type.outlier_sketch) : type.outlier_sketch == 0)),
+          "page_layout", std::string(side) + ": a sketch has 32, 64, … 4096 signs, of at most 256 channels");
   if (type.axis == PageType::Axis::Channel)
     require(kPage % type.group == 0, "page_layout",
             std::string(side) + ": a group of " + std::to_string(type.group) + " entries does not divide a page of 64",
@@ -41,18 +53,24 @@ int PageType::bits() const {
     case Kind::Q4: return 4;
     case Kind::Q2: return 2;
     case Kind::Q3: return 3;
+    case Kind::Q1: return 1;
   }
   return 0;
 }
 
 int64_t PageType::groups(int width) const {
   if (!quantised()) return 0;
+  if (sketched()) return int64_t(kPage) * (outliers > 0 ? 2 : 1);
   return axis == Axis::Token ? int64_t(kPage) * ((width + group - 1) / group) : int64_t(kPage / group) * width;
+}
+
+int64_t PageType::places(int width) const {
+  return sparse() ? outliers * groups(width) : sketched() ? int64_t(kPage / group) * outliers : 0;
 }
 
 int64_t PageType::bytes(int width) const {
   if (pair) return round_up(norms_at(width) + 2 * kPage * int64_t(sizeof(float)) + kPage);
-  return round_up(int64_t(kPage) * width * bits() / 8 + (zeros() ? 2 : 1) * groups(width) * int64_t(sizeof(f16)));
+  return round_up(kPage * row_bits(width) / 8 + halves() * groups(width) * int64_t(sizeof(f16)) + places(width));
 }
 
 PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias,

@@ -12,10 +12,10 @@ inline constexpr int kPage = 64;  // entries of a page
 
 /// How one side (K or V) of a page is kept.
 struct PageType {
-  enum class Kind : uint8_t { F32, BF16, F16, Q8, Q4, Q2, Q3 } kind = Kind::BF16;
+  enum class Kind : uint8_t { F32, BF16, F16, Q8, Q4, Q2, Q3, Q1 } kind = Kind::BF16;
   /// Quantised kinds keep codes and, for each group, a scale (and a zero): `group` consecutive channels of one entry
   /// (Token; the last group may be shorter) or `group` consecutive entries of one channel (Channel, as KIVI keeps keys;
-  /// group divides 64; only entries that are there count; Codes::Range only).
+  /// group divides 64; only entries that are there count; not of Signed, Table and Sphere).
   enum class Axis : uint8_t { Token, Channel } axis = Axis::Token;
   int group = 32;
   /// Value: zero + point · scale. Scale and zero are rounded to f16 before the codes are made; a scale of 0 gives the code
@@ -31,8 +31,18 @@ struct PageType {
     Sphere,  // 3 bits, groups of 16 channels of one entry, no zeros. The 48 bits are a word (the first code lowest) of angles of
     // neighbours: eight of 4 bits in [0, 2π), the middles of equal parts; then four, two and one of 2 bits in [0, π/2],
     // among neighbours' lengths, the nearest of points[4 (level − 2) …]; 2 bits unused. scale: the length left at last
+    Sparse,  // point = points[code], the nearest to (x − zero) / scale, of equals the lower; at most 4 bits. Of a group, the
+    // `outliers` numbers farthest from its mean (of equals the first) are kept as they are, in f16; zero and scale are
+    // the middle and half the width of the range of the others
+    Sketch,  // 1 bit, groups of entries: what stands for x has about its dot products with others, not its numbers. The
+             // `outliers` channels with most of a group's squares (of equals the first) make one part of x, the others
+    // another; of each the norm is kept and the signs (1: > 0) of so many projections, `sketch` of the others and
+    // `outlier_sketch` of these. value = √(π/2) √n norm / projections · Σ ± row. Rows: sketch_width and sketch_signs
   } codes = Codes::Range;
-  std::array<float, 16> points = {};  // Table: 2^bits of them, ascending; Sphere: 4 for each of three levels
+  std::array<float, 16> points = {};   // Table, Sparse: 2^bits of them, ascending; Sphere: 4 for each of three levels
+  uint8_t outliers = 0;                // Sparse: at most a quarter of a group; Sketch: fewer than there are channels
+  int sketch = 0, outlier_sketch = 0;  // Sketch: multiples of 32; the second is 0 without outliers
+  uint32_t seed = 1;                   // Sketch
   int turned = 0;  // Polar: of the first so many channels c and c + turned / 2 are a pair, of those behind them every two
   /// Of plain kinds: pages that two layers hold, as the first (1) or the second (2) of them sees it. 64 rows are directions,
   /// which each layer multiplies by norms of its own (value = row · norm); of kSpare entries the second layer has rows of
@@ -41,8 +51,15 @@ struct PageType {
   static constexpr int kSpare = 4;
 
   bool quantised() const { return kind >= Kind::Q8; }
-  bool zeros() const { return codes == Codes::Range || codes == Codes::Polar; }
+  bool zeros() const { return codes == Codes::Range || codes == Codes::Polar || codes == Codes::Sparse; }
+  bool sphere() const { return quantised() && codes == Codes::Sphere; }
+  bool sparse() const { return quantised() && codes == Codes::Sparse; }
+  bool sketched() const { return quantised() && codes == Codes::Sketch; }
   int bits() const;
+  /// Of the codes of one entry.
+  int64_t row_bits(int width) const { return sketched() ? sketch + outlier_sketch : int64_t(width) * bits(); }
+  /// Numbers in f16 that a group keeps: scale, zero, outliers.
+  int halves() const { return (zeros() ? 2 : 1) + (sparse() ? outliers : 0); }
   float point(uint32_t code) const {
     return codes == Codes::Range    ? float(code)
            : codes == Codes::Signed ? float(int(code) - (1 << (bits() - 1)))
@@ -56,14 +73,38 @@ struct PageType {
     return first(c) ? c + away : c - away;
   }
   int64_t norms_at(int width) const { return int64_t(kPage + kSpare) * width * bits() / 8; }
-  /// Scales (and zeros) of 64 entries of `width` numbers; 0 unless quantised.
+  /// Scales of 64 entries of `width` numbers; 0 unless quantised. Sketch: norms, 64 of the others, then 64 of the outliers.
   int64_t groups(int width) const;
-  /// Bytes of 64 entries of `width` numbers, padded to 64: codes in the side's order, the first in the low bits of a byte;
-  /// then scales, then zeros where they are kept, as [64][⌈width / group⌉] (Token) or [64 / group][width] (Channel)
-  /// whatever the side's order.
+  /// U8 that say where outliers are: in their group (Sparse, [outliers][groups]), or which channels ([64 / group][outliers]).
+  int64_t places(int width) const;
+  /// Bytes of 64 entries of `width` numbers, padded to 64: codes in the side's order (Sketch: row by row, the outliers' signs
+  /// behind the others'), the first in the low bits of a byte; then scales, then zeros where they are kept, then each
+  /// outlier, as [64][⌈width / group⌉] (Token) or [64 / group][width] (Channel) whatever the side's order; then places.
   int64_t bytes(int width) const;
   bool operator==(const PageType&) const = default;
 };
+
+/// Points of both sides.
+struct PagePoints {
+  std::array<float, 16> k = {}, v = {};
+};
+
+/// Projections of a sketch come in blocks of n, the power of two from 32 on that holds the width (x is filled up with
+/// zeros): block b's rows are those of the orthonormal H D1 H D0, H the Walsh–Hadamard matrix over √n, Dr diagonal with the
+/// signs of round r. Bit i % 32 of word i / 32 set: −1.
+constexpr int sketch_width(int width) {
+  int n = 32;
+  while (n < width) n *= 2;
+  return n;
+}
+constexpr uint32_t sketch_signs(uint32_t seed, int block, int round, int word) {
+  const auto mixed = [](uint32_t x) {
+    x *= 0x9E3779B1u, x ^= x >> 16, x *= 0x85EBCA6Bu, x ^= x >> 13, x *= 0xC2B2AE35u;
+    return x ^ x >> 16;
+  };
+  return mixed(seed + mixed(uint32_t(block * 512 + round * 256 + word) + 1));
+}
+inline constexpr int kMostSketchWidth = 256;
 
 /// A number kept beside entries inside their page, so that it moves with them.
 struct Column {

@@ -79,6 +79,7 @@ class Harness {
     if (quantised)
       store_->add_layout(types.quantised_k.quantised() ? types.quantised_k : options.k,
                          types.quantised_v.quantised() ? types.quantised_v : options.v);
+    if (!types.points.empty()) store_->layer(0).set_points(1, types.points[0]);
   }
 
   ApplyOutput run() {

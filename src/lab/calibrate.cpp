@@ -46,13 +46,15 @@ std::string short_number(double x) {
 }  // namespace
 
 std::vector<Calibrated> calibrated_mechanisms() {
-  return {{"duo-attention", "heads", 0.5, "the heads that stream: all but those that retrieve"},
-          {"razor-attention", "heads", 0.15, "the heads that are cut: all but those that retrieve"},
-          {"headkv", "scores", 1, "a score for each KV head"},
-          {"lychee-decode", "retrieval", 0.25, "the heads that retrieve"},
-          {"context-cutoff", "probes", 0, "a probe that tells when enough has been read"},
-          {"expected-attention-stats", "stats", 0,
-           "means and covariances of queries, in a file of arrays beside the profile"}};
+  return {
+      {"duo-attention", "heads", 0.5, "the heads that stream: all but those that retrieve"},
+      {"razor-attention", "heads", 0.15, "the heads that are cut: all but those that retrieve"},
+      {"headkv", "scores", 1, "a score for each KV head"},
+      {"lychee-decode", "retrieval", 0.25, "the heads that retrieve"},
+      {"context-cutoff", "probes", 0, "a probe that tells when enough has been read"},
+      {"expected-attention-stats", "stats", 0,
+       "means and covariances of queries, in a file of arrays beside the profile"},
+      {"kvquant", "points", 0, "code books of each layer's keys and values, in a file of arrays beside the profile"}};
 }
 
 Result<Calibrated> find_calibrated(const std::string& name) {

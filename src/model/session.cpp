@@ -120,6 +120,11 @@ Session::Impl::Impl(std::shared_ptr<const Model> model_in, const SessionOptions&
   reach = positions == Read::Positions::Cache || m.context == 0 ? 0 : std::max(reach, m.context);
   store = std::make_unique<Store>(queue, shapes, store_options, o.sequences);
   for (const auto& [k, v] : later) store->add_layout(k, v);
+  for (const Composition::Part& p : composition->parts()) {
+    const Needs needs = p.mechanism->needs(m);
+    for (int l = 0; !needs.points.empty() && l < m.layers; ++l)
+      if (p.mechanism->layers.holds(l, m.layers)) store->layer(l).set_points(1, needs.points[size_t(l)]);
+  }
   tokens.resize(size_t(o.sequences));
   next.assign(size_t(o.sequences), 0);
   prompt.assign(size_t(o.sequences), 0);

@@ -43,6 +43,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   view.prompt = prompt, view.store = &entries, view.stores = store.get();
   view.rows = batch.count, view.first = batch.first;
   view.ids = batch.ids, view.hidden = x, view.output_matrix = w.o;
+  if (!w.k_norm) view.projections = {w.k, w.v, w.k_bias, w.v_bias};
   view.basis = bases.empty() ? nullptr : bases[size_t(l)].get();
   view.read.rope = m.rope(l), view.read.positions = positions;
   view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);

@@ -129,7 +129,7 @@ void offsets_equal_reference(const Kernels& run, Random random) {
 void tile_blocks_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
     const int64_t tiles = random.below(6), capacity = 1 + random.below(12);
-    const int split = int(pick<int64_t>(random, {1, 2, 4})), q_tile = int(pick<int64_t>(random, {1, 5, 33, 64}));
+    const int split = int(pick<int64_t>(random, {1, 2, 4})), q_tile = int(pick<int64_t>(random, {1, 5, 33, 64, 100, 128}));
     std::vector<int64_t> first{0}, rowptr{0};
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t rows = random.below(q_tile + 1);

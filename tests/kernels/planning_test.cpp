@@ -138,11 +138,11 @@ struct TwinGrids {
 void proxy_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
     const int64_t g = 1 + random.below(3), h = g * pick<int64_t>(random, {1, 3, 8}),
-                  width = pick<int64_t>(random, {3, 64, 80, 128});
+                  width = pick<int64_t>(random, {3, 64, 80, 128, 260});
     const int64_t sequences = 1 + random.below(2);
     std::vector<int64_t> q_lengths, k_lengths, rows, cols;
     for (int64_t s = 0; s < sequences; ++s) {
-      const int64_t n = pick<int64_t>(random, {0, 1, 5, 16, 33}), m = pick<int64_t>(random, {0, 1, 17, 64, 70});
+      const int64_t n = pick<int64_t>(random, {0, 1, 5, 16, 33, 150}), m = pick<int64_t>(random, {0, 1, 17, 64, 70, 270});
       for (int64_t head = 0; head < h; ++head) {
         q_lengths.push_back(n);
         rows.push_back(n);

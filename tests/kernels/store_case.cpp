@@ -11,16 +11,25 @@ constexpr int64_t guard = 128;
 PageType random_type(Random& random, Kinds kinds) {
   using Kind = PageType::Kind;
   PageType out;
-  out.kind = kinds != Kinds::Any
+  out.kind = kinds == Kinds::Sketches ? Kind::Q1
+             : kinds != Kinds::Any
                  ? pick(random, {Kind::F32, Kind::BF16, Kind::F16})
-                 : pick(random, {Kind::F32, Kind::BF16, Kind::F16, Kind::Q8, Kind::Q4, Kind::Q2, Kind::Q3});
+                 : pick(random, {Kind::F32, Kind::BF16, Kind::F16, Kind::Q8, Kind::Q4, Kind::Q2, Kind::Q3, Kind::Q1});
   out.axis = pick(random, {PageType::Axis::Token, PageType::Axis::Channel});
   out.group = out.axis == PageType::Axis::Token ? pick(random, {32, 64, 16, 256}) : pick(random, {32, 64});
   if (out.quantised() && out.axis == PageType::Axis::Token)
     out.codes = pick(random, {PageType::Codes::Range, PageType::Codes::Signed, PageType::Codes::Table});
   if (out.quantised() && out.axis == PageType::Axis::Channel && chance(random, 0.3))
     out.codes = PageType::Codes::Polar, out.turned = pick(random, {0, 64, 32});
-  if (out.kind == Kind::Q3) {
+  if (out.kind == Kind::Q1) {
+    out.axis = PageType::Axis::Channel, out.group = pick(random, {32, 64}), out.codes = PageType::Codes::Sketch;
+    out.sketch = pick(random, {64, 128, 160, 512}), out.outliers = uint8_t(pick(random, {0, 1, 8}));
+    out.outlier_sketch = out.outliers ? pick(random, {32, 96, 256}) : 0, out.seed = uint32_t(random.below(2));
+  } else if (out.quantised() && out.kind != Kind::Q8 && chance(random, 0.3)) {
+    out.codes = PageType::Codes::Sparse, out.outliers = uint8_t(random.below(4));
+    for (int i = 0; i < 1 << out.bits(); ++i) out.points[size_t(i)] = 2 * float(random.uniform()) - 1;
+    std::sort(out.points.begin(), out.points.begin() + (1 << out.bits()));
+  } else if (out.kind == Kind::Q3) {
     out.axis = PageType::Axis::Token, out.group = 16, out.codes = PageType::Codes::Sphere;
     for (size_t i = 0; i < 12; ++i) out.points[i] = 0.3f + 0.3f * float(i % 4) + 0.02f * float(i / 4);
   }
@@ -129,7 +138,7 @@ void StoreCase::randomise_bias(Random& random) const {
 }
 
 std::string StoreCase::text() const {
-  const char* kinds[] = {"f32", "bf16", "f16", "q8", "q4", "q2", "q3"};
+  const char* kinds[] = {"f32", "bf16", "f16", "q8", "q4", "q2", "q3", "q1"};
   std::string out = "KV heads " + std::to_string(g) + ", d " + std::to_string(d) + ", d_v " + std::to_string(d_v) +
                     ", layouts";
   auto side = [&](const PageType& t) {
@@ -137,10 +146,13 @@ std::string StoreCase::text() const {
     if (t.quantised())
       out.append(t.axis == PageType::Axis::Token ? "/token" : "/channel")
           .append(std::to_string(t.group))
-          .append(t.codes == PageType::Codes::Range    ? ""
+          .append(t.codes == PageType::Codes::Range    ? std::string()
                   : t.codes == PageType::Codes::Signed ? "s"
                   : t.codes == PageType::Codes::Polar  ? "p"
                   : t.codes == PageType::Codes::Sphere ? "o"
+                  : t.codes == PageType::Codes::Sparse ? "x" + std::to_string(t.outliers)
+                  : t.codes == PageType::Codes::Sketch ? "k" + std::to_string(t.sketch) + "/" + std::to_string(t.outliers) +
+                                                             ":" + std::to_string(t.outlier_sketch)
                                                        : "t");
   };
   for (const PageLayout& l : pages.layouts) {

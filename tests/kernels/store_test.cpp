@@ -50,6 +50,11 @@ double code_step(const StoreCase& store, double most) {
       if (t.codes == PageType::Codes::Table) {
         for (size_t i = 1; i < size_t(1) << t.bits(); ++i)
           step = std::max(step, most * double(t.points[i] - t.points[i - 1]));
+      } else if (t.sparse()) {
+        for (size_t i = 1; i < size_t(1) << t.bits(); ++i)
+          step = std::max(step, most * double(t.points[i] - t.points[i - 1]));
+      } else if (t.sketched()) {
+        step = std::max(step, 100 * most);  // sketches of sketches have projections of 0; tests of their own are closer
       } else if (t.codes == PageType::Codes::Sphere) {
         step = std::max(step, 4 * most);  // a sixteenth of a turn, of the length of 16
       } else if (t.quantised() && t.codes == PageType::Codes::Polar) {
@@ -76,9 +81,11 @@ void expect_same_contents(const StoreCase& want_store, const StoreCase& got_stor
 
 void page_write_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(30) && !testing::Test::HasFailure(); ++i) {
-    const FilledStore want(random, oracle(), Kinds::Any, run.v_transposed);
+    const Kinds kinds = i % 4 == 3 ? Kinds::Sketches : Kinds::Any;
+    const FilledStore want(random, oracle(), kinds, run.v_transposed);
     SCOPED_TRACE("case " + std::to_string(i) + ": " + want.store->text());
-    const double step = code_step(*want.store, std::max(largest(want.k.values), largest(want.v.values)));
+    const double most = std::max(largest(want.k.values), largest(want.v.values)),
+                 step = kinds == Kinds::Any ? code_step(*want.store, most) : 1e-4 * most;
     const FilledStore& from = want;
     // In one piece over the old contents, and in two pieces from nothing.
     std::unique_ptr<StoreCase> again = want.store->copy();
@@ -153,6 +160,59 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
                 ASSERT_NEAR(std::sqrt(after), std::sqrt(before), 2e-3 * std::sqrt(before)) << "angles keep the length";
                 // At worst π/16 and three halves of a range of codes off.
                 ASSERT_LE(std::sqrt(away), 1.5 * std::sqrt(before));
+              }
+            continue;
+          }
+          if (t.sketched()) {
+            // Of each part of an entry, the product with what stands for it is about its square: √(π/2) times the mean size of
+            // projections on vectors of length √n.
+            for (int64_t e0 = 0; e0 < rows; e0 += t.group) {
+              const int64_t e1 = std::min(rows, e0 + t.group);
+              std::vector<std::pair<double, int64_t>> squares;
+              for (int64_t c = 0; c < width; ++c) {
+                squares.emplace_back(0.0, c);
+                for (int64_t e = e0; e < e1; ++e) squares.back().first -= x(in, e, c) * x(in, e, c);
+              }
+              std::sort(squares.begin(), squares.end());
+              for (int64_t e = e0; e < e1; ++e)
+                for (const bool outliers : {false, true}) {
+                  double square = 0, product = 0;
+                  for (size_t i = outliers ? 0 : t.outliers; i < (outliers ? t.outliers : squares.size()); ++i) {
+                    const int64_t c = squares[i].second;
+                    square += x(in, e, c) * x(in, e, c), product += x(in, e, c) * x(out, e, c);
+                  }
+                  const double count = outliers ? t.outlier_sketch : t.sketch;
+                  ASSERT_NEAR(product, square, (2 / std::sqrt(count + 1e-9) + 0.03) * square) << "entry " << first + e;
+                }
+            }
+            continue;
+          }
+          if (t.sparse()) {
+            for (int64_t e0 = 0; e0 < rows; e0 += group_rows)
+              for (int64_t c0 = 0; c0 < width; c0 += group_cols) {
+                std::vector<std::pair<double, double>> numbers;
+                for (int64_t e = e0; e < std::min(rows, e0 + group_rows); ++e)
+                  for (int64_t c = c0; c < std::min(width, c0 + group_cols); ++c)
+                    numbers.emplace_back(x(in, e, c), x(out, e, c));
+                double mean = 0;
+                for (const auto& [a, b] : numbers) mean += a / double(numbers.size());
+                std::stable_sort(numbers.begin(), numbers.end(), [&](const auto& a, const auto& b) {
+                  return std::abs(a.first - mean) > std::abs(b.first - mean);
+                });
+                double low = 1e30, high = -1e30;
+                for (size_t i = t.outliers; i < numbers.size(); ++i)
+                  low = std::min(low, numbers[i].first), high = std::max(high, numbers[i].first);
+                for (size_t i = 0; i < numbers.size(); ++i) {
+                  const auto [a, b] = numbers[i];
+                  const double middle = (low + high) / 2, half = (high - low) / 2;
+                  double bound = INFINITY;
+                  for (size_t p = 0; p < size_t(1) << t.bits(); ++p)
+                    bound = std::min(bound, std::abs(a - middle - half * double(t.points[p])));
+                  bound += (std::abs(middle) + 2 * half) * 0x1p-9;
+                  if (i < t.outliers) bound = 0x1p-11 * std::abs(a) + 0x1p-24;
+                  ASSERT_LE(std::abs(a - b), bound)
+                      << "entry " << first + e0 << ", channel " << c0 << ": " << a << " became " << b;
+                }
               }
             continue;
           }

@@ -181,6 +181,10 @@ const std::vector<std::string> kSpecs = {
     "polar-rope(residual=8,group=16)",
     "polar-rope(residual=0,values=4,bits=8,layers=1-2)",
     "polarquant",
+    "qjl(residual=8,group=8,outliers=3)",
+    "qjl(residual=0,values=0,outliers=0,bits=4,layers=1-2)",
+    "kvquant(first=0)",
+    "kvquant(first=0,bits=2,outliers=3,residual=8,layers=1-2)",
     "xkv(size=2,rank=20,value_rank=16)",
     "minicache(from=0)",
     "minicache(from=1,retention=0,heads=1)+quest(budget=9,page=8,dense=1)",
@@ -248,6 +252,7 @@ TEST(Guarded, TheWholeCatalogueIsListed) {
     // What needs tensors that no model gives runs on guarded memory in its formula test alone.
     if (!e.wrapper && !value_or_throw(make_mechanism(Spec{e.name, {}, {}, 0}, registry()))->needs({}).inputs.empty())
       continue;
+    if (e.name == "slim-attention") continue;  // refuses grouped heads; SlimAttention.MakesValuesOfKeys is guarded itself
     const bool there = std::any_of(kSpecs.begin(), kSpecs.end(), [&](const std::string& s) {
       const size_t at = s.find(e.name);
       return at != std::string::npos && (at == 0 || !std::isalnum(static_cast<unsigned char>(s[at - 1])));
@@ -337,9 +342,10 @@ TEST(Recording, ReplayedStepsGiveWhatStepsGive) {
     EXPECT_LT(farthest(plain, course(model, spec, true)), 1e-5);
     // These ask for the step or keep something of their own on the host; KIVI takes pages as it goes.
     const char* const differ[] = {
-        "tidal",     "recycled",   "omnikv", "kivi",   "r-kv",       "spatten",    "shadowkv",  "double-sparsity",
-        "clusterkv", "pqcache",    "hylra",  "lychee", "long-heads", "loki",       "retrieval", "magicpig",
-        "squeezed",  "forcing-kv", "cam(",   "lserve", "kv-",        "turboquant", "polar",     "xkv"};
+        "tidal",           "recycled",  "omnikv",   "kivi",       "r-kv",   "spatten",    "shadowkv",
+        "double-sparsity", "clusterkv", "pqcache",  "hylra",      "lychee", "long-heads", "loki",
+        "retrieval",       "magicpig",  "squeezed", "forcing-kv", "cam(",   "lserve",     "kv-",
+        "turboquant",      "polar",     "xkv",      "kvquant",    "qjl"};
     const bool differs = std::any_of(std::begin(differ), std::end(differ),
                                      [&](const char* name) { return spec.starts_with(name); });
     if (!differs) { EXPECT_GE(replays() - before, 20); }

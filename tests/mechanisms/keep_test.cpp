@@ -327,18 +327,32 @@ TEST_P(Keep, KiviEntriesLieWithinHalfAStep) {
 
 TEST(KeepPolicies, ABudgetBelowWhatIsForcedNamesTheParameter) {
   const Case c({2, 2, 64, 64, 16, 16});
-  for (const auto& [spec, name] :
-       {std::pair{"snapkv(budget=16)", "window"}, {"pyramidkv(budget=16)", "window"},
-        {"streaming-llm(budget=4)", "sinks"},     {"adakv(snapkv(budget=31))", "window"},
-        {"snapkv(kernel=4)", "kernel"},           {"kivi(bits=3)", "bits"},
-        {"kv-hadamard(bits=5)", "bits"},          {"turboquant(bits=3)", "bits"},
-        {"polar-rope(bits=3)", "bits"},           {"polar-rope(group=24)", "group"},
-        {"polar-rope(values=3)", "values"},       {"context-shift(budget=5,sinks=4)", "sinks"},
-        {"ov-evict(budget=100)", "budget"},       {"ov-evict(budget=0.5)", "budget"},
-        {"ov-evict(budget=128)", "recent"},       {"ov-evict(sinks=40)", "sinks"},
-        {"trimmed-llama(heads=0)", "heads"},      {"infllm(heads=0)", "heads"},
-        {"infllm(block=2)", "representatives"},   {"token-select(heads=-1)", "heads"},
-        {"long-heads(heads=1)", "heads"},         {"long-heads(chunks=2)", "chunks"}}) {
+  for (const auto& [spec, name] : {std::pair{"snapkv(budget=16)", "window"},
+                                   {"pyramidkv(budget=16)", "window"},
+                                   {"streaming-llm(budget=4)", "sinks"},
+                                   {"adakv(snapkv(budget=31))", "window"},
+                                   {"snapkv(kernel=4)", "kernel"},
+                                   {"kivi(bits=3)", "bits"},
+                                   {"kv-hadamard(bits=5)", "bits"},
+                                   {"turboquant(bits=3)", "bits"},
+                                   {"kvquant(bits=5)", "bits"},
+                                   {"kvquant(outliers=17)", "outliers"},
+                                   {"qjl(outlier_bits=33)", "outlier_bits"},
+                                   {"qjl(values=3)", "values"},
+                                   {"polar-rope(bits=3)", "bits"},
+                                   {"polar-rope(group=24)", "group"},
+                                   {"polar-rope(values=3)", "values"},
+                                   {"context-shift(budget=5,sinks=4)", "sinks"},
+                                   {"ov-evict(budget=100)", "budget"},
+                                   {"ov-evict(budget=0.5)", "budget"},
+                                   {"ov-evict(budget=128)", "recent"},
+                                   {"ov-evict(sinks=40)", "sinks"},
+                                   {"trimmed-llama(heads=0)", "heads"},
+                                   {"infllm(heads=0)", "heads"},
+                                   {"infllm(block=2)", "representatives"},
+                                   {"token-select(heads=-1)", "heads"},
+                                   {"long-heads(heads=1)", "heads"},
+                                   {"long-heads(chunks=2)", "chunks"}}) {
     const auto out = apply(spec, c.input("reference"));
     ASSERT_FALSE(out.has_value()) << spec;
     EXPECT_EQ(out.error().code, Code::Invalid);

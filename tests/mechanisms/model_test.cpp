@@ -173,8 +173,9 @@ INSTANTIATE_TEST_SUITE_P(
         "squeezed-attention(threshold=0.002,recent=32)", "triforce(budget=0.33)", "sinklora(groups=2,shifted=0.5)",
         "knot-forcing(frame=16,frames=2,window=6)", "q-filters(budget=0.5,sinks=4)", "spec-kv(budget=0.33)",
         "forcing-kv(frame=24,share=0.33)", "kv-q8", "kv-q4", "kv-hadamard", "turboquant", "turboquant(bits=2)",
-        "context-shift(budget=96,sinks=4)", "polarquant", "xkv(rank=96,value_rank=144)", "polar-rope(residual=0)",
-        "polar-rope(residual=0,values=4)", "minicache(from=22)", "gemfilter(budget=0.5)", cut_at_once()),
+        "context-shift(budget=96,sinks=4)", "polarquant", "kvquant(first=0)", "qjl(residual=0)",
+        "xkv(rank=96,value_rank=144)", "polar-rope(residual=0)", "polar-rope(residual=0,values=4)",
+        "minicache(from=22)", "gemfilter(budget=0.5)", cut_at_once()),
     test_name);
 
 // Fifteen of Gemma's eighteen layers see 512 positions.

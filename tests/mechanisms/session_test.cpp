@@ -189,6 +189,8 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "polar-rope(residual=0,bits=2)",
                              "minicache(from=0)",
                              "polarquant",
+                             "qjl(residual=0)",
+                             "kvquant(first=0,bits=2)",
                              "xkv(size=2,rank=8,value_rank=8)",
                              "xattention(block=8,threshold=0.3,layers=1-)+adakv(snapkv(budget=12,window=2),layers=-2)+"
                              "h2o(budget=5,layers=3,heads=0)+quest(budget=4,page=1)+ring(ranks=3)"}) {
@@ -205,9 +207,11 @@ TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
                            "h2o(budget=10)",
                            "kivi(residual=0)",
                            "polar-rope(residual=0)",
+                           "qjl(residual=0)",
+                           "kvquant(first=0)",
                            "minicache(from=0)",
                            "xkv(size=2,rank=8,value_rank=8)",
-                           "vattention(page=8)+h2o(budget=10)",
+                           "vattention+h2o(budget=10)",
                            "quest(budget=8,page=4,dense=0)",
                            "a2sf(budget=10)",
                            "recycled-attention(budget=8,stride=4)",

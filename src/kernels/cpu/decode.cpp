@@ -110,7 +110,9 @@ struct Softmax {
 
 /// Asks for the line in which pair c of a row lies, into the second cache: two batches would not fit the first one.
 template <class Row>
-HEED_INLINE void prefetch(const char* row, int64_t c) { __builtin_prefetch(row + c * Row::bits / 8, 0, 2); }
+HEED_INLINE void prefetch(const char* row, int64_t c) {
+  __builtin_prefetch(row + c * Row::bits / 8, 0, 2);
+}
 int64_t row_bytes(const PageType& type, int width) { return int64_t(width) * type.bits() / 8; }
 
 /// s [R][kPage] = dots of query rows q [R][step] (in Row's order) with the entries. With Fetch the keys of `next` are asked for
@@ -135,7 +137,8 @@ void dots(const Entries& e, const Entries& next, int d, int shift, const float* 
         for (int i = 0; i < 4; ++i) {
           if constexpr (Fetch) prefetch<Row>(coming[i], c);
           F a, b;
-          Row::load(row[i], c, Row::quantised ? scales[i] + scale : nullptr, Row::quantised ? lows[i] + scale : nullptr, a, b);
+          Row::load(row[i], c, Row::quantised ? scales[i] + scale : nullptr, Row::quantised ? lows[i] + scale : nullptr,
+                    a, b);
           for (int r = 0; r < R; ++r) {
             sum[r][i] = fma(a, load(q + r * step + c), sum[r][i]);
             sum[r][i] = fma(b, load(q + r * step + c + kLanes), sum[r][i]);
@@ -150,8 +153,8 @@ void dots(const Entries& e, const Entries& next, int d, int shift, const float* 
 
 /// out [R][d_v] = out · keep[r] + Σ p [R][kPage] · values, `Pairs` pairs of vectors at once.
 template <class Row, int R, int Pairs, bool Fetch>
-HEED_INLINE void add_values(const Entries& e, const Entries& next, int64_t c, int shift, const float* p, const float* keep,
-                            int d_v, float* out) {
+HEED_INLINE void add_values(const Entries& e, const Entries& next, int64_t c, int shift, const float* p,
+                            const float* keep, int d_v, float* out) {
   F sum[R][2 * Pairs];
   for (int r = 0; r < R; ++r)
     for (F& x : sum[r]) x = zero();

@@ -39,7 +39,8 @@ void interleave(Queue&, Tensor w, Tensor to) {
   const DtypeInfo i = info(w.type);
   require(w.rank == 2 && is_block(w.type) && w.contiguous() && !w.interleaved && to.interleaved && to.contiguous() &&
               to.size == w.size && to.type == w.type,
-          "interleave", "a matrix " + w.shape() + " of " + i.name + " as files hold it, and an interleaved one of its sizes");
+          "interleave",
+          "a matrix " + w.shape() + " of " + i.name + " as files hold it, and an interleaved one of its sizes");
   const int64_t row_bytes = w.size[1] / i.block * i.bytes, groups = w.size[0] / kSideBySide;
   over_parts(groups, kSideBySide * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {

@@ -55,8 +55,16 @@ HEED_INLINE RowCodes join(RowCodes low, RowCodes high) {
 }
 HEED_INLINE Word load_bits(Bytes p) { return p.word(0); }
 HEED_INLINE RowCodes add_fifth(RowCodes c, Word bits) {
+#if defined(__AVX512F__)
+  alignas(64) static constexpr uint32_t spread[16] = {
+      0x00000000, 0x00000010, 0x00001000, 0x00001010, 0x00100000, 0x00100010, 0x00101000, 0x00101010,
+      0x10000000, 0x10000010, 0x10001000, 0x10001010, 0x10100000, 0x10100010, 0x10101000, 0x10101010};
+  for (int j = 0; j < 8; ++j)
+    c.word[j] |= Word(_mm512_permutexvar_epi32(__m512i(bits >> 4 * j), _mm512_load_si512(spread)));
+#else
   // A product puts bit k of four at bit 8 k + 4, and others where the mask takes them off.
   for (int j = 0; j < 8; ++j) c.word[j] |= ((bits >> 4 * j & 15) * 0x02040810u) & 0x10101010u;
+#endif
   return c;
 }
 HEED_INLINE RowCodes look_up(const int8_t table[16], RowCodes c) {
@@ -106,7 +114,9 @@ HEED_INLINE Whole32 add_dot(Whole32 sums, Word w, const int8_t* activations) {
 #endif
 }
 
-HEED_INLINE F to_float(Whole32 x) { return F(__builtin_convertvector(x, float __attribute__((vector_size(4 * kLanes))))); }
+HEED_INLINE F to_float(Whole32 x) {
+  return F(__builtin_convertvector(x, float __attribute__((vector_size(4 * kLanes)))));
+}
 /// Byte `i` of every word, unsigned or signed.
 HEED_INLINE F byte_of(Word w, int i) { return to_float(Whole32(w >> 8 * i & 255)); }
 HEED_INLINE F signed_byte_of(Word w, int i) { return to_float(Whole32(w << (24 - 8 * i)) >> 24); }
@@ -132,8 +142,12 @@ struct FifthSixteen : AnySixteen {
   Bytes qh = bytes, qs = bytes + 4;
   HEED_INLINE FifthSixteen(const char* column, int part) : AnySixteen(column, part, D) {}
 };
-template <> struct Sixteen<Dtype::Q5_0> : FifthSixteen<Dtype::Q5_0> { using FifthSixteen::FifthSixteen; };
-template <> struct Sixteen<Dtype::Q5_1> : FifthSixteen<Dtype::Q5_1> { using FifthSixteen::FifthSixteen; };
+template <> struct Sixteen<Dtype::Q5_0> : FifthSixteen<Dtype::Q5_0> {
+  using FifthSixteen::FifthSixteen;
+};
+template <> struct Sixteen<Dtype::Q5_1> : FifthSixteen<Dtype::Q5_1> {
+  using FifthSixteen::FifthSixteen;
+};
 template <>
 struct Sixteen<Dtype::Q2_K> : AnySixteen {
   Bytes scales = bytes, qs = bytes + 16;

@@ -292,7 +292,8 @@ void multiply_few(Arena& arena, std::span<const Product> products) {
   over_parts(units, bytes / std::max<int64_t>(units, 1), [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // of a product's units among all
     for (const Product& p : products) {
-      const int64_t n = together(p), count = ceil_div(p.w.rows, n), a = std::max(begin, first), b = std::min(end, first + count);
+      const int64_t n = together(p), count = ceil_div(p.w.rows, n), a = std::max(begin, first),
+                    b = std::min(end, first + count);
       if (a < b) inputs.multiply(p, (a - first) * n, std::min((b - first) * n, p.w.rows));
       first += count;
     }

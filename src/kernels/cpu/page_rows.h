@@ -16,11 +16,11 @@ template <PageType::Kind kind, PageType::Axis axis>
 struct RowOf {
   using Kind = PageType::Kind;
   static constexpr bool quantised = kind >= Kind::Q8, by_channel = quantised && axis == PageType::Axis::Channel;
-  static constexpr int bits = kind == Kind::F32    ? 32
-                              : kind <= Kind::F16  ? 16
-                              : kind == Kind::Q8   ? 8
-                              : kind == Kind::Q4   ? 4
-                                                   : 2;
+  static constexpr int bits = kind == Kind::F32   ? 32
+                              : kind <= Kind::F16 ? 16
+                              : kind == Kind::Q8  ? 8
+                              : kind == Kind::Q4  ? 4
+                                                  : 2;
   static constexpr bool interleaved = kind == Kind::BF16 || kind == Kind::Q4 || kind == Kind::Q2;
 
   HEED_INLINE static void load(const char* row, int64_t channel, const float* scale, const float* low, F& a, F& b) {
@@ -68,7 +68,8 @@ void with_rows(const PageType& type, Fn&& f) {
     case Kind::Q2:
       return by_channel ? f.template operator()<RowOf<Kind::Q2, Axis::Channel>>()
                         : f.template operator()<RowOf<Kind::Q2, Axis::Token>>();
-    case Kind::Q3: return;  // no rows of numbers
+    case Kind::Q3:
+    case Kind::Q1: return;  // no rows of numbers
   }
 }
 

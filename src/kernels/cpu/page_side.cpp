@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numbers>
 #include <vector>
 
@@ -22,7 +23,7 @@ uint32_t code_at(const PageSide& side, int64_t place) {
 void expand(const PageSide& side, int entry, int first, int n, uint8_t* codes) {
   const int bits = side.type->bits();
   const int64_t place = side.place(entry, first);
-  if (side.transposed || bits == 3 || place * bits % 8 != 0) {
+  if (side.transposed || place * bits % 8 != 0) {
     for (int c = 0; c < n; ++c) codes[c] = uint8_t(code_at(side, side.place(entry, first + c)));
     return;
   }
@@ -35,6 +36,14 @@ void expand(const PageSide& side, int entry, int first, int n, uint8_t* codes) {
         codes[2 * c + 1] = from[c] >> 4;
       }
       if (n % 2) codes[n - 1] = from[n / 2] & 15;
+      break;
+    case 3:
+      for (int c = 0; c < n; c += 8) {
+        uint32_t word = 0;  // eight codes, or what is left of them
+        const int here = std::min(8, n - c);
+        std::memcpy(&word, from + c / 8 * 3, size_t(here * 3 + 7) / 8);
+        for (int i = 0; i < here; ++i) codes[c + i] = uint8_t(word >> 3 * i & 7);
+      }
       break;
     default:
       for (int c = 0; c < n; ++c) codes[c] = from[c / 4] >> (c % 4 * 2) & 3;
@@ -61,6 +70,125 @@ void read_quantised(const PageSide& side, int entry, float* out) {
         store_part(out + first + c, fma(load(codes + c), scale, zero), count);
       }
       c += count;
+    }
+  }
+}
+
+/// Points between a middle and half a width, and numbers that are kept as they are.
+void read_sparse(const PageSide& side, int entry, float* out) {
+  const PageType& type = *side.type;
+  const bool by_channel = type.axis == PageType::Axis::Channel;
+  const int64_t groups = type.groups(side.width), own = side.group(entry, 0);
+  const f16 *scales = side.scales() + own, *zeros = side.zeros() + own;
+  uint8_t codes[256];
+  for (int first = 0, run = by_channel ? 64 : type.group; first < side.width; first += run) {
+    const int n = std::min(run, side.width - first);
+    expand(side, entry, first, n, codes);
+    if (by_channel)
+      for (int c = 0; c < n; ++c)
+        out[first + c] = float(zeros[first + c]) + type.points[codes[c]] * float(scales[first + c]);
+    else
+      for (int c = 0; c < n; ++c)
+        out[first + c] = float(zeros[first / run]) + type.points[codes[c]] * float(scales[first / run]);
+  }
+  const int64_t step = by_channel ? 1 : type.group;  // channels of a group
+  const int here = entry % type.group;
+  for (int i = 0; i < type.outliers; ++i) {
+    const int64_t at = i * groups + own;
+    const uint8_t* places = side.places() + at;
+    const f16* numbers = side.scales() + 2 * groups + at;
+    for (int64_t c = 0, g = 0; c < side.width; c += step, ++g)
+      if (!by_channel || places[g] == here) out[by_channel ? c : c + places[g]] = float(numbers[g]);
+  }
+}
+
+/// x [n] → H x without its factor 1 / √n.
+template <class Number>
+void walsh(Number* x, int n) {
+  for (int half = 1; half < n; half *= 2)
+    for (int i = 0; i < n; i += 2 * half)
+      for (int j = i; j < i + half; ++j) {
+        const Number a = x[j], b = x[j + half];
+        x[j] = a + b, x[j + half] = a - b;
+      }
+}
+
+template <class Number>
+void flip(Number* x, int n, uint32_t seed, int block, int round) {
+  for (int word = 0; word < n / 32; ++word) {
+    const uint32_t signs = sketch_signs(seed, block, round, word);
+    for (int i = 0; i < 32; ++i) x[32 * word + i] = signs >> i & 1 ? -x[32 * word + i] : x[32 * word + i];
+  }
+}
+
+/// Where an entry's signs lie, and of the outliers from `from` on.
+uint32_t* signs_of(const PageSide& side, int entry) {
+  return reinterpret_cast<uint32_t*>(side.data + entry * side.type->row_bits(side.width) / 8);
+}
+
+/// What the signs of `count` projections stand for, to [n], times n / √(π/2) · count / norm.
+void open_sketch(const PageType& type, const uint32_t* signs, int count, int n, float* to) {
+  std::fill_n(to, n, 0.0f);
+  for (int first = 0; first < count; first += n) {
+    float x[kMostSketchWidth];
+    const int here = std::min(n, count - first);
+    for (int i = 0; i < here; ++i) x[i] = signs[(first + i) / 32] >> i % 32 & 1 ? 1.0f : -1.0f;
+    std::fill(x + here, x + n, 0.0f);
+    walsh(x, n), flip(x, n, type.seed, first / n, 1), walsh(x, n), flip(x, n, type.seed, first / n, 0);
+    for (int i = 0; i < n; ++i) to[i] += x[i];
+  }
+}
+
+void read_sketch(const PageSide& side, int entry, float* out) {
+  const PageType& type = *side.type;
+  const int n = sketch_width(side.width);
+  float part[kMostSketchWidth];
+  const auto factor = [&](int count, const f16& norm) {
+    return float(std::sqrt(std::numbers::pi / 2 * n) / count / n) * float(norm);
+  };
+  const uint32_t* signs = signs_of(side, entry);
+  open_sketch(type, signs, type.sketch, n, part);
+  const float scale = factor(type.sketch, side.scales()[entry]);
+  for (int c = 0; c < side.width; ++c) out[c] = part[c] * scale;
+  if (type.outliers == 0) return;
+  open_sketch(type, signs + type.sketch / 32, type.outlier_sketch, n, part);
+  const float apart = factor(type.outlier_sketch, side.scales()[kPage + entry]);
+  const uint8_t* channels = side.places() + entry / type.group * type.outliers;
+  for (int i = 0; i < type.outliers; ++i) out[channels[i]] = part[channels[i]] * apart;
+}
+
+/// A group of entries.
+void write_sketch(const PageSide& side, int entry, int entries, const float* rows, int64_t step) {
+  const PageType& type = *side.type;
+  const int n = sketch_width(side.width);
+  double squares[kMostSketchWidth] = {};
+  for (int c = 0; c < side.width; ++c)
+    for (int e = 0; e < entries; ++e) squares[c] += double(rows[e * step + c]) * double(rows[e * step + c]);
+  bool apart[kMostSketchWidth] = {};
+  for (int i = 0; i < type.outliers; ++i) {
+    const auto most = std::max_element(squares, squares + side.width) - squares;
+    side.places()[entry / type.group * type.outliers + i] = uint8_t(most);
+    squares[most] = -1, apart[most] = true;
+  }
+  for (int e = 0; e < entries; ++e) {
+    uint32_t* signs = signs_of(side, entry + e);
+    for (int outliers = 0; outliers < (type.outliers > 0 ? 2 : 1); ++outliers) {
+      double part[kMostSketchWidth] = {}, norm = 0;
+      for (int c = 0; c < side.width; ++c) {
+        const double x = double(rows[e * step + c]);
+        if (apart[c] == bool(outliers)) part[c] = x, norm += x * x;
+      }
+      side.scales()[outliers * kPage + entry + e] = f16(float(std::sqrt(norm)));
+      const int count = outliers ? type.outlier_sketch : type.sketch;
+      std::fill_n(signs, count / 32, 0u);
+      for (int first = 0; first < count; first += n) {
+        double x[kMostSketchWidth];
+        std::copy_n(part, n, x);
+        flip(x, n, type.seed, first / n, 0), walsh(x, n), flip(x, n, type.seed, first / n, 1), walsh(x, n);
+        for (int i = 0; i < std::min(n, count - first); ++i)
+          if (x[i] > 0) signs[(first + i) / 32] |= 1u << i % 32;
+      }
+      signs += count / 32;
     }
   }
 }
@@ -141,6 +269,40 @@ void write_blocks(const PageSide& side, int entry, const float* row) {
   }
 }
 
+uint32_t nearest(const PageType& type, float x) {
+  uint32_t code = 0;
+  for (uint32_t i = 1; i < 1u << type.bits(); ++i)
+    if (std::abs(x - type.points[i]) < std::abs(x - type.points[code])) code = i;
+  return code;
+}
+
+void quantise_sparse(const PageSide& side, int entry, int entries, int channel, int channels, const float* rows,
+                     int64_t step) {
+  const PageType& type = *side.type;
+  const int64_t group = side.group(entry, channel), groups = type.groups(side.width);
+  const int size = entries * channels;  // one of them is 1
+  const auto value = [&](int i) { return channels > 1 ? rows[channel + i] : rows[i * step + channel]; };
+  double away[256], mean = 0;  // −1: left out
+  for (int i = 0; i < size; ++i) mean += double(value(i)) / size;
+  for (int i = 0; i < size; ++i) away[i] = std::abs(double(value(i)) - mean);
+  for (int i = 0; i < type.outliers; ++i) {
+    const auto best = std::max_element(away, away + size) - away;
+    side.scales()[(2 + i) * groups + group] = f16(value(int(best)));
+    side.places()[i * groups + group] = uint8_t(best);
+    away[best] = -1;
+  }
+  float low = kInfinity, high = -kInfinity;
+  for (int i = 0; i < size; ++i)
+    if (type.outliers == 0 || away[i] >= 0) low = std::min(low, value(i)), high = std::max(high, value(i));
+  if (low > high) low = high = 0;
+  side.zeros()[group] = f16((low + high) / 2), side.scales()[group] = f16((high - low) / 2);
+  const float zero = float(side.zeros()[group]), scale = float(side.scales()[group]);
+  for (int i = 0; i < size; ++i) {
+    const int64_t place = channels > 1 ? side.place(entry, channel + i) : side.place(entry + i, channel);
+    set_code(side, place, nearest(type, scale != 0 ? (value(i) - zero) / scale : 0));
+  }
+}
+
 /// Codes, scale and zero of `entries` × `channels` numbers that share them.
 void quantise(const PageSide& side, int entry, int entries, int channel, int channels, const float* rows, int64_t step) {
   auto value = [&](int e, int c) { return rows[e * step + channel + c]; };
@@ -166,14 +328,14 @@ void quantise(const PageSide& side, int entry, int entries, int channel, int cha
                                                       : largest / float(-half));
     for (int c = 0; c < channels; ++c) {
       const float x = scale != 0 ? value(0, c) / scale : 0;
-      uint32_t code = 0;
-      if (!table) code = uint32_t(std::clamp(std::floor(x + 0.5f) + float(half), 0.0f, float(most)));
-      for (int i = 1; table && i <= most; ++i)
-        if (std::abs(x - type.points[size_t(i)]) < std::abs(x - type.points[code])) code = uint32_t(i);
+      const uint32_t code = table ? nearest(type, x)
+                                  : uint32_t(std::clamp(std::floor(x + 0.5f) + float(half), 0.0f, float(most)));
       set_code(side, side.place(entry, channel + c), code);
     }
     return;
   }
+  if (type.codes == PageType::Codes::Sparse)
+    return quantise_sparse(side, entry, entries, channel, channels, rows, step);
   const bool polar = type.codes == PageType::Codes::Polar;
   float low = value(0, 0), high = low;
   for (int e = 0; e < entries; ++e)
@@ -218,7 +380,9 @@ const float* read_entry(const PageSide& side, int entry, float* out) {
   using Kind = PageType::Kind;
   const int n = side.width;
   if (side.type->quantised()) {
-    if (side.type->kind == Kind::Q3) return read_blocks(side, entry, out), out;
+    if (side.type->sphere()) return read_blocks(side, entry, out), out;
+    if (side.type->sparse()) return read_sparse(side, entry, out), out;
+    if (side.type->sketched()) return read_sketch(side, entry, out), out;
     read_quantised(side, entry, out);
     if (side.type->codes == PageType::Codes::Polar) from_polar(side, out);
     return out;
@@ -246,7 +410,12 @@ void write_entries(const PageSide& side, int begin, int count, const float* rows
   const int n = side.width;
   if (side.type->quantised()) {
     const int group = side.type->group;
-    if (side.type->kind == Kind::Q3) {
+    if (side.type->sketched()) {
+      for (int e = 0; e < count; e += group)
+        write_sketch(side, begin + e, std::min(group, count - e), rows + e * step, step);
+      return;
+    }
+    if (side.type->sphere()) {
       for (int e = 0; e < count; ++e) write_blocks(side, begin + e, rows + e * step);
       return;
     }

@@ -26,8 +26,9 @@ struct PageSide {
     if (entry >= kPage) return int64_t(entry) * width + channel;  // a spare row
     return transposed ? int64_t(channel) * kPage + entry : int64_t(entry) * width + channel;
   }
-  f16* scales() const { return reinterpret_cast<f16*>(data + int64_t(kPage) * width * type->bits() / 8); }
+  f16* scales() const { return reinterpret_cast<f16*>(data + kPage * type->row_bits(width) / 8); }
   f16* zeros() const { return scales() + type->groups(width); }  // where they are kept
+  uint8_t* places() const { return reinterpret_cast<uint8_t*>(scales() + type->halves() * type->groups(width)); }
   /// What codes times their scale begin from (Range, Signed).
   float zero(int64_t group) const {
     return type->zeros() ? float(zeros()[group]) : type->point(0) * float(scales()[group]);

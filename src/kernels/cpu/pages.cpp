@@ -158,7 +158,7 @@ namespace {
 struct Moving {
   float* rows;     // [64][width]
   uint8_t* codes;  // [64][width]
-  f16* scales;     // [64][2 · groups of an entry]
+  f16* scales;     // [64][2 · width]: scales, zeros and outliers of an entry's groups, then where outliers are
 
   static int64_t bytes(int64_t width) { return kPage * width * (4 + 1 + 2 * 2); }
   Moving(char* memory, int64_t width)
@@ -176,16 +176,31 @@ struct Moving {
     if (row != rows + at * width) std::copy_n(row, width, rows + at * width);
     if (!from.type->quantised() || from.type->axis == PageType::Axis::Channel) return;
     read_codes(from, entry, codes + at * width);
-    const int64_t groups = from.type->groups(from.width) / kPage, first = from.group(entry, 0);
-    std::copy_n(from.scales() + first, groups, scales + at * 2 * width);
-    if (from.type->zeros()) std::copy_n(from.zeros() + first, groups, scales + at * 2 * width + groups);
+    f16* to = scales + at * 2 * width;
+    each_beside(
+        from, entry, [&](f16* numbers, int64_t n) { to = std::copy_n(numbers, n, to); },
+        [&](uint8_t* places, int64_t n, int64_t done) { std::copy_n(places, n, reinterpret_cast<uint8_t*>(to) + done); });
+  }
+
+  /// What lies beside an entry's codes: numbers(from, count) for scales, zeros and each outlier of its groups, then
+  /// places(from, count, so many before).
+  template <class Numbers, class Places>
+  static void each_beside(const PageSide& side, int entry, Numbers&& numbers, Places&& places) {
+    const int64_t all = side.type->groups(side.width), own = all / kPage, first = entry * own;
+    for (int i = 0; i < side.type->halves(); ++i) numbers(side.scales() + i * all + first, own);
+    for (int i = 0; side.type->sparse() && i < side.type->outliers; ++i)
+      places(side.places() + i * all + first, own, i * own);
   }
 
   void give_raw(const PageSide& to, int entry, int at) const {
-    const int64_t width = to.width, groups = to.type->groups(to.width) / kPage, first = to.group(entry, 0);
+    const int64_t width = to.width;
     write_codes(to, entry, codes + at * width);
-    std::copy_n(scales + at * 2 * width, groups, to.scales() + first);
-    if (to.type->zeros()) std::copy_n(scales + at * 2 * width + groups, groups, to.zeros() + first);
+    const f16* from = scales + at * 2 * width;
+    each_beside(
+        to, entry, [&](f16* numbers, int64_t n) { std::copy_n(from, n, numbers), from += n; },
+        [&](uint8_t* places, int64_t n, int64_t done) {
+          std::copy_n(reinterpret_cast<const uint8_t*>(from) + done, n, places);
+        });
   }
 };
 
@@ -204,6 +219,15 @@ void move_side(const Pages& from, int64_t s, const int32_t* index, int count, co
   if (!all_raw) write_entries(to, 0, count, moving.rows, to.width);
   for (int i = 0; i < count; ++i)
     if (raw[i]) moving.give_raw(to, i, i);
+}
+
+/// Whether entries are a full page's and stay where they are: groups of entries are then not made anew.
+bool stays(const Pages& from, int64_t s, const int32_t* index, int count, const char* page) {
+  const int64_t number = index[0] / kPage;
+  if (count < kPage || from.page(s, number) != page) return false;
+  for (int i = 0; i < count; ++i)
+    if (index[i] != number * kPage + i) return false;
+  return true;
 }
 
 }  // namespace
@@ -237,6 +261,7 @@ void page_move(Queue& queue, const Pages& from, const Pages& to, Tensor index, T
       const int32_t* entries = index.as<int32_t>() + s * capacity + first;
       const PageLayout& layout = to.layout_of(s, first / kPage);
       char* page = to.page(s, first / kPage);
+      if (stays(from, s, entries, here, page)) continue;
       int32_t moved_position[kPage];
       float moved_bias[kPage];
       for (int i = 0; i < here; ++i) {

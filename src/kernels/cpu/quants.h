@@ -92,7 +92,9 @@ template <>
 struct Quant<Dtype::IQ4_NL> : QuantOf32 {
   using Block = BlockIQ4_NL;
   static constexpr bool is_signed = true;
-  template <int, class B> HEED_INLINE static auto codes(const B& b) { return look_up(iq4_nl_values, load_halves(b.qs)); }
+  template <int, class B> HEED_INLINE static auto codes(const B& b) {
+    return look_up(iq4_nl_values, load_halves(b.qs));
+  }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) { *scale = float(b.d); }
   HEED_INLINE static void scales(const Sixteen<Dtype::IQ4_NL>& b, F* scale, F*) { *scale = b.number(0); }
 };

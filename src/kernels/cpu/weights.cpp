@@ -82,7 +82,8 @@ void separate(const char* column, int first, int64_t blocks, char* const to[4]) 
 
 /// Rows first … first + rows of sixteen side by side; `row` the first of the sixteen.
 template <Dtype D, class Out>
-void unpack_columns(const Weights& w, int64_t row, int first, int rows, int64_t begin, int64_t count, Out* out, int64_t stride) {
+void unpack_columns(const Weights& w, int64_t row, int first, int rows, int64_t begin, int64_t count, Out* out,
+                    int64_t stride) {
   constexpr int64_t most = 512, block = info(D).block;
   alignas(64) char room[4][most / block * info(D).bytes];
   char* const to[4] = {room[0], room[1], room[2], room[3]};

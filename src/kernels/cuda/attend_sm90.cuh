@@ -33,7 +33,7 @@ struct Launch {
   const int32_t* row_low;  // the first key that each row's window holds; null: windows count keys, not positions
   const int32_t *index, *mask;
   const uint64_t* bits;
-  int q_tile, k_tile;
+  int bit_rows, k_tile;  // rows of a tile of bits
   int k_rows, v_rows;
 };
 
@@ -176,8 +176,8 @@ __device__ __forceinline__ void hide(Rows<S>& x, const Launch& a, const Tile& t,
         uint64_t seen = ~uint64_t(0);
         const int tile_row = t.plan_row + row + 8 * r;
         if (mask >= 0 && row + 8 * r < t.rows)
-          seen = a.k_tile == 64 ? a.bits[int64_t(mask) * a.q_tile + tile_row]
-                                : a.bits[(int64_t(mask) * a.q_tile + tile_row) * 2 + half];
+          seen = a.k_tile == 64 ? a.bits[int64_t(mask) * a.bit_rows + tile_row]
+                                : a.bits[(int64_t(mask) * a.bit_rows + tile_row) * 2 + half];
         seen >>= column;
 #pragma unroll
         for (int i = 0; i < 8; ++i)

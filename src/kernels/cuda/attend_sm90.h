@@ -25,8 +25,9 @@ struct Attend {
   float* out = nullptr;
   int64_t out_stride = 0;
   float* lse = nullptr;
-  // A block plan; k_tile 0: every key.
+  // A block plan; k_tile 0: every key. With `paired` a list is that of its row and the next one of q_tile rows (pair_rows).
   int q_tile = 0, k_tile = 0, plan_heads = 1;
+  bool paired = false;
   const int64_t* rowptr = nullptr;
   const int32_t *count = nullptr, *index = nullptr, *mask = nullptr;
   const uint64_t* bits = nullptr;
@@ -112,5 +113,9 @@ bool attend_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, cons
 bool attend_backward_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out,
                           Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
 bool attend_store_sm90(Queue&, const Ragged& q, const Pages&, const Read&, const Mods&, Tensor out, Tensor lse);
+
+
+/// Makes of a plan of `rows` rows and at most `entries` entries, tiles of 64 rows and no masks, lists for tiles of 128, in scratch.
+void pair_rows(Queue&, int64_t rows, int64_t entries, sm90::Attend&);
 
 }  // namespace heed::cuda

@@ -55,9 +55,11 @@ bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v
     a.q_tile = plan.q_tile, a.k_tile = plan.k_tile, a.plan_heads = int(scope_heads(plan.scope, q.heads, k.heads));
     a.rowptr = plan.rowptr.as<int64_t>(), a.count = plan.count.as<int32_t>(), a.index = plan.index.as<int32_t>();
     a.mask = plan.mask.as<int32_t>(), a.bits = plan.bits.as<uint64_t>();
+    a.paired = plan.q_tile == 64 && !plan.mask && plan.k_tile <= 128;
   }
   if (!sm90::attend_fits(a)) return false;
   Scratch scope(queue.scratch);
+  if (a.paired) pair_rows(queue, plan.rows(), plan.index.size[0], a);
   const cudaStream_t stream = static_cast<cudaStream_t>(queue.stream);
   if (round) a.q = rounded(queue, "attend", q).as<__nv_bfloat16>();
   check(sm90::attend_launch(a, queue.scratch.take(Dtype::U8, {sm90::attend_scratch(a)}).data, stream), "attend");

@@ -69,8 +69,16 @@ __global__ void count_pairs_kernel(const __grid_constant__ Counted a, const __gr
         total += double(seen(begin, begin + wide));
         continue;
       }
-      for (int64_t j = begin; j < min(begin + wide, int64_t(m)); ++j)
-        if (mask_shows(a.plan, e, i % a.plan.q_tile, int(j))) total += double(seen(j, j + 1));
+      const uint64_t* bits = a.plan.bits + (int64_t(a.plan.mask[e]) * a.plan.q_tile + i % a.plan.q_tile) * a.plan.words;
+      for (int64_t w = 0; w < a.plan.words; ++w) {
+        const int64_t first = begin + 64 * w, from = max(int64_t(low) - first, int64_t(0)),
+                      to = min(min(int64_t(high) - first, wide - 64 * w), int64_t(64));
+        if (from >= to) continue;
+        uint64_t shown = bits[w] & ~uint64_t(0) << from & ~uint64_t(0) >> (64 - to);
+        if (!a.until) total += double(__popcll(shown));
+        else
+          for (; shown; shown &= shown - 1) total += double(seen(first + __ffsll(shown) - 1, first + __ffsll(shown)));
+      }
     }
   }
   total = warp_sum(total);

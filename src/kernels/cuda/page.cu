@@ -7,7 +7,7 @@ namespace {
 
 SideView side_view(const char* where, const PageType& type, int width, int64_t at) {
   SideView out{at,
-               int64_t(kPage) * width * type.bits() / 8,
+               kPage * type.row_bits(width) / 8,
                width,
                type.group,
                type.bits(),
@@ -18,9 +18,13 @@ SideView side_view(const char* where, const PageType& type, int width, int64_t a
                {},
                type.turned,
                type.pair,
-               type.norms_at(width)};
+               type.norms_at(width),
+               type.outliers,
+               type.sketch,
+               type.outlier_sketch,
+               type.seed};
   std::copy(type.points.begin(), type.points.end(), out.points);
-  if (type.quantised() &&
+  if (type.quantised() && !type.sketched() &&
       (width * type.bits() % 8 != 0 || (!out.by_channel && type.group * type.bits() % 8 != 0 && type.group < width)))
     throw Error(Code::Unsupported, where, "groups of quantised numbers that share a byte",
                 "use a group of a multiple of 4 numbers");

@@ -14,19 +14,28 @@ struct SideView {
   PageType::Kind kind;
   PageType::Codes codes;
   bool by_channel;   // groups of entries
-  float points[16];  // Table
+  float points[16];  // Table, Sparse
   int turned;        // Polar
   int pair;
   int64_t norms_at;  // from `at`
+  int outliers, sketch, outlier_sketch;
+  uint32_t seed;
 
   __host__ __device__ bool quantised() const { return kind >= PageType::Kind::Q8; }
   /// Whether an entry moves as it is, codes and scales.
   __host__ __device__ bool raw() const { return !pair && (!quantised() || !by_channel); }
   __host__ __device__ int row_groups() const { return quantised() ? (width + group - 1) / group : 0; }
-  __host__ __device__ int64_t row_bytes() const { return int64_t(width) * bits / 8; }
-  __host__ __device__ bool has_zeros() const {
-    return codes == PageType::Codes::Range || codes == PageType::Codes::Polar;
+  __host__ __device__ int64_t row_bytes() const {
+    return (sketched() ? sketch + outlier_sketch : int64_t(width) * bits) / 8;
   }
+  __host__ __device__ bool has_zeros() const {
+    return codes == PageType::Codes::Range || codes == PageType::Codes::Polar || codes == PageType::Codes::Sparse;
+  }
+  __host__ __device__ bool sparse() const { return quantised() && codes == PageType::Codes::Sparse; }
+  __host__ __device__ bool sketched() const { return quantised() && codes == PageType::Codes::Sketch; }
+  __host__ __device__ int halves() const { return (has_zeros() ? 2 : 1) + (sparse() ? outliers : 0); }
+  /// U8 for each group that moves with an entry.
+  __host__ __device__ int row_places() const { return sparse() ? outliers : 0; }
   __host__ __device__ bool polar() const { return quantised() && codes == PageType::Codes::Polar; }
   __device__ bool first(int c) const { return c < turned ? c < turned / 2 : (c - turned) % 2 == 0; }
   __device__ int mate(int c) const { return c + (first(c) ? 1 : -1) * (c < turned ? turned / 2 : 1); }
@@ -35,7 +44,8 @@ struct SideView {
   __device__ bool same_type(const SideView& o) const {
     if (pair || o.pair) return false;
     if (kind != o.kind || !quantised()) return kind == o.kind;
-    bool same = by_channel == o.by_channel && group == o.group && codes == o.codes && turned == o.turned;
+    bool same = by_channel == o.by_channel && group == o.group && codes == o.codes && turned == o.turned &&
+                outliers == o.outliers && sketch == o.sketch && outlier_sketch == o.outlier_sketch && seed == o.seed;
     for (int i = 0; i < 16; ++i) same = same && points[i] == o.points[i];
     return same;
   }
@@ -50,6 +60,7 @@ struct SideView {
   }
   __device__ __half* scales(char* page) const { return reinterpret_cast<__half*>(page + at + scales_at); }
   __device__ __half* zeros(char* page) const { return scales(page) + groups; }
+  __device__ uint8_t* places(char* page) const { return reinterpret_cast<uint8_t*>(scales(page) + halves() * groups); }
   __device__ float plain(const char* row, int c) const {
     switch (kind) {
       case PageType::Kind::F32: return reinterpret_cast<const float*>(row)[c];
@@ -68,6 +79,11 @@ struct SideView {
       return plain(page + at + (spare ? kPage + spare - 1 : entry) * row_bytes(), c) *
              norms(page)[(pair - 1) * kPage + entry];
     }
+    if (sketched()) {
+      float x[1];
+      open_sketch(page, entry, c, x);
+      return x[0];
+    }
     if (sphere()) {
       const char* row = page + at + entry * row_bytes();
       return of_block(row, __half2float(scales(page)[group_of(entry, c)]), c);
@@ -77,7 +93,40 @@ struct SideView {
     const double angle = number(page, entry, of_first ? c : mate(c)), size = number(page, entry, of_first ? mate(c) : c);
     return float(size * (of_first ? cos(angle) : sin(angle)));
   }
-  __host__ __device__ bool sphere() const { return kind == PageType::Kind::Q3; }
+  __host__ __device__ bool sphere() const { return quantised() && codes == PageType::Codes::Sphere; }
+  /// Channels c … c + N − 1 of an entry: Σ over a block's rows i of H_ci D_i (Σ_j H_ij s_j), the inner sums as counts of bits,
+  /// 32 signs at a time.
+  template <int N> __noinline__ __device__ void open_sketch(char* page, int entry, int c, float (&x)[N]) const {
+    const int n = sketch_width(width);
+    const uint8_t* apart = places(page) + entry / group * outliers;
+    uint32_t outlier = 0;
+    for (int i = 0; i < outliers; ++i)
+      if (apart[i] >= c && apart[i] < c + N) outlier |= 1u << (apart[i] - c);
+    for (int part = 0; part < 2; ++part) {
+      if (part == 0 ? outlier == (1u << N) - 1 : outlier == 0) continue;
+      const auto* signs = reinterpret_cast<const uint32_t*>(page + at + entry * row_bytes()) + (part ? sketch / 32 : 0);
+      const int count = part ? outlier_sketch : sketch;
+      float sum[N] = {};
+      for (int first = 0; first < count; first += n) {
+        const int words = min(n, count - first) / 32, block = first / n;
+        int own[N] = {};
+        for (int i = 0; i < n; ++i) {
+          const uint32_t low = (i & 1 ? 0xaaaaaaaau : 0u) ^ (i & 2 ? 0xccccccccu : 0u) ^ (i & 4 ? 0xf0f0f0f0u : 0u) ^
+                               (i & 8 ? 0xff00ff00u : 0u) ^ (i & 16 ? 0xffff0000u : 0u);
+          int dot = -32 * words;
+          for (int w = 0; w < words; ++w)
+            dot += 2 * __popc(signs[first / 32 + w] ^ low ^ (__popc(i >> 5 & w) & 1 ? 0xffffffffu : 0u));
+          if (sketch_signs(seed, block, 1, i / 32) >> (i % 32) & 1) dot = -dot;
+          for (int k = 0; k < N; ++k) own[k] += __popc(i & (c + k)) & 1 ? -dot : dot;
+        }
+        for (int k = 0; k < N; ++k)
+          sum[k] += float(sketch_signs(seed, block, 0, (c + k) / 32) >> ((c + k) % 32) & 1 ? -own[k] : own[k]);
+      }
+      const float scale = float(sqrt(1.5707963267948966 * n) / count / n) * __half2float(scales(page)[part * kPage + entry]);
+      for (int k = 0; k < N; ++k)
+        if ((outlier >> k & 1) == uint32_t(part)) x[k] = c + k < width ? sum[k] * scale : 0.0f;
+    }
+  }
   /// Channel c of a block: the product of the sines and cosines on its way down from the block's length.
   __device__ float of_block(const char* row, float length, int c) const {
     const auto* bytes = reinterpret_cast<const uint8_t*>(row) + c / 16 * 6;
@@ -98,13 +147,17 @@ struct SideView {
     const char* row = page + at + entry * row_bytes();
     if (!quantised()) return plain(row, c);
     const int g = group_of(entry, c);
+    const int place = by_channel ? entry % group : c % group;
+    for (int i = 0; i < row_places(); ++i)
+      if (places(page)[i * groups + g] == place) return __half2float(scales(page)[(2 + i) * groups + g]);
     return __fadd_rn(has_zeros() ? __half2float(zeros(page)[g]) : 0.0f,
                      __fmul_rn(point(code(row, c)), __half2float(scales(page)[g])));
   }
   /// Channels c … c + 7 (c a multiple of eight), zeros past the width.
   __device__ void get8(char* page, int entry, int c, float (&x)[8]) const {
     const char* row = page + at + entry * row_bytes();
-    if (pair || polar() || sphere()) {
+    if (sketched()) return open_sketch(page, entry, c, x);
+    if (pair || polar() || sphere() || sparse()) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = c + i < width ? get(page, entry, c + i) : 0.0f;
       return;
@@ -213,6 +266,14 @@ struct Extent {
   }
 };
 
+/// Of a table, of equals the lower.
+__device__ inline int nearest_point(const SideView& side, float x) {
+  int best = 0;
+  for (int i = 1; i < 1 << side.bits; ++i)
+    if (fabsf(x - side.points[i]) < fabsf(x - side.points[best])) best = i;
+  return best;
+}
+
 struct Quantiser {
   const SideView& side;
   float zero = 0, scale;
@@ -234,12 +295,7 @@ struct Quantiser {
   }
   __device__ int code(float value) const {
     const float x = scale != 0 ? __fdiv_rn(value - zero, scale) : 0.0f;
-    if (side.codes == PageType::Codes::Table) {
-      int best = 0;
-      for (int i = 1; i <= most; ++i)
-        if (fabsf(x - side.points[i]) < fabsf(x - side.points[best])) best = i;
-      return best;
-    }
+    if (side.codes == PageType::Codes::Table) return nearest_point(side, x);
     const float code = side.codes == PageType::Codes::Range   ? rintf(x)
                        : side.codes == PageType::Codes::Polar ? floorf(x)
                                                               : floorf(x + 0.5f) + float(half);
@@ -272,6 +328,101 @@ __device__ inline void put_block(const SideView& side, char* page, int entry, in
   side.scales(page)[side.group_of(entry, first)] = __float2half_rn(float(lengths[0]));
 }
 
+/// Group g takes value(0) … value(size − 1), by one thread; keep(i, code) has the codes.
+template <class Value, class Keep>
+__device__ inline void put_sparse(const SideView& side, char* page, int g, int size, Value value, Keep keep) {
+  double mean = 0;
+  for (int i = 0; i < size; ++i) mean += double(value(i)) / size;
+  uint32_t left_out[8] = {};
+  const auto is_out = [&](int i) { return left_out[i / 32] >> (i % 32) & 1; };
+  for (int i = 0, best = 0; i < side.outliers; ++i) {
+    int farthest = -1;
+    for (int j = 0; j < size; ++j)
+      if (!is_out(j) && (farthest < 0 || fabs(double(value(j)) - mean) > fabs(double(value(farthest)) - mean)))
+        farthest = j;
+    if (farthest >= 0) best = farthest;  // a group of few keeps one again
+    left_out[best / 32] |= 1u << (best % 32);
+    side.scales(page)[(2 + i) * side.groups + g] = __float2half_rn(value(best));
+    side.places(page)[i * side.groups + g] = uint8_t(best);
+  }
+  float low = kInfinity, high = -kInfinity;
+  for (int i = 0; i < size; ++i)
+    if (!is_out(i)) low = fminf(low, value(i)), high = fmaxf(high, value(i));
+  if (low > high) low = high = 0;
+  side.zeros(page)[g] = __float2half_rn((low + high) / 2), side.scales(page)[g] = __float2half_rn((high - low) / 2);
+  const float zero = __half2float(side.zeros(page)[g]), scale = __half2float(side.scales(page)[g]);
+  for (int i = 0; i < size; ++i) keep(i, nearest_point(side, scale != 0 ? __fdiv_rn(value(i) - zero, scale) : 0.0f));
+}
+
+/// Codes of whole bytes are 0 before: of `channels` channels from c on of an entry.
+__device__ inline void clear_codes(const SideView& side, char* page, int entry, int c, int channels) {
+  char* row = page + side.at + entry * side.row_bytes() + c * side.bits / 8;
+  for (int i = 0; i < channels * side.bits / 8; ++i) row[i] = 0;
+}
+__device__ inline void add_code(const SideView& side, char* page, int entry, int c, int code) {
+  char* row = page + side.at + entry * side.row_bytes() + c * side.bits / 8;
+  const int shift = c * side.bits % 8;
+  row[0] = char(row[0] | code << shift);
+  if (shift + side.bits > 8) row[1] = char(row[1] | code << shift >> 8);
+}
+
+__device__ inline void walsh(double* x, int n) {
+  for (int half = 1; half < n; half *= 2)
+    for (int i = 0; i < n; i += 2 * half)
+      for (int j = i; j < i + half; ++j) {
+        const double a = x[j], b = x[j + half];
+        x[j] = a + b, x[j + half] = a - b;
+      }
+}
+
+/// Entry begin + e takes get(e, channel), by one thread, which finds for itself which channels are outliers of the group
+/// begin + first … begin + end − 1.
+template <class Get>
+__device__ inline void put_sketch(const SideView& side, char* page, int begin, int first, int end, int e, Get get) {
+  const int n = sketch_width(side.width);
+  uint32_t apart[kMostSketchWidth / 32] = {};
+  const auto is_apart = [&](int c) { return apart[c / 32] >> (c % 32) & 1; };
+  if (side.outliers > 0) {
+    double squares[kMostSketchWidth];
+    for (int c = 0; c < side.width; ++c) {
+      squares[c] = 0;
+      for (int i = first; i < end; ++i) squares[c] += double(get(i, c)) * double(get(i, c));
+    }
+    for (int i = 0; i < side.outliers; ++i) {
+      int most = 0;
+      for (int c = 1; c < side.width; ++c)
+        if (squares[c] > squares[most]) most = c;
+      squares[most] = -1, apart[most / 32] |= 1u << (most % 32);
+      if (e == first) side.places(page)[(begin + first) / side.group * side.outliers + i] = uint8_t(most);
+    }
+  }
+  auto* signs = reinterpret_cast<uint32_t*>(page + side.at + (begin + e) * side.row_bytes());
+  for (int part = 0; part < (side.outliers > 0 ? 2 : 1); ++part) {
+    double norm = 0;
+    for (int c = 0; c < side.width; ++c)
+      if (is_apart(c) == uint32_t(part)) norm += double(get(e, c)) * double(get(e, c));
+    side.scales(page)[part * kPage + begin + e] = __float2half_rn(float(sqrt(norm)));
+    const int count = part ? side.outlier_sketch : side.sketch;
+    for (int at = 0; at < count; at += n) {
+      double x[kMostSketchWidth];
+      for (int c = 0; c < n; ++c) {
+        x[c] = c < side.width && is_apart(c) == uint32_t(part) ? double(get(e, c)) : 0.0;
+        if (sketch_signs(side.seed, at / n, 0, c / 32) >> (c % 32) & 1) x[c] = -x[c];
+      }
+      walsh(x, n);
+      for (int c = 0; c < n; ++c)
+        if (sketch_signs(side.seed, at / n, 1, c / 32) >> (c % 32) & 1) x[c] = -x[c];
+      walsh(x, n);
+      for (int w = 0; w < min(n, count - at) / 32; ++w) {
+        uint32_t word = 0;
+        for (int i = 0; i < 32; ++i) word |= uint32_t(x[32 * w + i] > 0) << i;
+        signs[at / 32 + w] = word;
+      }
+    }
+    signs += count / 32;
+  }
+}
+
 /// Entries begin … begin + count take get(entry − begin, channel), but those for which skip(entry − begin); by every thread
 /// of a block. With groups of entries begin starts one, and none is skipped.
 template <class Get, class Skip>
@@ -290,6 +441,26 @@ __device__ inline void put(const SideView& side, char* page, int begin, int coun
     }
     return;
   }
+  if (side.sketched()) {
+    for (int e = threadIdx.x; e < count; e += blockDim.x) {
+      const int first = e / side.group * side.group;
+      put_sketch(side, page, begin, first, min(first + side.group, count), e, get);
+    }
+    return;
+  }
+  if (side.sparse() && side.by_channel) {
+    const int run = side.bits == 3 ? 8 : 8 / side.bits;  // channels whose codes are whole bytes
+    const int runs = side.width / run, groups = (count + side.group - 1) / side.group;
+    for (int item = threadIdx.x; item < groups * runs; item += blockDim.x) {
+      const int first = item / runs * side.group, size = min(side.group, count - first), c0 = item % runs * run;
+      for (int e = first; e < first + size; ++e) clear_codes(side, page, begin + e, c0, run);
+      for (int c = c0; c < c0 + run; ++c)
+        put_sparse(
+            side, page, side.group_of(begin + first, c), size, [&](int i) { return float(get(first + i, c)); },
+            [&](int i, int code) { add_code(side, page, begin + first + i, c, code); });
+    }
+    return;
+  }
   const int per = 8 / side.bits;  // codes of a byte
   if (!side.by_channel) {
     const int groups = side.row_groups();
@@ -300,9 +471,16 @@ __device__ inline void put(const SideView& side, char* page, int begin, int coun
         put_block(side, page, begin + entry, first, [&](int c) { return get(entry, c); });
         continue;
       }
+      const int g = side.group_of(begin + entry, first);
+      if (side.sparse()) {
+        clear_codes(side, page, begin + entry, first, end - first);
+        put_sparse(
+            side, page, g, end - first, [&](int i) { return float(get(entry, first + i)); },
+            [&](int i, int code) { add_code(side, page, begin + entry, first + i, code); });
+        continue;
+      }
       Extent of;
       for (int c = first; c < end; ++c) of.add(get(entry, c));
-      const int g = side.group_of(begin + entry, first);
       const Quantiser by(side, of, side.zeros(page) + g, side.scales(page) + g);
       uint8_t* row = reinterpret_cast<uint8_t*>(page + side.at + (begin + entry) * side.row_bytes());
       for (int c = first; c < end; c += per) {

@@ -140,8 +140,9 @@ __device__ void convert_side(const SideView& from, char* old_page, const SideVie
   if (!raw) return;
   for (int64_t b = threadIdx.x; b < count * to.row_bytes(); b += blockDim.x) page[to.at + b] = old_page[from.at + b];
   for (int g = threadIdx.x; g < count * to.row_groups(); g += blockDim.x) {
-    to.scales(page)[g] = from.scales(old_page)[g];
-    if (to.has_zeros()) to.zeros(page)[g] = from.zeros(old_page)[g];
+    for (int i = 0; i < to.halves(); ++i) to.scales(page)[i * to.groups + g] = from.scales(old_page)[i * to.groups + g];
+    for (int i = 0; i < to.row_places(); ++i)
+      to.places(page)[i * to.groups + g] = from.places(old_page)[i * to.groups + g];
   }
 }
 

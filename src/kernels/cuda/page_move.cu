@@ -29,7 +29,7 @@ __device__ void copy_row(const char* from, char* to, int64_t bytes, int lane) {
   for (int64_t b = lane; b < bytes; b += 32) to[b] = from[b];
 }
 
-/// An entry's side as it is, codes then scales and zeros, or as f32 where groups span entries.
+/// An entry's side as it is, codes then what lies beside them, or as f32 where groups span entries.
 __device__ void gather(const SideView& side, char* page, int entry, char* to, int lane) {
   if (!side.raw()) {
     for (int c = lane; c < side.width; c += 32) reinterpret_cast<float*>(to)[c] = side.get(page, entry, c);
@@ -38,9 +38,12 @@ __device__ void gather(const SideView& side, char* page, int entry, char* to, in
   const char* row = page + side.at + entry * side.row_bytes();
   copy_row(row, to, side.row_bytes(), lane);
   __half* scales = reinterpret_cast<__half*>(to + (side.row_bytes() + 1) / 2 * 2);
-  for (int g = lane; g < side.row_groups(); g += 32) {
-    scales[g] = side.scales(page)[entry * side.row_groups() + g];
-    if (side.has_zeros()) scales[side.row_groups() + g] = side.zeros(page)[entry * side.row_groups() + g];
+  const int own = side.row_groups();
+  auto* places = reinterpret_cast<uint8_t*>(scales + side.halves() * own);
+  for (int g = lane; g < own; g += 32) {
+    for (int i = 0; i < side.halves(); ++i) scales[i * own + g] = side.scales(page)[i * side.groups + entry * own + g];
+    for (int i = 0; i < side.row_places(); ++i)
+      places[i * own + g] = side.places(page)[i * side.groups + entry * own + g];
   }
 }
 
@@ -49,8 +52,12 @@ __device__ float gathered(const SideView& side, const char* from, int c) {
   if (!side.quantised()) return side.plain(from, c);
   const __half* scales = reinterpret_cast<const __half*>(from + (side.row_bytes() + 1) / 2 * 2);
   const int g = c / side.group;
+  const int own = side.row_groups();
+  const auto* places = reinterpret_cast<const uint8_t*>(scales + side.halves() * own);
+  for (int i = 0; i < side.row_places(); ++i)
+    if (places[i * own + g] == c % side.group) return __half2float(scales[(2 + i) * own + g]);
   if (side.sphere()) return side.of_block(from, __half2float(scales[g]), c);
-  return __fadd_rn(side.has_zeros() ? __half2float(scales[side.row_groups() + g]) : 0.0f,
+  return __fadd_rn(side.has_zeros() ? __half2float(scales[own + g]) : 0.0f,
                    __fmul_rn(side.point(side.code(from, c)), __half2float(scales[g])));
 }
 
@@ -98,9 +105,12 @@ __device__ void place(const SideView& side, char* page, int count, const PagesVi
     char* row = page + side.at + e * side.row_bytes();
     copy_row(from_record, row, side.row_bytes(), lane);
     const __half* scales = reinterpret_cast<const __half*>(from_record + (side.row_bytes() + 1) / 2 * 2);
-    for (int g = lane; g < side.row_groups(); g += 32) {
-      side.scales(page)[e * side.row_groups() + g] = scales[g];
-      if (side.has_zeros()) side.zeros(page)[e * side.row_groups() + g] = scales[side.row_groups() + g];
+    const int own = side.row_groups();
+    const auto* places = reinterpret_cast<const uint8_t*>(scales + side.halves() * own);
+    for (int g = lane; g < own; g += 32) {
+      for (int i = 0; i < side.halves(); ++i) side.scales(page)[i * side.groups + e * own + g] = scales[i * own + g];
+      for (int i = 0; i < side.row_places(); ++i)
+        side.places(page)[i * side.groups + e * own + g] = places[i * own + g];
     }
   }
 }
@@ -139,7 +149,7 @@ __global__ void place_kernel(const __grid_constant__ PagesView from, const __gri
 }
 
 int64_t side_bytes(const SideView& side) {
-  const int64_t raw = (side.row_bytes() + 1) / 2 * 2 + 4 * side.row_groups();
+  const int64_t raw = (side.row_bytes() + 1) / 2 * 2 + (2 * side.halves() + side.row_places()) * side.row_groups();
   return ceil_div(std::max<int64_t>(raw, side.raw() ? 0 : 4 * side.width), 16) * 16;
 }
 

@@ -1,19 +1,8 @@
+#include "kernels/cuda/proxy.cuh"
 #include "kernels/cuda/tile.cuh"
 
 namespace heed::cuda {
 namespace {
-
-struct Scored {
-  Matrix q, k;
-  Segments qs, ks;
-  Matrix cells;
-  Segments at;
-  int h, g;
-  float scale, softcap;
-  bool softmax, causal;
-  int q_tile, k_tile;
-  int64_t offset;
-};
 
 /// Rows rounded to 8 bits with one scale, as f32 numbers in scratch. Grid: rows. One block a row.
 __global__ void round_rows_kernel(Matrix x, Segments xs, Matrix to) {
@@ -30,15 +19,11 @@ __global__ void round_rows_kernel(Matrix x, Segments xs, Matrix to) {
 /// Grid: row tiles, column tiles (strided), segments of q (z).
 __global__ void __launch_bounds__(kTileThreads) proxy_kernel(const __grid_constant__ Scored a) {
   __shared__ TileMemory memory;
-  const int s = blockIdx.z, kv = s / a.h * a.g + s % a.h * a.g / a.h, rows = a.qs.length(s), cols = a.ks.length(kv);
+  const int s = blockIdx.z, kv = a.keys_of(s), rows = a.qs.length(s), cols = a.ks.length(kv);
   for (int i0 = blockIdx.x * kRows; i0 < rows; i0 += gridDim.x * kRows)
     for (int j0 = blockIdx.y * kKeys; j0 < cols; j0 += gridDim.y * kKeys) {
-      // Row i sees column j when some query of its tile sees some key of the block.
-      auto hidden = [&](int i, int j) {
-        return a.causal && int64_t(j) * a.k_tile > a.offset + int64_t(i + 1) * a.q_tile - 1;
-      };
       const int last = min(rows, i0 + kRows) - 1;
-      if (hidden(last, j0)) {
+      if (a.hidden(last, j0)) {
         for (int e = threadIdx.x; e < kRows * kKeys; e += kTileThreads) {
           const int i = i0 + e / kKeys, j = j0 + e % kKeys;
           if (i < rows && j < cols) a.cells.set(a.at.begin(s) + int64_t(i) * cols + j, 0, -kInfinity);
@@ -51,9 +36,8 @@ __global__ void __launch_bounds__(kTileThreads) proxy_kernel(const __grid_consta
       for (int e = threadIdx.x; e < kRows * kKeys; e += kTileThreads) {
         const int i = i0 + e / kKeys, j = j0 + e % kKeys;
         if (i >= rows || j >= cols) continue;
-        const float x = a.scale * memory.scores[e / kKeys][e % kKeys];
-        const float score = a.softcap > 0 ? a.softcap * tanhf(x / a.softcap) : x;
-        a.cells.set(a.at.begin(s) + int64_t(i) * cols + j, 0, hidden(i, j) ? -kInfinity : score);
+        a.cells.set(a.at.begin(s) + int64_t(i) * cols + j, 0,
+                    a.hidden(i, j) ? -kInfinity : a.score(memory.scores[e / kKeys][e % kKeys]));
       }
       __syncthreads();
     }
@@ -61,7 +45,7 @@ __global__ void __launch_bounds__(kTileThreads) proxy_kernel(const __grid_consta
 
 /// One block a row of a grid.
 __global__ void softmax_rows_kernel(const __grid_constant__ Scored a) {
-  const int s = blockIdx.y, kv = s / a.h * a.g + s % a.h * a.g / a.h, rows = a.qs.length(s), cols = a.ks.length(kv);
+  const int s = blockIdx.y, kv = a.keys_of(s), rows = a.qs.length(s), cols = a.ks.length(kv);
   __shared__ float tops[32];
   for (int i = blockIdx.x; i < rows; i += gridDim.x) {
     const int64_t first = a.at.begin(s) + int64_t(i) * cols;
@@ -109,7 +93,9 @@ void proxy(Queue& queue, const Ragged& q, const Ragged& k, const Proxy& how, Gri
            how.causal,
            how.q_tile,
            how.k_tile,
-           how.offset};
+           how.offset,
+           q.values.size[0],
+           k.values.size[0]};
   if (how.int8) {
     auto rounded = [&](const Ragged& x) {
       const Matrix to = matrix(queue.scratch.take(Dtype::F32, {std::max<int64_t>(1, x.values.size[0]), w}));
@@ -124,10 +110,11 @@ void proxy(Queue& queue, const Ragged& q, const Ragged& k, const Proxy& how, Gri
   const unsigned count = unsigned(q.segments());
   const int64_t sequences = std::max<int64_t>(1, q.sequences());
   const int64_t row_tiles = ceil_div(q.values.size[0] / h, kRows), column_tiles = ceil_div(k.values.size[0], kKeys);
-  launch(queue, where, proxy_kernel,
-         dim3(unsigned(std::clamp<int64_t>(row_tiles, 1, 1024)),
-              unsigned(std::clamp<int64_t>(ceil_div(column_tiles, sequences * g), 1, 64)), count),
-         kTileThreads, 0, a);
+  if (!proxy_mma(queue, a))
+    launch(queue, where, proxy_kernel,
+           dim3(unsigned(std::clamp<int64_t>(row_tiles, 1, 1024)),
+                unsigned(std::clamp<int64_t>(ceil_div(column_tiles, sequences * g), 1, 64)), count),
+           kTileThreads, 0, a);
   if (how.softmax)
     launch(queue, where, softmax_rows_kernel, dim3(blocks_for(q.values.size[0] / h, count), count), 256, 0, a);
 }

@@ -69,6 +69,7 @@ const Kernels* cuda_kernels() {
     t.name = "cuda";
     t.memory = &cuda::memory();
     t.tile_rows = 4096;  // weights are unpacked for each tile
+    if (cuda::hopper()) t.plan_rows = 128;
     t.attend = cuda::attend;
     t.attend_backward = cuda::attend_backward;
     t.attend_store = cuda::attend_store;

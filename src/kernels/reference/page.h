@@ -22,7 +22,8 @@ class PageSide {
   /// Everything kept for one entry, codes with their scales: what moves raw. Not for groups of entries.
   struct Raw {
     std::vector<uint32_t> codes;
-    std::vector<uint16_t> scales;
+    std::vector<uint16_t> halves;  // scale, zero, outliers of each group
+    std::vector<uint8_t> places;
   };
   Raw raw(int entry) const;
   void put_raw(int entry, const Raw& raw) const;
@@ -46,6 +47,13 @@ class PageSide {
   float number(int entry, int channel) const;  // as its place holds it
   f16* scale(int64_t group) const;
   f16* zero(int64_t group) const { return scale(group) + type_.groups(width_); }  // where they are kept
+  f16* outlier(int i, int64_t group) const { return scale(group) + (2 + i) * type_.groups(width_); }  // of Sparse
+  uint8_t* places() const { return reinterpret_cast<uint8_t*>(scale(type_.halves() * type_.groups(width_))); }
+  /// Sketch: whether a channel is one of its group's outliers; the signs of an entry's two parts, a word each 32.
+  bool apart(int entry, int channel) const;
+  uint32_t* signs(int entry, bool outliers) const;
+  float sketched(int entry, int channel) const;
+  void sketch(int begin, int count, const std::vector<double>& values) const;
   void quantise(const Group& group, int begin, const std::vector<double>& values) const;
 
   char* data_;

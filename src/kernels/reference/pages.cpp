@@ -127,6 +127,9 @@ void page_move(Queue&, const Pages& from, const Pages& to, Tensor index, Tensor 
       entries.push_back(std::move(entry));
     }
     each_page(to, s, 0, n, [&](const Page& page, int in_page, int here, int64_t first) {
+      bool stays = here == kPage && first < held(from, s) && from.page(s, first / kPage) == page.data;
+      for (int i = 0; i < here; ++i) stays = stays && index.at<int32_t>(s * capacity + first + i) == first + i;
+      if (stays) return;  // a full page as it is
       const PageSide k = page.k(), v = page.v();
       std::vector<double> all_k, all_v;
       for (int i = 0; i < here; ++i) {

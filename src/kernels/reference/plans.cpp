@@ -116,8 +116,8 @@ void count_pairs(Queue&, const Plan& plan, const Ragged& q, const Keys& keys, co
 void tile_blocks(Queue&, Tensor index, Tensor count, int64_t capacity, Tensor first, int split, Plan out) {
   constexpr const char* where = "tile_blocks";
   const int64_t tiles = first.size[0] - 1;
-  require(split >= 1 && out.q_tile >= 1 && out.q_tile <= 64 && out.k_tile <= 64, where,
-          "tiles of 1…64 queries and 1…64 keys");
+  require(split >= 1 && out.q_tile >= 1 && out.q_tile <= 128 && out.k_tile <= 64, where,
+          "tiles of 1…128 queries and 1…64 keys");
   require(index.type == Dtype::I32 && index.numel() >= count.numel() * capacity, where,
           "index is I32 [rows · capacity]");
   require(out.rows() == tiles && out.count && out.mask && out.bits, where,

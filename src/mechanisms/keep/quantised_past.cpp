@@ -8,8 +8,16 @@ ParamInfo QuantisedPast::residual_param(int fallback) {
   return param(&QuantisedPast::residual, "residual", fallback, 0, 1000000000, "newest entries that stay exact");
 }
 
+ParamInfo QuantisedPast::first_param(int fallback) {
+  return param(&QuantisedPast::first, "first", fallback, 0, 1 << 20,
+               "first entries that stay exact, in whole pages of 64");
+}
+
 PageType::Kind QuantisedPast::kind(int bits) {
-  return bits == 2 ? PageType::Kind::Q2 : bits == 4 ? PageType::Kind::Q4 : PageType::Kind::Q8;
+  return bits == 2   ? PageType::Kind::Q2
+         : bits == 3 ? PageType::Kind::Q3
+         : bits == 4 ? PageType::Kind::Q4
+                     : PageType::Kind::Q8;
 }
 
 std::string QuantisedPast::only(std::initializer_list<int> allowed) const {
@@ -26,20 +34,21 @@ const When& QuantisedPast::timing() const {
 }
 
 bool QuantisedPast::settle(LayerView& at) const {
-  // Every page but the newest that the residual reaches into, in the heads that this applies to.
-  const int64_t all = at.store->segments(), g = at.model.g;
+  // Every page but the newest that the residual reaches into and the first, in the heads that this applies to.
+  const int64_t all = at.store->segments(), g = at.model.g, begin = (first + kPage - 1) / kPage;
   std::vector<uint8_t> chosen;
   int64_t most = 0;  // pages that can have become old enough since the last step, or ever
   for (int64_t s = 0; s < all; ++s) {
     chosen.push_back(heads.holds(int(s % g), int(g)));
     const int64_t last = std::max<int64_t>(0, at.store->length(s) - residual) / kPage;
-    if (chosen.back()) most += at.decoding() ? std::min<int64_t>(last, 1) : last;
+    const int64_t due = std::max<int64_t>(0, last - begin);
+    if (chosen.back()) most += at.decoding() ? std::min<int64_t>(due, 1) : due;
   }
   if (most == 0) return true;
   Num old = floor_div(max(0, load(at.store->pages().length, index()) - residual), kPage);
   if (!heads.all()) old = pick(load(at.queue.upload(chosen), index()), old, 0);
-  const Tensor first = compute(at.queue, Dtype::I32, {all}, 0), last = compute(at.queue, Dtype::I32, {all}, old);
-  at.store->convert(at.queue, first, last, 1, most);
+  const Tensor from = compute(at.queue, Dtype::I32, {all}, begin), to = compute(at.queue, Dtype::I32, {all}, old);
+  at.store->convert(at.queue, from, to, 1, most);
   return true;
 }
 

@@ -1,0 +1,99 @@
+#include "lab/code_books.h"
+
+#include <algorithm>
+
+#include "attention/maps.h"
+#include "attention/rotation.h"
+#include "base/hash.h"
+#include "base/npy.h"
+#include "mechanisms/keep/kvquant.h"
+
+namespace heed {
+namespace {
+
+/// Rows of one KV head after another, on the host: at(head, row, channel).
+struct HostRows {
+  Buffer values, offsets;
+  HostRows(Queue& queue, const Ragged& x) : values(queue.read_back(x.values)), offsets(queue.read_back(x.offsets)) {}
+  float at(int64_t head, int64_t row, int64_t channel) const {
+    return values->at<float>(offsets->at<int64_t>(head) + row, channel);
+  }
+};
+
+}  // namespace
+
+CodeBooks learn_code_books(std::shared_ptr<const Model> model, std::span<const int32_t> text, const PageType& k,
+                           const PageType& v, const CodeBookOptions& options, const std::function<void(double)>& progress) {
+  const ModelInfo& m = model->info();
+  std::vector<mechanisms::RangeHistogram> keys(static_cast<size_t>(m.layers)), values = keys;
+  CodeBooks out;
+  out.bits = k.bits();
+  const int64_t wanted = std::min(int64_t(text.size()), options.length * options.texts);
+  for (int64_t begin = 0; begin < wanted; begin += options.length) {
+    const int64_t length = std::min(options.length, wanted - begin) / kPage * kPage;
+    if (length <= kPage) break;
+    if (interrupted()) throw Error(Code::Interrupted, "calibrate", "stopped");
+    SessionOptions how = options.session;
+    how.attention = "dense", how.chunk = 0;
+    Session session(model, how);
+    session.tap([&](LayerView& at) {
+      const Scratch scope(at.queue.scratch);
+      Ragged plain = in_f32(at.queue, at.k);
+      if (const Rope* rope = m.rope(at.layer)) plain = turned(at.queue, plain, backwards(at.queue, *rope), at.k_pos);
+      const HostRows key(at.queue, plain), value(at.queue, in_f32(at.queue, at.v));
+      std::vector<float> group;
+      for (int64_t head = 0; head < m.g; ++head)
+        for (int64_t first = kPage; first < length; first += kPage) {
+          for (int64_t begin = first; begin < first + kPage; begin += k.group)
+            for (int64_t c = 0; c < m.d; ++c) {
+              group.clear();
+              for (int64_t e = begin; e < begin + k.group; ++e) group.push_back(key.at(head, e, c));
+              keys[size_t(at.layer)].add(group, k.outliers);
+            }
+          for (int64_t e = first; e < first + kPage; ++e)
+            for (int64_t begin = 0; begin < m.d_v; begin += v.group) {
+              group.clear();
+              for (int64_t c = begin; c < std::min<int64_t>(begin + v.group, m.d_v); ++c)
+                group.push_back(value.at(head, e, c));
+              values[size_t(at.layer)].add(group, v.outliers);
+            }
+        }
+    });
+    session.prefill(text.subspan(size_t(begin), size_t(length)), Session::Logits::None);
+    out.pages += length / kPage - 1, ++out.texts;
+    if (progress) progress(double(begin + length) / double(wanted));
+  }
+  require(out.texts > 0, "calibrate",
+          "no part of the text has more than one page of 64 tokens, of which the first does not count",
+          "give a longer text, or a larger -c");
+  for (size_t l = 0; l < keys.size(); ++l) out.points.push_back({keys[l].points(out.bits), values[l].points(out.bits)});
+  return out;
+}
+
+nlohmann::ordered_json code_books_profile(const Spec& spec, const ModelInfo& m, const CodeBooks& learnt,
+                                          const std::string& arrays, const std::string& named) {
+  for (const Spec::Setting& s : spec.settings)
+    require(s.key != "book", "calibrate", spec.name + " is given book=, which a calibration is to find", "leave it out");
+  require(named.find_first_of(",()[]+") == std::string::npos, "-o",
+          "'" + named + "' has characters that end a value of a spec", "choose another name");
+  const int64_t count = int64_t(1) << learnt.bits;
+  Buffer keys(Dtype::F32, {m.layers, count}), values(Dtype::F32, {m.layers, count}), hash(Dtype::U64, {1});
+  for (int64_t l = 0; l < m.layers; ++l) {
+    std::copy_n(learnt.points[size_t(l)].k.begin(), count, keys->as<float>() + l * count);
+    std::copy_n(learnt.points[size_t(l)].v.begin(), count, values->as<float>() + l * count);
+  }
+  *hash->as<uint64_t>() = m.hash;
+  value_or_throw(write_npz(arrays, {{"keys", keys}, {"values", values}, {"model", hash}}));
+  Spec with = spec;
+  with.settings.push_back({"book", "@" + named, spec.at});
+  return {{"attention", with.text()},
+          {"model", hexadecimal(m.hash)},
+          {"learnt",
+           {{"what", "points of keys and values, unweighted"},
+            {"arrays", named},
+            {"texts", learnt.texts},
+            {"pages", learnt.pages},
+            {"architecture", m.architecture}}}};
+}
+
+}  // namespace heed
