@@ -1,8 +1,8 @@
 """What PyTorch's attention takes on this GPU for the shapes that bench/cuda/attend_sm90.cu times, medians of CUDA events.
 
-    python3 bench/peers/torch_cuda.py [dense] [flex] [copy] [LIBRARY.so]
+    python3 bench/peers/torch_cuda.py [dense] [flex] [copy] [LIBRARY.so] [backward LIBRARY.so]
 """
-import sys, warnings
+import ctypes, sys, warnings
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -67,9 +67,7 @@ def flex(d, window=1024):
 
 def pairs(library):
     """cuDNN and heed (a library built from bench/cuda/attend_sm90.cu) in turn: both then run at the clocks that both cause."""
-    import ctypes
     heed = ctypes.CDLL(library).heed_attend
-    pointer = lambda x: ctypes.c_void_p(x.data_ptr())
     shapes = [(d, d_v, 16, 16, variants) for d, d_v, variants in ((128, 128, (0, 1)), (64, 64, (0, 1)), (96, 96, (0,)), (192, 128, (0,)), (256, 256, (0,)))] + [(128, 128, 32, 8, (0, 1))]
     scratch = torch.empty(1 << 24, device="cuda", dtype=torch.uint8)
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -103,6 +101,46 @@ def pairs(library):
                   + " | ".join(f"{x}: {t:.3f} ms {flop / t / 1e9:.0f} ({ms[0] / t:.2f})" for x, t in zip(variants, ms[1:])) + f" | differ {error:.1e}", flush=True)
 
 
+def backward(library, variants=8, quick=False):
+    """Gradients, likewise; FLOP are 10 d a pair. cuDNN reads and writes bf16, heed reads f32 outputs and writes f32 gradients."""
+    heed = ctypes.CDLL(library).heed_attend_backward
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    scratch = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
+    for d, heads, kv in ((128, 16, 16), (64, 16, 16), (96, 16, 16), (128, 32, 8)):
+        for causal, n in ((True, 16384), (False, 16384)) if quick else ((True, 4096), (True, 8192), (True, 16384), (True, 32768), (False, 4096), (False, 16384)):
+            batch = max(1, 16384 // n)
+            q, k, v = (x.requires_grad_() for x in inputs(batch, heads, kv, n, d, d))
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q.detach(), *(x.detach().repeat_interleave(heads // kv, 1) for x in (k, v)), None, True, 0.0, causal)
+            out, lse = out.float().contiguous(), lse.float().contiguous().view(batch, heads, n)
+            d_out = torch.randn(batch, heads, n, d, device="cuda")
+            d_out_bf16 = d_out.bfloat16()
+            grads = [torch.empty(x.shape, device="cuda") for x in (q, k, v)]
+            q_offsets = torch.arange(batch * heads + 1, device="cuda") * n
+            k_offsets = torch.arange(batch * kv + 1, device="cuda") * n
+            loss = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv)
+            def cudnn():
+                return torch.autograd.grad(loss, (q, k, v), d_out_bf16, retain_graph=True)
+            def ours(variant):
+                p = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, out, lse, d_out, q_offsets, k_offsets, *grads, scratch)]
+                return heed(variant, *p[:8], batch, heads, kv, n, n, d, int(causal), *p[8:], ctypes.c_int64(scratch.numel()), stream)
+            there = [x for x in range(variants) if ours(x) == 0]
+            runs = [cudnn] + [lambda x=x: ours(x) for x in there]
+            times = [[] for _ in runs]
+            for turn in range(9 if n < 32768 else 6):
+                for i, f in enumerate(runs):
+                    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    torch.cuda._sleep(1_000_000)
+                    a.record(); f(); b.record(); b.synchronize()
+                    if turn > 1:
+                        times[i].append(a.elapsed_time(b))
+            flop = 10 * batch * heads * n * n * d / (2 if causal else 1)
+            ms = [sorted(t)[len(t) // 2] for t in times]
+            ours(0)
+            errors = " ".join(f"{((x - y.float()).norm() / x.norm()).item():.1e}" for x, y in zip(grads, cudnn()))
+            print(f"backward {d} {heads}/{kv} {'causal' if causal else 'full'} {n // 1024}k cudnn {ms[0]:.3f} ms {flop / ms[0] / 1e9:.0f} | "
+                  + " | ".join(f"{x}: {t:.3f} ms {flop / t / 1e9:.0f} ({ms[0] / t:.2f})" for x, t in zip(there, ms[1:])) + f" | differ {errors}", flush=True)
+
+
 def copy():
     a = torch.randint(0, 255, (1 << 30,), device="cuda", dtype=torch.uint8)
     b = torch.empty_like(a)
@@ -121,6 +159,9 @@ if "dense" in what:
 for library in what:
     if library.endswith(".so"):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            pairs(library)
+            if "backward" in what:
+                backward(library, quick="quick" in what)
+            else:
+                pairs(library)
 if "flex" in what:
     flex(128)

@@ -267,7 +267,8 @@ struct Kernels {
 
   /// Gradients of Σ out · d_out. d_q, d_k, d_v (F32) are overwritten; d_key_bias and d_gain may be empty. out and lse
   /// are attend's own; with parts they are the merged ones (pattern.md, split-KV). Probabilities are e^(logit − lse), so an
-  /// lse over more keys than the plan's (a ring of devices) gives this share of the gradients.
+  /// lse over more keys than the plan's (a ring of devices) gives this share of the gradients. A GPU may add the terms of d_q in
+  /// any order: its last bits then differ from call to call.
   void (*attend_backward)(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out,
                           Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
 

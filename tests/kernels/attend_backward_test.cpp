@@ -1,6 +1,7 @@
-// What only large or repeated calls show: gradients that are the same bits on any number of threads, and over long segments.
+// What only large or repeated calls show: gradients that are the same bits on any number of threads, and over long segments and tiles.
 #include "base/threads.h"
 #include "kernels/attention_case.h"
+#include "kernels/bounds.h"
 #include "kernels/on_device.h"
 
 namespace heed::test {
@@ -86,6 +87,47 @@ TEST_P(AttendBackward, LongSegmentsKeepTheSumsOfSoftmax) {
       for (int64_t r = 0; r < h * n; ++r) from_out += double(d_out->at<float>(r, c));
       EXPECT_NEAR(from_v, from_out, 1e-3) << c;
     }
+  }
+}
+
+/// The shapes that tensor cores take whole: several tiles of rows and keys, odd ends, gaps, one row, none, groups, windows.
+TEST_P(AttendBackward, Bf16TilesEqualReference) {
+  Random random(33);
+  for (int i = 0; i < cases(12); ++i) {
+    const int64_t d = pick(random, {40, 64, 80, 96, 128}), g = pick(random, {1, 2}), h = g * pick(random, {1, 3, 8});
+    std::vector<int64_t> n, m;
+    for (int64_t rows : {pick(random, {0, 1, 65}), pick(random, {63, 130, 200})}) {
+      const int64_t keys = std::max<int64_t>(0, rows + pick(random, {-40, 0, 70, 129}));
+      n.insert(n.end(), size_t(h), rows), m.insert(m.end(), size_t(g), keys);
+    }
+    const Layout layout{.gaps = chance(random, 0.5)};
+    const Dtype type = pick(random, {Dtype::BF16, Dtype::F32});
+    const RaggedData q = normal_ragged(random, type, n, h, d, layout),
+                     k = normal_ragged(random, Dtype::BF16, m, g, d, layout),
+                     v = normal_ragged(random, Dtype::BF16, m, g, d, layout);
+    Plan plan;
+    plan.causal = chance(random, 0.6);
+    Mods mods;
+    mods.window = pick(random, {0, 0, 5, 100});
+    SCOPED_TRACE("case " + std::to_string(i) + ": d " + std::to_string(d) + ", heads " + std::to_string(h) + " over " +
+                 std::to_string(g) + ", rows " + std::to_string(n.back()) + ", keys " + std::to_string(m.back()) +
+                 (plan.causal ? ", causal" : "") + ", window " + std::to_string(mods.window));
+    const int64_t rows = q.view.values.size[0];
+    const Poisoned d_out = row_numbers(q, Dtype::F32, d, [&] { return random.normal(); });
+    Poisoned out(Dtype::F32, {rows, d}), lse(Dtype::F32, {rows});
+    oracle().attend(queue, q, k, v, plan, mods, out, lse);
+    auto fresh = [&] {
+      auto like = [&](const RaggedData& of) { return Poisoned(Dtype::F32, {of.view.values.size[0], d}); };
+      return Gradients{like(q), like(k), like(v), {}, Poisoned(Dtype::F32, {rows})};
+    };
+    Gradients want = fresh(), got = fresh();
+    oracle().attend_backward(queue, q, k, v, plan, mods, out, lse, d_out, want.q, want.k, want.v, {}, want.gain);
+    run.attend_backward(queue, q, k, v, plan, mods, out, lse, d_out, got.q, got.k, got.v, {}, got.gain);
+    const double unit_of = unit(Dtype::BF16, 200);
+    expect_close("d_q", want.q, got.q, gradient(unit_of, 6, std::max(1.0, largest(want.q))));
+    expect_close("d_k", want.k, got.k, gradient(unit_of, 6, std::max(1.0, largest(want.k))));
+    expect_close("d_v", want.v, got.v, gradient(unit_of, 6, std::max(1.0, largest(want.v))));
+    expect_close("d_gain", want.gain, got.gain, 1e-3);
   }
 }
 

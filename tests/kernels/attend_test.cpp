@@ -225,9 +225,11 @@ void attend_backward_equals_reference(const Kernels& run, Random random) {
     expect_close(
         "d_gain", want.gain, got.gain,
         0x1p-18 * std::sqrt(double(c.d_v)) * std::max(1.0, 5 * largest(out) * largest(d_out) * std::sqrt(double(c.d_v))));
-    expect_close("d_q without optional gradients", got.q, bare.q, 0);
-    expect_close("d_k without optional gradients", got.k, bare.k, 0);
-    expect_close("d_v without optional gradients", got.v, bare.v, 0);
+    // A GPU adds d_q in any order, and may have a faster kernel where no optional gradient is asked for.
+    const double same = run.name == "cuda" ? 1 : 0;
+    expect_close("d_q without optional gradients", got.q, bare.q, same * bound(want.q, q_typical));
+    expect_close("d_k without optional gradients", got.k, bare.k, same * bound(want.k, k_typical));
+    expect_close("d_v without optional gradients", got.v, bare.v, same * bound(want.v, 0.1 * largest(d_out)));
   }
 }
 

@@ -1,6 +1,7 @@
 // Gradients of attention in f32, without atomics: one kernel walks the keys of each query row for d_q, another the query
 // rows of each key for d_k and d_v (Dao 2023, appendix B), so every sum has one order.
 #include "kernels/cuda/attend_backward.cuh"
+#include "kernels/cuda/attend_sm90.h"
 #include "kernels/cuda/tile.cuh"
 
 namespace heed::cuda {
@@ -192,6 +193,7 @@ void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragge
   check_tensor(where, "d_v", d_v, {v.values.size[0], a.d_v});
   check_tensor(where, "d_key_bias", d_key_bias, {keys}, true);
   check_tensor(where, "d_gain", d_gain, {rows}, true);
+  if (attend_backward_sm90(queue, q, k, v, plan, mods, out, lse, d_out, d_q, d_k, d_v, d_key_bias, d_gain)) return;
   Scratch scratch(queue.scratch);
   float* dots = queue.scratch.take(Dtype::F32, {std::max<int64_t>(rows, 1)}).as<float>();
   const unsigned q_segments = unsigned(q.segments());

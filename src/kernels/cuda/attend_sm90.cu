@@ -3,11 +3,12 @@
 
 #include "kernels/cuda/attend_sm90.cuh"
 #include "kernels/cuda/grid.cuh"
+#include "kernels/cuda/longest_first.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace heed::sm90 {
 namespace {
 
-constexpr int kBuckets = 4096;
 constexpr int64_t kSection = 32 << 20;  // keys and values read at one time should stay in L2 (50 MB)
 
 struct Scratch {
@@ -20,31 +21,6 @@ struct Scratch {
 
 __device__ int64_t rows_of(const int64_t* begin, const int64_t* end, int64_t s) { return end[s] - begin[s]; }
 
-/// Exclusive prefix sum of one pair a thread over the block; returns the block's totals.
-__device__ int2 block_prefix(int2& x, int2* warps) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int2 all = x;
-  for (int step = 1; step < 32; step *= 2) {
-    const int a = __shfl_up_sync(~0u, all.x, step), b = __shfl_up_sync(~0u, all.y, step);
-    if (lane >= step) all.x += a, all.y += b;
-  }
-  if (lane == 31) warps[warp] = all;
-  __syncthreads();
-  if (warp == 0) {
-    int2 w = warps[lane];
-    for (int step = 1; step < 32; step *= 2) {
-      const int a = __shfl_up_sync(~0u, w.x, step), b = __shfl_up_sync(~0u, w.y, step);
-      if (lane >= step) w.x += a, w.y += b;
-    }
-    warps[lane] = w;
-  }
-  __syncthreads();
-  const int2 before = warp ? warps[warp - 1] : int2{0, 0}, total = warps[31];
-  __syncthreads();
-  x = {before.x + all.x - x.x, before.y + all.y - x.y};
-  return total;
-}
-
 /// First of `n` ascending entries with block · k_tile ≥ key.
 __device__ int first_at(const int32_t* index, int n, int k_tile, int64_t key) {
   int low = 0;
@@ -55,11 +31,6 @@ __device__ int first_at(const int32_t* index, int n, int k_tile, int64_t key) {
   }
   return low;
 }
-
-struct Job {
-  Tile tile;
-  int section;
-};
 
 __device__ int64_t key_segment(const Attend& a, int s) {
   const int head = s % a.heads;
@@ -83,7 +54,7 @@ __global__ void find_windows(const Attend a, int* row_low) {
   }
 }
 
-__device__ Job make_tile(const Attend& a, const Scratch& to, int rows, int keys, int number) {
+__device__ Job<Tile> make_tile(const Attend& a, const Scratch& to, int rows, int keys, int number) {
   int s = 0, end = a.segments;
   while (end - s > 1) {
     const int middle = (s + end) / 2;
@@ -95,7 +66,7 @@ __device__ Job make_tile(const Attend& a, const Scratch& to, int rows, int keys,
   const int64_t k_segment = key_segment(a, s);
   const int64_t v_segment = int64_t(s / a.heads) * a.v_heads + (a.v_map ? a.v_map[head] : head / (a.heads / a.v_heads));
   const int64_t m = rows_of(a.k_begin, a.k_end, k_segment), i = int64_t(number - to.first_tile[s]) * rows;
-  Job job;
+  Job<Tile> job;
   Tile& t = job.tile;
   t.q_row = int(a.q_begin[s] + i), t.rows = int(min(int64_t(rows), n - i));
   t.k_row = int(a.k_begin[k_segment]), t.v_row = int(a.v_begin[v_segment]), t.m = int(m), t.head = head;
@@ -124,19 +95,18 @@ __device__ Job make_tile(const Attend& a, const Scratch& to, int rows, int keys,
       t.plan_row = int(i % a.q_tile);
     }
   }
+  job.length = t.stages;
   job.section = int(min(int64_t(63), t.k_row * int64_t(a.d + a.d_v) * 2 / kSection));
   return job;
 }
 
 /// Lists the tiles: sections of heads whose keys and values fit L2 one after another, in each the longest tiles first, so that no
-/// long one is left at the end. One block; a counting sort.
+/// long one is left at the end. One block.
 __global__ void __launch_bounds__(1024) schedule_tiles(const Attend a, const Scratch to, int rows, int keys) {
   asm volatile("griddepcontrol.launch_dependents;");
   __shared__ int2 warps[32];
-  __shared__ int buckets[kBuckets];
   __shared__ int longest;
   if (threadIdx.x == 0) longest = 1;
-  for (int i = threadIdx.x; i < kBuckets; i += 1024) buckets[i] = 0;
   __syncthreads();
   int2 base = {0, 0};
   for (int from = 0; from < a.segments; from += 1024) {
@@ -163,48 +133,9 @@ __global__ void __launch_bounds__(1024) schedule_tiles(const Attend a, const Scr
   }
   if (threadIdx.x == 0) to.first_tile[a.segments] = base.x, to.header[0] = base.x, to.header[1] = 0;
   __syncthreads();
-  const int sections = int(min(int64_t(63), a.k_rows * int64_t(a.d + a.d_v) * 2 / kSection)) + 1, each = kBuckets / sections;
-  auto bucket = [&](const Job& job) {
-    return job.section * each + each - 1 - int(int64_t(min(job.tile.stages, longest)) * (each - 1) / longest);
-  };
-  for (int t = threadIdx.x; t < base.x; t += 1024) atomicAdd(&buckets[bucket(make_tile(a, to, rows, keys, t))], 1);
-  __syncthreads();
-  {
-    int counts[kBuckets / 1024], sum = 0;
-    for (int i = 0; i < kBuckets / 1024; ++i) sum += counts[i] = buckets[threadIdx.x * (kBuckets / 1024) + i];
-    int2 x = {sum, 0};
-    block_prefix(x, warps);
-    for (int i = 0; i < kBuckets / 1024; ++i) buckets[threadIdx.x * (kBuckets / 1024) + i] = x.x, x.x += counts[i];
-  }
-  __syncthreads();
-  for (int t = threadIdx.x; t < base.x; t += 1024) {
-    const Job job = make_tile(a, to, rows, keys, t);
-    to.tiles[atomicAdd(&buckets[bucket(job)], 1)] = job.tile;
-  }
-}
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-/// The driver's function, asked of the runtime, so that nothing links to libcuda.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled encode = [] {
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-      f = nullptr;
-    return EncodeTiled(f);
-  }();
-  return encode;
-}
-
-/// A map of bf16 rows, read in boxes of 64 columns × `box` rows; what lies outside is read as zeros.
-bool make_map(CUtensorMap& map, const __nv_bfloat16* data, int64_t rows, int64_t width, int64_t stride, int box) {
-  const cuuint64_t sizes[2] = {cuuint64_t(width), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride * 2)};
-  const cuuint32_t boxes[2] = {64, cuuint32_t(box)}, steps[2] = {1, 1};
-  return encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<__nv_bfloat16*>(data), sizes, strides,
-                        boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const int sections = int(min(int64_t(63), a.k_rows * int64_t(a.d + a.d_v) * 2 / kSection)) + 1;
+  list_longest_first(to.tiles, base.x, sections, longest,
+                     [&](int number) { return make_tile(a, to, rows, keys, number); });
 }
 
 int64_t most_tiles(const Attend& a) { return a.q_rows / 64 + a.segments; }

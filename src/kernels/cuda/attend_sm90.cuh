@@ -59,20 +59,6 @@ struct Shared {
       v_empty[S::stages];
 };
 
-/// The same value, known to the compiler to be equal in a warp: wgmma is serialised where control flow could diverge.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-__device__ __forceinline__ int4 uniform(int4 x) { return {uniform(x.x), uniform(x.y), uniform(x.z), uniform(x.w)}; }
-
-/// Which stage of a ring and which phase the i-th use is.
-template <int Stages>
-struct Ring {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == Stages) slot = 0, parity ^= 1;
-  }
-};
-
 /// First keys of the halves of stage j and their tiles of bits. Stages go from the last key to the first: under a causal mask the
 /// tiles that need masking then come first, where no product waits for them.
 template <class S>

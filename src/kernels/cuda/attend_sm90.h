@@ -40,6 +40,29 @@ int64_t attend_scratch(const Attend&);
 /// Starts the kernels on the stream. Precondition: attend_fits.
 cudaError_t attend_launch(const Attend&, void* scratch, cudaStream_t);
 
+/// Gradients of it, likewise. A sequence's heads have equally many rows.
+struct AttendBackward {
+  const __nv_bfloat16 *q = nullptr, *k = nullptr, *v = nullptr;
+  const float *out = nullptr, *lse = nullptr, *d_out = nullptr;
+  int64_t q_rows = 0, k_rows = 0, v_rows = 0;
+  int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0, d_out_stride = 0;
+  const int64_t *q_begin = nullptr, *q_end = nullptr;
+  const int64_t *k_begin = nullptr, *k_end = nullptr, *v_begin = nullptr;
+  int segments = 0, heads = 1, kv_heads = 1;  // segments: of q; kv_heads: of k and v
+  int d = 0;                                  // of queries, keys and values
+  float scale = 0;
+  bool causal = true;
+  int window = 0;  // counts keys
+  float *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;
+  int64_t d_q_stride = 0, d_k_stride = 0, d_v_stride = 0;
+  float* out_dot = nullptr;  // or null; row: Σ out · d_out
+};
+
+bool attend_backward_fits(const AttendBackward&);
+int64_t attend_backward_scratch(const AttendBackward&);
+/// Precondition: attend_backward_fits.
+cudaError_t attend_backward_launch(const AttendBackward&, void* scratch, cudaStream_t);
+
 /// Decode attention over pages of bf16, likewise. Pages start at multiples of 16 bytes.
 struct AttendStore {
   const void* q = nullptr;  // f32 or bf16 rows, at multiples of 16 bytes
@@ -84,9 +107,11 @@ struct Tensor;
 
 namespace heed::cuda {
 
-/// As attend and attend_store of kernels.h, on a GPU of compute capability 9.0. They return false, having done nothing, for what
+/// As attend, attend_backward and attend_store of kernels.h, on a GPU of compute capability 9.0. They return false, having done nothing, for what
 /// has no fast kernel here; arguments have been checked by the caller.
 bool attend_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out, Tensor lse);
+bool attend_backward_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out,
+                          Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
 bool attend_store_sm90(Queue&, const Ragged& q, const Pages&, const Read&, const Mods&, Tensor out, Tensor lse);
 
 

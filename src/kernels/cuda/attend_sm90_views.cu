@@ -9,9 +9,23 @@
 namespace heed::cuda {
 namespace {
 
-/// Mods that both kernels lack.
+/// Mods that all these kernels lack.
 bool plain(const Mods& m) {
   return m.softcap == 0 && !m.temperature && !m.gain && m.weight == WeightFunction::Softmax && m.scale >= 0;
+}
+/// A logit is a dot product, seen by cause and window alone.
+bool of_products(const Mods& m) { return !m.key_bias && !m.row_factor && !m.key_factor && !m.until; }
+/// There are rows, keys and values in bf16; queries are in bf16 or may be rounded.
+bool bf16_keys(const Ragged& q, const Ragged& k, const Ragged& v) {
+  return k.values.type == Dtype::BF16 && v.values.type == Dtype::BF16 &&
+         (q.values.type == Dtype::BF16 || q.values.type == Dtype::F32) && q.values.size[0] > 0 &&
+         k.values.size[0] > 0 && v.values.size[0] > 0;
+}
+const int64_t* ends(const Ragged& r) { return r.ends ? r.ends.as<int64_t>() : r.offsets.as<int64_t>() + 1; }
+Tensor rounded(Queue& queue, const char* where, const Ragged& q) {
+  const Tensor to = queue.scratch.take(Dtype::BF16, {q.values.size[0], q.values.size[1]});
+  round_rows(queue, where, matrix(q.values), q.values.size[0], matrix(to));
+  return to;
 }
 bool blocks_alone(const Plan& p) {
   return p.parts == 1 && (p.form == Plan::Form::Dense || p.form == Plan::Form::Blocks);
@@ -21,12 +35,7 @@ bool blocks_alone(const Plan& p) {
 
 bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
                  Tensor out, Tensor lse) {
-  if (!plain(mods) || !blocks_alone(plan) || mods.key_bias || mods.row_factor || mods.key_factor || mods.until)
-    return false;
-  if (k.values.type != Dtype::BF16 || v.values.type != Dtype::BF16 ||
-      (q.values.type != Dtype::BF16 && q.values.type != Dtype::F32))
-    return false;
-  if (q.values.size[0] == 0 || k.values.size[0] == 0 || v.values.size[0] == 0 || !hopper()) return false;
+  if (!plain(mods) || !blocks_alone(plan) || !of_products(mods) || !bf16_keys(q, k, v) || !hopper()) return false;
   sm90::Attend a;
   a.d = int(q.values.size[1]), a.d_v = int(v.values.size[1]);
   a.q_rows = q.values.size[0], a.k_rows = k.values.size[0], a.v_rows = v.values.size[0];
@@ -34,7 +43,6 @@ bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v
   if (round && a.d % 8 != 0) return false;
   a.q = q.values.as<__nv_bfloat16>(), a.k = k.values.as<__nv_bfloat16>(), a.v = v.values.as<__nv_bfloat16>();
   a.q_stride = round ? a.d : q.values.stride[0], a.k_stride = k.values.stride[0], a.v_stride = v.values.stride[0];
-  auto ends = [](const Ragged& r) { return r.ends ? r.ends.as<int64_t>() : r.offsets.as<int64_t>() + 1; };
   a.q_begin = q.offsets.as<int64_t>(), a.q_end = ends(q), a.k_begin = k.offsets.as<int64_t>(), a.k_end = ends(k),
   a.v_begin = v.offsets.as<int64_t>();
   a.segments = int(q.segments()), a.heads = int(q.heads), a.kv_heads = int(k.heads), a.v_heads = int(v.heads);
@@ -53,12 +61,40 @@ bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v
   Scratch scope(queue.scratch);
   if (a.paired) pair_rows(queue, plan.rows(), plan.index.size[0], a);
   const cudaStream_t stream = static_cast<cudaStream_t>(queue.stream);
-  if (round) {
-    const Tensor rounded = queue.scratch.take(Dtype::BF16, {a.q_rows, int64_t(a.d)});
-    round_rows(queue, "attend", matrix(q.values), a.q_rows, matrix(rounded));
-    a.q = rounded.as<__nv_bfloat16>();
-  }
+  if (round) a.q = rounded(queue, "attend", q).as<__nv_bfloat16>();
   check(sm90::attend_launch(a, queue.scratch.take(Dtype::U8, {sm90::attend_scratch(a)}).data, stream), "attend");
+  return true;
+}
+
+bool attend_backward_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan,
+                          const Mods& mods, Tensor out, Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v,
+                          Tensor d_key_bias, Tensor d_gain) {
+  if (!plain(mods) || plan.form != Plan::Form::Dense || !of_products(mods) || mods.k_map || mods.v_map || d_key_bias ||
+      (mods.window > 0 && (mods.q_pos || mods.k_pos)) || v.heads != k.heads || q.values.size[1] != v.values.size[1])
+    return false;
+  if (!bf16_keys(q, k, v) || !hopper()) return false;
+  sm90::AttendBackward a;
+  a.d = int(q.values.size[1]);
+  a.q_rows = q.values.size[0], a.k_rows = k.values.size[0], a.v_rows = v.values.size[0];
+  const bool round = q.values.type == Dtype::F32;
+  if (round && a.d % 8 != 0) return false;
+  a.q = q.values.as<__nv_bfloat16>(), a.k = k.values.as<__nv_bfloat16>(), a.v = v.values.as<__nv_bfloat16>();
+  a.q_stride = round ? a.d : q.values.stride[0], a.k_stride = k.values.stride[0], a.v_stride = v.values.stride[0];
+  a.out = out.as<float>(), a.lse = lse.as<float>(), a.d_out = d_out.as<float>();
+  a.out_stride = out.stride[0], a.d_out_stride = d_out.stride[0];
+  a.q_begin = q.offsets.as<int64_t>(), a.q_end = ends(q), a.k_begin = k.offsets.as<int64_t>(), a.k_end = ends(k),
+  a.v_begin = v.offsets.as<int64_t>();
+  a.segments = int(q.segments()), a.heads = int(q.heads), a.kv_heads = int(k.heads);
+  a.scale = mods.scale > 0 ? mods.scale : 1 / std::sqrt(float(a.d));
+  a.causal = plan.causal, a.window = int(std::min<int64_t>(mods.window, 1 << 29));
+  a.d_q = d_q.as<float>(), a.d_k = d_k.as<float>(), a.d_v = d_v.as<float>(), a.out_dot = d_gain.as<float>();
+  a.d_q_stride = d_q.stride[0], a.d_k_stride = d_k.stride[0], a.d_v_stride = d_v.stride[0];
+  if (!sm90::attend_backward_fits(a)) return false;
+  Scratch scope(queue.scratch);
+  if (round) a.q = rounded(queue, "attend_backward", q).as<__nv_bfloat16>();
+  check(sm90::attend_backward_launch(a, queue.scratch.take(Dtype::U8, {sm90::attend_backward_scratch(a)}).data,
+                                     static_cast<cudaStream_t>(queue.stream)),
+        "attend_backward");
   return true;
 }
 

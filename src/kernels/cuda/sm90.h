@@ -55,6 +55,20 @@ __device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
 #endif
 }
 
+/// Which stage of a ring and which phase the i-th use is.
+template <int Stages>
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == Stages) slot = 0, parity ^= 1;
+  }
+};
+
+/// The same value, known to the compiler to be equal in a warp: wgmma is serialised where control flow could diverge.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ int4 uniform(int4 x) { return {uniform(x.x), uniform(x.y), uniform(x.z), uniform(x.w)}; }
+
 // Named barriers: id 1 to 15 (0 is __syncthreads).
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -87,6 +101,17 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
       : "memory");
 }
 
+/// Adds `bytes` (of 16 each) of f32 from shared to global memory, in no particular order with other additions.
+__device__ __forceinline__ void bulk_add(float* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+/// Until this thread's bulk_adds have read shared memory.
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 template <int N> __device__ __forceinline__ void registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
@@ -101,7 +126,7 @@ template <int N> __device__ __forceinline__ void registers_down() {
 __device__ __forceinline__ uint64_t descriptor_k(const void* tile) {
   return uint64_t((shared_address(tile) & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
-/// B given as [K][N]: rows of 64 contiguous n, panels of 64 n `panel` bytes apart. Step along k by 16: + 2048 bytes.
+/// A given as [K][M] (64 m) or B as [K][N]: rows of 64 contiguous n, panels of 64 n `panel` bytes apart. Step along k by 16: + 2048 bytes.
 __device__ __forceinline__ uint64_t descriptor_mn(const void* tile, uint32_t panel) {
   return uint64_t((shared_address(tile) & 0x3FFFF) >> 4) | uint64_t(panel >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
@@ -156,8 +181,8 @@ template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
                                                             119) "," HEED_NUM8(120, 121, 122, 123, 124, 125, 126, 127)
 template <int N> struct Product;
 
-// Three forms for each N: A and B from shared memory with contiguous k; A from registers and B from shared memory with
-// contiguous n, or with contiguous k.
+// Four forms for each N: A and B from shared memory, both with contiguous k or with contiguous m and n; A from registers and B
+// from shared memory with contiguous n, or with contiguous k.
 #define HEED_WGMMA_REGISTER_A(NAME, TRANSPOSED, N, R, A0, A1, A2, A3, A4, A5)                                \
   static __device__ __forceinline__ void NAME(float(&d)[R], const uint32_t* a, uint64_t b, int accumulate) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5                                                    \
@@ -167,18 +192,21 @@ template <int N> struct Product;
                  : HEED_ACC##R(d)                                                                            \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                     \
   }
-#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                                                                  \
-  template <> struct Product<N> {                                                                                 \
-    static __device__ __forceinline__ void shared_a(float (&d)[R], uint64_t a, uint64_t b, int accumulate) {      \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                                       \
-                   ", 0;\n"                                                                                       \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R "}, %" #A0 ", %" #A1  \
-                                                                                            ", p, 1, 1, 0, 0;\n}" \
-                   : HEED_ACC##R(d)                                                                               \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                            \
-    }                                                                                                             \
-    HEED_WGMMA_REGISTER_A(register_a, 1, N, R, A0, A1, A2, A3, A4, A5)                                            \
-    HEED_WGMMA_REGISTER_A(register_a_k, 0, N, R, A0, A1, A2, A3, A4, A5)                                          \
+#define HEED_WGMMA_SHARED_A(NAME, TRANSPOSED, N, R, A0, A1, A2)                                       \
+  static __device__ __forceinline__ void NAME(float(&d)[R], uint64_t a, uint64_t b, int accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                             \
+                 ", 0;\n"                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" HEED_NUM##R             \
+                 "}, %" #A0 ", %" #A1 ", p, 1, 1, " #TRANSPOSED ", " #TRANSPOSED ";\n}"               \
+                 : HEED_ACC##R(d)                                                                     \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                  \
+  }
+#define HEED_WGMMA(N, R, A0, A1, A2, A3, A4, A5)                         \
+  template <> struct Product<N> {                                        \
+    HEED_WGMMA_SHARED_A(shared_a, 0, N, R, A0, A1, A2)                   \
+    HEED_WGMMA_SHARED_A(shared_a_mn, 1, N, R, A0, A1, A2)                \
+    HEED_WGMMA_REGISTER_A(register_a, 1, N, R, A0, A1, A2, A3, A4, A5)   \
+    HEED_WGMMA_REGISTER_A(register_a_k, 0, N, R, A0, A1, A2, A3, A4, A5) \
   };
 HEED_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 HEED_WGMMA(80, 40, 40, 41, 42, 43, 44, 45)
@@ -187,6 +215,7 @@ HEED_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 HEED_WGMMA(160, 80, 80, 81, 82, 83, 84, 85)
 HEED_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 #undef HEED_WGMMA
+#undef HEED_WGMMA_SHARED_A
 #undef HEED_WGMMA_REGISTER_A
 
 // A warp's products: fragments as in the m16n8k16 form of mma (PTX ISA, "mma.m16n8k16").
@@ -207,6 +236,31 @@ __device__ __forceinline__ void load_transposed(uint32_t (&tiles)[4], uint32_t r
                : "memory");
 }
 
+/// Four 8 × 8 tiles of 16 bits; lane l names row l % 8 of tile l / 8.
+__device__ __forceinline__ void load_tiles(uint32_t* tiles, uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+               : "r"(row)
+               : "memory");
+}
+
+/// Stores four 8 × 8 tiles of 16 bits; lane l names where row l % 8 of tile l / 8 goes (16 bytes).
+__device__ __forceinline__ void store_tiles(uint32_t row, const uint32_t* tiles) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(tiles[0]), "r"(tiles[1]),
+               "r"(tiles[2]), "r"(tiles[3])
+               : "memory");
+}
+
+/// Four numbers to shared memory.
+__device__ __forceinline__ void store_four(uint32_t to, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+/// Two numbers of shared memory, read where the program says so.
+__device__ __forceinline__ float2 load_two(uint32_t from) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
+  return x;
+}
 /// Two f32 rounded to bf16, the first in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t r;
