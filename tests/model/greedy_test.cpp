@@ -36,15 +36,16 @@ std::vector<Continuation> read(const std::string& path) {
 class GreedyTest : public testing::TestWithParam<const char*> {};
 
 // The continuations were made with the same weights in F32, so they are exact arithmetic's; heed rounds activations (to
-// bf16 for a prompt, to 8 bits for one token), which moves these logits by 0.05 to 0.25. So llama.cpp's tokens are fed, and
-// wherever its choice was clearer than that heed must choose the same.
+// bf16 for a prompt, to 8 bits for one token), which moves a logit by 0.1 to 0.15 on the whole and the worst of 49,152 by 0.6 to
+// 0.8. So llama.cpp's tokens are fed; wherever its choice was clearer than that heed must choose the same, and nowhere
+// may another token come further ahead of its choice than two such errors.
 TEST_P(GreedyTest, ContinuesLikeLlamaCpp) {
   const std::string name = GetParam(), path = std::string(HEED_MODELS) + "/" + name + ".gguf";
   if (!std::filesystem::exists(path)) GTEST_SKIP() << path << " is not there";
   const auto model = value_or_throw(Model::load(path));
   const auto golden = read(std::string(HEED_TEST_DATA) + "/greedy/" + name + ".txt");
   ASSERT_EQ(golden.size(), 3u);
-  constexpr float kTie = 0.3f;
+  constexpr float kTie = 0.6f, kMoved = 1.2f;
   int clear = 0;
   for (const Continuation& g : golden) {
     ASSERT_EQ(g.tokens.size(), 64u);
@@ -58,7 +59,7 @@ TEST_P(GreedyTest, ContinuesLikeLlamaCpp) {
         EXPECT_EQ(token, g.tokens[i]) << "token " << i << ", llama.cpp's gap " << g.gap[i];
         ++clear;
       } else {
-        EXPECT_LT(row[size_t(token)] - row[size_t(g.tokens[i])], kTie) << "token " << i;
+        EXPECT_LT(row[size_t(token)] - row[size_t(g.tokens[i])], kMoved) << "token " << i;
       }
       logits = session.decode(g.tokens[i]);
     }
