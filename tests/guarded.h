@@ -49,7 +49,8 @@ class GuardedSpace {
     }
     sizes_[at] = size;
     protect(at - base_, size, PROT_READ | PROT_WRITE);
-    if (filled) std::memset(at, 0xff, size_t((bytes + kUnit - 1) / kUnit * kUnit));  // NaN, and numbers that no kernel takes for its own
+    if (filled)
+      std::memset(at, 0xff, size_t((bytes + kUnit - 1) / kUnit * kUnit));  // NaN, and numbers that no kernel takes for its own
     if (running_ == 0) protect(at - base_, size, PROT_NONE);
     return at;
   }

@@ -252,7 +252,8 @@ TEST(Guarded, TheWholeCatalogueIsListed) {
     // What needs tensors that no model gives runs on guarded memory in its formula test alone.
     if (!e.wrapper && !value_or_throw(make_mechanism(Spec{e.name, {}, {}, 0}, registry()))->needs({}).inputs.empty())
       continue;
-    if (e.name == "slim-attention") continue;  // refuses grouped heads; SlimAttention.MakesValuesOfKeys is guarded itself
+    if (e.name == "slim-attention")
+      continue;  // refuses grouped heads; SlimAttention.MakesValuesOfKeys is guarded itself
     const bool there = std::any_of(kSpecs.begin(), kSpecs.end(), [&](const std::string& s) {
       const size_t at = s.find(e.name);
       return at != std::string::npos && (at == 0 || !std::isalnum(static_cast<unsigned char>(s[at - 1])));

@@ -114,7 +114,6 @@ bool attend_backward_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged
                           Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
 bool attend_store_sm90(Queue&, const Ragged& q, const Pages&, const Read&, const Mods&, Tensor out, Tensor lse);
 
-
 /// Makes of a plan of `rows` rows and at most `entries` entries, tiles of 64 rows and no masks, lists for tiles of 128, in scratch.
 void pair_rows(Queue&, int64_t rows, int64_t entries, sm90::Attend&);
 

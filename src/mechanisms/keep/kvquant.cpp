@@ -116,12 +116,11 @@ Entry kvquant() {
                            "KVQuant: Towards 10 Million Context Length LLM Inference with KV Cache Quantization",
                            "Hooper et al., 2024, arXiv 2401.18079", 2024, uint8_t(Role::Keep));
   e.equation =
-      "of 64 entries of a channel of plain keys, or of an entry's value: the farthest from the mean exact; of the "
-      "others x "
-      "≈ (hi + lo)/2 + p (hi − lo)/2, p the nearest of 2^b points";
+      "of 64 entries of a channel of plain keys, or of an entry's value: the farthest from the mean exact; "
+      "of the others x ≈ (hi + lo)/2 + p (hi − lo)/2, p the nearest of 2^b points";
   e.needs =
-      "keys before rotation; a second layout of pages; code books that are learnt (`heed calibrate`) or of normal "
-      "numbers";
+      "keys before rotation; a second layout of pages; "
+      "code books that are learnt (`heed calibrate`) or of normal numbers";
   e.identity = "kvquant(residual=1000000000)";
   e.verified = {"identity", "formula", "model"};
   return e;
