@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "base/memory.h"
+#include "kernels/quant.h"
 #include "model/random_weights.h"
 
 namespace heed {
@@ -197,8 +198,14 @@ std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
     Tensor to = out->owned.back();
     if (!turned) return queue.upload(t, to), to;
     to.interleaved = true;
-    queue.run->interleave(queue, t, to);
-    if (file_) file_->let_go(t);
+    // A few megabytes at a time, so that the file's pages and the copy are never both there.
+    const int64_t rows = t.size[0], row = std::max<int64_t>(t.slice(0, 0, std::min<int64_t>(rows, 1)).bytes(), 1),
+                  step = std::max<int64_t>((int64_t(8) << 20) / row / kSideBySide, 1) * kSideBySide;
+    for (int64_t at = 0; at < rows; at += step) {
+      const Tensor part = t.slice(0, at, std::min(rows, at + step));
+      queue.run->interleave(queue, part, to.slice(0, at, std::min(rows, at + step)));
+      if (file_) file_->let_go(part);
+    }
     return to;
   };
   for (const LayerWeights& w : layers_) {
