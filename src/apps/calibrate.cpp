@@ -45,8 +45,7 @@ class Calibrate final : public Command {
         "  heed calibrate \"duo-attention(sinks=4,recent=256)\" -m model.gguf -f book.txt -o duo.json\n"
         "  heed calibrate \"headkv(snapkv(budget=512))\" -m model.gguf -f book.txt -o headkv.json\n"
         "  heed calibrate expected-attention-stats -m model.gguf -f book.txt -c 512 -o stats.json   # and stats.npz\n"
-        "  heed calibrate \"kvquant(bits=3)\" -m model.gguf -f book.txt -c 512 -o books.json              # and "
-        "books.npz\n"
+        "  heed calibrate \"kvquant(bits=3)\" -m model.gguf -f book.txt -c 512 -o books.json   # and books.npz\n"
         "  heed run -m model.gguf -f book.txt --attention @duo.json");
   }
 
@@ -58,11 +57,11 @@ class Calibrate final : public Command {
     const Calibrated what = value_or_throw(find_calibrated(specs[0].name));
     const auto model = flags_.load();
     value_or_throw(Composition::parse(spec_, model->info(), registry()));
-    const bool queries = std::string(what.parameter) == "stats";
     const std::vector<int32_t> text = tokens_of(*model, file_);
     Progress progress("calibrate");
-    if (std::string(what.parameter) == "points") return learn_points(specs[0], model, text, progress);
-    if (queries) return learn_queries(specs[0], model, text, progress);
+    const std::string_view learnt = what.parameter;
+    if (learnt == "stats") return learn_queries(specs[0], model, text, progress);
+    if (learnt == "book") return learn_books(specs[0], model, text, progress);
     if (what.share == 0) return learn_probe(specs[0], model, text, progress);
     if (prompts_ < 0) prompts_ = 6;
     const HeadStudy study = study_heads(model, text, context_, prompts_, seed_, flags_.session("dense"),
@@ -99,39 +98,39 @@ class Calibrate final : public Command {
 
   int learn_queries(const Spec& spec, const std::shared_ptr<const Model>& model, std::span<const int32_t> text,
                     Progress& progress) {
-    require(share_ < 0, "--share", "statistics have none", "leave it out");
-    require(prompts_ != 0, "--prompts", "0 parts of the text teach nothing", "give at least 1");
-    QueryStatsOptions options;
-    options.session = flags_.session("dense"), options.length = context_;
-    if (prompts_ > 0) options.texts = prompts_;
+    const auto options = of_texts<QueryStatsOptions>("statistics");
     const QueryStats stats = learn_query_stats(model, text, options, [&](double share) { progress.at(share); });
     progress.clear();
-    const std::filesystem::path arrays = std::filesystem::path(output_).replace_extension(".npz");
-    const Json profile = query_stats_profile(spec, model->info(), stats, arrays.string(), arrays.filename().string());
-    value_or_throw(write_file(output_, profile.dump(2) + "\n"));
-    if (json_) return print(profile), 0;
-    std::cout << output_ << ", " << arrays.string() << ": of " << stats.count << " queries a head, from " << stats.texts
-              << " texts\n";
-    return 0;
+    return save(query_stats_profile(spec, model->info(), stats, arrays().string(), arrays().filename().string()),
+                std::to_string(stats.count) + " queries a head, from " + std::to_string(stats.texts) + " texts");
   }
 
-  int learn_points(const Spec& spec, const std::shared_ptr<const Model>& model, std::span<const int32_t> text,
-                   Progress& progress) {
-    require(share_ < 0, "--share", "code books have none", "leave it out");
-    require(prompts_ != 0, "--prompts", "0 parts of the text teach nothing", "give at least 1");
+  int learn_books(const Spec& spec, const std::shared_ptr<const Model>& model, std::span<const int32_t> text,
+                  Progress& progress) {
+    const auto options = of_texts<CodeBookOptions>("code books");
     const Needs needs = value_or_throw(make_mechanism(spec, registry()))->needs(model->info());
-    CodeBookOptions options;
-    options.session = flags_.session("dense"), options.length = context_;
-    if (prompts_ > 0) options.texts = prompts_;
     const CodeBooks books = learn_code_books(model, text, needs.quantised_k, needs.quantised_v, options,
                                              [&](double share) { progress.at(share); });
     progress.clear();
-    const std::filesystem::path arrays = std::filesystem::path(output_).replace_extension(".npz");
-    const Json profile = code_books_profile(spec, model->info(), books, arrays.string(), arrays.filename().string());
+    return save(code_books_profile(spec, model->info(), books, arrays().string(), arrays().filename().string()),
+                std::to_string(books.pages) + " pages a KV head, from " + std::to_string(books.texts) + " texts");
+  }
+
+  /// Of what is learnt from parts of a text and lies in a file of arrays.
+  template <class Options>
+  Options of_texts(const std::string& what) const {
+    require(share_ < 0, "--share", what + " have none", "leave it out");
+    require(prompts_ != 0, "--prompts", "0 parts of the text teach nothing", "give at least 1");
+    Options options;
+    options.session = flags_.session("dense"), options.length = context_;
+    if (prompts_ > 0) options.texts = prompts_;
+    return options;
+  }
+  std::filesystem::path arrays() const { return std::filesystem::path(output_).replace_extension(".npz"); }
+  int save(const Json& profile, const std::string& learnt_of) const {
     value_or_throw(write_file(output_, profile.dump(2) + "\n"));
     if (json_) return print(profile), 0;
-    std::cout << output_ << ", " << arrays.string() << ": of " << books.pages << " pages a KV head, from "
-              << books.texts << " texts\n";
+    std::cout << output_ << ", " << arrays().string() << ": of " << learnt_of << '\n';
     return 0;
   }
 

@@ -139,8 +139,7 @@ void LayerStore::changed_bounds() {
   const Store::Group& group = store_->groups_[size_t(group_)];
   if (view_.layouts.size() != group.layouts.size()) {
     view_.layouts = group.layouts;
-    for (const auto& [layout, points] : points_)
-      view_.layouts[size_t(layout)].k.points = points.k, view_.layouts[size_t(layout)].v.points = points.v;
+    for (const auto& [layout, points] : points_) use_points(layout, points);
   }
   view_.supply.resize(group.pools.size());
   for (size_t l = 0; l < group.pools.size(); ++l) view_.supply[l] = group.pools[l]->supply();
@@ -150,6 +149,10 @@ void LayerStore::changed_bounds() {
 
 void LayerStore::set_points(int layout, const PagePoints& points) {
   points_.emplace_back(layout, points);
+  use_points(layout, points);
+}
+
+void LayerStore::use_points(int layout, const PagePoints& points) {
   view_.layouts[size_t(layout)].k.points = points.k, view_.layouts[size_t(layout)].v.points = points.v;
 }
 

@@ -135,7 +135,8 @@ class LayerStore {
   void own(Queue&, Tensor until);  // pages of entries before until[s] are no fork's
   void let_go(Queue&, Tensor lengths, std::span<const int64_t> most, int64_t together);
   void changed_bounds();  // behind bounds, supplies or layouts that changed on the host
-  void changed(Queue&);   // behind a kernel that changed lengths
+  void use_points(int layout, const PagePoints& points);
+  void changed(Queue&);  // behind a kernel that changed lengths
 
   Store* store_;
   int group_;

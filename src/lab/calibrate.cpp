@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "base/hash.h"
+#include "base/npy.h"
 
 namespace heed {
 namespace {
@@ -46,15 +47,14 @@ std::string short_number(double x) {
 }  // namespace
 
 std::vector<Calibrated> calibrated_mechanisms() {
-  return {
-      {"duo-attention", "heads", 0.5, "the heads that stream: all but those that retrieve"},
-      {"razor-attention", "heads", 0.15, "the heads that are cut: all but those that retrieve"},
-      {"headkv", "scores", 1, "a score for each KV head"},
-      {"lychee-decode", "retrieval", 0.25, "the heads that retrieve"},
-      {"context-cutoff", "probes", 0, "a probe that tells when enough has been read"},
-      {"expected-attention-stats", "stats", 0,
-       "means and covariances of queries, in a file of arrays beside the profile"},
-      {"kvquant", "points", 0, "code books of each layer's keys and values, in a file of arrays beside the profile"}};
+  return {{"duo-attention", "heads", 0.5, "the heads that stream: all but those that retrieve"},
+          {"razor-attention", "heads", 0.15, "the heads that are cut: all but those that retrieve"},
+          {"headkv", "scores", 1, "a score for each KV head"},
+          {"lychee-decode", "retrieval", 0.25, "the heads that retrieve"},
+          {"context-cutoff", "probes", 0, "a probe that tells when enough has been read"},
+          {"expected-attention-stats", "stats", 0,
+           "means and covariances of queries, in a file of arrays beside the profile"},
+          {"kvquant", "book", 0, "code books of each layer's keys and values, in a file of arrays beside the profile"}};
 }
 
 Result<Calibrated> find_calibrated(const std::string& name) {
@@ -113,6 +113,23 @@ Json calibrate(const Spec& spec, const ModelInfo& m, const HeadStudy& study, dou
       {"model", hexadecimal(m.hash)},
       {"learnt",
        {{"what", what.learns}, {"share", share}, {"needles_found", study.retrieval.counted}, {"architecture", m.architecture}}}};
+}
+
+Json array_profile(const Spec& spec, const ModelInfo& m, const char* parameter, const std::string& arrays,
+                   const std::string& named, std::vector<std::pair<std::string, Tensor>> given, Json learnt) {
+  for (const Spec::Setting& s : spec.settings)
+    require(s.key != parameter, "calibrate",
+            spec.name + " is given " + std::string(parameter) + "=, which a calibration is to find", "leave it out");
+  require(named.find_first_of(",()[]+") == std::string::npos, "-o",
+          "'" + named + "' has characters that end a value of a spec", "choose another name");
+  Buffer hash(Dtype::U64, {1});
+  *hash->as<uint64_t>() = m.hash;
+  given.emplace_back("model", hash);
+  value_or_throw(write_npz(arrays, given));
+  Spec with = spec;
+  with.settings.push_back({parameter, "@" + named, spec.at});
+  learnt["arrays"] = named, learnt["architecture"] = m.architecture;
+  return {{"attention", with.text()}, {"model", hexadecimal(m.hash)}, {"learnt", learnt}};
 }
 
 }  // namespace heed

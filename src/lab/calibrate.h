@@ -28,4 +28,11 @@ std::vector<int> by_retrieval(const ModelInfo&, const HeadStudy&);
 /// rounded up; layers with a sliding window are no part of it. Throws Error(Invalid) when the spec sets what is to be found.
 nlohmann::ordered_json calibrate(const Spec& spec, const ModelInfo&, const HeadStudy&, double share);
 
+/// Writes `arrays` (npz: what is given, and the model's hash as `model`) and returns the profile of the spec whose `parameter`
+/// names it; `named` is the file's path seen from the profile. `learnt` is told with it. Throws Error(Invalid) when the spec sets
+/// the parameter, Error(Io).
+nlohmann::ordered_json array_profile(const Spec& spec, const ModelInfo&, const char* parameter,
+                                     const std::string& arrays, const std::string& named,
+                                     std::vector<std::pair<std::string, Tensor>> given, nlohmann::ordered_json learnt);
+
 }  // namespace heed

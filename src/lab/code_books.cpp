@@ -4,8 +4,7 @@
 
 #include "attention/maps.h"
 #include "attention/rotation.h"
-#include "base/hash.h"
-#include "base/npy.h"
+#include "lab/calibrate.h"
 #include "mechanisms/keep/kvquant.h"
 
 namespace heed {
@@ -72,28 +71,15 @@ CodeBooks learn_code_books(std::shared_ptr<const Model> model, std::span<const i
 
 nlohmann::ordered_json code_books_profile(const Spec& spec, const ModelInfo& m, const CodeBooks& learnt,
                                           const std::string& arrays, const std::string& named) {
-  for (const Spec::Setting& s : spec.settings)
-    require(s.key != "book", "calibrate", spec.name + " is given book=, which a calibration is to find", "leave it out");
-  require(named.find_first_of(",()[]+") == std::string::npos, "-o",
-          "'" + named + "' has characters that end a value of a spec", "choose another name");
   const int64_t count = int64_t(1) << learnt.bits;
-  Buffer keys(Dtype::F32, {m.layers, count}), values(Dtype::F32, {m.layers, count}), hash(Dtype::U64, {1});
+  Buffer keys(Dtype::F32, {m.layers, count}), values(Dtype::F32, {m.layers, count});
   for (int64_t l = 0; l < m.layers; ++l) {
     std::copy_n(learnt.points[size_t(l)].k.begin(), count, keys->as<float>() + l * count);
     std::copy_n(learnt.points[size_t(l)].v.begin(), count, values->as<float>() + l * count);
   }
-  *hash->as<uint64_t>() = m.hash;
-  value_or_throw(write_npz(arrays, {{"keys", keys}, {"values", values}, {"model", hash}}));
-  Spec with = spec;
-  with.settings.push_back({"book", "@" + named, spec.at});
-  return {{"attention", with.text()},
-          {"model", hexadecimal(m.hash)},
-          {"learnt",
-           {{"what", "points of keys and values, unweighted"},
-            {"arrays", named},
-            {"texts", learnt.texts},
-            {"pages", learnt.pages},
-            {"architecture", m.architecture}}}};
+  return array_profile(
+      spec, m, "book", arrays, named, {{"keys", keys}, {"values", values}},
+      {{"what", "points of keys and values, unweighted"}, {"texts", learnt.texts}, {"pages", learnt.pages}});
 }
 
 }  // namespace heed

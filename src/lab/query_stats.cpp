@@ -5,8 +5,7 @@
 #include "attention/maps.h"
 #include "attention/rotation.h"
 #include "attention/scores.h"
-#include "base/hash.h"
-#include "base/npy.h"
+#include "lab/calibrate.h"
 
 namespace heed {
 
@@ -63,28 +62,12 @@ QueryStats learn_query_stats(std::shared_ptr<const Model> model, std::span<const
 
 nlohmann::ordered_json query_stats_profile(const Spec& spec, const ModelInfo& m, const QueryStats& learnt,
                                            const std::string& arrays, const std::string& named) {
-  for (const Spec::Setting& s : spec.settings)
-    require(s.key != "stats", "calibrate", spec.name + " is given stats=, which a calibration is to find",
-            "leave it out");
-  require(named.find_first_of(",()[]+") == std::string::npos, "-o",
-          "'" + named + "' has characters that end a value of a spec", "choose another name");
   Buffer mean(Dtype::F32, {m.layers, m.h, m.d}), covariance(Dtype::F32, {m.layers, m.h, m.d, m.d});
   std::transform(learnt.mean.begin(), learnt.mean.end(), mean->as<float>(), [](double x) { return float(x); });
   std::transform(learnt.covariance.begin(), learnt.covariance.end(), covariance->as<float>(),
                  [](double x) { return float(x); });
-  Buffer hash(Dtype::U64, {1});
-  *hash->as<uint64_t>() = m.hash;
-  value_or_throw(write_npz(arrays, {{"mean", mean}, {"covariance", covariance}, {"model", hash}}));
-  Spec with = spec;
-  with.settings.push_back({"stats", "@" + named, spec.at});
-  return {{"attention", with.text()},
-          {"model", hexadecimal(m.hash)},
-          {"learnt",
-           {{"what", "means and covariances of queries"},
-            {"arrays", named},
-            {"texts", learnt.texts},
-            {"queries", learnt.count},
-            {"architecture", m.architecture}}}};
+  return array_profile(spec, m, "stats", arrays, named, {{"mean", mean}, {"covariance", covariance}},
+                       {{"what", "means and covariances of queries"}, {"texts", learnt.texts}, {"queries", learnt.count}});
 }
 
 }  // namespace heed

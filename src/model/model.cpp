@@ -187,7 +187,10 @@ std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
   const bool host = queue.memory->device == Device::Cpu;
   // Copies of quantised matrices in the order that is read fastest take the place of the file's pages, which the system gets
   // back; where memory is short the file stays what is read, since its pages can go and return.
-  const bool interleaved = host && queue.run->interleave && bytes_ < free_memory() / 4 * 3;
+  const bool can_interleave = host && queue.run->interleave;
+  if (can_interleave)
+    if (auto found = placed_[{queue.memory, true}].lock()) return found;  // however little memory is left by now
+  const bool interleaved = can_interleave && bytes_ < free_memory() / 4 * 3;
   std::weak_ptr<const ModelWeights>& known = placed_[{queue.memory, interleaved}];
   if (auto found = known.lock()) return found;
   auto out = std::make_shared<ModelWeights>();
@@ -199,8 +202,8 @@ std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
     if (!turned) return queue.upload(t, to), to;
     to.interleaved = true;
     // A few megabytes at a time, so that the file's pages and the copy are never both there.
-    const int64_t rows = t.size[0], row = std::max<int64_t>(t.slice(0, 0, std::min<int64_t>(rows, 1)).bytes(), 1),
-                  step = std::max<int64_t>((int64_t(8) << 20) / row / kSideBySide, 1) * kSideBySide;
+    const int64_t rows = t.size[0], sixteen = std::max<int64_t>(t.bytes() / std::max<int64_t>(rows, 1) * kSideBySide, 1),
+                  step = std::max<int64_t>((int64_t(8) << 20) / sixteen, 1) * kSideBySide;
     for (int64_t at = 0; at < rows; at += step) {
       const Tensor part = t.slice(0, at, std::min(rows, at + step));
       queue.run->interleave(queue, part, to.slice(0, at, std::min(rows, at + step)));

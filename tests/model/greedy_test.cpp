@@ -37,7 +37,7 @@ class GreedyTest : public testing::TestWithParam<const char*> {};
 
 // The continuations were made with the same weights in F32, so they are exact arithmetic's; heed rounds activations (to
 // bf16 for a prompt, to 8 bits for one token), which moves a logit by 0.1 to 0.15 on the whole and the worst of 49,152 by 0.6 to
-// 0.8. So llama.cpp's tokens are fed; wherever its choice was clearer than that heed must choose the same, and nowhere
+// 0.8 (at three tokens). So llama.cpp's tokens are fed; wherever its choice was clearer than that heed must choose the same, and nowhere
 // may another token come further ahead of its choice than two such errors.
 TEST_P(GreedyTest, ContinuesLikeLlamaCpp) {
   const std::string name = GetParam(), path = std::string(HEED_MODELS) + "/" + name + ".gguf";

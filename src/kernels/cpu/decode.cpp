@@ -189,15 +189,19 @@ void values(const Entries& e, const Entries& next, int d_v, int shift, const flo
   for (; c < d_v; c += kPair) add_values<Row, R, 1, Fetch>(e, next, c, shift, p, keep, d_v, out);
 }
 
-/// Calls f.template operator()<R>(first) for blocks of R ≤ kRowBlock rows.
+/// Calls f.template operator()<R, Fetch>(first) for blocks of R ≤ kRowBlock rows, the first with `fetch`.
 template <class Fn>
-void over_rows(int rows, Fn&& f) {
+void over_rows(int rows, bool fetch, Fn&& f) {
   int r = 0;
-  for (; r + kRowBlock <= rows; r += kRowBlock) f.template operator()<kRowBlock>(r);
+  const auto block = [&]<int R>() {
+    if (fetch && r == 0) f.template operator()<R, true>(r);
+    else f.template operator()<R, false>(r);
+  };
+  for (; r + kRowBlock <= rows; r += kRowBlock) block.template operator()<kRowBlock>();
   switch (rows - r) {
-    case 1: return f.template operator()<1>(r);
-    case 2: return f.template operator()<2>(r);
-    case 3: return f.template operator() < kRowBlock == 4 ? 3 : 1 > (r);
+    case 1: return block.template operator()<1>();
+    case 2: return block.template operator()<2>();
+    case 3: return block.template operator()<kRowBlock == 4 ? 3 : 1>();
     default: return;
   }
 }
@@ -393,23 +397,15 @@ class Decode {
       const Entries& coming = next ? *next : e;
       with_rows(e.layout->k, [&]<class Row>() {
         const float* q = Row::interleaved ? worker.q_paired : worker.q;
-        over_rows(s.rows, [&]<int R>(int r) {
-          const auto read = [&]<bool Fetch>() {
-            dots<Row, R, Fetch>(e, coming, d_, shift(e.layout->k), q + int64_t(r) * d_, d_, scores + r * kPage);
-          };
-          if (r == 0 && next) read.template operator()<true>();
-          else read.template operator()<false>();
+        over_rows(s.rows, next, [&]<int R, bool Fetch>(int r) {
+          dots<Row, R, Fetch>(e, coming, d_, shift(e.layout->k), q + int64_t(r) * d_, d_, scores + r * kPage);
         });
       });
       weigh(s, e, scores, state, keep);
       with_rows(e.layout->v, [&]<class Row>() {
-        over_rows(s.rows, [&]<int R>(int r) {
-          const auto read = [&]<bool Fetch>() {
-            values<Row, R, Fetch>(e, coming, d_v_, shift(e.layout->v), scores + r * kPage, keep + r,
-                                  state.out + int64_t(r) * d_v_);
-          };
-          if (r == 0 && next) read.template operator()<true>();
-          else read.template operator()<false>();
+        over_rows(s.rows, next, [&]<int R, bool Fetch>(int r) {
+          values<Row, R, Fetch>(e, coming, d_v_, shift(e.layout->v), scores + r * kPage, keep + r,
+                                state.out + int64_t(r) * d_v_);
         });
       });
       if (!next) return;

@@ -9,7 +9,8 @@ namespace heed::HEED_ISA {
 
 /// Four codes of each row.
 using Word = uint32_t __attribute__((vector_size(4 * kLanes)));
-using Whole32 = int32_t __attribute__((vector_size(4 * kLanes)));
+/// A whole number of each row.
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 
 /// The same bytes of each row's block, from where the first of kLanes rows has them.
 struct Bytes {
@@ -82,96 +83,94 @@ HEED_INLINE RowCodes look_up(const int8_t table[16], RowCodes c) {
 
 /// sums + the products of a word's codes (0 … 127, or Signed: then with kSignedBias added) and four activations.
 template <bool Signed>
-HEED_INLINE Whole32 add_dot(Whole32 sums, Word w, const int8_t* activations) {
+HEED_INLINE Ints add_dot(Ints sums, Word w, const int8_t* activations) {
   int32_t four;
   std::memcpy(&four, activations, 4);
 #if defined(__AVX512VNNI__)
   if constexpr (Signed) w ^= 0x80808080u;
-  return Whole32(_mm512_dpbusd_epi32(__m512i(sums), __m512i(w), _mm512_set1_epi32(four)));
+  return Ints(_mm512_dpbusd_epi32(__m512i(sums), __m512i(w), _mm512_set1_epi32(four)));
 #elif defined(__AVX512BW__)
   __m512i x = _mm512_set1_epi32(four), codes = __m512i(w);
   if constexpr (Signed) {
     x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), x);
     codes = _mm512_abs_epi8(codes);
   }
-  return sums + Whole32(_mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
+  return sums + Ints(_mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
 #elif defined(__x86_64__)
   __m256i x = _mm256_set1_epi32(four), codes = __m256i(w);
   if constexpr (Signed) {
     x = _mm256_sign_epi8(x, codes);
     codes = _mm256_abs_epi8(codes);
   }
-  return sums + Whole32(_mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+  return sums + Ints(_mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
 #else
   const int8x16_t a = int8x16_t(w), b = vreinterpretq_s8_s32(vdupq_n_s32(four));
 #if defined(__ARM_FEATURE_DOTPROD)
-  return Whole32(vdotq_s32(int32x4_t(sums), a, b));
+  return Ints(vdotq_s32(int32x4_t(sums), a, b));
 #else
   const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b))),
                   high = vpaddlq_s16(vmull_s8(vget_high_s8(a), vget_high_s8(b)));
-  return sums + Whole32(vpaddq_s32(low, high));
+  return sums + Ints(vpaddq_s32(low, high));
 #endif
 #endif
 }
 
-HEED_INLINE F to_float(Whole32 x) {
-  return F(__builtin_convertvector(x, float __attribute__((vector_size(4 * kLanes)))));
-}
+HEED_INLINE F to_float(Ints x) { return F(__builtin_convertvector(x, float __attribute__((vector_size(4 * kLanes))))); }
 /// Byte `i` of every word, unsigned or signed.
-HEED_INLINE F byte_of(Word w, int i) { return to_float(Whole32(w >> 8 * i & 255)); }
-HEED_INLINE F signed_byte_of(Word w, int i) { return to_float(Whole32(w << (24 - 8 * i)) >> 24); }
+HEED_INLINE F byte_of(Word w, int i) { return to_float(Ints(w >> 8 * i & 255)); }
+HEED_INLINE F signed_byte_of(Word w, int i) { return to_float(Ints(w << (24 - 8 * i)) >> 24); }
 
 /// A block of each of kLanes rows: part `part` of a column of sixteen.
+template <Dtype D>
 struct AnySixteen {
   const char* numbers;
   Bytes bytes;
-  HEED_INLINE AnySixteen(const char* column, int part, Dtype type)
+  HEED_INLINE AnySixteen(const char* column, int part)
       : numbers(column + 2 * kLanes * part),
-        bytes{column + 2 * kSideBySide * block_numbers(type).count + 4 * kLanes * part} {}
+        bytes{column + 2 * kSideBySide * block_numbers(D).count + 4 * kLanes * part} {}
   HEED_INLINE F number(int n) const { return load(reinterpret_cast<const f16*>(numbers + 2 * kSideBySide * n)); }
 };
 
 /// With members named as the block's.
 template <Dtype D>
-struct Sixteen : AnySixteen {  // Q4_0, Q4_1, Q8_0, IQ4_NL
-  Bytes qs = bytes;
-  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, D) {}
+struct Sixteen : AnySixteen<D> {  // Q4_0, Q4_1, Q8_0, IQ4_NL
+  using AnySixteen<D>::AnySixteen;
+  Bytes qs = this->bytes;
 };
-template <Dtype D>
-struct FifthSixteen : AnySixteen {
+template <>
+struct Sixteen<Dtype::Q5_0> : AnySixteen<Dtype::Q5_0> {
+  using AnySixteen::AnySixteen;
   Bytes qh = bytes, qs = bytes + 4;
-  HEED_INLINE FifthSixteen(const char* column, int part) : AnySixteen(column, part, D) {}
-};
-template <> struct Sixteen<Dtype::Q5_0> : FifthSixteen<Dtype::Q5_0> {
-  using FifthSixteen::FifthSixteen;
-};
-template <> struct Sixteen<Dtype::Q5_1> : FifthSixteen<Dtype::Q5_1> {
-  using FifthSixteen::FifthSixteen;
 };
 template <>
-struct Sixteen<Dtype::Q2_K> : AnySixteen {
+struct Sixteen<Dtype::Q5_1> : AnySixteen<Dtype::Q5_1> {
+  using AnySixteen::AnySixteen;
+  Bytes qh = bytes, qs = bytes + 4;
+};
+template <>
+struct Sixteen<Dtype::Q2_K> : AnySixteen<Dtype::Q2_K> {
+  using AnySixteen::AnySixteen;
   Bytes scales = bytes, qs = bytes + 16;
-  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q2_K) {}
 };
 template <>
-struct Sixteen<Dtype::Q3_K> : AnySixteen {
+struct Sixteen<Dtype::Q3_K> : AnySixteen<Dtype::Q3_K> {
+  using AnySixteen::AnySixteen;
   Bytes hmask = bytes, qs = bytes + 32, scales = bytes + 96;
-  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q3_K) {}
 };
 template <>
-struct Sixteen<Dtype::Q4_K> : AnySixteen {
+struct Sixteen<Dtype::Q4_K> : AnySixteen<Dtype::Q4_K> {
+  using AnySixteen::AnySixteen;
   Bytes scales = bytes, qs = bytes + 12;
-  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q4_K) {}
 };
 template <>
-struct Sixteen<Dtype::Q5_K> : AnySixteen {
+struct Sixteen<Dtype::Q5_K> : AnySixteen<Dtype::Q5_K> {
+  using AnySixteen::AnySixteen;
   Bytes scales = bytes, qh = bytes + 12, qs = bytes + 44;
-  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q5_K) {}
 };
 template <>
-struct Sixteen<Dtype::Q6_K> : AnySixteen {
+struct Sixteen<Dtype::Q6_K> : AnySixteen<Dtype::Q6_K> {
+  using AnySixteen::AnySixteen;
   Bytes ql = bytes, qh = bytes + 128, scales = bytes + 192;
-  HEED_INLINE Sixteen(const char* column, int part) : AnySixteen(column, part, Dtype::Q6_K) {}
 };
 
 }  // namespace heed::HEED_ISA

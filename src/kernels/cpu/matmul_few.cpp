@@ -131,8 +131,8 @@ void row_times_tokens(const char* row, int64_t width, int64_t part, const Rounde
   }
 }
 
-/// Sixteen rows side by side · tokens: a scale of every row in one vector, and nothing to add up across lanes. Two thirds of
-/// row_times_tokens' instructions are about scales and sums; from memory it is bound by memory (docs/performance.md).
+/// Sixteen rows side by side · tokens: a scale of every row in one vector, and nothing to add up across lanes. Where
+/// row_times_tokens is bound by its own work on scales and sums, this is bound by memory (docs/performance.md).
 template <Dtype D, int Tokens>
 void sixteen_times_tokens(const char* rows, int64_t width, const Rounded* x, F (*result)[kSideBySide / kLanes]) {
   using Q = Quant<D>;
@@ -150,7 +150,7 @@ void sixteen_times_tokens(const char* rows, int64_t width, const Rounded* x, F (
         const RowCodes codes = Q::template codes<i>(column);
         for (int t = 0; t < Tokens; ++t) {
           const int8_t* in = x[t].codes + b * per_block + 32 * i;
-          Whole32 sums[2] = {};  // of codes 0 … 15 and 16 … 31
+          Ints sums[2] = {};  // of codes 0 … 15 and 16 … 31
           for (int j = 0; j < 8; ++j) sums[j / 4] = add_dot<Q::is_signed>(sums[j / 4], codes.word[j], in + 4 * j);
           constexpr int here = 32 / Q::group;
           if constexpr (here == 1) sums[0] += sums[1];

@@ -68,10 +68,14 @@ void separate(const char* column, int first, int64_t blocks, char* const to[4]) 
     for (int w = 0; w < fours; w += 4) {
       Four x[4];
       for (int i = 0; i < 4; ++i) std::memcpy(&x[i], from + 4 * kSideBySide * (w + i), 16);
-      const Four a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5), c = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5),
-                 e = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7), g = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
-      const Four row[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
-                           __builtin_shufflevector(e, g, 0, 1, 4, 5), __builtin_shufflevector(e, g, 2, 3, 6, 7)};
+      // Words 0 and 1 of rows 0 and 1 (low) and 2 and 3 (high), in pairs; then whole rows.
+      const Four low01 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5),
+                 low23 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5),
+                 high01 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7),
+                 high23 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+      const Four row[4] = {
+          __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+          __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
       for (int r = 0; r < 4; ++r) std::memcpy(to[r] + b * bytes + words_at + 4 * w, &row[r], 16);
     }
     for (int w = fours; w < words; ++w)

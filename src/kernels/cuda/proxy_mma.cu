@@ -15,12 +15,14 @@ struct Side {
   __nv_bfloat16 x[2][kTile][kDepth + 8];
 };
 
+/// The bf16 in the upper half.
+__device__ inline float upper(uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); }
+
 /// Four channels of a row from c on, zeros past its end.
 __device__ inline float4 four_of(const Matrix& from, int64_t row, int c) {
   if (row < 0 || c >= from.width) return {0, 0, 0, 0};
   if (from.type == Dtype::F32) return *reinterpret_cast<const float4*>(from.row<const float>(row) + c);
   const uint2 x = *reinterpret_cast<const uint2*>(from.row<const __nv_bfloat16>(row) + c);
-  const auto upper = [](uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); };
   return {upper(x.x << 16), upper(x.x), upper(x.y << 16), upper(x.y)};
 }
 
@@ -44,7 +46,6 @@ __device__ inline void store(Side& to, const float4 (&from)[kQuads]) {
     for (int part = 0; part < kParts; ++part) {
       const uint2 word = {mma::pair_of(x.x, x.y), mma::pair_of(x.z, x.w)};
       *reinterpret_cast<uint2*>(&to.x[part][r][c]) = word;
-      const auto upper = [](uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); };
       x.x -= upper(word.x << 16), x.y -= upper(word.x), x.z -= upper(word.y << 16), x.w -= upper(word.y);
     }
   }

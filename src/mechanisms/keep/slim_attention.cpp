@@ -6,7 +6,7 @@
 #include "attention/scores.h"
 #include "base/threads.h"
 #include "mechanisms/entries.h"
-#include "mechanisms/keep/latents.h"
+#include "mechanisms/keep/taken_rows.h"
 
 namespace heed::mechanisms {
 

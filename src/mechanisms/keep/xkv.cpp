@@ -5,7 +5,7 @@
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
-#include "mechanisms/keep/latents.h"
+#include "mechanisms/keep/taken_rows.h"
 
 namespace heed::mechanisms {
 

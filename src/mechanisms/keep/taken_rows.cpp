@@ -1,4 +1,4 @@
-#include "mechanisms/keep/latents.h"
+#include "mechanisms/keep/taken_rows.h"
 
 #include <algorithm>
 
