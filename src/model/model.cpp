@@ -188,11 +188,10 @@ std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
   // Copies of quantised matrices in the order that is read fastest take the place of the file's pages, which the system gets
   // back; where memory is short the file stays what is read, since its pages can go and return.
   const bool can_interleave = host && queue.run->interleave;
-  if (can_interleave)
-    if (auto found = placed_[{queue.memory, true}].lock()) return found;  // however little memory is left by now
+  if (can_interleave && interleaved_) return interleaved_;  // however little memory is left by now
   const bool interleaved = can_interleave && bytes_ < free_memory() / 4 * 3;
-  std::weak_ptr<const ModelWeights>& known = placed_[{queue.memory, interleaved}];
-  if (auto found = known.lock()) return found;
+  std::weak_ptr<const ModelWeights>& known = placed_[queue.memory];
+  if (auto found = interleaved ? nullptr : known.lock()) return found;
   auto out = std::make_shared<ModelWeights>();
   auto place = [&](const Tensor& t) {
     const bool turned = interleaved && t && t.rank == 2 && is_block(t.type) && t.contiguous();
@@ -226,7 +225,8 @@ std::shared_ptr<const ModelWeights> Model::place(Queue& queue) const {
     out->ropes.push_back({table, rope->dims, rope->neox});
   }
   if (!host) queue.memory->finish(queue.stream);
-  known = out;
+  if (interleaved) interleaved_ = out;
+  else known = out;
   return out;
 }
 

@@ -58,7 +58,8 @@ class Model {
   const Tensor& output() const { return output_; }
   /// The weights in the memory of the queue's kernels: views of the file where that is the host's, else one copy that all
   /// sessions on it share. Where the host's kernels read interleaved matrices faster, those of block types are such a copy
-  /// too, unless memory is short of it. Waits for the copy. Throws Error(Memory).
+  /// too, unless memory is short of it; the model keeps that one, since making it takes longer than a short session. Waits
+  /// for the copy. Throws Error(Memory).
   std::shared_ptr<const ModelWeights> place(Queue& queue) const;
   /// Null when the file has no vocabulary.
   const Tokenizer* tokenizer() const { return tokenizer_ ? &*tokenizer_ : nullptr; }
@@ -80,7 +81,8 @@ class Model {
   std::optional<Tokenizer> tokenizer_;
   int64_t bytes_ = 0;
   mutable std::mutex placing_;
-  mutable std::map<std::pair<const Memory*, bool>, std::weak_ptr<const ModelWeights>> placed_;  // whether interleaved
+  mutable std::map<const Memory*, std::weak_ptr<const ModelWeights>> placed_;
+  mutable std::shared_ptr<const ModelWeights> interleaved_;
 };
 
 }  // namespace heed

@@ -88,7 +88,7 @@ TEST(Cutoff, AProbeKnowsWhenTheSentenceHasBeenRead) {
   file.read(text.data(), std::ssize(text));
   const auto tokens = model->tokenizer()->encode(text);
   CutoffOptions options;
-  options.length = 256, options.prompts = 16;
+  options.length = 256, options.prompts = 8;
   const CutoffProbe probe = learn_cutoff(model, tokens, options);
   EXPECT_EQ(probe.heads.size(), 5u);
   EXPECT_EQ(int64_t(probe.probe.weights.size()), 5 * model->info().d_v);

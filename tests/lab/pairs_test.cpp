@@ -162,10 +162,10 @@ TEST(Pairs, EqualDenseAtTheirIdentities) {
 }
 
 /// Thousands of pairs take hours on a real model: some of them, drawn without repetition, and all of them with a large
-/// HEED_CASES, in eight parts that GTEST_TOTAL_SHARDS divides (docs/testing.md).
+/// HEED_CASES, in four parts that GTEST_TOTAL_SHARDS divides (docs/testing.md).
 class RealPairs : public testing::TestWithParam<std::tuple<std::string, int>> {
  protected:
-  static constexpr int kParts = 8;
+  static constexpr int kParts = 4;
   static std::vector<std::string> some(std::vector<std::string> pairs, int part) {
     Random random(23);
     for (size_t i = pairs.size(); i > 1; --i) std::swap(pairs[i - 1], pairs[size_t(random.below(int64_t(i)))]);
@@ -195,7 +195,7 @@ TEST_P(RealPairs, PredictAsDenseAtTheirIdentities) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, RealPairs,
-                         testing::Combine(testing::Values("smollm2-135m.gguf", "gemma3-270m.gguf"), testing::Range(0, 8)),
+                         testing::Combine(testing::Values("smollm2-135m.gguf", "gemma3-270m.gguf"), testing::Range(0, 4)),
                          [](const auto& info) {
                            return std::get<0>(info.param).substr(0, 5) + "_" + std::to_string(std::get<1>(info.param));
                          });

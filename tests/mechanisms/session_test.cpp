@@ -8,7 +8,7 @@ namespace {
 /// Logits of every decoded step of two sequences of unequal length, one of them idle at times, the prompt in parts of `chunk`.
 std::vector<float> logits(const std::shared_ptr<const Model>& model, const std::string& spec, int64_t chunk) {
   SessionOptions o;
-  o.attention = spec, o.sequences = 2, o.chunk = chunk, o.backend = backend_or("reference");
+  o.attention = spec, o.sequences = 2, o.chunk = chunk, o.backend = backend_or("cpu");
   o.k.kind = o.v.kind = PageType::Kind::F32;
   Session session(model, o);
   const auto a = text(83, 1), b = text(30, 2);

@@ -153,13 +153,15 @@ struct SideView {
     return __fadd_rn(has_zeros() ? __half2float(zeros(page)[g]) : 0.0f,
                      __fmul_rn(point(code(row, c)), __half2float(scales(page)[g])));
   }
+  /// get() as a call: it has many forms, and eight copies of it in every place that reads made nvcc take minutes.
+  __noinline__ __device__ float one(char* page, int entry, int c) const { return get(page, entry, c); }
   /// Channels c … c + 7 (c a multiple of eight), zeros past the width.
   __device__ void get8(char* page, int entry, int c, float (&x)[8]) const {
     const char* row = page + at + entry * row_bytes();
     if (sketched()) return open_sketch(page, entry, c, x);
     if (pair || polar() || sphere() || sparse()) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = c + i < width ? get(page, entry, c + i) : 0.0f;
+      for (int i = 0; i < 8; ++i) x[i] = c + i < width ? one(page, entry, c + i) : 0.0f;
       return;
     }
     if (!quantised()) {
@@ -170,7 +172,7 @@ struct SideView {
     }
     if (c + 8 > width || width % 8 != 0 || (!by_channel && group % 8 != 0)) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = c + i < width ? get(page, entry, c + i) : 0.0f;
+      for (int i = 0; i < 8; ++i) x[i] = c + i < width ? one(page, entry, c + i) : 0.0f;
       return;
     }
     uint32_t words[2] = {};  // rows start at multiples of `bits` bytes

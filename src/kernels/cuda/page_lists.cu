@@ -136,7 +136,7 @@ __global__ void hold_kernel(const __grid_constant__ Lists a) {
 
 __device__ void convert_side(const SideView& from, char* old_page, const SideView& to, char* page, int count) {
   const bool raw = to.raw() && from.same_type(to);
-  put(to, page, 0, count, [&](int e, int c) { return from.get(old_page, e, c); }, [&](int) { return raw; });
+  put(to, page, 0, count, [&](int e, int c) { return from.one(old_page, e, c); }, [&](int) { return raw; });
   if (!raw) return;
   for (int64_t b = threadIdx.x; b < count * to.row_bytes(); b += blockDim.x) page[to.at + b] = old_page[from.at + b];
   for (int g = threadIdx.x; g < count * to.row_groups(); g += blockDim.x) {

@@ -47,7 +47,8 @@ __device__ void gather(const SideView& side, char* page, int entry, char* to, in
   }
 }
 
-__device__ float gathered(const SideView& side, const char* from, int c) {
+/// Not inlined: put() has a dozen places that read a number.
+__noinline__ __device__ float gathered(const SideView& side, const char* from, int c) {
   if (!side.raw()) return reinterpret_cast<const float*>(from)[c];
   if (!side.quantised()) return side.plain(from, c);
   const __half* scales = reinterpret_cast<const __half*>(from + (side.row_bytes() + 1) / 2 * 2);
