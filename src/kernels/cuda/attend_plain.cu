@@ -29,21 +29,14 @@ struct PageNumbers {
     l.k.get8(page, entry, c, x);
     if (!rope.inv_freq || c >= rope.dims) return;
     const int half = rope.dims / 2;
-    float mates[8];
-    if (!rope.neox) {
-      for (int i = 0; i < 8; ++i) mates[i] = x[i ^ 1];
-    } else if (half % 8 == 0) {
-      l.k.get8(page, entry, c < half ? c + half : c - half, mates);
-    } else {
-      for (int i = 0; i < 8; ++i) mates[i] = c + i < rope.dims ? l.k.one(page, entry, c + i < half ? c + i + half : c + i - half) : 0;
-    }
     const float position = float(places.at(at.k_segment, key, l, page));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (c + i >= rope.dims) break;
       const int pair = rope.neox ? (c + i) % half : (c + i) / 2;
-      float other = mates[i];
-      if (rope.first(pair) == c + i) turn(x[i], other, position * rope.inv_freq[pair]);
+      const bool first = rope.first(pair) == c + i;
+      float other = l.k.one(page, entry, first ? rope.second(pair) : rope.first(pair));
+      if (first) turn(x[i], other, position * rope.inv_freq[pair]);
       else turn(other, x[i], position * rope.inv_freq[pair]);
     }
   }
