@@ -155,6 +155,9 @@ Grids block_map(Queue& queue, const Ragged& q, int64_t n, const Ragged& k, int64
                 int q_block, int k_block, const ScoreFormula& make) {
   const int64_t heads = q.segments(), tiles = (n + q_block - 1) / q_block, blocks = (m + k_block - 1) / k_block;
   const Grids out = grids(queue, heads, tiles, blocks);
+  Reduce by;
+  by.kind = kind, by.row_block = q_block, by.col_block = k_block;
+  if (!make && queue.run->proxy_blocks && queue.run->proxy_blocks(queue, q, k, how, by, out)) return out;
   each_part(queue, n, q_block, [&](int64_t first, int64_t last) {
     const Grids scores = grids(queue, heads, last - first, m);
     Proxy here = how;
@@ -163,8 +166,6 @@ Grids block_map(Queue& queue, const Ragged& q, int64_t n, const Ragged& k, int64
     const Tensor& cells = scores.cells.values;
     if (make)
       compute(queue, scores.cells, make(load(cells, index()), first + floor_div(place(), m), mod(place(), m)), cells);
-    Reduce by;
-    by.kind = kind, by.row_block = q_block, by.col_block = k_block;
     Grids here_out = out;
     here_out.rows = compute(queue, Dtype::I64, {heads}, (last - first + q_block - 1) / q_block);
     const Num begin = index() * (tiles * blocks);
@@ -173,6 +174,20 @@ Grids block_map(Queue& queue, const Ragged& q, int64_t n, const Ragged& k, int64
     queue.run->reduce(queue, scores, by, here_out);
   });
   return out;
+}
+
+void sum_columns(Queue& queue, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, const Grids& out) {
+  const int64_t heads = q.segments();
+  each_part(queue, n, 1, [&](int64_t first, int64_t last) {
+    const Grids scores = grids(queue, heads, last - first, m), sums = first == 0 ? out : grids(queue, heads, 1, m);
+    Proxy here = how;
+    here.offset += first * how.q_tile;
+    queue.run->proxy(queue, rows_between(queue, q, first, last), k, here, scores);
+    Reduce by;
+    by.to = Reduce::To::Columns;
+    queue.run->reduce(queue, scores, by, sums);
+    if (first > 0) queue.run->combine(queue, out.cells.values, sums.cells.values, Combine::Add, 1, out.cells.values);
+  });
 }
 
 std::vector<int64_t> visible_blocks(const LayerView& at, const Slice& s, int q_block, int k_block) {
@@ -210,25 +225,8 @@ BlockChoice united(Queue& queue, const Ragged& rows, const Select& how, int64_t 
   return {flags, flagged()};
 }
 
-namespace {
-/// Visits whole sequences that have queries.
-void each_sequence(LayerView& at, int q_tile, const std::function<void(const Slice&)>& visit) {
-  const int64_t h = at.q.heads, g = at.k.heads;
-  int64_t row = 0;
-  for (int64_t s = 0; s < at.sequences(); ++s) {
-    const int64_t n = at.rows[size_t(s)], tiles = (n + q_tile - 1) / q_tile;
-    if (n > 0) {
-      const Scratch scratch(at.queue.scratch);
-      visit({segments(at.q, s * h, (s + 1) * h, h), segments(at.k, s * g, (s + 1) * g, g), n,
-             at.key_rows[size_t(s * g)], s, 0, row, tiles});
-    }
-    row += h * tiles;
-  }
-}
-}  // namespace
-
 Plan chosen_blocks(LayerView& at, Plan::Scope scope, int q_block, int k_block,
-                   const std::function<BlockChoice(const Slice&)>& choose) {
+                   const std::function<BlockChoice(const Slice&)>& choose, Slices of) {
   const int64_t h = at.q.heads, sharing = h / scope_heads(scope, h, at.k.heads);
   const Lists all = lists(at.queue, plan_rows(at, q_block) / sharing, (longest_keys(at) + k_block - 1) / k_block);
   auto visit = [&](const Slice& s) {
@@ -236,51 +234,20 @@ Plan chosen_blocks(LayerView& at, Plan::Scope scope, int q_block, int k_block,
     const int64_t first = s.row / sharing;
     heed::choose(at.queue, choice.rows, choice.how, all.part(first, first + choice.rows.segments()));
   };
-  if (scope == Plan::Scope::Layer) each_sequence(at, q_block, visit);
-  else each_slice(at, q_block, visit);
+  each_slice(at, q_block, visit, scope == Plan::Scope::Layer ? Slices::Sequence : of);
   return blocks_plan(at.queue, scope, q_block, k_block, all.index, all.count, all.capacity);
 }
 
-Plan marked_keys(LayerView& at, int tile, int64_t runs, const std::function<void(const Slice&, const Ragged& flags)>& mark) {
+Plan united_keys(LayerView& at, const KeySets& sets, int64_t runs) {
   Queue& queue = at.queue;
-  const int64_t all = plan_rows(at, tile), capacity = std::max<int64_t>(1, std::min(runs, (longest_keys(at) + 1) / 2));
-  const Lists first = lists(queue, all, capacity), last = lists(queue, all, capacity);
-  each_slice(at, tile, [&](const Slice& s) {
-    const Ragged flags = rows_of(queue, grids(queue, s.q.heads, s.tiles, s.m), visible_blocks(at, s, tile, 1));
-    compute(queue, flags, 0, flags.values);
-    mark(s, flags);
-    Ragged edges = flags;
-    edges.values = queue.scratch.take(Dtype::F32, {flags.values.numel()});
-    const int64_t end = s.row + s.q.heads * s.tiles;
-    const Num here = load(flags.values, index());
-    compute(queue, edges, here - pick(place() == 0, 0, load(flags.values, index() - 1)), edges.values);
-    choose(queue, edges, flagged(), first.part(s.row, end));
-    compute(queue, edges, here - pick(place() == length() - 1, 0, load(flags.values, index() + 1)), edges.values);
-    choose(queue, edges, flagged(), last.part(s.row, end));
-  });
-  const Tensor ranges = queue.scratch.take(Dtype::I32, {all * capacity, 2});
-  compute(queue, pick(channel() == 0, load(first.index, place()), load(last.index, place()) + 1), ranges);
-  Plan plan = tokens_plan(queue, Plan::Scope::QueryHead, tile, first.index, first.count, capacity);
-  plan.form = Plan::Form::Interval, plan.index = ranges;
+  const int64_t rows = plan_rows(at, sets.tile),
+                capacity = std::max<int64_t>(1, std::min(runs, (longest_keys(at) + 1) / 2));
+  const Tensor count = queue.scratch.take(Dtype::I32, {rows}),
+               ranges = queue.scratch.take(Dtype::I32, {rows * capacity, 2});
+  Plan plan = tokens_plan(queue, Plan::Scope::QueryHead, sets.tile, ranges, count, capacity);
+  plan.form = Plan::Form::Interval;
+  queue.run->unite(queue, at.q, at.k, sets, plan);
   return plan;
-}
-
-void mark(Queue& queue, const Ragged& flags, const Num& where, const Num& reads) {
-  compute(queue, flags, max(load(flags.values, index()), where && reads), flags.values);
-}
-
-Num in_band(const Slice& s, int tile, int64_t sinks, int64_t local) {
-  return place() < sinks || (place() > first_query(s, tile) - local && place() <= last_query(s, tile));
-}
-
-void mark_slashes(Queue& queue, const Slice& s, const Ragged& flags, int tile, const Num& where, const Lists& slashes) {
-  const Scratch scratch(queue.scratch);
-  // The first distance that some query of the tile does not fall short of; the last one must not fall short of it either.
-  const Num begin = head_of_tile(s) * slashes.capacity, end = begin + load(slashes.count, head_of_tile(s));
-  const Tensor nearest = queue.scratch.take(Dtype::I32, {flags.values.numel()});
-  compute(queue, flags, find(slashes.index, begin, end, first_query(s, tile) - place()), nearest);
-  const Num at = load(nearest, index());
-  mark(queue, flags, where, at < end && load(slashes.index, at) <= last_query(s, tile) - place());
 }
 
 }  // namespace heed

@@ -68,6 +68,9 @@ using ScoreFormula = std::function<Num(const Num& score, const Num& query, const
 Grids block_map(Queue&, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, ReduceKind,
                 int q_block, int k_block, const ScoreFormula& make = {});
 
+/// The sum of the scores of each key over n queries, likewise: out has a row of m numbers for each segment of q. `how` leaves no cell masked.
+void sum_columns(Queue&, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, const Grids& out);
+
 /// For each tile of a slice, how many blocks of keys its last query sees; all without causality.
 std::vector<int64_t> visible_blocks(const LayerView&, const Slice&, int q_block, int k_block);
 
@@ -85,21 +88,12 @@ struct BlockChoice {
 /// What `how` chooses of each row and, besides, what `also` (a formula of segment() and place()) names.
 BlockChoice united(Queue&, const Ragged& rows, const Select& how, int64_t capacity, const Num& also);
 
-/// A plan of blocks, chosen slice by slice: those of a KV head for Scope::QueryHead and Scope::KvHead, whole sequences
-/// (q with h heads, k with g, all of key_rows[0]) for Scope::Layer.
-Plan chosen_blocks(LayerView&, Plan::Scope, int q_block, int k_block, const std::function<BlockChoice(const Slice&)>& choose);
+/// A plan of blocks, chosen slice by slice; for Scope::Layer these are whole sequences, all heads with the keys of the first.
+Plan chosen_blocks(LayerView&, Plan::Scope, int q_block, int k_block,
+                   const std::function<BlockChoice(const Slice&)>& choose, Slices of = Slices::KvHead);
 
-/// A plan of key ranges: `mark` sets flags (0 before; a segment of seen keys for each tile of each query head of the
-/// slice) to 1 where a tile of `tile` queries reads. No tile's marks form more than `runs` ranges. Takes n · m / tile
-/// numbers of scratch a query head.
-Plan marked_keys(LayerView&, int tile, int64_t runs, const std::function<void(const Slice&, const Ragged& flags)>& mark);
-/// Marks, in tiles where `where` (a formula of segment()) is not 0, what `reads` (one of segment() and place() too) names.
-void mark(Queue&, const Ragged& flags, const Num& where, const Num& reads);
-/// Keys that some query of the tile sees within `local`, its own among them, or that are among the first `sinks`.
-Num in_band(const Slice&, int tile, int64_t sinks, int64_t local);
-/// Marks keys whose distance from some query of the tile is among `slashes`, lists for the slice's query heads.
-void mark_slashes(Queue&, const Slice&, const Ragged& flags, int tile, const Num& where, const Lists& slashes);
-/// The query head of the slice that a tile belongs to.
-inline Num head_of_tile(const Slice& s) { return floor_div(segment(), s.tiles); }
+/// A plan of key ranges: what `sets` names, none of which forms more than `runs` ranges in a tile. Their lists are those of at's query heads,
+/// and those of blocks the plan's rows'.
+Plan united_keys(LayerView&, const KeySets& sets, int64_t runs);
 
 }  // namespace heed

@@ -234,25 +234,22 @@ Tensor without_windows(const Allocation& a, const Tensor& even,
   return even;
 }
 
-void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&)>& visit) {
-  const int64_t h = at.q.heads, g = at.k.heads, group = h / g;
+void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&)>& visit, Slices of) {
+  const int64_t h = at.q.heads, g = at.k.heads;
   int64_t row = 0;
-  for (int64_t s = 0; s < at.sequences(); ++s)
-    for (int64_t head = 0; head < g; ++head) {
-      const int64_t query = s * h + head * group, key = s * g + head, n = at.rows[size_t(s)];
-      Slice slice{segments(at.q, query, query + group, group),
-                  segments(at.k, key, key + 1, 1),
-                  n,
-                  at.key_rows[size_t(key)],
-                  s,
-                  head,
-                  row,
-                  (n + q_tile - 1) / q_tile};
-      row += group * slice.tiles;
-      if (slice.n == 0) continue;
+  for (int64_t s = 0; s < at.sequences(); ++s) {
+    const auto keys = at.key_rows.begin() + s * g;
+    const bool whole = of == Slices::Sequence ||
+                       (of == Slices::Either && at.run().plan_sequences && std::equal(keys + 1, keys + g, keys));
+    const int64_t each = whole ? g : 1, group = each * (h / g), n = at.rows[size_t(s)], tiles = (n + q_tile - 1) / q_tile;
+    for (int64_t head = 0; head < g; head += each, row += group * tiles) {
+      if (n == 0) continue;
+      const int64_t query = s * h + head * (h / g), key = s * g + head;
       const Scratch scratch(at.queue.scratch);
-      visit(slice);
+      visit({segments(at.q, query, query + group, group), segments(at.k, key, key + each, each), n,
+             at.key_rows[size_t(key)], s, head, row, tiles});
     }
+  }
 }
 
 int64_t plan_rows(const LayerView& at, int q_tile) {

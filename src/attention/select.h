@@ -39,9 +39,7 @@ Grids grids(Queue&, int64_t heads, int64_t rows, int64_t cols);
 Ragged rows_of(Queue&, const Grids&, std::span<const int64_t> visible);
 
 /// What is chosen of each segment of some scores: the places of its numbers, ascending.
-struct Lists {
-  Tensor index, count;  // I32 [segments · capacity], [segments]
-  int64_t capacity = 0;
+struct Lists : KeyLists {
   /// Whether `number` is among those of segment `s`: a formula.
   Num has(const Num& s, const Num& number) const;
   /// Segments first … last − 1. No copy.
@@ -98,16 +96,19 @@ Tensor divide(const Allocation&, std::span<const Ragged> scores, Tensor counts, 
 Tensor without_windows(const Allocation& a, const Tensor& even,
                        const std::function<Tensor(std::span<const Ragged> scores, const Tensor& granted)>& share);
 
-/// One KV head of one sequence with the query heads that read it. Planners score slice by slice, which bounds scratch.
+/// One KV head of one sequence with the query heads that read it, or all of a sequence, whose KV heads then hold equally many
+/// keys. Planners score slice by slice, which bounds scratch.
 struct Slice {
-  Ragged q;  // heads = group
-  Ragged k;  // heads = 1
+  Ragged q;  // heads = group, or h
+  Ragged k;  // heads = 1, or g
   int64_t n, m;
-  int64_t sequence, kv_head;
-  int64_t row, tiles;  // the plan's rows row … row + group · tiles
+  int64_t sequence, kv_head;  // all: the first
+  int64_t row, tiles;         // the plan's rows row … row + q.heads · tiles
 };
+/// What a planner looks at. Either: whole sequences where the table wants it (Kernels::plan_sequences) and their heads agree.
+enum class Slices : uint8_t { KvHead, Either, Sequence };
 /// Calls visit for every slice with queries; scratch that a visit takes is given back behind it.
-void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&)>& visit);
+void each_slice(LayerView& at, int q_tile, const std::function<void(const Slice&)>& visit, Slices of = Slices::KvHead);
 
 /// Rows of a plan of q_tile rows for at's queries, one scope head for each query head.
 int64_t plan_rows(const LayerView& at, int q_tile);

@@ -115,4 +115,22 @@ void check_spread(const char* where, const Ragged& x, const Spread& how, const T
   require(out.data != x.values.data, where, "out is not x");
 }
 
+void check_union(const char* where, const Ragged& q, const Ragged& k, const KeySets& sets, const Plan& out) {
+  const int64_t segments = q.segments();
+  require(q.sequences() == k.sequences() && q.heads % k.heads == 0, where, "q's heads are a multiple of k's");
+  require(sets.tile >= 1 && sets.block >= 1, where, "tiles and blocks have at least one row and key");
+  check_plan(out, where);
+  require(out.form == Plan::Form::Interval && out.scope == Plan::Scope::QueryHead && out.q_tile == sets.tile && out.count,
+          where, "the plan is one of intervals for each query head, with counts");
+  check_tensor(where, "sinks", sets.sinks, {segments}, true, Dtype::I32);
+  check_tensor(where, "local", sets.local, {segments}, true, Dtype::I32);
+  const auto check_lists = [&](const char* name, const KeyLists& lists, int64_t count) {
+    check_tensor(where, name, lists.count, {count}, !lists.index, Dtype::I32);
+    check_tensor(where, name, lists.index, {count * lists.capacity}, true, Dtype::I32);
+  };
+  check_lists("keys", sets.keys, segments);
+  check_lists("distances", sets.distances, segments);
+  check_lists("blocks", sets.blocks, out.rows());
+}
+
 }  // namespace heed

@@ -22,6 +22,9 @@ int check_column(const char* where, const Pages& pages, int column, const Ragged
 void check_combine(const char* where, const Tensor& x, const Tensor& y, const Tensor& out);
 void check_spread(const char* where, const Ragged& x, const Spread& how, const Tensor& out);
 
+/// What unite asks.
+void check_union(const char* where, const Ragged& q, const Ragged& k, const KeySets& sets, const Plan& out);
+
 /// Numbers that q, k and v may be made of.
 inline bool is_float(Dtype type) { return type == Dtype::F32 || type == Dtype::BF16 || type == Dtype::F16; }
 

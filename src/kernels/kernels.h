@@ -10,8 +10,8 @@
 // Tensors of one number a row are contiguous. Offsets and ends of outputs are inputs: the caller has laid them out.
 //
 // Number types. q, k, v: F32, BF16 or F16 (each its own). Everything else F32 unless said. Sums are in f32.
-// Queries of F32 or F16 over keys of BF16 may be rounded to BF16 by attend, its gradient, attend_store and observe,
-// which then changes a logit by up to 2^-7 · scale · |q||k| / √d; over values of BF16 the gradient may round d_out and
+// Queries of F32 or F16 over keys of BF16 may be rounded to BF16 by attend, its gradient, attend_store, observe and
+// proxy, which then changes a logit by up to 2^-7 · scale · |q||k| / √d; over values of BF16 the gradient may round d_out and
 // weights too.
 // Bound of every kernel: |result − reference| ≤ 2^-7 · scale of the operands for BF16 inputs, 2^-10 for F16 and
 // 2^-18 · √(terms) for F32 (tests/kernels states it for each kernel).
@@ -175,6 +175,22 @@ struct Select {
 // k); of ties the lower index; no more than `capacity` are chosen, the largest; what is chosen is written in ascending
 // order, and index beyond count is left as it was.
 
+/// Lists of ascending numbers as select writes them: list l is count[l] numbers from l · capacity on.
+struct KeyLists {
+  Tensor index, count;  // I32 [lists · capacity], [lists]; empty: nothing is named
+  int64_t capacity = 0;
+};
+
+/// Keys that a tile of queries reads: those that any of its queries does. Key numbers count from the first key of a segment.
+struct KeySets {
+  int tile = 64;  // queries of a tile
+  Tensor sinks, local;  // I32 [segments of q], may be empty: the first keys; those that a query sees within so many, its own among them
+  KeyLists keys;       // of each segment of q
+  KeyLists distances;  // likewise: a query reads the key so far before it
+  KeyLists blocks;     // of each tile: keys block · number … + block − 1
+  int block = 1;
+};
+
 /// The recurrence of catalogue/linear.md (R): S_t = Diag(e^g) S_{t−1} + correction + k v^T, o = scale · S_t^T q.
 /// Head-major rows as in attend; heads of q, k and v agree. State is F32 [segments, d, d_v].
 struct Recur {
@@ -260,6 +276,7 @@ struct Kernels {
   const Memory* memory = &cpu_memory();  // where every tensor that a kernel sees must lie
   int64_t tile_rows = 512;               // tokens of a prompt whose products are best done at once
   int plan_rows = 64;                    // queries of a tile, 64 or 128, for which a plan of blocks is fastest
+  bool plan_sequences = false;           // whether planners had best look at all heads of a sequence at once
 
   /// out [rows, d_v], lse [rows]; with plan.parts > 1: out [parts, rows, d_v], lse [parts, rows]. lse may be empty.
   /// Milakov & Gimelshein 2018 (online softmax); Dao 2023 (tiling).
@@ -293,6 +310,9 @@ struct Kernels {
   /// softmax; a row that sees nothing is all 0). out.rows, out.cols and the offsets of its cells are inputs.
   void (*proxy)(Queue&, const Ragged& q, const Ragged& k, const Proxy&, Grids out);
   void (*reduce)(Queue&, const Grids& in, const Reduce&, Grids out);
+  /// What reduce makes of what proxy gives, without the scores being written. False, having done nothing, where that is no
+  /// faster; null: never.
+  bool (*proxy_blocks)(Queue&, const Ragged& q, const Ragged& k, const Proxy&, const Reduce&, Grids out) = nullptr;
   /// scores [rows] → index I32 [segments · capacity], count I32 [segments]: segment s at s · capacity.
   void (*select)(Queue&, const Ragged& scores, const Select&, int64_t capacity, Tensor index, Tensor count);
 
@@ -309,6 +329,10 @@ struct Kernels {
   /// consecutive numbers block · split + i, all with mask −1 when every row lists it, else with the mask
   /// rowptr[t] / split + place of the block in the list, whose bits [rows of the tile, 1] say which rows do.
   void (*tile_blocks)(Queue&, Tensor index, Tensor count, int64_t capacity, Tensor first, int split, Plan out);
+  /// The union of what `sets` names for each tile of q's segments, keys behind its last query left out, as the rows of an Interval plan of
+  /// query heads: out.index and out.count are written, out.rowptr (an input) has room for every row's ranges, which are as few as
+  /// can be. Of q and k only offsets and ends are looked at; queries are the last of their keys.
+  void (*unite)(Queue&, const Ragged& q, const Ragged& k, const KeySets& sets, const Plan& out);
   /// pairs F64 [h] += the query–key pairs that each query head computes, over all sequences, under plan, causality, window
   /// and until. Of q and a panel only offsets and ends are looked at; of pages lengths and, for a window, positions.
   void (*count_pairs)(Queue&, const Plan&, const Ragged& q, const Keys&, const Mods&, Tensor pairs);

@@ -177,6 +177,112 @@ void tile_blocks_equals_reference(const Kernels& run, Random random) {
   }
 }
 
+/// Lists of ascending numbers below `most`.
+struct RandomLists {
+  Poisoned index, count;
+  KeyLists view;
+  RandomLists(Random& random, int64_t lists, int64_t capacity, int64_t most, double density)
+      : index(Dtype::I32, {lists * capacity}), count(Dtype::I32, {lists}) {
+    for (int64_t l = 0; l < lists; ++l) {
+      int32_t n = 0;
+      for (int64_t x = 0; x < most && n < capacity; ++x)
+        if (chance(random, density)) index->at<int32_t>(l * capacity + n++) = int32_t(x);
+      count->at<int32_t>(l) = n;
+    }
+    view = {index, count, capacity};
+  }
+};
+
+void unite_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(60); ++i) {
+    const int64_t g = 1 + random.below(2), h = g * pick<int64_t>(random, {1, 3}), sequences = 1 + random.below(3);
+    const bool long_text = i == 0;  // longer than what a block of threads has bits for
+    std::vector<int64_t> q_lengths, k_lengths;
+    KeySets sets;
+    sets.tile = int(pick<int64_t>(random, {1, 8, 64, 100, 128})), sets.block = int(pick<int64_t>(random, {1, 8, 64, 300}));
+    int64_t rows = 0, longest = 1;
+    std::vector<int64_t> rowptr{0};
+    for (int64_t s = 0; s < sequences; ++s) {
+      const int64_t n = long_text ? 130 : pick<int64_t>(random, {0, 1, 5, 64, 65, 150}),
+                    m = n + (long_text ? pick<int64_t>(random, {65536 - 130, 65600, 140000}) : random.below(400));
+      const int64_t tiles = (n + sets.tile - 1) / sets.tile;
+      q_lengths.insert(q_lengths.end(), size_t(h), n), k_lengths.insert(k_lengths.end(), size_t(g), m);
+      longest = std::max(longest, m);
+      for (int64_t r = 0; r < h * tiles; ++r) rowptr.push_back(rowptr.back() + (m + 1) / 2 + random.below(3));
+      rows += h * tiles;
+    }
+    const RaggedData q = ragged(random, Dtype::F32, q_lengths, h, 1, Layout::any(random)),
+                     k = ragged(random, Dtype::F32, k_lengths, g, 1, Layout::any(random));
+    const auto numbers = [&] {
+      return filled(Dtype::I32, {q.view.segments()},
+                    [&] { return double(pick<int64_t>(random, {0, 1, random.below(longest + 1), 1 << 30})); });
+    };
+    const double few = pick(random, {0.0, 0.01, 0.3, 1.0});
+    const Poisoned sinks = numbers(), local = numbers();
+    const RandomLists keys(random, q.view.segments(), longest, longest, few),
+        distances(random, q.view.segments(), longest, longest, few / 8),
+        blocks(random, rows, 1 + longest / sets.block, 2 + longest / sets.block, few);
+    if (chance(random, 0.3)) sets.sinks = sinks;
+    if (chance(random, 0.3)) sets.local = local;
+    if (chance(random, 0.7)) sets.keys = keys.view;
+    if (chance(random, 0.7)) sets.distances = distances.view;
+    if (chance(random, 0.5)) sets.blocks = blocks.view;
+    const Buffer pointers = Buffer::of<int64_t>({int64_t(rowptr.size())}, rowptr);
+    const Poisoned index(Dtype::I32, {rowptr.back(), 2}), count(Dtype::I32, {rows}), got_index = index.twin(),
+                                                                                     got_count = count.twin();
+    Plan want;
+    want.form = Plan::Form::Interval, want.q_tile = sets.tile, want.rowptr = pointers;
+    Plan got = want;
+    want.index = index, want.count = count, got.index = got_index, got.count = got_count;
+    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + "/" + std::to_string(g) +
+                 ", tiles of " + std::to_string(sets.tile) + ", up to " + std::to_string(longest) + " keys");
+    Queue queue;
+    oracle().unite(queue, q, k, sets, want);
+    run.unite(queue, q, k, sets, got);
+    expect_close("count", count, got_count, 0);
+    expect_close("index", index, got_index, 0);
+  }
+}
+
+TEST(Reference, UniteOfFiveSets) {
+  Random random(0);
+  // Seven queries behind three keys, in tiles of four: positions 3 … 6 and 7 … 9.
+  const RaggedData q = ragged(random, Dtype::F32, {7}, 1, 1, {}), k = ragged(random, Dtype::F32, {10}, 1, 1, {});
+  const auto list = [](std::vector<int32_t> x) { return Buffer::of<int32_t>({int64_t(x.size())}, x); };
+  const auto united = [&](const KeySets& sets) {
+    const Poisoned index(Dtype::I32, {10, 2}), count(Dtype::I32, {2});
+    Plan out;
+    out.form = Plan::Form::Interval, out.q_tile = 4, out.index = index, out.count = count;
+    const Buffer rowptr = Buffer::of<int64_t>({3}, std::vector<int64_t>{0, 5, 10});
+    out.rowptr = rowptr;
+    Queue queue;
+    oracle().unite(queue, q, k, sets, out);
+    std::string text;
+    for (int64_t r = 0; r < 2; ++r, text += "|")
+      for (int64_t e = out.begin(r); e < out.end(r); ++e)
+        text += std::to_string(index->at<int32_t>(e, 0)) + "-" + std::to_string(index->at<int32_t>(e, 1)) + " ";
+    return text;
+  };
+  const Buffer one = list({1}), two = list({2}), keys = list({0, 5}), far = list({6}), blocks = list({0, 7, 1, 2}),
+               counts = list({1, 2});
+  KeySets sets;
+  sets.tile = 4;
+  EXPECT_EQ(united(sets), "||");
+  sets.sinks = one;
+  EXPECT_EQ(united(sets), "0-1 |0-1 |");
+  sets.local = two;
+  EXPECT_EQ(united(sets), "0-1 2-7 |0-1 6-10 |");
+  sets.sinks = sets.local = {};
+  sets.keys = {keys, two, 2};
+  EXPECT_EQ(united(sets), "0-1 5-6 |0-1 5-6 |");
+  sets.keys = {};
+  sets.distances = {far, one, 1};
+  EXPECT_EQ(united(sets), "0-1 |1-4 |");
+  sets.distances = {};
+  sets.blocks = {blocks, counts, 2}, sets.block = 3;
+  EXPECT_EQ(united(sets), "0-3 |3-9 |");
+}
+
 void count_pairs_equals_reference(const Kernels& run, Random random) {
   Ask ask;
   ask.maps = false;
@@ -199,6 +305,7 @@ std::vector<Check> count_checks() {
   return {{Reference, "compute", compute_equals_reference},
           {Reference, "offsets", offsets_equal_reference},
           {Reference, "tile_blocks", tile_blocks_equals_reference},
+          {Reference, "unite", unite_equals_reference},
           {Reference, "count_pairs", count_pairs_equals_reference}};
 }
 

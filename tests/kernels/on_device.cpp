@@ -353,6 +353,22 @@ Kernels coat() {
     gpu().tile_blocks(on.queue, on(index), on(count), capacity, on(first), split, on(out));
     on.leave();
   };
+  t.unite = [](Queue&, const Ragged& q, const Ragged& k, const KeySets& sets, const Plan& out) {
+    Visit on;
+    KeySets there = sets;
+    there.sinks = on(sets.sinks), there.local = on(sets.local);
+    for (KeyLists* lists : {&there.keys, &there.distances, &there.blocks})
+      lists->index = on(lists->index), lists->count = on(lists->count);
+    gpu().unite(on.queue, on(q), on(k), there, on(out));
+    on.leave();
+  };
+  if (gpu().proxy_blocks)
+    t.proxy_blocks = [](Queue&, const Ragged& q, const Ragged& k, const Proxy& how, const Reduce& by, Grids out) {
+      Visit on;
+      const bool done = gpu().proxy_blocks(on.queue, on(q), on(k), how, by, on(out));
+      on.leave();
+      return done;
+    };
   t.count_pairs = [](Queue&, const Plan& plan, const Ragged& q, const Keys& keys, const Mods& mods, Tensor pairs) {
     Visit on;
     const KeysOn from(on, keys, &plan);

@@ -150,9 +150,9 @@ void proxy_equals_reference(const Kernels& run, Random random) {
       }
       for (int64_t kv = 0; kv < g; ++kv) k_lengths.push_back(m);
     }
-    const Dtype type = any_float(random);
+    const Dtype type = any_float(random), k_type = chance(random, 0.3) ? Dtype::BF16 : type;
     const RaggedData q = normal_ragged(random, type, q_lengths, h, width, Layout::any(random));
-    const RaggedData k = normal_ragged(random, type, k_lengths, g, width, Layout::any(random));
+    const RaggedData k = normal_ragged(random, k_type, k_lengths, g, width, Layout::any(random));
     Proxy how;
     how.scale = chance(random, 0.3) ? 0.25f : 0;
     how.softcap = chance(random, 0.2) ? 3 : 0;
@@ -173,10 +173,57 @@ void proxy_equals_reference(const Kernels& run, Random random) {
     const double scale = how.scale != 0 ? double(how.scale) : 1 / std::sqrt(double(width));
     const double logit = longest_row(q.values) * longest_row(k.values) * scale;
     const double step = how.int8 ? largest(q.values) * largest(k.values) * scale / 127 : 0;
-    const double u = unit(type, double(width));
+    const double u = unit(type, k_type, double(width)), rounded = rounded_query(type, k_type, logit, double(width));
     expect_close("cells", grid.cells.values, grid.other,
-                 how.softmax ? u + 2 * logit_error(logit) + step : u * std::max(1.0, logit) / 4 + step);
+                 how.softmax ? u + 2 * (logit_error(logit) + rounded) + step : u * std::max(1.0, logit) / 4 + rounded + step);
   }
+}
+
+void proxy_blocks_equals_proxy_and_reduce(const Kernels& run, Random random) {
+  if (!run.proxy_blocks) return;
+  int done = 0;
+  for (int i = 0; i < cases(40); ++i) {
+    const int64_t g = 1 + random.below(3), h = g * pick<int64_t>(random, {1, 3, 8}),
+                  width = pick<int64_t>(random, {64, 128}), sequences = 1 + random.below(2);
+    Reduce by;
+    by.kind = ReduceKind(random.below(3));
+    by.row_block = int(pick<int64_t>(random, {1, 16, 64, 128, 200})),
+    by.col_block = int(pick<int64_t>(random, {64, 128, 192, 256}));
+    std::vector<int64_t> q_lengths, k_lengths, rows, cols, rows_out, cols_out;
+    for (int64_t s = 0; s < sequences; ++s) {
+      const int64_t n = pick<int64_t>(random, {0, 1, 33, 192, 193, 450}),
+                    m = pick<int64_t>(random, {0, 1, 64, 127, 300, 520});
+      for (int64_t head = 0; head < h; ++head) {
+        q_lengths.push_back(n), rows.push_back(n), cols.push_back(m);
+        rows_out.push_back((n + by.row_block - 1) / by.row_block), cols_out.push_back((m + by.col_block - 1) / by.col_block);
+      }
+      k_lengths.insert(k_lengths.end(), size_t(g), m);
+    }
+    const Dtype type = chance(random, 0.5) ? Dtype::F32 : Dtype::BF16;
+    const Layout layout{chance(random, 0.4), 0, chance(random, 0.3) ? 8 : 0};
+    const RaggedData q = normal_ragged(random, type, q_lengths, h, width, layout),
+                     k = normal_ragged(random, Dtype::BF16, k_lengths, g, width, layout);
+    Proxy how;
+    how.scale = chance(random, 0.3) ? 0.25f : 0;
+    how.softmax = true, how.causal = chance(random, 0.7);
+    how.q_tile = int(pick<int64_t>(random, {1, 1, 4})), how.k_tile = int(pick<int64_t>(random, {1, 1, 4}));
+    how.offset = pick<int64_t>(random, {0, 30, 200, -3});
+    TwinGrids whole(random, rows, cols, h), grid(random, rows_out, cols_out, h);
+    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + "/" + std::to_string(g) + ", width " +
+                 std::to_string(width) + " " + info(type).name + ", blocks " + std::to_string(by.row_block) + "x" +
+                 std::to_string(by.col_block) + " kind " + std::to_string(int(by.kind)));
+    Queue queue;
+    oracle().proxy(queue, q, k, how, whole.view);
+    oracle().reduce(queue, whole.view, by, grid.view);
+    if (!run.proxy_blocks(queue, q, k, how, by, grid.twin)) continue;
+    ++done;
+    const double scale = how.scale != 0 ? double(how.scale) : 1 / std::sqrt(double(width)),
+                 logit = longest_row(q.values) * longest_row(k.values) * scale,
+                 most = by.kind == ReduceKind::Sum ? by.row_block : 1;
+    expect_close("cells", grid.cells.values, grid.other,
+                 most * (0x1p-7 + 2 * (logit_error(logit) + rounded_query(type, Dtype::BF16, logit, double(width)))));
+  }
+  EXPECT_GT(done, 0);
 }
 
 void reduce_equals_reference(const Kernels& run, Random random) {
@@ -210,7 +257,7 @@ void reduce_equals_reference(const Kernels& run, Random random) {
 
 void select_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(120); ++i) {
-    const std::vector<int64_t> lengths = some_lengths(random, 6, pick<int64_t>(random, {8, 300, 2000}));
+    const std::vector<int64_t> lengths = some_lengths(random, 6, pick<int64_t>(random, {8, 300, 300, 2000, 2000, 12000, 40000}));
     RaggedData scores = ragged(random, Dtype::F32, lengths, 2, 0, Layout::any(random));
     Select how;
     how.by = pick(random, {Select::By::TopK, Select::By::TopP, Select::By::Threshold});
@@ -315,6 +362,17 @@ void many_segments_equal_reference(const Kernels& run, Random random) {
   to.values = pooled_got;
   oracle().pool(queue, x, PoolKind::Max, 2, pooled), run.pool(queue, x, PoolKind::Max, 2, to);
   expect_close("pool", pooled.values, pooled_got, 0);
+  // A long segment among them.
+  lengths.back() = 5000;
+  const RaggedData scores = normal_ragged(random, Dtype::F32, lengths, 1, 0, {});
+  const int64_t segments = int64_t(lengths.size());
+  Select best;
+  best.k = 3;
+  const Poisoned index(Dtype::I32, {segments * 4}), count(Dtype::I32, {segments}), got_index = index.twin(),
+                                                                                   got_count = count.twin();
+  oracle().select(queue, scores, best, 4, index, count), run.select(queue, scores, best, 4, got_index, got_count);
+  expect_close("count", count, got_count, 0);
+  expect_close("index", index, got_index, 0);
 }
 
 /// Numbers 1 … count in one segment.
@@ -499,6 +557,7 @@ std::vector<Check> planning_checks() {
   return {{Reference, "pool", pool_equals_reference},
           {Reference, "smooth", smooth_equals_reference},
           {Reference, "proxy", proxy_equals_reference},
+          {Reference, "proxy_blocks", proxy_blocks_equals_proxy_and_reduce},
           {Reference, "reduce", reduce_equals_reference},
           {Reference, "select", select_equals_reference},
           {Property, "select_topk_is_largest", select_topk_is_largest},

@@ -23,7 +23,7 @@ void attend(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, con
   require(bool(v.values), where, "there are no values");
   const AttentionView a = attention_view(where, q, k, v, &plan, mods);
   const AttendOut to = attend_out(where, plan, a.q_rows, a.d_v, out, lse);
-  if (attend_sm90(queue, q, k, v, plan, mods, out, lse)) return;
+  if (attend_sm90(queue, a, q, k, v, plan, mods, out, lse)) return;
   attend_plain(queue, a, to);
 }
 

@@ -92,7 +92,7 @@ __device__ Job<Tile> make_tile(const Attend& a, const Scratch& to, int rows, int
       t.entries = first_at(a.index + begin, all, a.k_tile, last + 1) - from;
       t.first = int(begin) + from;
       t.stages = a.k_tile == 64 ? (t.entries + 1) / 2 : t.entries * (a.k_tile / 128);
-      t.plan_row = int(i % a.q_tile);
+      t.plan_row = a.halves ? 0 : int(i % a.q_tile);
     }
   }
   job.length = t.stages;
@@ -170,7 +170,7 @@ cudaError_t launch(const Attend& a, void* memory, cudaStream_t stream) {
   Launch to{};
   to.tiles = scratch.tiles, to.header = scratch.header, to.scale_log2 = a.scale * 1.4426950408889634f;
   to.out = a.out, to.out_stride = a.out_stride, to.lse = a.lse, to.sink = a.sink, to.row_low = scratch.row_low;
-  to.index = a.index, to.mask = a.mask, to.bits = a.bits, to.bit_rows = a.paired ? 128 : a.q_tile, to.k_tile = a.k_tile;
+  to.index = a.index, to.mask = a.mask, to.bits = a.bits, to.bit_rows = a.halves ? 2 : a.q_tile, to.bit_shift = a.halves ? 6 : 0, to.k_tile = a.k_tile;
   to.k_rows = int(a.k_rows), to.v_rows = int(a.v_rows);
   constexpr int bytes = sizeof(Shared<S>) + 1024;
   static_assert(bytes <= 232448);
@@ -197,7 +197,7 @@ bool attend_fits(const Attend& a) {
   if (a.q_rows >= kNoKey || a.k_rows >= kNoKey || a.v_rows >= kNoKey || !(a.scale > 0)) return false;
   if (a.k_tile > 0) {
     if (a.k_tile != 64 && a.k_tile % 128) return false;
-    if (a.q_tile % 128 && !a.paired) return false;
+    if (a.q_tile % 128 && !a.halves) return false;
     if (a.mask && a.k_tile > 128) return false;
     if (!(a.d == 64 && a.d_v == 64) && !(a.d == 128 && a.d_v == 128)) return false;
   }

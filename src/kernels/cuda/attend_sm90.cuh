@@ -33,7 +33,7 @@ struct Launch {
   const int32_t* row_low;  // the first key that each row's window holds; null: windows count keys, not positions
   const int32_t *index, *mask;
   const uint64_t* bits;
-  int bit_rows, k_tile;  // rows of a tile of bits
+  int bit_rows, bit_shift, k_tile;  // row r of a tile reads row r >> bit_shift of its bit_rows rows of bits
   int k_rows, v_rows;
 };
 
@@ -151,43 +151,64 @@ struct Rows {
   bool rescale;
 };
 
-/// Logits that a row does not see become −∞. `keys`: of the stage's halves; `row`: the thread's first row in the tile.
+/// The keys of a stage's halves that the thread's two rows see, a bit each. Asked for while products run.
+struct Seen {
+  uint64_t bits[2][2];  // [row][half]
+};
+
+/// The first and the last key in sight of a row of the tile.
+__device__ __forceinline__ int2 sight(const Launch& a, const Tile& t, int row) {
+  const bool told = a.row_low && row < t.rows;
+  return {told ? a.row_low[t.q_row + row] : t.low + row, min(t.m - 1, t.diagonal + row)};
+}
+
+/// `keys`: of the stage's halves; `row`: the thread's first row in the tile.
 template <class S>
-__device__ __forceinline__ void hide(Rows<S>& x, const Launch& a, const Tile& t, int4 keys, int row) {
-  const int column = threadIdx.x % 4 * 2;
+__device__ __forceinline__ Seen seen_keys(const Launch& a, const Tile& t, int4 keys, int row) {
+  Seen out;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int last = min(t.m - 1, t.diagonal + row + 8 * r);
-    int low = t.low + row + 8 * r;
-    if (a.row_low && row + 8 * r < t.rows) low = a.row_low[t.q_row + row + 8 * r];
+    const int2 in_sight = sight(a, t, row + 8 * r);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int first = half ? keys.y : keys.x, mask = half ? keys.w : keys.z, low = in_sight.x - first,
+                high = in_sight.y - first;
+      uint64_t seen = high < 0 || low > 63 ? 0 : ~uint64_t(0) >> (63 - min(high, 63)) & ~uint64_t(0) << max(low, 0);
+      if (mask >= 0 && row + 8 * r < t.rows) {
+        const int64_t tile_row = int64_t(mask) * a.bit_rows + ((t.plan_row + row + 8 * r) >> a.bit_shift);
+        seen &= a.k_tile == 64 ? a.bits[tile_row] : a.bits[tile_row * 2 + half];
+      }
+      out.bits[r][half] = seen >> (threadIdx.x % 4 * 2);
+    }
+  }
+  return out;
+}
+
+/// Logits that a row does not see become −∞.
+template <class S>
+__device__ __forceinline__ void hide(Rows<S>& x, const Launch& a, const Tile& t, int4 keys, int row, const Seen& seen) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
     if constexpr (!S::plan) {
+      const int2 in_sight = sight(a, t, row + 8 * r);
 #pragma unroll
       for (int i = 0; i < S::kN / 8; ++i)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int key = keys.x + 8 * i + column + e;
+          const int key = keys.x + 8 * i + threadIdx.x % 4 * 2 + e;
           float& s = x.s[4 * i + 2 * r + e];
-          s = key <= last && key >= low ? s : -INFINITY;
+          s = key <= in_sight.y && key >= in_sight.x ? s : -INFINITY;
         }
     } else {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int first = half ? keys.y : keys.x, mask = half ? keys.w : keys.z;
-        uint64_t seen = ~uint64_t(0);
-        const int tile_row = t.plan_row + row + 8 * r;
-        if (mask >= 0 && row + 8 * r < t.rows)
-          seen = a.k_tile == 64 ? a.bits[int64_t(mask) * a.bit_rows + tile_row]
-                                : a.bits[(int64_t(mask) * a.bit_rows + tile_row) * 2 + half];
-        seen >>= column;
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int i = 0; i < 8; ++i)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int key = first + 8 * i + column + e;
             float& s = x.s[32 * half + 4 * i + 2 * r + e];
-            s = key <= last && key >= low && (seen >> (8 * i + e) & 1) ? s : -INFINITY;
+            s = seen.bits[r][half] >> (8 * i + e) & 1 ? s : -INFINITY;
           }
-      }
     }
   }
 }
@@ -352,13 +373,15 @@ __device__ __forceinline__ void step(Rows<S>& x, Shared<S>& sh, const Launch& a,
   if constexpr (S::turns) named_arrive(1 + (at.group + 1) % S::groups, 256);
   const int4 now = keys;
   next_keys<S>(keys, sh, at);
+  Seen seen;
+  if constexpr (Masked && S::plan) seen = seen_keys<S>(a, t, now, at.row);
   float top[2], sum[2];
   if constexpr (Last)
     for (int r = 0; r < 2; ++r) top[r] = x.top[r], sum[r] = x.sum[r], x.top[r] = -INFINITY, x.sum[r] = 0;
   wgmma_wait<1>();
   pin(x.s);
   release<S>(sh.k_empty, at.k_ring);
-  if constexpr (Masked) hide(x, a, t, now, at.row);
+  if constexpr (Masked) hide(x, a, t, now, at.row, seen);
   softmax<Masked>(x, a.scale_log2);
   wgmma_wait<0>();
   pin(x.o);
@@ -431,10 +454,12 @@ __device__ void multiply_tiles(Shared<S>& sh, const Launch& a, int group) {
       wgmma_commit();
       for (int r = 0; r < 2; ++r) x.top[r] = -INFINITY, x.sum[r] = 0;
       next_keys<S>(keys, sh, at);
+      Seen seen;
+      if constexpr (S::plan) seen = seen_keys<S>(a, t, v_keys, at.row);
       wgmma_wait<0>();
       pin(x.s);
       release<S>(sh.k_empty, at.k_ring);
-      hide(x, a, t, v_keys, at.row);
+      hide(x, a, t, v_keys, at.row, seen);
       softmax<true>(x, a.scale_log2);
       round_weights(x);
     }

@@ -25,9 +25,10 @@ struct Attend {
   float* out = nullptr;
   int64_t out_stride = 0;
   float* lse = nullptr;
-  // A block plan; k_tile 0: every key. With `paired` a list is that of its row and the next one of q_tile rows (pair_rows).
+  // A block plan; k_tile 0: every key. With `halves` a mask has words for the upper 64 rows of a tile and for the lower (pair_rows,
+  // blocks_of_ranges), else for each of q_tile rows.
   int q_tile = 0, k_tile = 0, plan_heads = 1;
-  bool paired = false;
+  bool halves = false;
   const int64_t* rowptr = nullptr;
   const int32_t *count = nullptr, *index = nullptr, *mask = nullptr;
   const uint64_t* bits = nullptr;
@@ -107,14 +108,21 @@ struct Tensor;
 
 namespace heed::cuda {
 
+struct AttentionView;
+
 /// As attend, attend_backward and attend_store of kernels.h, on a GPU of compute capability 9.0. They return false, having done nothing, for what
 /// has no fast kernel here; arguments have been checked by the caller.
-bool attend_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out, Tensor lse);
+bool attend_sm90(Queue&, const AttentionView&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&,
+                 const Mods&, Tensor out, Tensor lse);
 bool attend_backward_sm90(Queue&, const Ragged& q, const Ragged& k, const Ragged& v, const Plan&, const Mods&, Tensor out,
                           Tensor lse, Tensor d_out, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias, Tensor d_gain);
 bool attend_store_sm90(Queue&, const Ragged& q, const Pages&, const Read&, const Mods&, Tensor out, Tensor lse);
 
 /// Makes of a plan of `rows` rows and at most `entries` entries, tiles of 64 rows and no masks, lists for tiles of 128, in scratch.
 void pair_rows(Queue&, int64_t rows, int64_t entries, sm90::Attend&);
+/// Makes of a plan of intervals, tiles of 64 rows or multiples of 128, lists of blocks of 64 keys for tiles of 128, in scratch. False where
+/// they might be more than kMostBlocks.
+bool blocks_of_ranges(Queue&, const AttentionView&, const Plan&, sm90::Attend&);
+constexpr int64_t kMostBlocks = int64_t(1) << 28;
 
 }  // namespace heed::cuda

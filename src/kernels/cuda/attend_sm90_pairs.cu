@@ -12,7 +12,7 @@ struct Merged {
   int64_t rows;
   int64_t* to_rowptr;  // [rows + 1]: row r has room for its own blocks and those of row r + 1
   int32_t *to_count, *to_index, *to_mask;
-  uint64_t* bits;  // [2][128][words]: the upper half of a tile alone, the lower
+  uint64_t* bits;  // [2][2][words]: the upper half of a tile alone, the lower
   int words;
 };
 
@@ -20,7 +20,7 @@ struct Merged {
 /// would be for do not exist. Rows of odd number are merged for nothing: who begins a tile is known to the schedule alone.
 __global__ void merge_rows_kernel(const __grid_constant__ Merged a) {
   const int64_t r = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (r < 2 * 128 * a.words) a.bits[r] = (r / a.words % 128 < 64) == (r / a.words < 128) ? ~uint64_t(0) : 0;
+  if (r < 4 * a.words) a.bits[r] = r / a.words % 2 == r / a.words / 2 ? ~uint64_t(0) : 0;
   if (r > a.rows) return;
   const int64_t last = a.rowptr[a.rows], begin = a.rowptr[r], next = r < a.rows ? a.rowptr[r + 1] : last;
   a.to_rowptr[r] = begin + next;
@@ -56,9 +56,9 @@ void pair_rows(Queue& queue, int64_t rows, int64_t entries, sm90::Attend& a) {
                   ints(rows),
                   ints(2 * entries),
                   ints(2 * entries),
-                  queue.scratch.take(Dtype::U64, {2 * 128 * words}).as<uint64_t>(),
+                  queue.scratch.take(Dtype::U64, {4 * words}).as<uint64_t>(),
                   words};
-  launch(queue, "attend", merge_rows_kernel, dim3(unsigned(ceil_div(std::max<int64_t>(rows + 1, 2 * 128 * words), 64))),
+  launch(queue, "attend", merge_rows_kernel, dim3(unsigned(ceil_div(std::max<int64_t>(rows + 1, 4 * words), 64))),
          64, 0, to);
   a.rowptr = to.to_rowptr, a.count = to.to_count, a.index = to.to_index, a.mask = to.to_mask, a.bits = to.bits;
 }

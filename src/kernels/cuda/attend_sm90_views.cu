@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/attend_sm90.h"
+#include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/device.cuh"
 
@@ -30,12 +31,18 @@ Tensor rounded(Queue& queue, const char* where, const Ragged& q) {
 bool blocks_alone(const Plan& p) {
   return p.parts == 1 && (p.form == Plan::Form::Dense || p.form == Plan::Form::Blocks);
 }
+/// Key ranges of tiles that the kernel's 128 rows are one, two halves or a part of.
+bool ranges_of_tiles(const Plan& p) {
+  return p.parts == 1 && p.form == Plan::Form::Interval && (p.q_tile == 64 || p.q_tile % 128 == 0);
+}
 
 }  // namespace
 
-bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods,
-                 Tensor out, Tensor lse) {
-  if (!plain(mods) || !blocks_alone(plan) || !of_products(mods) || !bf16_keys(q, k, v) || !hopper()) return false;
+bool attend_sm90(Queue& queue, const AttentionView& view, const Ragged& q, const Ragged& k, const Ragged& v,
+                 const Plan& plan, const Mods& mods, Tensor out, Tensor lse) {
+  const bool ranges = ranges_of_tiles(plan) && !mods.k_map;
+  if (!plain(mods) || !(blocks_alone(plan) || ranges) || !of_products(mods) || !bf16_keys(q, k, v) || !hopper())
+    return false;
   sm90::Attend a;
   a.d = int(q.values.size[1]), a.d_v = int(v.values.size[1]);
   a.q_rows = q.values.size[0], a.k_rows = k.values.size[0], a.v_rows = v.values.size[0];
@@ -55,11 +62,17 @@ bool attend_sm90(Queue& queue, const Ragged& q, const Ragged& k, const Ragged& v
     a.q_tile = plan.q_tile, a.k_tile = plan.k_tile, a.plan_heads = int(scope_heads(plan.scope, q.heads, k.heads));
     a.rowptr = plan.rowptr.as<int64_t>(), a.count = plan.count.as<int32_t>(), a.index = plan.index.as<int32_t>();
     a.mask = plan.mask.as<int32_t>(), a.bits = plan.bits.as<uint64_t>();
-    a.paired = plan.q_tile == 64 && !plan.mask && plan.k_tile <= 128;
+    a.halves = plan.q_tile == 64 && !plan.mask && plan.k_tile <= 128;
+  } else if (ranges) {
+    a.q_tile = plan.q_tile, a.k_tile = 64, a.plan_heads = view.plan.scope_heads, a.halves = true;
   }
   if (!sm90::attend_fits(a)) return false;
   Scratch scope(queue.scratch);
-  if (a.paired) pair_rows(queue, plan.rows(), plan.index.size[0], a);
+  if (ranges) {
+    if (!blocks_of_ranges(queue, view, plan, a)) return false;
+  } else if (a.halves) {
+    pair_rows(queue, plan.rows(), plan.index.size[0], a);
+  }
   const cudaStream_t stream = static_cast<cudaStream_t>(queue.stream);
   if (round) a.q = rounded(queue, "attend", q).as<__nv_bfloat16>();
   check(sm90::attend_launch(a, queue.scratch.take(Dtype::U8, {sm90::attend_scratch(a)}).data, stream), "attend");

@@ -124,6 +124,7 @@ __global__ void layer_mean_kernel(Matrix sums, Segments at, int g, int h, Matrix
 void observe(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how,
              Ragged columns) {
   constexpr const char* where = "observe";
+  if (observe_last(queue, q, keys, plan, mods, how, columns)) return;
   Scratch scratch(queue.scratch);
   const Observed from(queue, where, keys, mods);
   AttentionView a = attention_view(where, q, from.k, {}, plan, from.mods);

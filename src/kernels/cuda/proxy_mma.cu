@@ -51,70 +51,62 @@ __device__ inline void store(Side& to, const float4 (&from)[kQuads]) {
   }
 }
 
-/// Grid: row tiles, column tiles (both strided), segments of q. A warp holds 64 rows by 32 columns.
+/// Grid: tiles (strided), segments of q. A warp holds 64 rows by 32 columns.
 template <int kParts>
 __global__ void __launch_bounds__(kThreads) proxy_mma_kernel(const __grid_constant__ Scored a) {
   __shared__ __align__(16) Side q, k;
-  const int s = blockIdx.z, kv = a.keys_of(s), rows = a.qs.length(s), cols = a.ks.length(kv), lane = threadIdx.x % 32,
-            warp = threadIdx.x / 32, own_row = warp / 4 * 64, own_column = warp % 4 * 32;
-  const int64_t q_first = a.qs.begin(s), k_first = a.ks.begin(kv), out = a.at.begin(s);
-  for (int i0 = blockIdx.x * kTile; i0 < rows; i0 += gridDim.x * kTile)
-    for (int j0 = blockIdx.y * kTile; j0 < cols; j0 += gridDim.y * kTile) {
-      if (a.hidden(min(rows, i0 + kTile) - 1, j0)) {
-        for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) {
-          const int i = i0 + e / kTile, j = j0 + e % kTile;
-          if (i < rows && j < cols) a.cells.set(out + int64_t(i) * cols + j, 0, -kInfinity);
-        }
-        continue;
-      }
-      float sum[4][4][4] = {};  // 16 rows by 8 columns each
-      float4 next_q[kQuads], next_k[kQuads];
-      const auto fetch_both = [&](int at) {
-        fetch(next_q, a.q, at, [&](int r) { return i0 + r < rows ? q_first + i0 + r : int64_t(-1); });
-        fetch(next_k, a.k, at, [&](int r) { return j0 + r < cols ? k_first + j0 + r : int64_t(-1); });
-      };
-      fetch_both(0);
-      for (int at = 0; at < a.q.width; at += kDepth) {
-        __syncthreads();
-        store<kParts>(q, next_q);
-        store<kParts>(k, next_k);
-        __syncthreads();
-        if (at + kDepth < a.q.width) fetch_both(at + kDepth);
+  const int s = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, own_row = warp / 4 * 64,
+            own_column = warp % 4 * 32;
+  const int64_t q_first = a.qs.begin(s), k_first = a.ks.begin(a.keys_of(s)), out = a.at.begin(s);
+  a.each_tile<kTile, kTile>(s, [&](int i0, int j0, int rows, int cols, bool hidden) {
+    if (hidden) return a.hide_tile<kTile, kTile>(out, i0, j0, rows, cols);
+    float sum[4][4][4] = {};  // 16 rows by 8 columns each
+    float4 next_q[kQuads], next_k[kQuads];
+    const auto fetch_both = [&](int at) {
+      fetch(next_q, a.q, at, [&](int r) { return i0 + r < rows ? q_first + i0 + r : int64_t(-1); });
+      fetch(next_k, a.k, at, [&](int r) { return j0 + r < cols ? k_first + j0 + r : int64_t(-1); });
+    };
+    fetch_both(0);
+    for (int at = 0; at < a.q.width; at += kDepth) {
+      __syncthreads();
+      store<kParts>(q, next_q);
+      store<kParts>(k, next_k);
+      __syncthreads();
+      if (at + kDepth < a.q.width) fetch_both(at + kDepth);
 #pragma unroll
-        for (int step = 0; step < kDepth; step += 16) {
-          uint32_t b[kParts][2][4];
+      for (int step = 0; step < kDepth; step += 16) {
+        uint32_t b[kParts][2][4];
 #pragma unroll
-          for (int part = 0; part < kParts; ++part)
+        for (int part = 0; part < kParts; ++part)
 #pragma unroll
-            for (int c = 0; c < 2; ++c)
-              mma::load_four(b[part][c],
-                             &k.x[part][own_column + 16 * c + lane % 8 + lane / 16 * 8][step + lane / 8 % 2 * 8]);
+          for (int c = 0; c < 2; ++c)
+            mma::load_four(b[part][c], &k.x[part][own_column + 16 * c + lane % 8 + lane / 16 * 8][step + lane / 8 % 2 * 8]);
 #pragma unroll
-          for (int t = 0; t < 4; ++t)
+        for (int t = 0; t < 4; ++t)
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-              uint32_t x[4];
-              mma::load_four(x, &q.x[part][own_row + 16 * t + lane % 16][step + lane / 16 * 8]);
+          for (int part = 0; part < kParts; ++part) {
+            uint32_t x[4];
+            mma::load_four(x, &q.x[part][own_row + 16 * t + lane % 16][step + lane / 16 * 8]);
 #pragma unroll
-              for (int c = 0; c < 4; ++c) {
-                mma::multiply(sum[t][c], x, b[0][c / 2][c % 2 * 2], b[0][c / 2][c % 2 * 2 + 1]);
-                if (kParts == 2 && part == 0)
-                  mma::multiply(sum[t][c], x, b[kParts - 1][c / 2][c % 2 * 2], b[kParts - 1][c / 2][c % 2 * 2 + 1]);
-              }
+            for (int c = 0; c < 4; ++c) {
+              mma::multiply(sum[t][c], x, b[0][c / 2][c % 2 * 2], b[0][c / 2][c % 2 * 2 + 1]);
+              if (kParts == 2 && part == 0)
+                mma::multiply(sum[t][c], x, b[kParts - 1][c / 2][c % 2 * 2], b[kParts - 1][c / 2][c % 2 * 2 + 1]);
             }
-        }
-      }
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int i = i0 + own_row + 16 * t + lane / 4 + e / 2 * 8, j = j0 + own_column + 8 * c + lane % 4 * 2 + e % 2;
-            if (i < rows && j < cols)
-              a.cells.set(out + int64_t(i) * cols + j, 0, a.hidden(i, j) ? -kInfinity : a.score(sum[t][c][e]));
           }
+      }
     }
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = i0 + own_row + 16 * t + lane / 4 + e / 2 * 8, j = j0 + own_column + 8 * c + lane % 4 * 2 + e % 2;
+          if (i < rows && j < cols)
+            a.cells.set(out + int64_t(i) * cols + j, 0, a.hidden(i, j) ? -kInfinity : a.score(sum[t][c][e]));
+        }
+  });
 }
 
 }  // namespace
@@ -126,12 +118,9 @@ bool proxy_mma(Queue& queue, const Scored& a) {
   };
   // In narrow rows what the second bf16 leaves out shows.
   if (a.q.width < 64 || a.q.width % 4 || !fits(a.q) || !fits(a.k)) return false;
-  const unsigned count = unsigned(a.qs.count);
-  const int64_t sequences = std::max<int64_t>(1, a.qs.count / a.h);
-  const dim3 grid(unsigned(std::clamp<int64_t>(ceil_div(ceil_div(a.q_rows, a.h), kTile), 1, 1024)),
-                  unsigned(std::clamp<int64_t>(ceil_div(ceil_div(a.k_rows, kTile), sequences * a.g), 1, 64)), count);
-  if (a.q.type == Dtype::F32 || a.k.type == Dtype::F32)
-    launch(queue, "proxy", proxy_mma_kernel<2>, grid, kThreads, 0, a);
+  const dim3 grid = a.tiles(kTile, kTile);
+  // Keys of bf16 come from a model whose attention rounds queries to that as well.
+  if (a.k.type == Dtype::F32) launch(queue, "proxy", proxy_mma_kernel<2>, grid, kThreads, 0, a);
   else launch(queue, "proxy", proxy_mma_kernel<1>, grid, kThreads, 0, a);
   return true;
 }

@@ -37,8 +37,10 @@ __global__ void reduce_kernel(const __grid_constant__ Reduction a) {
       ++count;
     };
     if (a.how.to == To::Columns) {
+#pragma unroll 4
       for (int64_t i = 0; i < rows; ++i) take(i, e);
     } else if (a.how.to == To::Diagonals) {
+#pragma unroll 4
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t j = cols - rows + i - e;
         if (j >= 0 && j < cols) take(i, j);
@@ -49,8 +51,13 @@ __global__ void reduce_kernel(const __grid_constant__ Reduction a) {
                     first_col = blocks ? e % cols_out * a.how.col_block : 0;
       const int64_t last_row = blocks ? min(rows, first_row + a.how.row_block) : e + 1,
                     last_col = blocks ? min(cols, first_col + a.how.col_block) : cols;
-      const int64_t wide = last_col - first_col, all = (last_row - first_row) * wide;
-      for (int64_t at = lane; at < all; at += 32) take(first_row + at / wide, first_col + at % wide);
+      const int wide = int(last_col - first_col), high = int(last_row - first_row);
+      if (wide >= 32 || high == 1) {
+        for (int r = 0; r < high; ++r)
+          for (int c = lane; c < wide; c += 32) take(first_row + r, first_col + c);
+      } else {
+        for (int at = lane; at < high * wide; at += 32) take(first_row + at / wide, first_col + at % wide);
+      }
       sum = warp_sum(sum);
       top = warp_max(top);
       count = warp_sum(count);

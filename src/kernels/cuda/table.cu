@@ -70,6 +70,7 @@ const Kernels* cuda_kernels() {
     t.memory = &cuda::memory();
     t.tile_rows = 4096;  // weights are unpacked for each tile
     if (cuda::hopper()) t.plan_rows = 128;
+    t.plan_sequences = true;  // a KV head's segments fill a few multiprocessors
     t.attend = cuda::attend;
     t.attend_backward = cuda::attend_backward;
     t.attend_store = cuda::attend_store;
@@ -105,6 +106,8 @@ const Kernels* cuda_kernels() {
     t.compute = cuda::compute;
     t.offsets = cuda::offsets;
     t.tile_blocks = cuda::tile_blocks;
+    t.unite = cuda::unite;
+    t.proxy_blocks = cuda::proxy_blocks;
     t.count_pairs = cuda::count_pairs;
     t.page_supply = cuda::page_supply;
     t.page_grow = cuda::page_grow;

@@ -26,6 +26,7 @@ Function<decltype(Kernels::select)> select;
 Function<decltype(Kernels::compute)> compute;
 Function<decltype(Kernels::offsets)> offsets;
 Function<decltype(Kernels::tile_blocks)> tile_blocks;
+Function<decltype(Kernels::unite)> unite;
 Function<decltype(Kernels::count_pairs)> count_pairs;
 Function<decltype(Kernels::recur)> recur;
 Function<decltype(Kernels::recur_backward)> recur_backward;

@@ -20,6 +20,7 @@ const Kernels& reference_kernels() {
     t.compute = reference::compute;
     t.offsets = reference::offsets;
     t.tile_blocks = reference::tile_blocks;
+    t.unite = reference::unite;
     t.count_pairs = reference::count_pairs;
     t.recur = reference::recur;
     t.recur_backward = reference::recur_backward;

@@ -38,7 +38,8 @@ struct FlexPrefill final : Mechanism {
     const int64_t shortest = *std::min_element(at.rows.begin(), at.rows.end());
     // Short prompts and parts of one read everything; so do layers whose sliding window already bounds what is read.
     if (gamma >= 1 || shortest <= least || at.mods.window > 0) return dense_plan(block, block);
-    return chosen_blocks(at, Plan::Scope::QueryHead, block, block, [&](const Slice& s) { return plan_slice(at, s); });
+    return chosen_blocks(
+        at, Plan::Scope::QueryHead, block, block, [&](const Slice& s) { return plan_slice(at, s); }, Slices::Either);
   }
 
  private:

@@ -40,7 +40,7 @@ struct MInference final : Mechanism {
   }
 
   enum Kind : int { VerticalSlash, BlockSparse, AShape };
-  std::vector<int32_t> kinds(const ModelInfo& model, int layer) const {
+  std::vector<int32_t> patterns(const ModelInfo& model, int layer) const {
     std::vector<int32_t> out;
     for (int i = layer * model.h; i < (layer + 1) * model.h; ++i) {
       const auto named = [&](const Range& r) { return !r.all() && r.holds(i, model.layers * model.h); };
@@ -52,30 +52,53 @@ struct MInference final : Mechanism {
   Plan plan(LayerView& at) const override {
     causal_only(at, "minference");
     if (at.mods.window > 0) return dense_plan(block, block);  // a sliding window already bounds what is read
-    const std::vector<int32_t> of = kinds(at.model, at.layer);
+    const std::vector<int32_t> of = patterns(at.model, at.layer);
     const auto has = [&](Kind kind) { return std::find(of.begin(), of.end(), kind) != of.end(); };
     if (!has(VerticalSlash) && !has(AShape))
-      return chosen_blocks(at, Plan::Scope::QueryHead, block, block, [&](const Slice& s) { return best_blocks(at, s); });
-    const Tensor uploaded = at.queue.upload(of);
-    const int64_t runs = std::max(columns + slashes, int64_t(topk)) + 2;
-    return marked_keys(at, block, runs, [&](const Slice& s, const Ragged& flags) {
-      const Num kind = load(uploaded, s.kv_head * s.q.heads + head_of_tile(s));
-      if (has(AShape)) mark(at.queue, flags, kind == int(AShape), in_band(s, block, sinks, local));
+      return chosen_blocks(
+          at, Plan::Scope::QueryHead, block, block, [&](const Slice& s) { return best_blocks(at, s); }, Slices::Either);
+    Queue& queue = at.queue;
+    const int64_t heads = at.q.segments(), longest = longest_keys(at);
+    const Tensor kinds = queue.upload(of);
+    const auto is = [&](Kind kind, const Num& head) { return load(kinds, head) == int(kind); };
+    const Num own = mod(index(), at.q.heads);
+    KeySets read;
+    read.tile = read.block = block;
+    if (has(AShape)) {
+      read.sinks = compute(queue, Dtype::I32, {heads}, pick(is(AShape, own), sinks, 0));
+      read.local = compute(queue, Dtype::I32, {heads}, pick(is(AShape, own), local, 0));
+    }
+    Lists keys, distances, best;
+    if (has(VerticalSlash))
+      keys = lists(queue, heads, std::min(columns, longest)), distances = lists(queue, heads, std::min(slashes, longest));
+    if (has(BlockSparse))
+      best = lists(queue, plan_rows(at, block), std::min<int64_t>(topk, (longest + block - 1) / block));
+    const auto look = [&](const Slice& s) {
+      const int64_t first = s.sequence * at.q.heads + s.kv_head * s.q.heads, end = first + s.q.heads;
       if (has(BlockSparse)) {
-        const BlockChoice best = best_blocks(at, s);
-        const Lists read = chosen(at.queue, best.rows, best.how, topk);
-        mark(at.queue, flags, kind == int(BlockSparse), read.has(segment(), floor_div(place(), block)));
+        const BlockChoice blocks = best_blocks(at, s);
+        const Lists chosen = best.part(s.row, s.row + blocks.rows.segments());
+        choose(queue, blocks.rows, blocks.how, chosen);
+        const Num head = s.kv_head * s.q.heads + floor_div(index(), s.tiles);
+        compute(queue, pick(is(BlockSparse, head), load(chosen.count, index()), 0), chosen.count);
       }
       if (!has(VerticalSlash)) return;
       const LastRows pay = last_rows_pay(at, s, last);
       Select most;
-      most.k = std::min(columns, s.m);
-      const Lists keys = chosen(at.queue, force(at.queue, pay.columns.cells, 30, 0), most, most.k);
-      most.k = std::min(slashes, s.m);
-      const Lists distances = chosen(at.queue, force(at.queue, pay.diagonals.cells, 100, 0), most, most.k);
-      mark(at.queue, flags, kind == int(VerticalSlash), keys.has(head_of_tile(s), place()));
-      mark_slashes(at.queue, s, flags, block, kind == int(VerticalSlash), distances);
-    });
+      most.k = columns;
+      choose(queue, force(queue, pay.columns.cells, 30, 0), most, keys.part(first, end));
+      most.k = slashes;
+      choose(queue, force(queue, pay.diagonals.cells, 100, 0), most, distances.part(first, end));
+    };
+    each_slice(at, block, look, Slices::Either);
+    // Of heads with other patterns nothing of it is read.
+    if (has(VerticalSlash)) {
+      for (const Tensor& count : {keys.count, distances.count})
+        compute(queue, pick(is(VerticalSlash, own), load(count, index()), 0), count);
+      read.keys = keys, read.distances = distances;
+    }
+    if (has(BlockSparse)) read.blocks = best;
+    return united_keys(at, read, std::max(columns + slashes, int64_t(topk)) + 2);
   }
 
   /// The query's own block is among them: as released it competes, and a query may be left without a key.

@@ -33,9 +33,9 @@ struct Moba final : Mechanism {
     if (at.mods.window > 0 || capacity == most) return dense_plan(1, block);
     const Tensor index = at.queue.scratch.take(Dtype::I32, {rows * capacity}),
                  count = at.queue.scratch.take(Dtype::I32, {rows});
-    each_slice(at, 1, [&](const Slice& s) {
+    const auto look = [&](const Slice& s) {
       const int64_t blocks = (s.m + block - 1) / block;
-      const Ragged means = numbers(at.queue, std::span(&blocks, 1), 1, s.k.values.size[1]);
+      const Ragged means = numbers(at.queue, std::vector<int64_t>(size_t(s.k.heads), blocks), s.k.heads, s.k.values.size[1]);
       at.run().pool(at.queue, s.k, PoolKind::Mean, block, means);
       Proxy gate;
       gate.scale = 1, gate.k_tile = block, gate.offset = s.m - s.n;
@@ -50,7 +50,8 @@ struct Moba final : Mechanism {
       const int64_t end = s.row + s.q.heads * s.tiles;
       at.run().select(at.queue, queries, best, capacity, index.slice(0, s.row * capacity, end * capacity),
                       count.slice(0, s.row, end));
-    });
+    };
+    each_slice(at, 1, look, Slices::Either);
     return tiled_blocks(at, block, index, count, capacity, most);
   }
 };

@@ -47,7 +47,7 @@ struct ProxyAttn final : Mechanism {
     std::vector<Grids> maps;  // sequence by sequence, proxy by proxy
     for (int64_t s = 0; s < at.sequences(); ++s)
       for (int64_t p = 0; p < proxies; ++p) maps.push_back(proxy_map(at, s, p));
-    return chosen_blocks(at, Plan::Scope::QueryHead, block, block, [&](const Slice& s) -> BlockChoice {
+    const auto choose = [&](const Slice& s) -> BlockChoice {
       const Grids& map = maps[size_t(s.sequence * proxies + s.kv_head * proxies / g)];
       const Grids each = grids(at.queue, s.q.heads, s.tiles, (s.m + block - 1) / block);
       compute(at.queue, each.cells, load(map.cells.values, place()), each.cells.values);
@@ -57,7 +57,8 @@ struct ProxyAttn final : Mechanism {
       Select best;
       best.count = counts(at, s, rows);
       return {rows, best};
-    });
+    };
+    return chosen_blocks(at, Plan::Scope::QueryHead, block, block, choose, proxies == 1 ? Slices::Either : Slices::KvHead);
   }
 
   /// For each tile, ⌈b N⌉ of its N blocks: b the share of all blocks that hold gamma of what the head's last block of

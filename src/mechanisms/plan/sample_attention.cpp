@@ -32,49 +32,40 @@ struct SampleAttention final : Mechanism {
   Plan plan(LayerView& at) const override {
     causal_only(at, "sample_attention");
     if (at.mods.window > 0 || alpha >= 1) return dense_plan(tile, 1);  // a sliding window already bounds what is read
-    const Ragged mass = sampled_mass(at);
+    Queue& queue = at.queue;
+    const int64_t h = at.q.heads, longest = longest_keys(at);
+    const Lists keys = lists(queue, at.q.segments(), longest);
     Select most;
     most.by = Select::By::TopP, most.p = float(alpha), most.at_least = 1;
-    const Lists keys = chosen(at.queue, mass, most, longest_keys(at));
-    return marked_keys(at, tile, longest_keys(at), [&](const Slice& s, const Ragged& flags) {
-      const int64_t first_head = s.sequence * at.q.heads + s.kv_head * s.q.heads,
-                    local = std::max<int64_t>(1, int64_t(std::ceil(window * double(s.m))));
-      mark(at.queue, flags, 1, in_band(s, tile, 0, local));
-      mark(at.queue, flags, 1, keys.has(first_head + head_of_tile(s), place()));
-    });
+    const auto look = [&](const Slice& s) {
+      const int64_t first = s.sequence * h + s.kv_head * s.q.heads;
+      choose(queue, sampled_mass(at, s), most, keys.part(first, first + s.q.heads));
+    };
+    each_slice(at, tile, look, Slices::Either);
+    std::vector<int64_t> latest;  // of each sequence
+    for (int64_t s = 0; s < at.sequences(); ++s)
+      latest.push_back(std::max<int64_t>(1, int64_t(std::ceil(window * double(at.key_rows[size_t(s * at.k.heads)])))));
+    KeySets read;
+    read.tile = tile, read.keys = keys;
+    read.local = compute(queue, Dtype::I32, {at.q.segments()}, of_sequence(queue, latest, index(), h));
+    return united_keys(at, read, longest);
   }
 
   /// Σ of the exact weights of every stride-th query, counted back from the last, for each key and query head.
-  Ragged sampled_mass(LayerView& at) const {
-    const int64_t stride = std::max<int64_t>(1, std::llround(1 / rows)), h = at.q.heads, g = at.k.heads,
-                  d = at.q.values.size[1];
-    std::vector<int64_t> taken;  // of each segment
-    std::vector<int64_t> rowptr{0};
-    std::vector<int32_t> seen;
-    for (int64_t s = 0; s < at.sequences(); ++s) {
-      const int64_t count = (at.rows[size_t(s)] + stride - 1) / stride;
-      taken.insert(taken.end(), size_t(h), count);
-      for (int64_t head = 0; head < g; ++head)
-        for (int64_t i = 0; i < count; ++i) {
-          seen.push_back(0), seen.push_back(int32_t(at.key_rows[size_t(s * g + head)] - (count - 1 - i) * stride));
-          rowptr.push_back(int64_t(seen.size()) / 2);
-        }
-    }
-    const Ragged sample = numbers(at.queue, taken, h, d);
-    const Num row = end_of(at.q, segment()) - 1 - (length() - 1 - place()) * stride;
-    compute(at.queue, sample, load(at.q.values, row * d + channel()), sample.values);
-    Plan each;  // a query sees the keys up to its own
-    each.form = Plan::Form::Interval, each.scope = Plan::Scope::KvHead, each.causal = false;
-    each.nnz_bound = rowptr.back();
-    each.rowptr = at.queue.upload(rowptr), each.index = at.queue.upload(seen).reshape({each.nnz_bound, 2});
-    Mods mods = at.mods;
-    mods.q_pos = {};
-    Observe sum;
-    sum.rows = Observe::Rows::Sum, sum.heads = Observe::Heads::Each;
-    Ragged paid = at.k;
-    paid.values = at.queue.scratch.take(Dtype::F32, {at.k.bound, h / g});
-    at.run().observe(at.queue, sample, {.panel = &at.k, .pages = nullptr, .read = nullptr}, &each, mods, sum, paid);
-    return by_query_head(at.queue, paid, h / g);
+  Ragged sampled_mass(LayerView& at, const Slice& s) const {
+    Queue& queue = at.queue;
+    const int64_t stride = std::max<int64_t>(1, std::llround(1 / rows)), count = (s.n + stride - 1) / stride,
+                  heads = s.q.heads, d = at.q.values.size[1];
+    const Grids sum = grids(queue, heads, 1, s.m);
+    const Scratch scratch(queue.scratch);
+    const Ragged sample = numbers(queue, std::vector<int64_t>(size_t(heads), count), heads, d);
+    const Num row = end_of(s.q, segment()) - 1 - (length() - 1 - place()) * stride;
+    compute(queue, sample, load(s.q.values, row * d + channel()), sample.values);
+    Proxy exact;  // a sampled query is the last of its tile
+    exact.scale = at.mods.scale, exact.softcap = at.mods.softcap, exact.softmax = true, exact.q_tile = int(stride);
+    exact.offset = s.m - count * stride;
+    sum_columns(queue, sample, count, s.k, s.m, exact, sum);
+    return sum.cells;
   }
 };
 
