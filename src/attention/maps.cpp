@@ -157,11 +157,11 @@ Grids block_map(Queue& queue, const Ragged& q, int64_t n, const Ragged& k, int64
   const Grids out = grids(queue, heads, tiles, blocks);
   Reduce by;
   by.kind = kind, by.row_block = q_block, by.col_block = k_block;
-  if (!make && queue.run->proxy_blocks && queue.run->proxy_blocks(queue, q, k, how, by, out)) return out;
+  if (!make && queue.run->proxy_reduce && queue.run->proxy_reduce(queue, q, k, how, by, out)) return out;
   each_part(queue, n, q_block, [&](int64_t first, int64_t last) {
     const Grids scores = grids(queue, heads, last - first, m);
     Proxy here = how;
-    here.offset += first;
+    here.offset += first * how.q_tile;
     queue.run->proxy(queue, rows_between(queue, q, first, last), k, here, scores);
     const Tensor& cells = scores.cells.values;
     if (make)
@@ -178,13 +178,14 @@ Grids block_map(Queue& queue, const Ragged& q, int64_t n, const Ragged& k, int64
 
 void sum_columns(Queue& queue, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, const Grids& out) {
   const int64_t heads = q.segments();
+  Reduce by;
+  by.to = Reduce::To::Columns;
+  if (queue.run->proxy_reduce && queue.run->proxy_reduce(queue, q, k, how, by, out)) return;
   each_part(queue, n, 1, [&](int64_t first, int64_t last) {
     const Grids scores = grids(queue, heads, last - first, m), sums = first == 0 ? out : grids(queue, heads, 1, m);
     Proxy here = how;
     here.offset += first * how.q_tile;
     queue.run->proxy(queue, rows_between(queue, q, first, last), k, here, scores);
-    Reduce by;
-    by.to = Reduce::To::Columns;
     queue.run->reduce(queue, scores, by, sums);
     if (first > 0) queue.run->combine(queue, out.cells.values, sums.cells.values, Combine::Add, 1, out.cells.values);
   });

@@ -300,8 +300,8 @@ struct Kernels {
   void (*observe)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const Observe&, Ragged columns);
   void (*observe_rows)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const RowStats&);
 
-  /// Blocks of `block` rows of every segment of x (F32, BF16 or F16) → out (F32): segment s has ⌈length / block⌉ rows. A
-  /// short last block counts its true rows.
+  /// Blocks of `block` rows of every segment of x (F32, BF16 or F16) → out (F32; with Concat and ConcatReversed also BF16): segment s has
+  /// ⌈length / block⌉ rows. A short last block counts its true rows.
   void (*pool)(Queue&, const Ragged& x, PoolKind, int block, Ragged out);
   /// Smooths each segment of x ([rows] F32) along its rows: a window of `width` (odd) centred on the row, Mean (the sum over
   /// rows of the segment, divided by width) or Max. out is indexed as x.values.
@@ -312,7 +312,7 @@ struct Kernels {
   void (*reduce)(Queue&, const Grids& in, const Reduce&, Grids out);
   /// What reduce makes of what proxy gives, without the scores being written. False, having done nothing, where that is no
   /// faster; null: never.
-  bool (*proxy_blocks)(Queue&, const Ragged& q, const Ragged& k, const Proxy&, const Reduce&, Grids out) = nullptr;
+  bool (*proxy_reduce)(Queue&, const Ragged& q, const Ragged& k, const Proxy&, const Reduce&, Grids out) = nullptr;
   /// scores [rows] → index I32 [segments · capacity], count I32 [segments]: segment s at s · capacity.
   void (*select)(Queue&, const Ragged& scores, const Select&, int64_t capacity, Tensor index, Tensor count);
 

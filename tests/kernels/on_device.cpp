@@ -362,10 +362,10 @@ Kernels coat() {
     gpu().unite(on.queue, on(q), on(k), there, on(out));
     on.leave();
   };
-  if (gpu().proxy_blocks)
-    t.proxy_blocks = [](Queue&, const Ragged& q, const Ragged& k, const Proxy& how, const Reduce& by, Grids out) {
+  if (gpu().proxy_reduce)
+    t.proxy_reduce = [](Queue&, const Ragged& q, const Ragged& k, const Proxy& how, const Reduce& by, Grids out) {
       Visit on;
-      const bool done = gpu().proxy_blocks(on.queue, on(q), on(k), how, by, on(out));
+      const bool done = gpu().proxy_reduce(on.queue, on(q), on(k), how, by, on(out));
       on.leave();
       return done;
     };

@@ -25,7 +25,8 @@ void pool_equals_reference(const Kernels& run, Random random) {
     const RaggedData x = normal_ragged(random, any_float(random), lengths, heads, width, Layout::any(random));
     const bool concat = kind == PoolKind::Concat || kind == PoolKind::ConcatReversed;
     const int64_t width_out = concat ? std::max<int64_t>(1, width) * block : width;
-    RaggedData want = ragged(random, Dtype::F32, blocks, heads, width_out, Layout::any(random));
+    const Dtype to_type = concat && chance(random, 0.3) ? Dtype::BF16 : Dtype::F32;
+    RaggedData want = ragged(random, to_type, blocks, heads, width_out, Layout::any(random));
     Poisoned got = want.values.twin();
     Ragged to = want.view;
     to.values = got;
@@ -179,27 +180,30 @@ void proxy_equals_reference(const Kernels& run, Random random) {
   }
 }
 
-void proxy_blocks_equals_proxy_and_reduce(const Kernels& run, Random random) {
-  if (!run.proxy_blocks) return;
+void proxy_reduce_equals_proxy_and_reduce(const Kernels& run, Random random) {
+  if (!run.proxy_reduce) return;
   int done = 0;
   for (int i = 0; i < cases(40); ++i) {
     const int64_t g = 1 + random.below(3), h = g * pick<int64_t>(random, {1, 3, 8}),
                   width = pick<int64_t>(random, {64, 128}), sequences = 1 + random.below(2);
     Reduce by;
     by.kind = ReduceKind(random.below(3));
-    by.row_block = int(pick<int64_t>(random, {1, 16, 64, 128, 200})),
+    by.row_block = int(pick<int64_t>(random, {1, 16, 64, 128, 200}));
     by.col_block = int(pick<int64_t>(random, {64, 128, 192, 256}));
+    if (width > 128 && chance(random, 0.6)) by.col_block = 16, by.kind = ReduceKind::Sum;
     std::vector<int64_t> q_lengths, k_lengths, rows, cols, rows_out, cols_out;
     for (int64_t s = 0; s < sequences; ++s) {
       const int64_t n = pick<int64_t>(random, {0, 1, 33, 192, 193, 450}),
                     m = pick<int64_t>(random, {0, 1, 64, 127, 300, 520});
       for (int64_t head = 0; head < h; ++head) {
         q_lengths.push_back(n), rows.push_back(n), cols.push_back(m);
-        rows_out.push_back((n + by.row_block - 1) / by.row_block), cols_out.push_back((m + by.col_block - 1) / by.col_block);
+        const bool blocks = by.to == Reduce::To::Blocks;
+        rows_out.push_back(blocks ? (n + by.row_block - 1) / by.row_block : 1);
+        cols_out.push_back(blocks ? (m + by.col_block - 1) / by.col_block : m);
       }
       k_lengths.insert(k_lengths.end(), size_t(g), m);
     }
-    const Dtype type = chance(random, 0.5) ? Dtype::F32 : Dtype::BF16;
+    const Dtype type = width <= 128 && chance(random, 0.5) ? Dtype::F32 : Dtype::BF16;
     const Layout layout{chance(random, 0.4), 0, chance(random, 0.3) ? 8 : 0};
     const RaggedData q = normal_ragged(random, type, q_lengths, h, width, layout),
                      k = normal_ragged(random, Dtype::BF16, k_lengths, g, width, layout);
@@ -215,11 +219,11 @@ void proxy_blocks_equals_proxy_and_reduce(const Kernels& run, Random random) {
     Queue queue;
     oracle().proxy(queue, q, k, how, whole.view);
     oracle().reduce(queue, whole.view, by, grid.view);
-    if (!run.proxy_blocks(queue, q, k, how, by, grid.twin)) continue;
+    if (!run.proxy_reduce(queue, q, k, how, by, grid.twin)) continue;
     ++done;
     const double scale = how.scale != 0 ? double(how.scale) : 1 / std::sqrt(double(width)),
                  logit = longest_row(q.values) * longest_row(k.values) * scale,
-                 most = by.kind == ReduceKind::Sum ? by.row_block : 1;
+                 most = by.kind != ReduceKind::Sum ? 1 : std::max(1.0, largest(grid.cells.values));
     expect_close("cells", grid.cells.values, grid.other,
                  most * (0x1p-7 + 2 * (logit_error(logit) + rounded_query(type, Dtype::BF16, logit, double(width)))));
   }
@@ -257,7 +261,8 @@ void reduce_equals_reference(const Kernels& run, Random random) {
 
 void select_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(120); ++i) {
-    const std::vector<int64_t> lengths = some_lengths(random, 6, pick<int64_t>(random, {8, 300, 300, 2000, 2000, 12000, 40000}));
+    const std::vector<int64_t> lengths = some_lengths(random, 6,
+                                                      pick<int64_t>(random, {8, 300, 300, 2000, 2000, 12000, 40000}));
     RaggedData scores = ragged(random, Dtype::F32, lengths, 2, 0, Layout::any(random));
     Select how;
     how.by = pick(random, {Select::By::TopK, Select::By::TopP, Select::By::Threshold});
@@ -557,7 +562,7 @@ std::vector<Check> planning_checks() {
   return {{Reference, "pool", pool_equals_reference},
           {Reference, "smooth", smooth_equals_reference},
           {Reference, "proxy", proxy_equals_reference},
-          {Reference, "proxy_blocks", proxy_blocks_equals_proxy_and_reduce},
+          {Reference, "proxy_reduce", proxy_reduce_equals_proxy_and_reduce},
           {Reference, "reduce", reduce_equals_reference},
           {Reference, "select", select_equals_reference},
           {Property, "select_topk_is_largest", select_topk_is_largest},

@@ -58,6 +58,15 @@ void pool_block(const T* from, int64_t stride, int64_t count, int64_t width, Poo
   }
 }
 
+/// Rows of a block side by side, rounded.
+template <class T>
+void concat_rounded(const T* from, int64_t stride, int64_t count, int64_t width, PoolKind kind, int block, bf16* to) {
+  for (int64_t place = 0; place < block; ++place, to += width) {
+    const int64_t r = kind == PoolKind::Concat ? place : block - 1 - place;
+    for (int64_t c = 0; c < width; ++c) to[c] = bf16(r < count ? float(from[r * stride + c]) : 0.0f);
+  }
+}
+
 }  // namespace
 
 void pool(Queue& queue, const Ragged& x, PoolKind kind, int block, Ragged out) {
@@ -65,8 +74,9 @@ void pool(Queue& queue, const Ragged& x, PoolKind kind, int block, Ragged out) {
   const bool concat = kind == PoolKind::Concat || kind == PoolKind::ConcatReversed;
   const int64_t width = width_of(x.values), width_out = concat ? block * width : width;
   require(block >= 1 && is_float(x.values.type), where, "x is F32, BF16 or F16, and blocks have at least one row");
-  require(out.segments() == x.segments() && width_of(out.values) == width_out && out.values.type == Dtype::F32, where,
-          "out is F32, has x's segments and is " + std::to_string(width_out) + " wide, got " + out.values.shape());
+  const bool rounds = concat && out.values.type == Dtype::BF16;
+  require(out.segments() == x.segments() && width_of(out.values) == width_out && (rounds || out.values.type == Dtype::F32),
+          where, "out is F32, has x's segments and is " + std::to_string(width_out) + " wide, got " + out.values.shape());
   // Some 8 KB of input a piece: less is lost in handing it out.
   const int64_t batch = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, block * width));
   Pieces pieces;
@@ -77,8 +87,12 @@ void pool(Queue& queue, const Ragged& x, PoolKind kind, int block, Ragged out) {
     const int64_t blocks = (x.length(s) + block - 1) / block;
     for (int64_t b = piece * batch; b < std::min(blocks, (piece + 1) * batch); ++b) {
       const int64_t first = x.begin(s) + b * block, count = std::min<int64_t>(block, x.end(s) - first);
-      float* to = out.values.as<float>() + (out.begin(s) + b) * out.values.stride[0];
+      const int64_t to_row = (out.begin(s) + b) * out.values.stride[0];
       const auto run = [&]<class T>(const T*) {
+        if (rounds)
+          return concat_rounded(x.values.as<const T>() + first * x.values.stride[0], x.values.stride[0], count, width,
+                                kind, block, out.values.as<bf16>() + to_row);
+        float* to = out.values.as<float>() + to_row;
         pool_block(x.values.as<const T>() + first * x.values.stride[0], x.values.stride[0], count, width, kind, block, to);
       };
       switch (x.values.type) {

@@ -118,13 +118,16 @@ struct Output {
   }
 };
 
-/// Grid: segments (only x takes more than 65535), numbers (strided); without segments all rows are one.
-__global__ void compute_kernel(const __grid_constant__ Numbers what, Segments over, const __grid_constant__ Output out) {
+/// A segment is that of a block or, with `short_ones`, of a warp. Grid: those (only x takes more than 65535), numbers (strided);
+/// without segments all rows are one.
+__global__ void compute_kernel(const __grid_constant__ Numbers what, Segments over, bool short_ones,
+                               const __grid_constant__ Output out) {
   await();
-  const int s = blockIdx.x;
+  const int team = short_ones ? 32 : int(blockDim.x), rank = int(threadIdx.x) % team,
+            s = blockIdx.x * (blockDim.x / team) + threadIdx.x / team;
+  if (over.offsets && s >= over.count) return;
   const int64_t begin = over.offsets ? over.begin(s) : 0, length = over.offsets ? over.length(s) : out.rows;
-  for (int64_t e = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; e < length * out.width;
-       e += int64_t(gridDim.y) * blockDim.x) {
+  for (int64_t e = int64_t(blockIdx.y) * team + rank; e < length * out.width; e += int64_t(gridDim.y) * team) {
     const int64_t row = begin + e / out.width;
     const int c = int(e % out.width);
     out.set(row, c,
@@ -171,8 +174,10 @@ void compute(Queue& queue, const Numbers& what, const Ragged* over, Tensor out) 
                   out.size[0],   out.rank > 1 ? int(out.size[1]) : 1};
   const unsigned count = over ? unsigned(over->segments()) : 1;
   if (out.numel() == 0) return;
-  launch_early(queue, where, compute_kernel, dim3(count, blocks_for(ceil_div(out.numel(), 128), count)), 128, 0, what,
-               over ? segments(*over) : Segments{}, to);
+  const bool short_ones = over && out.numel() / std::max<int64_t>(1, over->segments()) <= 256;
+  const unsigned teams = short_ones ? (count + 3) / 4 : count;
+  launch_early(queue, where, compute_kernel, dim3(teams, blocks_for(ceil_div(out.numel(), 128), count)), 128, 0, what,
+               over ? segments(*over) : Segments{}, short_ones, to);
 }
 
 void offsets(Queue& queue, Tensor lengths, Tensor out) {

@@ -85,6 +85,99 @@ __global__ void count_pairs_kernel(const __grid_constant__ Counted a, const __gr
   if (lane == 0 && total > 0) atomicAdd(&pairs[head], total);
 }
 
+constexpr int kTileRows = 128;  // most rows of a plan that a warp counts together
+
+/// One warp a tile of up to kTileRows query rows that share entries, without `until`. What all rows see whole is counted at once, for
+/// the rest lanes are rows. Grid: tiles (strided), segments of q.
+__global__ void count_tiles_kernel(const __grid_constant__ Counted a, const __grid_constant__ PagesView pages, double* pairs) {
+  await();
+  constexpr int kOwn = kTileRows / 32;
+  const bool dense = a.plan.form == Plan::Form::Dense;
+  const int sequence = blockIdx.y / a.h, head = blockIdx.y % a.h, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const int n = a.qs.length(blockIdx.y), segment = sequence * a.g + head * a.g / a.h, m = key_count(a, pages, segment);
+  const int q_tile = dense ? kTileRows : a.plan.q_tile, parts = (q_tile + kTileRows - 1) / kTileRows;  // of a plan's tile
+  int64_t plan_first = 0;
+  if (!dense) {
+    auto tiles = [&](int s) { return (a.qs.length(s * a.h) + q_tile - 1) / q_tile; };
+    for (int s = 0; s < sequence; ++s) plan_first += int64_t(a.plan.scope_heads) * tiles(s);
+    plan_first += int64_t(head * a.plan.scope_heads / a.h) * tiles(sequence);
+  }
+  double total = 0;
+  for (int t = blockIdx.x * warps + threadIdx.x / 32;; t += gridDim.x * warps) {
+    const int first = t / parts * q_tile + t % parts * kTileRows,
+              last = min(min(first + kTileRows, (t / parts + 1) * q_tile), n);
+    if (t / parts * q_tile >= n) break;
+    if (first >= last) continue;
+    int low[kOwn], high[kOwn], all_low = 0, all_high = m;
+#pragma unroll
+    for (int r = 0; r < kOwn; ++r) {
+      const int i = first + lane + 32 * r;
+      low[r] = high[r] = 0;
+      if (i >= last) continue;
+      high[r] = a.plan.causal ? min(m, m - n + i + 1) : m;
+      if (a.window > 0) {  // positions ascend
+        const int64_t q_pos = a.q_pos ? a.q_pos[a.qs.begin(blockIdx.y) + i] : m - n + i;
+        for (int end = m; low[r] < end;) {
+          const int middle = (low[r] + end) / 2;
+          if (position_of(a, pages, segment, middle) <= q_pos - a.window) low[r] = middle + 1;
+          else end = middle;
+        }
+      }
+      all_low = max(all_low, low[r]), all_high = min(all_high, high[r]);
+    }
+    all_low = __reduce_max_sync(~0u, all_low), all_high = __reduce_min_sync(~0u, all_high);
+    auto seen_of = [&](int64_t begin, int64_t end) {  // by this lane's rows
+      int64_t count = 0;
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) count += max(int64_t(0), min(end, int64_t(high[r])) - max(begin, int64_t(low[r])));
+      return count;
+    };
+    if (dense) {
+      total += double(seen_of(0, m));
+      continue;
+    }
+    const int64_t row = plan_first + t / parts, from = a.plan.begin(row), to = a.plan.end(row);
+    const int64_t wide = a.plan.form == Plan::Form::Tokens ? 1 : a.plan.k_tile;
+    for (int64_t e0 = from; e0 < to; e0 += 32) {
+      const int64_t e = e0 + lane;
+      int64_t begin = 0, end = 0;
+      int mask = -1;
+      if (e < to) {
+        const bool interval = a.plan.form == Plan::Form::Interval;
+        begin = interval ? a.plan.index[2 * e] : int64_t(a.plan.index[e]) * wide;
+        end = min(interval ? int64_t(a.plan.index[2 * e + 1]) : begin + wide, int64_t(m));
+        if (a.plan.mask) mask = a.plan.mask[e];
+      }
+      const bool there = begin < end, whole = there && mask < 0 && begin >= all_low && end <= all_high;
+      if (whole) total += double((end - begin) * (last - first));
+      for (unsigned left = __ballot_sync(~0u, there && !whole); left; left &= left - 1) {
+        const int from_lane = __ffs(int(left)) - 1;
+        const int64_t begin_of = __shfl_sync(~0u, begin, from_lane), end_of = __shfl_sync(~0u, end, from_lane);
+        const int mask_of = __shfl_sync(~0u, mask, from_lane);
+        if (mask_of < 0) {
+          total += double(seen_of(begin_of, end_of));
+          continue;
+        }
+        for (int w = 0; w < a.plan.words; ++w) {
+          const int64_t word = begin_of + 64 * w;
+          if (word >= end_of) break;
+#pragma unroll
+          for (int r = 0; r < kOwn; ++r) {
+            const int i = first + lane + 32 * r;
+            const int64_t sees = max(low[r] - word, int64_t(0)),
+                          stops = min(min(high[r] - word, end_of - word), int64_t(64));
+            if (i >= last || sees >= stops) continue;
+            const uint64_t bits = a.plan.bits[(int64_t(mask_of) * q_tile + (i - t / parts * q_tile)) * a.plan.words + w];
+            total += double(__popcll(bits & ~uint64_t(0) << sees & ~uint64_t(0) >> (64 - stops)));
+          }
+        }
+      }
+    }
+  }
+  total = warp_sum(total);
+  if (lane == 0 && total > 0) atomicAdd(&pairs[head], total);
+}
+
 }  // namespace
 
 void count_pairs(Queue& queue, const Plan& plan, const Ragged& q, const Keys& keys, const Mods& mods, Tensor pairs) {
@@ -105,6 +198,13 @@ void count_pairs(Queue& queue, const Plan& plan, const Ragged& q, const Keys& ke
   a.window = mods.window;
   const PagesView pages = keys.pages ? pages_view(where, *keys.pages) : PagesView{};
   const unsigned count = unsigned(q.segments());
+  const int64_t rows = ceil_div(std::max<int64_t>(q.bound, q.values ? q.values.size[0] : 0), q.heads);
+  if (!a.until && rows >= 32 && (plan.form == Plan::Form::Dense || plan.q_tile >= 32)) {
+    launch_early(queue, where, count_tiles_kernel,
+                 dim3(blocks_for(ceil_div(rows, 4 * std::min(plan.q_tile, kTileRows)) + 1, count), count), 128, 0, a,
+                 pages, pairs.as<double>());
+    return;
+  }
   launch_early(
       queue, where, count_pairs_kernel,
       dim3(blocks_for(ceil_div(std::max<int64_t>(q.bound, q.values ? q.values.size[0] : 0), 4 * q.heads), count), count),

@@ -49,7 +49,7 @@ Function<decltype(Kernels::compute)> compute;
 Function<decltype(Kernels::offsets)> offsets;
 Function<decltype(Kernels::tile_blocks)> tile_blocks;
 Function<decltype(Kernels::unite)> unite;
-Function<decltype(Kernels::proxy_blocks)> proxy_blocks;
+Function<decltype(Kernels::proxy_reduce)> proxy_reduce;
 Function<decltype(Kernels::count_pairs)> count_pairs;
 Function<decltype(Kernels::page_supply)> page_supply;
 Function<decltype(Kernels::page_grow)> page_grow;

@@ -107,7 +107,7 @@ const Kernels* cuda_kernels() {
     t.offsets = cuda::offsets;
     t.tile_blocks = cuda::tile_blocks;
     t.unite = cuda::unite;
-    t.proxy_blocks = cuda::proxy_blocks;
+    t.proxy_reduce = cuda::proxy_reduce;
     t.count_pairs = cuda::count_pairs;
     t.page_supply = cuda::page_supply;
     t.page_grow = cuda::page_grow;

@@ -2,7 +2,7 @@
 #include <bit>
 #include <cmath>
 
-#include "attention/select.h"
+#include "attention/maps.h"
 #include "mechanisms/entries.h"
 
 namespace heed::mechanisms {
@@ -45,7 +45,7 @@ struct XAttention final : Mechanism {
     const Tensor listed = at.queue.scratch.take(Dtype::I32, {all * capacity}),
                  count = at.queue.scratch.take(Dtype::I32, {all});
     const bool causal = at.plan.causal;
-    each_slice(at, block, [&](const Slice& s) {
+    const auto look = [&](const Slice& s) {
       const Grids mass = block_mass(at, s);
       const int64_t before = s.m - s.n;
       std::vector<int64_t> visible;
@@ -82,7 +82,8 @@ struct XAttention final : Mechanism {
       compute(at.queue, load(taken, r) + (read.has(r, 0) == 0), more.count);
       compute(at.queue, rows, pick(place() == 0, kInfinity, load(rows.values, index())), rows.values);
       choose(at.queue, rows, more, read);
-    });
+    };
+    each_slice(at, block, look, Slices::Either);
     return blocks_plan(at.queue, Plan::Scope::QueryHead, block, block, listed, count, capacity);
   }
 
@@ -95,25 +96,23 @@ struct XAttention final : Mechanism {
 
   // Softmax over groups of `stride` keys of the antidiagonal sums, summed to blocks.
   Grids block_mass(LayerView& at, const Slice& s) const {
-    const int64_t heads = s.q.heads, d = s.k.values.size[1];
-    const int64_t q_groups = (s.n + stride - 1) / stride, k_groups = (s.m + stride - 1) / stride;
-    const std::vector<int64_t> q_lengths(static_cast<size_t>(heads), q_groups);
-    const Ragged q = numbers(at.queue, q_lengths, heads, stride * d),
-                 k = numbers(at.queue, std::span(&k_groups, 1), 1, stride * d);
-    at.run().pool(at.queue, s.q, PoolKind::ConcatReversed, stride, q);
-    at.run().pool(at.queue, s.k, PoolKind::Concat, stride, k);
+    const int64_t d = s.k.values.size[1], q_groups = (s.n + stride - 1) / stride, k_groups = (s.m + stride - 1) / stride;
+    // As wide as the keys are: attention itself rounds queries to that.
+    const Dtype type = s.k.values.type == Dtype::BF16 ? Dtype::BF16 : Dtype::F32;
+    const auto rows = [&](const Ragged& x, int64_t groups, PoolKind kind) {
+      const std::vector<int64_t> lengths(size_t(x.segments()), groups);
+      Ragged out = numbers(at.queue, lengths, x.heads);
+      out.values = at.queue.scratch.take(type, {out.bound, stride * d});
+      at.run().pool(at.queue, x, kind, stride, out);
+      return out;
+    };
     Proxy anti;
     anti.scale = at.scale() / float(stride);
     anti.softmax = true, anti.causal = at.plan.causal;
     anti.q_tile = anti.k_tile = stride;
     anti.offset = s.m - s.n;
-    const Grids groups = grids(at.queue, heads, q_groups, k_groups);
-    at.run().proxy(at.queue, q, k, anti, groups);
-    const Grids blocks = grids(at.queue, heads, (s.n + block - 1) / block, (s.m + block - 1) / block);
-    Reduce sum;
-    sum.row_block = sum.col_block = block / stride;
-    at.run().reduce(at.queue, groups, sum, blocks);
-    return blocks;
+    const Ragged q = rows(s.q, q_groups, PoolKind::ConcatReversed), k = rows(s.k, k_groups, PoolKind::Concat);
+    return block_map(at.queue, q, q_groups, k, k_groups, anti, ReduceKind::Sum, block / stride, block / stride);
   }
 };
 
