@@ -286,7 +286,8 @@ inline const Kernels& guarded_kernels() {
         HEED_GUARD(observe_rows);
     HEED_GUARD(pool), HEED_GUARD(smooth), HEED_GUARD(proxy), HEED_GUARD(reduce), HEED_GUARD(select),
         HEED_GUARD(compute), HEED_GUARD(offsets);
-    HEED_GUARD(tile_blocks), HEED_GUARD(unite), HEED_GUARD(count_pairs), HEED_GUARD(recur), HEED_GUARD(recur_backward), HEED_GUARD(scan);
+    HEED_GUARD(tile_blocks), HEED_GUARD(unite), HEED_GUARD(count_pairs), HEED_GUARD(recur), HEED_GUARD(recur_backward),
+        HEED_GUARD(scan);
     HEED_GUARD(page_write), HEED_GUARD(page_read), HEED_GUARD(page_move), HEED_GUARD(column_read), HEED_GUARD(column_write);
     HEED_GUARD(page_supply), HEED_GUARD(page_grow), HEED_GUARD(page_own), HEED_GUARD(page_shrink),
         HEED_GUARD(page_hold), HEED_GUARD(page_convert), HEED_GUARD(page_pair);

@@ -68,7 +68,8 @@ using ScoreFormula = std::function<Num(const Num& score, const Num& query, const
 Grids block_map(Queue&, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, ReduceKind,
                 int q_block, int k_block, const ScoreFormula& make = {});
 
-/// The sum of the scores of each key over n queries, likewise: out has a row of m numbers for each segment of q. `how` leaves no cell masked.
+/// The sum of the scores of each key over n queries, likewise: out has a row of m numbers for each segment of q. No cell is
+/// masked (`how` has softmax).
 void sum_columns(Queue&, const Ragged& q, int64_t n, const Ragged& k, int64_t m, const Proxy& how, const Grids& out);
 
 /// For each tile of a slice, how many blocks of keys its last query sees; all without causality.
@@ -92,8 +93,8 @@ BlockChoice united(Queue&, const Ragged& rows, const Select& how, int64_t capaci
 Plan chosen_blocks(LayerView&, Plan::Scope, int q_block, int k_block,
                    const std::function<BlockChoice(const Slice&)>& choose, Slices of = Slices::KvHead);
 
-/// A plan of key ranges: what `sets` names, none of which forms more than `runs` ranges in a tile. Their lists are those of at's query heads,
-/// and those of blocks the plan's rows'.
+/// A plan of key ranges: what `sets` names, no more than `runs` ranges in a tile. Lists are those of at's query heads, and
+/// those of blocks the plan's rows'.
 Plan united_keys(LayerView&, const KeySets& sets, int64_t runs);
 
 }  // namespace heed

@@ -170,7 +170,8 @@ cudaError_t launch(const Attend& a, void* memory, cudaStream_t stream) {
   Launch to{};
   to.tiles = scratch.tiles, to.header = scratch.header, to.scale_log2 = a.scale * 1.4426950408889634f;
   to.out = a.out, to.out_stride = a.out_stride, to.lse = a.lse, to.sink = a.sink, to.row_low = scratch.row_low;
-  to.index = a.index, to.mask = a.mask, to.bits = a.bits, to.bit_rows = a.halves ? 2 : a.q_tile, to.bit_shift = a.halves ? 6 : 0, to.k_tile = a.k_tile;
+  to.index = a.index, to.mask = a.mask, to.bits = a.bits, to.bit_rows = a.halves ? 2 : a.q_tile,
+  to.bit_shift = a.halves ? 6 : 0, to.k_tile = a.k_tile;
   to.k_rows = int(a.k_rows), to.v_rows = int(a.v_rows);
   constexpr int bytes = sizeof(Shared<S>) + 1024;
   static_assert(bytes <= 232448);

@@ -120,8 +120,8 @@ bool attend_store_sm90(Queue&, const Ragged& q, const Pages&, const Read&, const
 
 /// Makes of a plan of `rows` rows and at most `entries` entries, tiles of 64 rows and no masks, lists for tiles of 128, in scratch.
 void pair_rows(Queue&, int64_t rows, int64_t entries, sm90::Attend&);
-/// Makes of a plan of intervals, tiles of 64 rows or multiples of 128, lists of blocks of 64 keys for tiles of 128, in scratch. False where
-/// they might be more than kMostBlocks.
+/// Makes of a plan of intervals, tiles of 64 rows or multiples of 128, lists of blocks of 64 keys for tiles of 128, in
+/// scratch. False where they might be more than kMostBlocks.
 bool blocks_of_ranges(Queue&, const AttentionView&, const Plan&, sm90::Attend&);
 constexpr int64_t kMostBlocks = int64_t(1) << 28;
 

@@ -58,8 +58,7 @@ void pair_rows(Queue& queue, int64_t rows, int64_t entries, sm90::Attend& a) {
                   ints(2 * entries),
                   queue.scratch.take(Dtype::U64, {4 * words}).as<uint64_t>(),
                   words};
-  launch(queue, "attend", merge_rows_kernel, dim3(unsigned(ceil_div(std::max<int64_t>(rows + 1, 4 * words), 64))),
-         64, 0, to);
+  launch(queue, "attend", merge_rows_kernel, dim3(unsigned(ceil_div(std::max<int64_t>(rows + 1, 4 * words), 64))), 64, 0, to);
   a.rowptr = to.to_rowptr, a.count = to.to_count, a.index = to.to_index, a.mask = to.to_mask, a.bits = to.bits;
 }
 

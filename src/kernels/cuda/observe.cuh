@@ -30,9 +30,9 @@ void observe_mma(Queue& queue, const AttentionView& a, const ObservedColumns& to
 /// lse [shares, q's rows], of share_keys keys each; the last has what is left.
 void row_lse_mma(Queue& queue, const AttentionView& a, int64_t share_keys, int shares, float* lse);
 
-/// Logits of the last row over pages, which are read where they lie (observe_last.cu); false, having done nothing, for all else.
-bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods, const Observe& how,
-                  const Ragged& columns);
+/// Logits of the last row over pages of plain keys (observe_last.cu); false, having done nothing, for all else.
+bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods,
+                  const Observe& how, const Ragged& columns);
 
 /// lse of every query row, over all parts of the plan (observe_rows.cu).
 void row_lse(Queue& queue, const AttentionView& a, float* lse);

@@ -1,4 +1,4 @@
-// observe of a last row's logits over pages, where they lie: what readers choose entries by while decoding.
+// observe of a last row's logits over pages of plain keys, turned as they are read: what readers choose entries by while decoding.
 #include "kernels/cuda/observe.cuh"
 #include "kernels/cuda/page.cuh"
 
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(32 * kLastWarps)
 bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods,
                   const Observe& how, const Ragged& columns) {
   if (!keys.pages || how.rows != Observe::Rows::Last || !how.logits || how.heads == Observe::Heads::LayerMean ||
-      (plan && plan->form != Plan::Form::Dense) || (keys.pages->plain_keys && !keys.read) || mods.k_map ||
+      (plan && plan->form != Plan::Form::Dense) || !keys.pages->plain_keys || !keys.read || mods.k_map ||
       mods.temperature || mods.weight != WeightFunction::Softmax)
     return false;
   constexpr const char* where = "observe";
@@ -113,7 +113,6 @@ bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
       q.heads % pages.kv_heads || q.sequences() * pages.kv_heads != pages.segments() || group * view.d * 4 > 48 * 1024 ||
       columns.segments() != pages.segments() || (how.heads == Observe::Heads::Each && width != group))
     return false;  // refused where every observation is
-  const Rope* rope = pages.plain_keys && keys.read ? keys.read->rope : nullptr;
   LastLogits a{matrix(q.values),
                segments(q),
                int(group),
@@ -121,12 +120,12 @@ bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
                mods.softcap,
                mods.window,
                mods.q_pos.as<int32_t>(),
-               rope_view(rope),
+               rope_view(keys.read->rope),
                {},
                matrix(columns.values),
                segments(columns),
                how.heads};
-  if (keys.read) a.places = read_places(*keys.read);
+  a.places = read_places(*keys.read);
   launch(queue, where, last_logits_kernel,
          dim3(blocks_for(ceil_div(pages.length_bound, 4 * kLastWarps), view.segments), unsigned(view.segments)),
          32 * kLastWarps, size_t(group * view.d) * sizeof(float), view, a);

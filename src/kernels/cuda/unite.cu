@@ -85,7 +85,9 @@ __global__ void __launch_bounds__(kBitThreads) unite_kernel(const __grid_constan
   a.count[row] = int32_t(min(int64_t(starts_before), room));
 }
 
-ListsView lists_view(const KeyLists& lists) { return {lists.index.as<int32_t>(), lists.count.as<int32_t>(), lists.capacity}; }
+ListsView lists_view(const KeyLists& lists) {
+  return {lists.index.as<int32_t>(), lists.count.as<int32_t>(), lists.capacity};
+}
 
 }  // namespace
 
