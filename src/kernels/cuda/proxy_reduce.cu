@@ -64,7 +64,7 @@ __device__ inline void load_queries(uint32_t (&x)[D / 16][4], const Matrix& q, R
 }
 
 /// Logits of keys from `first` on that a row does not see become −∞.
-__device__ __forceinline__ void hide_keys(float (&x)[kKeys / 2], int first, const int (&seen)[2]) {
+[[maybe_unused]] __device__ __forceinline__ void hide_keys(float (&x)[kKeys / 2], int first, const int (&seen)[2]) {
 #pragma unroll
   for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
