@@ -1,6 +1,7 @@
 // Checks and times the Hopper forms of the recurrence alone: recur_sm90 check | bench. Build: see docs/performance.md.
 // The reference is a plain kernel in f64 on the same inputs; outputs and every row outside a segment are NaN beforehand.
 #include "kernels/cuda/recur_sm90.cu"
+#include "kernels/cuda/recur_sm90_direct.cu"
 #include "kernels/cuda/recur_step.cu"
 
 #include <cmath>
@@ -40,7 +41,7 @@ struct Case {
 struct Problem {
   RecurView in{};
   RecurOut to{};
-  bool repeat = false;
+  bool repeat = false, direct = false;
   int64_t rows = 0, bound = 0, out_count = 0, state_count = 0;
   std::vector<int64_t> begin, end;
   void* scratch = nullptr;
@@ -139,13 +140,16 @@ static void make(Problem& p, const Case& c, bool repeat = false) {
   p.to.out_stride = c.d_v;
   OK(cudaMalloc(&p.to.out, size_t(p.out_count) * 4)), p.own(p.to.out);
   OK(cudaMalloc(&p.to.state, size_t(p.state_count) * 4)), p.own(p.to.state);
-  const int64_t bytes = recur_sm90_scratch(a, p.rows, p.bound);
+  p.direct = recur_sm90_fits(a, p.bound) && recur_sm90_direct_fits(a, p.rows);
+  const int64_t bytes =
+      std::max<int64_t>(1, p.direct ? recur_sm90_direct_scratch(a, p.bound) : recur_sm90_scratch(a, p.rows, p.bound));
   OK(cudaMalloc(&p.scratch, size_t(bytes))), p.own(static_cast<char*>(p.scratch));
   OK(cudaMemset(p.scratch, 0xff, size_t(bytes)));
 }
 
 static void start(Problem& p) {
   if (recur_step_fits(p.in, p.to, p.bound)) OK(recur_step(p.in, p.to, 0));
+  else if (p.direct) OK(recur_sm90_direct(p.in, p.to, p.rows, p.bound, p.scratch, 0));
   else OK(recur_sm90(p.in, p.to, p.rows, p.bound, p.scratch, 0));
 }
 
@@ -227,8 +231,15 @@ static bool check(const Case& c) {
   return fine;
 }
 
-/// Times of the steps: prepare, first scan, join, second scan.
+/// Times of the steps: what parts make of states, outputs; where operands are copied: prepare, first scan, join, second scan.
 static void steps(Problem& p) {
+  if (p.direct) {
+    Direct a;
+    if (!direct_job(a, p.in, p.to, p.rows, p.bound, p.scratch)) return;
+    for (bool out : {false, true})
+      if (out || a.parts > 1) printf(" %.3f", median_ms([&] { OK(direct_step<128>(a, out, 0)); }, 7));
+    return;
+  }
   const Sizes size = sizes(p.in, p.rows, p.bound);
   Job a{p.in,    p.to,       static_cast<uint8_t*>(p.scratch), size.packet, size.parts, size.slices, nullptr,
         nullptr, lined(p.in)};
@@ -267,6 +278,7 @@ int main(int argc, char** argv) {
           add("unequal, empty", {0, 1, 63, 130, 700, 64}, 128, 128);
           if (few) continue;
           add("parts", {1500, 1030, 0, 7}, 128, 128, 1, false);
+          add("many parts", {6000, 3300}, 128, 128);
           add("unequal, gaps", {65, 0, 1200, 200}, 64, 64);
           add("odd widths", {100, 600}, 96, 200);
           add("odd widths", {333}, 33, 7);
@@ -303,6 +315,7 @@ int main(int argc, char** argv) {
           Case c;
           c.decay = decay, c.correction = correction, c.type = type, c.lengths.assign(size_t(segments), n),
           c.from_state = false;
+          if (argc > 2 && !c.text().starts_with(argv[2])) continue;
           c.name = std::to_string(segments) + " x " + std::to_string(n);
           Problem p;
           make(p, c, true);

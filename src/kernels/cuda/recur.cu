@@ -165,8 +165,12 @@ void recur(Queue& queue, const RecurInputs& in, const Recur& how, Tensor out, Te
     check(recur_step(a, to, cuda::stream(queue)), where);
   } else if (recur_sm90_fits(a, in.q.bound) && hopper()) {
     const int64_t rows = in.q.values.size[0];
-    const Tensor scratch = queue.scratch.take(Dtype::U8, {recur_sm90_scratch(a, rows, in.q.bound)});
-    check(recur_sm90(a, to, rows, in.q.bound, scratch.data, cuda::stream(queue)), where);
+    const bool direct = recur_sm90_direct_fits(a, rows);
+    const Tensor scratch = queue.scratch.take(
+        Dtype::U8, {std::max<int64_t>(1, direct ? recur_sm90_direct_scratch(a, in.q.bound)
+                                                : recur_sm90_scratch(a, rows, in.q.bound))});
+    auto* run = direct ? recur_sm90_direct : recur_sm90;
+    check(run(a, to, rows, in.q.bound, scratch.data, cuda::stream(queue)), where);
   } else {
     recur_plain(queue, where, a, to);
   }

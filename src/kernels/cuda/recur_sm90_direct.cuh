@@ -1,0 +1,574 @@
+// The recurrence of bf16 rows with at most one decay a row, without a copy of its operands: the copy engine brings chunks
+// of 64 rows as they lie, one warpgroup makes what of a chunk does not depend on the state (products of its rows and, for
+// the delta rule, the inverse of I + N), two walk on with 64 columns of the state each in registers.
+#pragma once
+#include "kernels/cuda/recur_sm90_scan.cuh"
+#include "kernels/cuda/tensor_map.h"
+
+namespace heed::cuda {
+namespace {
+
+struct Direct {
+  CUtensorMap q, k, v;
+  RecurView in;
+  RecurOut to;
+  int parts, slices;
+  float4* local;     // [segments, parts, slices, 2, D / 8, 128]: what parts make of no state, as threads hold it
+  uint8_t* transit;  // [segments, parts, 2 (high, low), D / 64] panels of D rows (channels before) of 64 channels behind
+  float* decays;     // [segments, parts]
+};
+
+/// Where things lie in shared memory.
+template <int D, bool Delta, bool Out>
+struct Plan {
+  static constexpr int d = D, wide = D / 64;
+  static constexpr bool delta = Delta, out = Out;
+  // A stage: keys, values, queries.
+  static constexpr int values = wide * kPanel, queries = values + 2 * kPanel, stage = queries + (Out ? wide * kPanel : 0);
+  static constexpr int stages = Out && !Delta && D == 128 ? 4 : Out ? 3 : 4;
+  // What is made of a chunk, twice: T and P, each high and low; e^G, e^(end − G), sums G; β e^G, β.
+  static constexpr int pairs = Delta ? 2 * kPanel : 0, numbers = pairs + (Out ? 2 * kPanel : 0),
+                       made = numbers + (Delta ? 2048 : 1024);
+  // Scratch of the delta rule: N below the diagonal blocks (in P's place where there is one), and those blocks.
+  static constexpr int at_made = stages * stage, at_n = at_made + 2 * made,
+                       at_diagonal = at_n + (Delta && !Out ? 2 * kPanel : 0),
+                       at_barriers = at_diagonal + (Delta ? 4 * 16 * 20 * 4 : 0), shared = at_barriers + 128;
+  // Registers of a thread that walks, and of one that makes: 2 · 128 · walks + 128 · makes ≤ 504 · 128.
+  static constexpr int walks = Out && D == 128 ? 208 : 192, makes = 504 - 2 * walks;
+  static_assert(shared <= 227 * 1024);
+};
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Barriers {
+  uint64_t *full, *made, *done, *handed;
+};
+
+/// A and B fragments of bf16 panels: 16 × 16 numbers from (row, column) on.
+__device__ __forceinline__ void take_a(uint32_t (&x)[4], uint32_t panel, int row, int column) {
+  const int lane = threadIdx.x % 32;
+  load_tiles(x, panel + swizzled(row + lane % 16, column / 8 + lane / 16));
+}
+__device__ __forceinline__ void take_b(uint32_t (&x)[4], uint32_t panel, int row, int column) {
+  const int lane = threadIdx.x % 32;
+  load_transposed(x, panel + swizzled(row + lane % 16, column / 8 + lane / 16));
+}
+__device__ __forceinline__ void times(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&a_low)[4], uint32_t b0,
+                                      uint32_t b1, uint32_t low0, uint32_t low1) {
+  multiply(sum, a[0], a[1], a[2], a[3], b0, b1);
+  multiply(sum, a_low[0], a_low[1], a_low[2], a_low[3], b0, b1);
+  multiply(sum, a[0], a[1], a[2], a[3], low0, low1);
+}
+/// Sums of 16 rows by 16 columns as an A operand.
+__device__ __forceinline__ void as_a(const float (&x)[4], const float (&y)[4], uint32_t (&high)[4], uint32_t (&low)[4]) {
+  split_bf16(x[0], x[1], high[0], low[0]), split_bf16(x[2], x[3], high[1], low[1]);
+  split_bf16(y[0], y[1], high[2], low[2]), split_bf16(y[2], y[3], high[3], low[3]);
+}
+
+/// Two numbers of shared memory, read where the program says so: read ahead they would fill the registers.
+__device__ __forceinline__ double2 load_two_doubles(const double* from) {
+  double2 x;
+  asm volatile("ld.shared.v2.f64 {%0,%1}, [%2];" : "=d"(x.x), "=d"(x.y) : "r"(shared_address(from)) : "memory");
+  return x;
+}
+
+/// Inverse of I + N, N in panels `n` below the diagonal blocks of 16 and in this warp's block (transposed, rows of 20):
+/// X in panels `x`, high and low, zero above the diagonal. X_BA = −X_BB N_BA X_AA for blocks of 16, then of 32. Called by
+/// four warps.
+__device__ __forceinline__ void invert_blocks(uint8_t* x, const uint8_t* n, const float* diagonal, int warp) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+  {
+    const int c = lane % 16;
+    float column[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) column[i] = float(i == c);
+#pragma unroll
+    for (int j = 0; j < 15; ++j)
+#pragma unroll
+      for (int i = j / 4 * 4; i < 16; i += 4) {
+        if (i + 3 <= j) continue;
+        const float4 by = *reinterpret_cast<const float4*>(diagonal + j * 20 + i);
+        const float factors[4] = {by.x, by.y, by.z, by.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (i + e > j) column[i + e] -= factors[e] * column[j];
+      }
+    uint8_t* to = x + (lane < 16 ? 0 : kPanel) + c % 8 * 2;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const __nv_bfloat16 high = __float2bfloat16_rn(column[i]);
+      *reinterpret_cast<__nv_bfloat16*>(to + swizzled(16 * warp + i, 2 * warp + c / 8)) =
+          lane < 16 ? high : __float2bfloat16_rn(column[i] - __bfloat162float(high));
+    }
+  }
+  named_sync(1, 128);
+  const uint32_t xs = shared_address(x), ns = shared_address(n);
+  const int row = lane / 4, c0 = lane % 4 * 2;
+  auto put = [&](const float (&sum)[4], int top, int left) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t high, low;
+      split_bf16(-sum[2 * r], -sum[2 * r + 1], high, low);
+      uint8_t* to = x + swizzled(top + row + 8 * r, left / 8) + c0 * 2;
+      *reinterpret_cast<uint32_t*>(to) = high, *reinterpret_cast<uint32_t*>(to + kPanel) = low;
+    }
+  };
+  {
+    const int left = warp / 2 * 32, top = left + 16, half = warp % 2;
+    uint32_t a[4], a_low[4], b[4], b_low[4];
+    take_a(a, xs, top, top), take_a(a_low, xs + kPanel, top, top);
+    take_b(b, ns, top, left), take_b(b_low, ns + kPanel, top, left);
+    float z[2][4] = {}, sum[4] = {};
+    times(z[0], a, a_low, b[0], b[1], b_low[0], b_low[1]);
+    times(z[1], a, a_low, b[2], b[3], b_low[2], b_low[3]);
+    as_a(z[0], z[1], a, a_low);
+    take_b(b, xs, left, left), take_b(b_low, xs + kPanel, left, left);
+    times(sum, a, a_low, half ? b[2] : b[0], half ? b[3] : b[1], half ? b_low[2] : b_low[0], half ? b_low[3] : b_low[1]);
+    put(sum, top, left + 8 * half);
+  }
+  named_sync(1, 128);
+  const int block = warp / 2, left = warp % 2 * 16, top = 32 + 16 * block;
+  float z[4][4] = {}, sum[2][4] = {};
+  uint32_t a[4], a_low[4], b[4], b_low[4];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (k > block) continue;
+    take_a(a, xs, top, 32 + 16 * k), take_a(a_low, xs + kPanel, top, 32 + 16 * k);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      take_b(b, ns, 32 + 16 * k, 16 * t), take_b(b_low, ns + kPanel, 32 + 16 * k, 16 * t);
+      times(z[2 * t], a, a_low, b[0], b[1], b_low[0], b_low[1]);
+      times(z[2 * t + 1], a, a_low, b[2], b[3], b_low[2], b_low[3]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (16 * k < left) continue;  // above the diagonal
+    as_a(z[2 * k], z[2 * k + 1], a, a_low);
+    take_b(b, xs, 16 * k, left), take_b(b_low, xs + kPanel, 16 * k, left);
+    times(sum[0], a, a_low, b[0], b[1], b_low[0], b_low[1]);
+    times(sum[1], a, a_low, b[2], b[3], b_low[2], b_low[3]);
+  }
+  put(sum[0], top, left), put(sum[1], top, left + 8);
+}
+
+/// The warpgroup that loads chunks and makes of each what the other two need.
+template <class P>
+__device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, uint8_t* memory, const Barriers& bar) {
+  const int tid = threadIdx.x - 256, warp = uniform(tid / 32), lane = tid % 32, c0 = lane % 4 * 2;
+  const bool scalar = a.in.decay == Recur::Decay::Scalar;
+  const int64_t q_row = a.in.qs.begin(at.s), k_row = a.in.ks.begin(at.s), v_row = a.in.vs.begin(at.s);
+  auto load = [&](int j) {
+    uint8_t* stage = memory + j % P::stages * P::stage;
+    uint64_t* full = bar.full + j % P::stages;
+    const int row = (at.first + j) * kChunk;
+    const int columns = at.transition ? 0 : at.groups;
+    barrier_expect(full, uint32_t((P::out ? 2 : 1) * P::wide + columns) * kPanel);
+    for (int i = 0; i < P::wide; ++i) tma_load(stage + i * kPanel, &a.k, full, 64 * i, int(k_row + row));
+    for (int i = 0; i < columns; ++i)
+      tma_load(stage + P::values + i * kPanel, &a.v, full, at.slice * kSlice + 64 * i, int(v_row + row));
+    if constexpr (P::out)
+      for (int i = 0; i < P::wide; ++i) tma_load(stage + P::queries + i * kPanel, &a.q, full, 64 * i, int(q_row + row));
+  };
+  float g[2] = {}, beta[2] = {};  // of rows lane and lane + 32 of the next chunk, in the first warp
+  auto fetch = [&](int j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = (at.first + j) * kChunk + lane + 32 * i;
+      const bool there = j < at.count && row < at.n;
+      g[i] = scalar && there ? fmaxf(*a.in.g.template row<float>(q_row + row), -1000.0f) : 0;
+      if (P::delta) beta[i] = there ? a.in.beta[q_row + row] : 0;
+    }
+  };
+  if (tid == 0)
+    for (int j = 0; j < min(P::stages, at.count); ++j) load(j);
+  if (warp == 0) fetch(0);
+  if constexpr (P::delta)
+    for (int e = tid; e < 2 * 2 * kPanel / 16; e += 128)
+      *reinterpret_cast<uint4*>(memory + P::at_made + e / (2 * kPanel / 16) * P::made + e % (2 * kPanel / 16) * 16) = {};
+  double decay = 0;  // of the part so far
+  float* diagonal = reinterpret_cast<float*>(memory + P::at_diagonal) + warp * 16 * 20;
+  for (int j = 0; j < at.count; ++j) {
+    const int slot = j % P::stages;
+    uint8_t *stage = memory + slot * P::stage, *made = memory + P::at_made + j % 2 * P::made, *to_p = made + P::pairs;
+    float* numbers = reinterpret_cast<float*>(made + P::numbers);
+    double* sums = reinterpret_cast<double*>(numbers + 2 * kChunk);
+    const float* betas = numbers + 5 * kChunk;
+    if (j >= 2) {
+      barrier_wait(bar.done + j % 2, uint32_t(j / 2 - 1) & 1);
+      if (tid == 0 && j - 2 + P::stages < at.count) load(j - 2 + P::stages);
+    }
+    if (warp == 0) {  // sums of log decays in f64: differences of them are then exact enough, however strong others are
+      double sum[2] = {g[0], g[1]};
+      if (scalar) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int step = 1; step < 32; step *= 2) {
+            const double other = __shfl_up_sync(~0u, sum[i], step);
+            if (lane >= step) sum[i] += other;
+          }
+        }
+        sum[1] += __shfl_sync(~0u, sum[0], 31);
+      }
+      const double last = __shfl_sync(~0u, sum[1], 31);
+      decay += last;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane + 32 * i;
+        const float e = expf(float(sum[i]));
+        numbers[row] = e, numbers[kChunk + row] = expf(float(last - sum[i])), sums[row] = sum[i];
+        if (P::delta) numbers[4 * kChunk + row] = beta[i] * e, numbers[5 * kChunk + row] = beta[i];
+      }
+      fetch(j + 1);
+    }
+    barrier_wait(bar.full + slot, uint32_t(j / P::stages) & 1);
+    const int rows = min(kChunk, at.n - (at.first + j) * kChunk);
+    if (rows < kChunk) {  // rows of others, or of nobody
+      for (int e = tid; e < (kChunk - rows) * (P::stage / kPanel) * 8; e += 128) {
+        const int piece = e % 8, row = rows + e / 8 % (kChunk - rows), panel = e / 8 / (kChunk - rows);
+        *reinterpret_cast<uint4*>(stage + panel * kPanel + row * 128 + piece * 16) = {};
+      }
+      proxy_fence();
+    }
+    named_sync(1, 128);
+    const uint64_t keys = descriptor_k(stage);
+    float pairs[32];
+    double rows_sum[2] = {};
+    if (scalar) rows_sum[0] = sums[16 * warp + lane / 4], rows_sum[1] = sums[16 * warp + lane / 4 + 8];
+    if constexpr (P::delta) {
+      uint8_t* n = P::out ? to_p : memory + P::at_n;
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < P::d / 16; ++k) {
+        const uint64_t at_k = keys + k / 4 * (kPanel / 16) + k % 4 * 2;
+        Product<64>::shared_a(pairs, at_k, at_k, k > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(pairs);
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        if (t / 2 > warp) continue;
+        const double2 columns = scalar ? load_two_doubles(sums + 8 * t + c0) : double2{};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int i = 16 * warp + lane / 4 + 8 * r;
+          float x[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int c = 8 * t + c0 + e;
+            x[e] = c < i ? pairs[4 * t + 2 * r + e] * betas[i] : 0;
+            if (scalar && c < i) x[e] *= exp2_fast(float(rows_sum[r] - (e ? columns.y : columns.x)) * kLog2e);
+            if (t / 2 == warp) diagonal[(8 * (t % 2) + c0 + e) * 20 + lane / 4 + 8 * r] = x[e];
+          }
+          if (t / 2 < warp) {
+            uint32_t high, low;
+            split_bf16(x[0], x[1], high, low);
+            uint8_t* to = n + swizzled(i, t) + c0 * 2;
+            *reinterpret_cast<uint32_t*>(to) = high, *reinterpret_cast<uint32_t*>(to + kPanel) = low;
+          }
+        }
+      }
+      invert_blocks(made, n, diagonal, warp);
+    }
+    if constexpr (P::out) {
+      const uint64_t queries = descriptor_k(stage + P::queries);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < P::d / 16; ++k) {
+        const int step = k / 4 * (kPanel / 16) + k % 4 * 2;
+        Product<64>::shared_a(pairs, queries + step, keys + step, k > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(pairs);
+      if constexpr (P::delta) named_sync(1, 128);  // N is read
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        const double2 columns = scalar ? load_two_doubles(sums + 8 * t + c0) : double2{};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int i = 16 * warp + lane / 4 + 8 * r;
+          float x[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int c = 8 * t + c0 + e;
+            x[e] = c <= i ? pairs[4 * t + 2 * r + e] : 0;
+            if (scalar && c < i) x[e] *= exp2_fast(float(rows_sum[r] - (e ? columns.y : columns.x)) * kLog2e);
+          }
+          uint32_t high, low;
+          split_bf16(x[0], x[1], high, low);
+          uint8_t* to = to_p + swizzled(i, t) + c0 * 2;
+          *reinterpret_cast<uint32_t*>(to) = high, *reinterpret_cast<uint32_t*>(to + kPanel) = low;
+        }
+      }
+    }
+    proxy_fence();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bar.made + j % 2);
+  }
+  if (!P::out && tid == 0 && at.slice == 0 && !at.transition) a.decays[at.s * a.parts + at.part] = expf(float(decay));
+}
+
+/// The state before a part: what the parts before it made of it.
+template <class P>
+__device__ __forceinline__ void hand_on(const Direct& a, const Place& at, uint8_t* memory, const Barriers& bar,
+                                        float (&state)[P::d / 2]) {
+  constexpr int D = P::d, kBytes = 2 * D * D * 2;  // of a transition
+  const int tid = threadIdx.x % 128, group = threadIdx.x / 128;
+  const int64_t first = int64_t(at.s) * a.parts;
+  auto bring = [&](int part) {
+    uint64_t* barrier = bar.handed + part % 2;
+    barrier_expect(barrier, kBytes);
+    bulk_load(memory + part % 2 * kBytes, a.transit + (first + part) * kBytes, kBytes, barrier);
+  };
+  if constexpr (P::delta)
+    if (threadIdx.x == 0)
+      for (int part = 1; part < min(3, at.part); ++part) bring(part);
+  for (int part = 0; part < at.part; ++part) {
+    const float4* local = a.local + (((first + part) * a.slices + at.slice) * 2 + group) * (D / 8) * 128 + tid;
+    float made[D / 2];
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      const float4 x = local[i * 128];
+      made[4 * i] = x.x, made[4 * i + 1] = x.y, made[4 * i + 2] = x.z, made[4 * i + 3] = x.w;
+    }
+    if constexpr (P::delta) {
+      if (part > 0) {
+        barrier_wait(bar.handed + part % 2, uint32_t((part - 1) / 2) & 1);
+        const uint64_t b = descriptor_mn(memory + part % 2 * kBytes, D * 128);
+#pragma unroll
+        for (int k = 0; k < D / 16; k += 4) {
+          uint32_t high[16], low[16];
+#pragma unroll
+          for (int i = 0; i < 16; ++i) split_bf16(state[8 * k + 2 * i], state[8 * k + 2 * i + 1], high[i], low[i]);
+          pin(high), pin(low), pin(made);
+          wgmma_fence();
+          const uint64_t from = b + k * (2048 / 16);
+          product<4, true, true>(made, high, low, from, from + D * D * 2 / 16, false, AcrossK<D>());
+          wgmma_commit();
+          wgmma_wait<0>();
+          pin(made), pin(high), pin(low);
+        }
+        named_sync(2, 128 * at.groups);
+        if (threadIdx.x == 0 && part + 2 < at.part) bring(part + 2);
+      }
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) state[i] = made[i];
+    } else {
+      const float decay = part > 0 ? a.decays[first + part] : 0;
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) state[i] = decay * state[i] + made[i];
+    }
+  }
+}
+
+/// A warpgroup's walk through the chunks, with 64 columns of the state, transposed: rows of the accumulators are columns
+/// of the state, so that a product's sums are the next one's A operand.
+template <class P>
+__device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, uint8_t* memory, const Barriers& bar) {
+  constexpr int D = P::d;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = threadIdx.x / 128, c0 = lane % 4 * 2,
+            column = at.slice * kSlice + group * 64 + warp * 16 + lane / 4, width = at.columns;
+  float state[D / 2];
+  {
+    const float* from = at.transition || at.part > 0 || !a.in.state ? nullptr : a.in.state + at.s * a.in.state_stride[0];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) {
+      const int c = i / 4 * 8 + c0 + i % 2, v = column + i / 2 % 2 * 8;
+      state[i] = at.transition                      ? float(c == v)
+                 : from && c < a.in.d && v < width ? from[c * a.in.state_stride[1] + v * a.in.state_stride[2]]
+                                                    : 0;
+    }
+  }
+  if constexpr (P::out)
+    if (at.part > 0) {
+      hand_on<P>(a, at, memory, bar, state);
+      if constexpr (P::delta) named_arrive(3, 128 * at.groups + 128);
+    }
+
+  for (int j = 0; j < at.count; ++j) {
+    const int slot = j % P::stages;
+    const uint8_t *stage = memory + slot * P::stage, *made = memory + P::at_made + j % 2 * P::made;
+    barrier_wait(bar.full + slot, uint32_t(j / P::stages) & 1);
+    barrier_wait(bar.made + j % 2, uint32_t(j / 2) & 1);
+    const uint64_t triangle = descriptor_k(made), pairs = descriptor_k(made + P::pairs);
+    const float* numbers = reinterpret_cast<const float*>(made + P::numbers);
+    float out[32], known[32];
+    constexpr int kSteps = D / 16 / (P::out && P::delta ? 2 : 1);  // at a time: the operand's registers are many
+    uint32_t high[4 * kSteps], low[4 * kSteps];
+    if constexpr (P::out || P::delta) {
+#pragma unroll
+      for (int k = 0; k < D / 16; k += kSteps) {
+        if (k > 0) {
+          wgmma_wait<0>();
+          pin(high), pin(low);
+          if constexpr (P::delta) pin(known);
+          if constexpr (P::out) pin(out);
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kSteps; ++i)
+          split_bf16(state[8 * k + 2 * i], state[8 * k + 2 * i + 1], high[i], low[i]);
+        pin(high), pin(low);
+        wgmma_fence();
+        const uint64_t from = k / 4 * (kPanel / 16) + k % 4 * 2;
+        if constexpr (P::delta)
+          product<kSteps, true, false>(known, high, low, descriptor_k(stage) + from, 0, k == 0, AlongK());
+        if constexpr (P::out)
+          product<kSteps, true, false>(out, high, low, descriptor_k(stage + P::queries) + from, 0, k == 0, AlongK());
+        wgmma_commit();
+      }
+    }
+    auto settle = [&] {
+      wgmma_wait<0>();
+      pin(high), pin(low);
+      if constexpr (P::delta) pin(known);
+      if constexpr (P::out) pin(out);
+    };
+    uint32_t value[16], value_low[16], last[16], last_low[16];
+    {
+      const int row = lane / 16 * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
+      const uint32_t panel = shared_address(stage + P::values + group * kPanel);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        uint32_t x[4] = {};
+        if (!at.transition) load_transposed(x, panel + swizzled(16 * k + row, piece));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value[4 * k + i] = x[i];
+      }
+      if constexpr (P::delta) settle();
+    }
+    if constexpr (P::delta) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 by = *reinterpret_cast<const float2*>(numbers + 4 * kChunk + i / 2 * 8 + c0),
+                     beta = *reinterpret_cast<const float2*>(numbers + 5 * kChunk + i / 2 * 8 + c0);
+        split_bf16(beta.x * __uint_as_float(value[i] << 16) - by.x * known[2 * i],
+                   beta.y * __uint_as_float(value[i] & 0xffff0000u) - by.y * known[2 * i + 1], value[i], value_low[i]);
+      }
+      pin(value), pin(value_low);
+      wgmma_fence();
+      product<4, true, true>(known, value, value_low, triangle, triangle + kPanel / 16, true, AlongK());
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(known), pin(value), pin(value_low);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 by = *reinterpret_cast<const float2*>(numbers + kChunk + i / 2 * 8 + c0);
+        if constexpr (P::out) split_bf16(known[2 * i], known[2 * i + 1], value[i], value_low[i]);
+        split_bf16(known[2 * i] * by.x, known[2 * i + 1] * by.y, last[i], last_low[i]);
+      }
+    } else {
+      if constexpr (P::out) settle();
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 by = *reinterpret_cast<const float2*>(numbers + kChunk + i / 2 * 8 + c0);
+        split_bf16(by.x * __uint_as_float(value[i] << 16), by.y * __uint_as_float(value[i] & 0xffff0000u), last[i],
+                   last_low[i]);
+      }
+    }
+    if constexpr (P::out) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 by = *reinterpret_cast<const float2*>(numbers + i / 2 * 8 + c0);
+        out[2 * i] *= by.x, out[2 * i + 1] *= by.y;
+      }
+      pin(out), pin(value);
+      if constexpr (P::delta) pin(value_low);
+      wgmma_fence();
+      product<4, P::delta, true>(out, value, value_low, pairs, pairs + kPanel / 16, false, AlongK());
+      wgmma_commit();
+    }
+    const float through = numbers[kChunk - 1];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) state[i] *= through;
+    pin(last), pin(last_low), pin(state);
+    wgmma_fence();
+    product<4, true, false>(state, last, last_low, descriptor_mn(stage, kPanel), 0, false, AcrossK<D>());
+    wgmma_commit();
+    if constexpr (P::out) {
+      wgmma_wait<1>();
+      pin(out);
+      const int row0 = (at.first + j) * kChunk;
+      float* to = a.to.out + (a.in.qs.begin(at.s) + row0) * a.to.out_stride + column;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int row = i / 4 * 8 + c0 + i % 2, v = i / 2 % 2 * 8;
+        if (row0 + row < at.n && column + v < width) to[row * a.to.out_stride + v] = a.in.scale * out[i];
+      }
+    }
+    wgmma_wait<0>();
+    pin(state), pin(last), pin(last_low);
+    if constexpr (P::out) {
+      pin(value);
+      if constexpr (P::delta) pin(value_low);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bar.done + j % 2);
+  }
+
+  if constexpr (!P::out) {
+    const int64_t piece = int64_t(at.s) * a.parts + at.part;
+    if (at.transition) {
+      uint8_t* to = a.transit + piece * (2 * D * D * 2);
+#pragma unroll
+      for (int i = 0; i < D / 2; i += 2) {
+        uint32_t high, low;
+        split_bf16(state[i], state[i + 1], high, low);
+        const int v = column + i / 2 % 2 * 8;
+        uint8_t* word = to + i / 32 * (D * 128) + swizzled(v, i / 4 % 8) + c0 * 2;
+        if (v < D) *reinterpret_cast<uint32_t*>(word) = high, *reinterpret_cast<uint32_t*>(word + D * D * 2) = low;
+      }
+    } else {
+      float4* to = a.local + ((piece * a.slices + at.slice) * 2 + group) * (D / 8) * 128 + threadIdx.x % 128;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i)
+        to[i * 128] = {state[4 * i], state[4 * i + 1], state[4 * i + 2], state[4 * i + 3]};
+    }
+  } else if (a.to.state && at.part == (at.chunks == 0 ? 0 : (at.chunks - 1) / at.per)) {
+    float* to = a.to.state + at.s * a.to.state_stride[0];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) {
+      const int c = i / 4 * 8 + c0 + i % 2, v = column + i / 2 % 2 * 8;
+      if (c < a.in.d && v < width) to[c * a.to.state_stride[1] + v * a.to.state_stride[2]] = state[i];
+    }
+  }
+}
+
+/// Grid: slices of columns (then, without Out, the transition matrix) × parts, segments.
+template <class P>
+__global__ void __launch_bounds__(384, 1) direct_kernel(const __grid_constant__ Direct a) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + P::at_barriers);
+  const Barriers bar{barriers, barriers + 4, barriers + 6, barriers + 8};
+  Place at;
+  at.s = blockIdx.y, at.n = a.in.qs.length(at.s), at.chunks = (at.n + kChunk - 1) / kChunk;
+  at.per = (at.chunks + a.parts - 1) / a.parts, at.part = blockIdx.x % a.parts, at.first = at.part * at.per;
+  at.count = max(0, min(at.per, at.chunks - at.first)), at.slice = blockIdx.x / a.parts;
+  at.transition = !P::out && at.slice >= a.slices;
+  if (at.transition) at.slice -= a.slices;
+  at.columns = at.transition ? P::d : a.in.d_v;
+  at.groups = min(2, (at.columns - at.slice * kSlice + 63) / 64);
+  if (!P::out && (at.part == a.parts - 1 || (at.transition && at.part == 0))) return;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < P::stages; ++i) barrier_init(bar.full + i, 1);
+    for (int i = 0; i < 2; ++i)
+      barrier_init(bar.made + i, 4), barrier_init(bar.done + i, uint32_t(4 * at.groups)), barrier_init(bar.handed + i, 1);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  const int group = uniform(threadIdx.x / 128);
+  if (group == 2) {
+    registers_down<P::makes>();
+    if (P::out && P::delta && at.part > 0) named_sync(3, 128 * at.groups + 128);  // until transitions are read
+    make_chunks<P>(a, at, memory, bar);
+  } else {
+    registers_up<P::walks>();
+    if (group < at.groups) walk_chunks<P>(a, at, memory, bar);
+  }
+}
+
+}  // namespace
+}  // namespace heed::cuda
