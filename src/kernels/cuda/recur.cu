@@ -167,7 +167,7 @@ void recur(Queue& queue, const RecurInputs& in, const Recur& how, Tensor out, Te
     const int64_t rows = in.q.values.size[0];
     const bool direct = recur_sm90_direct_fits(a, rows);
     const Tensor scratch = queue.scratch.take(
-        Dtype::U8, {std::max<int64_t>(1, direct ? recur_sm90_direct_scratch(a, in.q.bound)
+        Dtype::U8, {std::max<int64_t>(1, direct ? recur_sm90_direct_scratch(a, rows, in.q.bound)
                                                 : recur_sm90_scratch(a, rows, in.q.bound))});
     auto* run = direct ? recur_sm90_direct : recur_sm90;
     check(run(a, to, rows, in.q.bound, scratch.data, cuda::stream(queue)), where);

@@ -15,7 +15,7 @@ cudaError_t recur_sm90(const RecurView&, const RecurOut&, int64_t rows, int64_t 
 /// The same for rows of bf16 that the copy engine can read, with at most one decay a row (recur_sm90_direct.cu).
 /// Precondition of the other two: recur_sm90_fits, recur_sm90_direct_fits.
 bool recur_sm90_direct_fits(const RecurView&, int64_t rows);
-int64_t recur_sm90_direct_scratch(const RecurView&, int64_t bound);
+int64_t recur_sm90_direct_scratch(const RecurView&, int64_t rows, int64_t bound);
 cudaError_t recur_sm90_direct(const RecurView&, const RecurOut&, int64_t rows, int64_t bound, void* scratch, cudaStream_t);
 
 /// One row, or a few, a segment: the states are read once and written once. Columns of states lie next to each other.

@@ -1,5 +1,5 @@
-// Starts the forms of recur_sm90_direct.cuh: one walk, or where segments are few one for what parts make of states and one
-// for outputs.
+// Starts the forms of recur_sm90_direct.cuh: inverses of the delta rule, then one walk, or where segments are few one for
+// what parts make of states and one for outputs.
 #include "kernels/cuda/recur_sm90_direct.cuh"
 
 namespace heed::cuda {
@@ -7,16 +7,17 @@ namespace {
 
 struct DirectSizes {
   int slices, parts;
-  int64_t local, transit, decays;  // bytes
-  int64_t total() const { return local + transit + decays; }
+  int64_t inverse = 0, local = 0, transit = 0, decays = 0;  // bytes
+  int64_t total() const { return inverse + local + transit + decays; }
 };
 
 /// Parts by shapes alone: as many as make one wave of an H100's multiprocessors, of eight chunks or more.
-DirectSizes direct_sizes(const RecurView& in, int64_t bound) {
+DirectSizes direct_sizes(const RecurView& in, int64_t rows, int64_t bound) {
   DirectSizes out{};
   out.slices = int(ceil_div(in.d_v, kSlice));
   const int64_t wave = 132 / std::max<int64_t>(1, int64_t(in.qs.count) * out.slices), d = in.d <= 64 ? 64 : 128;
   out.parts = int(std::clamp<int64_t>(wave, 1, std::max<int64_t>(1, ceil_div(bound, kChunk) / 8)));
+  if (in.correction == Recur::Correction::Delta) out.inverse = (rows / kChunk + in.qs.count + 1) * 2 * kPanel;
   if (out.parts > 1) {
     const int64_t pieces = int64_t(in.qs.count) * out.parts;
     out.local = pieces * out.slices * kSlice * d * 4;
@@ -35,20 +36,33 @@ cudaError_t walk_with(const Direct& a, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+/// Step 0: inverses; 1: what parts make of states; 2: outputs. Those that the job does not need do nothing.
 template <int D>
-cudaError_t direct_step(const Direct& a, bool out, cudaStream_t stream) {
-  if (a.in.correction == Recur::Correction::Delta)
-    return out ? walk_with<Plan<D, true, true>>(a, stream) : walk_with<Plan<D, true, false>>(a, stream);
-  return out ? walk_with<Plan<D, false, true>>(a, stream) : walk_with<Plan<D, false, false>>(a, stream);
+cudaError_t direct_step(const Direct& a, int step, int64_t bound, cudaStream_t stream) {
+  const bool delta = a.in.correction == Recur::Correction::Delta;
+  if (step == 2) return delta ? walk_with<Plan<D, true, true>>(a, stream) : walk_with<Plan<D, false, true>>(a, stream);
+  if (step == 1 && a.parts > 1)
+    return delta ? walk_with<Plan<D, true, false>>(a, stream) : walk_with<Plan<D, false, false>>(a, stream);
+  if (step == 1 || !delta) return cudaSuccess;
+  constexpr int kShared = sizeof(InverseShared<D>);
+  const cudaError_t status = cudaFuncSetAttribute(inverse_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (status != cudaSuccess) return status;
+  const unsigned segments = unsigned(a.in.qs.count);
+  const int64_t wave = std::max<int64_t>(1, 4 * 132 / segments);
+  inverse_kernel<D><<<dim3(unsigned(std::min(wave, ceil_div(bound, kChunk))), segments), 128, kShared, stream>>>(a);
+  return cudaGetLastError();
 }
 
 bool direct_job(Direct& a, const RecurView& in, const RecurOut& to, int64_t rows, int64_t bound, void* scratch) {
-  const DirectSizes size = direct_sizes(in, bound);
+  const DirectSizes size = direct_sizes(in, rows, bound);
   a.in = in, a.to = to, a.parts = size.parts, a.slices = size.slices;
   uint8_t* at = static_cast<uint8_t*>(scratch);
-  a.local = reinterpret_cast<float4*>(at);
-  a.transit = at + size.local;
-  a.decays = reinterpret_cast<float*>(at + size.local + size.transit);
+  a.inverse = at, at += size.inverse;
+  a.local = reinterpret_cast<float4*>(at), at += size.local;
+  a.transit = at, at += size.transit;
+  a.decays = reinterpret_cast<float*>(at);
+  a.out_lined = reinterpret_cast<uintptr_t>(to.out) % 16 == 0 && to.out_stride % 4 == 0 &&
+                sm90::make_map(a.out, to.out, rows, in.d_v, to.out_stride, 32);
   auto map = [&](CUtensorMap& map, const Matrix& m) {
     return sm90::make_map(map, static_cast<const __nv_bfloat16*>(m.data), rows, m.width, m.stride, kChunk);
   };
@@ -65,17 +79,18 @@ bool recur_sm90_direct_fits(const RecurView& in, int64_t rows) {
   return rows > 0 && in.decay != Recur::Decay::Vector && fits(in.q) && fits(in.k) && fits(in.v) && sm90::encode_tiled();
 }
 
-int64_t recur_sm90_direct_scratch(const RecurView& in, int64_t bound) { return direct_sizes(in, bound).total(); }
+int64_t recur_sm90_direct_scratch(const RecurView& in, int64_t rows, int64_t bound) {
+  return direct_sizes(in, rows, bound).total();
+}
 
 cudaError_t recur_sm90_direct(const RecurView& in, const RecurOut& to, int64_t rows, int64_t bound, void* scratch,
                               cudaStream_t stream) {
   Direct a;
   if (!direct_job(a, in, to, rows, bound, scratch)) return cudaErrorInvalidValue;
-  auto step = [&](bool out) {
-    return in.d <= 64 ? direct_step<64>(a, out, stream) : direct_step<128>(a, out, stream);
-  };
-  const cudaError_t status = a.parts > 1 ? step(false) : cudaSuccess;
-  return status == cudaSuccess ? step(true) : status;
+  cudaError_t status = cudaSuccess;
+  for (int step = 0; step < 3 && status == cudaSuccess; ++step)
+    status = in.d <= 64 ? direct_step<64>(a, step, bound, stream) : direct_step<128>(a, step, bound, stream);
+  return status;
 }
 
 }  // namespace heed::cuda

@@ -1,6 +1,8 @@
 // The recurrence of bf16 rows with at most one decay a row, without a copy of its operands: the copy engine brings chunks
-// of 64 rows as they lie, one warpgroup makes what of a chunk does not depend on the state (products of its rows and, for
-// the delta rule, the inverse of I + N), two walk on with 64 columns of the state each in registers.
+// of 64 rows as they lie, one warpgroup makes the products of queries and keys of a chunk, two walk on with 64 columns of
+// the state each in registers. The delta rule's inverse of I + N is made for every chunk beforehand: many blocks hide the
+// latencies of its short steps, which would be longer than the walk's own (8,000 clocks a chunk beside it, where a walk
+// takes 5,000).
 #pragma once
 #include "kernels/cuda/recur_sm90_scan.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -9,14 +11,19 @@ namespace heed::cuda {
 namespace {
 
 struct Direct {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, out;
   RecurView in;
   RecurOut to;
   int parts, slices;
   float4* local;     // [segments, parts, slices, 2, D / 8, 128]: what parts make of no state, as threads hold it
   uint8_t* transit;  // [segments, parts, 2 (high, low), D / 64] panels of D rows (channels before) of 64 channels behind
   float* decays;     // [segments, parts]
+  uint8_t* inverse;  // for each chunk (first_chunk) two panels: T, high and low
+  bool out_lined;    // the copy engine can write rows of the output
 };
+
+/// Chunks of a segment follow each other; no two segments share one, since each takes at most ⌊rows before / 64⌋ + 1 more.
+__device__ __forceinline__ int64_t first_chunk(const Direct& a, int s) { return a.in.qs.begin(s) / kChunk + s; }
 
 /// Where things lie in shared memory.
 template <int D, bool Delta, bool Out>
@@ -25,14 +32,14 @@ struct Plan {
   static constexpr bool delta = Delta, out = Out;
   // A stage: keys, values, queries.
   static constexpr int values = wide * kPanel, queries = values + 2 * kPanel, stage = queries + (Out ? wide * kPanel : 0);
-  static constexpr int stages = Out && !Delta && D == 128 ? 4 : Out ? 3 : 4;
-  // What is made of a chunk, twice: T and P, each high and low; e^G, e^(end − G), sums G; β e^G, β.
-  static constexpr int pairs = Delta ? 2 * kPanel : 0, numbers = pairs + (Out ? 2 * kPanel : 0),
-                       made = numbers + (Delta ? 2048 : 1024);
-  // Scratch of the delta rule: N below the diagonal blocks (in P's place where there is one), and those blocks.
-  static constexpr int at_made = stages * stage, at_n = at_made + 2 * made,
-                       at_diagonal = at_n + (Delta && !Out ? 2 * kPanel : 0),
-                       at_barriers = at_diagonal + (Delta ? 4 * 16 * 20 * 4 : 0), shared = at_barriers + 128;
+  static constexpr int stages = Out ? 3 : 4;
+  // What is made of a chunk, twice: T and P, each high and low. Numbers: e^G, e^(end − G), β; G in log2, high and low.
+  static constexpr int pairs = Delta ? 2 * kPanel : 0, made = pairs + (Out ? 2 * kPanel : 0), numbers = 5 * kChunk * 4;
+  // Rows of outputs that are written at a time, by each of two warpgroups.
+  static constexpr int at_made = stages * stage, at_rows = at_made + 2 * made,
+                       rows = !Out ? 0 : at_rows + 32 * 1024 + 2 * numbers + 128 <= 227 * 1024 ? 64 : 32,
+                       at_numbers = at_rows + 2 * rows * 256, at_barriers = at_numbers + 2 * numbers,
+                       shared = at_barriers + 128;
   // Registers of a thread that walks, and of one that makes: 2 · 128 · walks + 128 · makes ≤ 504 · 128.
   static constexpr int walks = Out && D == 128 ? 208 : 192, makes = 504 - 2 * walks;
   static_assert(shared <= 227 * 1024);
@@ -65,15 +72,30 @@ __device__ __forceinline__ void as_a(const float (&x)[4], const float (&y)[4], u
   split_bf16(y[0], y[1], high[2], low[2]), split_bf16(y[2], y[3], high[3], low[3]);
 }
 
-/// Two numbers of shared memory, read where the program says so: read ahead they would fill the registers.
-__device__ __forceinline__ double2 load_two_doubles(const double* from) {
-  double2 x;
-  asm volatile("ld.shared.v2.f64 {%0,%1}, [%2];" : "=d"(x.x), "=d"(x.y) : "r"(shared_address(from)) : "memory");
-  return x;
+/// Sums of log decays G of a chunk's rows 2 lane, 2 lane + 1 (of a warp), in f64: differences are then exact enough,
+/// however strong other decays are.
+__device__ __forceinline__ void sum_decays(double (&g)[2]) {
+  const int lane = threadIdx.x % 32;
+  g[1] += g[0];
+  double before = g[1];
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const double other = __shfl_up_sync(~0u, before, step);
+    if (lane >= step) before += other;
+  }
+  before -= g[1];
+  g[0] += before, g[1] += before;
 }
+/// A sum in log2 as two f32, of which differences are taken in turn.
+__device__ __forceinline__ float2 in_two(double g) {
+  const double x = g * 1.4426950408889634;
+  return {float(x), float(x - double(float(x)))};
+}
+/// e^(a − b).
+__device__ __forceinline__ float decayed(float2 a, float2 b) { return exp2_fast((a.x - b.x) + (a.y - b.y)); }
 
-/// Inverse of I + N, N in panels `n` below the diagonal blocks of 16 and in this warp's block (transposed, rows of 20):
-/// X in panels `x`, high and low, zero above the diagonal. X_BA = −X_BB N_BA X_AA for blocks of 16, then of 32. Called by
+/// Inverse of I + N, N in panels `n` below the diagonal blocks of 16, this warp's block (transposed) in `diagonal`: X in
+/// panels `x`, high and low, zero above the diagonal. X_BA = −X_BB N_BA X_AA for blocks of 16, then of 32. Called by
 /// four warps.
 __device__ __forceinline__ void invert_blocks(uint8_t* x, const uint8_t* n, const float* diagonal, int warp) {
   const int lane = threadIdx.x % 32;
@@ -88,7 +110,7 @@ __device__ __forceinline__ void invert_blocks(uint8_t* x, const uint8_t* n, cons
 #pragma unroll
       for (int i = j / 4 * 4; i < 16; i += 4) {
         if (i + 3 <= j) continue;
-        const float4 by = *reinterpret_cast<const float4*>(diagonal + j * 20 + i);
+        const float4 by = *reinterpret_cast<const float4*>(diagonal + j * 16 + i);
         const float factors[4] = {by.x, by.y, by.z, by.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e)
@@ -153,6 +175,98 @@ __device__ __forceinline__ void invert_blocks(uint8_t* x, const uint8_t* n, cons
   put(sum[0], top, left), put(sum[1], top, left + 8);
 }
 
+template <int D>
+struct InverseShared {
+  uint8_t k[D / 64 * kPanel], x[2 * kPanel];
+  uint8_t n[2 * kPanel];  // rows 0 … 15 of either panel hold two diagonal blocks each
+  float2 sums[kChunk];
+  float beta[kChunk];
+  uint64_t full;
+};
+
+/// T without its β: the inverse of I + N, N_ij = β_i e^(G_i − G_j) k_i · k_j for j < i. One block of four warps a chunk.
+template <int D>
+__global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__ Direct a) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  InverseShared<D>& sh = *reinterpret_cast<InverseShared<D>*>(memory);
+  const int s = blockIdx.y, n = a.in.qs.length(s), tid = threadIdx.x, warp = uniform(tid / 32), lane = tid % 32,
+            c0 = lane % 4 * 2;
+  const bool scalar = a.in.decay == Recur::Decay::Scalar;
+  if (tid == 0) barrier_init(&sh.full, 1), barrier_init_fence();
+  for (int e = tid; e < 2 * kPanel / 16; e += 128) reinterpret_cast<uint4*>(sh.x)[e] = {};
+  uint32_t parity = 0;
+  for (int chunk = blockIdx.x; chunk * kChunk < n; chunk += gridDim.x, parity ^= 1) {
+    const int rows = min(kChunk, n - chunk * kChunk);
+    const int64_t row0 = a.in.qs.begin(s) + chunk * kChunk;
+    __syncthreads();
+    if (tid == 0) {
+      barrier_expect(&sh.full, sizeof sh.k);
+      for (int i = 0; i < D / 64; ++i)
+        tma_load(sh.k + i * kPanel, &a.k, &sh.full, 64 * i, int(a.in.ks.begin(s)) + chunk * kChunk);
+    }
+    if (warp == 0) {
+      double g[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 2 * lane + i;
+        g[i] = scalar && row < rows ? fmaxf(*a.in.g.template row<float>(row0 + row), -1000.0f) : 0;
+        sh.beta[row] = row < rows ? a.in.beta[row0 + row] : 0;
+      }
+      sum_decays(g);
+      sh.sums[2 * lane] = in_two(g[0]), sh.sums[2 * lane + 1] = in_two(g[1]);
+    }
+    barrier_wait(&sh.full, parity);
+    if (rows < kChunk) {  // rows of others, or of nobody
+      for (int e = tid; e < (kChunk - rows) * (D / 8); e += 128)
+        *reinterpret_cast<uint4*>(sh.k + e % (D / 8) / 8 * kPanel + (rows + e / (D / 8)) * 128 + e % 8 * 16) = {};
+      proxy_fence();
+    }
+    __syncthreads();
+    float pairs[32];
+    const uint64_t keys = descriptor_k(sh.k);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      const uint64_t at = keys + k / 4 * (kPanel / 16) + k % 4 * 2;
+      Product<64>::shared_a(pairs, at, at, k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(pairs);
+    float* diagonal = reinterpret_cast<float*>(sh.n + warp / 2 * kPanel + warp % 2 * 1024);
+    const int top = 16 * warp + lane / 4;
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      if (t / 2 > warp) continue;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int i = top + 8 * r;
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = 8 * t + c0 + e;
+          x[e] = c < i ? pairs[4 * t + 2 * r + e] * sh.beta[i] : 0;
+          if (scalar && c < i) x[e] *= decayed(sh.sums[i], sh.sums[c]);
+          if (t / 2 == warp) diagonal[(8 * (t % 2) + c0 + e) * 16 + lane / 4 + 8 * r] = x[e];
+        }
+        if (t / 2 < warp) {
+          uint32_t high, low;
+          split_bf16(x[0], x[1], high, low);
+          uint8_t* to = sh.n + swizzled(i, t) + c0 * 2;
+          *reinterpret_cast<uint32_t*>(to) = high, *reinterpret_cast<uint32_t*>(to + kPanel) = low;
+        }
+      }
+    }
+    if (tid == 0) bulk_wait_read();  // the chunk before
+    __syncthreads();
+    invert_blocks(sh.x, sh.n, diagonal, warp);
+    proxy_fence();
+    __syncthreads();
+    if (tid == 0) bulk_store(a.inverse + (first_chunk(a, s) + chunk) * (2 * kPanel), sh.x, 2 * kPanel);
+  }
+  if (tid == 0) bulk_wait_read();
+}
+
 /// The warpgroup that loads chunks and makes of each what the other two need.
 template <class P>
 __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, uint8_t* memory, const Barriers& bar) {
@@ -171,56 +285,50 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, ui
     if constexpr (P::out)
       for (int i = 0; i < P::wide; ++i) tma_load(stage + P::queries + i * kPanel, &a.q, full, 64 * i, int(q_row + row));
   };
-  float g[2] = {}, beta[2] = {};  // of rows lane and lane + 32 of the next chunk, in the first warp
+  // The first warp makes the numbers of the next chunk, a lane those of rows 2 lane and 2 lane + 1.
+  float g[2] = {}, beta[2] = {}, from_start[2] = {1, 1}, to_end[2] = {1, 1};
+  float2 sums[2] = {};
+  double decay = 0;  // of the part so far
   auto fetch = [&](int j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = (at.first + j) * kChunk + lane + 32 * i;
+      const int row = (at.first + j) * kChunk + 2 * lane + i;
       const bool there = j < at.count && row < at.n;
-      g[i] = scalar && there ? fmaxf(*a.in.g.template row<float>(q_row + row), -1000.0f) : 0;
+      g[i] = scalar && there ? *a.in.g.template row<float>(q_row + row) : 0;
       if (P::delta) beta[i] = there ? a.in.beta[q_row + row] : 0;
     }
   };
+  auto make_numbers = [&] {
+    if (!scalar) return;
+    double sum[2] = {fmaxf(g[0], -1000.0f), fmaxf(g[1], -1000.0f)};
+    sum_decays(sum);
+    const double last = __shfl_sync(~0u, sum[1], 31);
+    decay += last;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      from_start[i] = expf(float(sum[i])), to_end[i] = expf(float(last - sum[i])), sums[i] = in_two(sum[i]);
+  };
   if (tid == 0)
     for (int j = 0; j < min(P::stages, at.count); ++j) load(j);
-  if (warp == 0) fetch(0);
-  if constexpr (P::delta)
-    for (int e = tid; e < 2 * 2 * kPanel / 16; e += 128)
-      *reinterpret_cast<uint4*>(memory + P::at_made + e / (2 * kPanel / 16) * P::made + e % (2 * kPanel / 16) * 16) = {};
-  double decay = 0;  // of the part so far
-  float* diagonal = reinterpret_cast<float*>(memory + P::at_diagonal) + warp * 16 * 20;
+  if (warp == 0) fetch(0), make_numbers();
   for (int j = 0; j < at.count; ++j) {
     const int slot = j % P::stages;
-    uint8_t *stage = memory + slot * P::stage, *made = memory + P::at_made + j % 2 * P::made, *to_p = made + P::pairs;
-    float* numbers = reinterpret_cast<float*>(made + P::numbers);
-    double* sums = reinterpret_cast<double*>(numbers + 2 * kChunk);
-    const float* betas = numbers + 5 * kChunk;
-    if (j >= 2) {
-      barrier_wait(bar.done + j % 2, uint32_t(j / 2 - 1) & 1);
-      if (tid == 0 && j - 2 + P::stages < at.count) load(j - 2 + P::stages);
+    uint8_t *stage = memory + slot * P::stage, *made = memory + P::at_made + j % 2 * P::made;
+    float* numbers = reinterpret_cast<float*>(memory + P::at_numbers + j % 2 * P::numbers);
+    const float2* all_sums = reinterpret_cast<const float2*>(numbers + 3 * kChunk);
+    if (j >= 2) barrier_wait(bar.done + j % 2, uint32_t(j / 2 - 1) & 1);
+    if (tid == 0) {
+      if (P::delta) {
+        barrier_expect(bar.made + j % 2, 2 * kPanel);
+        bulk_load(made, a.inverse + (first_chunk(a, at.s) + at.first + j) * (2 * kPanel), 2 * kPanel, bar.made + j % 2);
+      }
+      if (j >= 2 && j - 2 + P::stages < at.count) load(j - 2 + P::stages);
     }
-    if (warp == 0) {  // sums of log decays in f64: differences of them are then exact enough, however strong others are
-      double sum[2] = {g[0], g[1]};
-      if (scalar) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-#pragma unroll
-          for (int step = 1; step < 32; step *= 2) {
-            const double other = __shfl_up_sync(~0u, sum[i], step);
-            if (lane >= step) sum[i] += other;
-          }
-        }
-        sum[1] += __shfl_sync(~0u, sum[0], 31);
-      }
-      const double last = __shfl_sync(~0u, sum[1], 31);
-      decay += last;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = lane + 32 * i;
-        const float e = expf(float(sum[i]));
-        numbers[row] = e, numbers[kChunk + row] = expf(float(last - sum[i])), sums[row] = sum[i];
-        if (P::delta) numbers[4 * kChunk + row] = beta[i] * e, numbers[5 * kChunk + row] = beta[i];
-      }
+    if (warp == 0) {
+      *reinterpret_cast<float2*>(numbers + 2 * lane) = {from_start[0], from_start[1]};
+      *reinterpret_cast<float2*>(numbers + kChunk + 2 * lane) = {to_end[0], to_end[1]};
+      *reinterpret_cast<float2*>(numbers + 2 * kChunk + 2 * lane) = {beta[0], beta[1]};
+      *reinterpret_cast<float4*>(numbers + 3 * kChunk + 4 * lane) = {sums[0].x, sums[0].y, sums[1].x, sums[1].y};
       fetch(j + 1);
     }
     barrier_wait(bar.full + slot, uint32_t(j / P::stages) & 1);
@@ -232,49 +340,11 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, ui
       }
       proxy_fence();
     }
-    named_sync(1, 128);
-    const uint64_t keys = descriptor_k(stage);
-    float pairs[32];
-    double rows_sum[2] = {};
-    if (scalar) rows_sum[0] = sums[16 * warp + lane / 4], rows_sum[1] = sums[16 * warp + lane / 4 + 8];
-    if constexpr (P::delta) {
-      uint8_t* n = P::out ? to_p : memory + P::at_n;
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < P::d / 16; ++k) {
-        const uint64_t at_k = keys + k / 4 * (kPanel / 16) + k % 4 * 2;
-        Product<64>::shared_a(pairs, at_k, at_k, k > 0);
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(pairs);
-#pragma unroll
-      for (int t = 0; t < 8; ++t) {
-        if (t / 2 > warp) continue;
-        const double2 columns = scalar ? load_two_doubles(sums + 8 * t + c0) : double2{};
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int i = 16 * warp + lane / 4 + 8 * r;
-          float x[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int c = 8 * t + c0 + e;
-            x[e] = c < i ? pairs[4 * t + 2 * r + e] * betas[i] : 0;
-            if (scalar && c < i) x[e] *= exp2_fast(float(rows_sum[r] - (e ? columns.y : columns.x)) * kLog2e);
-            if (t / 2 == warp) diagonal[(8 * (t % 2) + c0 + e) * 20 + lane / 4 + 8 * r] = x[e];
-          }
-          if (t / 2 < warp) {
-            uint32_t high, low;
-            split_bf16(x[0], x[1], high, low);
-            uint8_t* to = n + swizzled(i, t) + c0 * 2;
-            *reinterpret_cast<uint32_t*>(to) = high, *reinterpret_cast<uint32_t*>(to + kPanel) = low;
-          }
-        }
-      }
-      invert_blocks(made, n, diagonal, warp);
-    }
     if constexpr (P::out) {
-      const uint64_t queries = descriptor_k(stage + P::queries);
+      named_sync(1, 128);
+      uint8_t* to_p = made + P::pairs;
+      float pairs[32];
+      const uint64_t keys = descriptor_k(stage), queries = descriptor_k(stage + P::queries);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < P::d / 16; ++k) {
@@ -284,23 +354,28 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, ui
       wgmma_commit();
       wgmma_wait<0>();
       pin(pairs);
-      if constexpr (P::delta) named_sync(1, 128);  // N is read
+      const int top = 16 * warp + lane / 4;
+      const float2 row_sums[2] = {all_sums[top], all_sums[top + 8]};
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
-        const double2 columns = scalar ? load_two_doubles(sums + 8 * t + c0) : double2{};
+        const bool diagonal = t / 2 == warp, below = t / 2 < warp;
+        float2 sums_of[2] = {};
+        if (scalar) {
+          const float4 x = *reinterpret_cast<const float4*>(all_sums + 8 * t + c0);
+          sums_of[0] = {x.x, x.y}, sums_of[1] = {x.z, x.w};
+        }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int i = 16 * warp + lane / 4 + 8 * r;
           float x[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int c = 8 * t + c0 + e;
-            x[e] = c <= i ? pairs[4 * t + 2 * r + e] : 0;
-            if (scalar && c < i) x[e] *= exp2_fast(float(rows_sum[r] - (e ? columns.y : columns.x)) * kLog2e);
+            const bool seen = below || (diagonal && 8 * t + c0 + e <= top + 8 * r);
+            x[e] = seen ? pairs[4 * t + 2 * r + e] : 0;
+            if (scalar && seen) x[e] *= decayed(row_sums[r], sums_of[e]);
           }
           uint32_t high, low;
           split_bf16(x[0], x[1], high, low);
-          uint8_t* to = to_p + swizzled(i, t) + c0 * 2;
+          uint8_t* to = to_p + swizzled(top + 8 * r, t) + c0 * 2;
           *reinterpret_cast<uint32_t*>(to) = high, *reinterpret_cast<uint32_t*>(to + kPanel) = low;
         }
       }
@@ -308,6 +383,7 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, ui
     proxy_fence();
     __syncwarp();
     if (lane == 0) barrier_arrive(bar.made + j % 2);
+    if (warp == 0) make_numbers();
   }
   if (!P::out && tid == 0 && at.slice == 0 && !at.transition) a.decays[at.s * a.parts + at.part] = expf(float(decay));
 }
@@ -395,7 +471,7 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
     barrier_wait(bar.full + slot, uint32_t(j / P::stages) & 1);
     barrier_wait(bar.made + j % 2, uint32_t(j / 2) & 1);
     const uint64_t triangle = descriptor_k(made), pairs = descriptor_k(made + P::pairs);
-    const float* numbers = reinterpret_cast<const float*>(made + P::numbers);
+    const float* numbers = reinterpret_cast<const float*>(memory + P::at_numbers + j % 2 * P::numbers);
     float out[32], known[32];
     constexpr int kSteps = D / 16 / (P::out && P::delta ? 2 : 1);  // at a time: the operand's registers are many
     uint32_t high[4 * kSteps], low[4 * kSteps];
@@ -443,10 +519,10 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
     if constexpr (P::delta) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const float2 by = *reinterpret_cast<const float2*>(numbers + 4 * kChunk + i / 2 * 8 + c0),
-                     beta = *reinterpret_cast<const float2*>(numbers + 5 * kChunk + i / 2 * 8 + c0);
-        split_bf16(beta.x * __uint_as_float(value[i] << 16) - by.x * known[2 * i],
-                   beta.y * __uint_as_float(value[i] & 0xffff0000u) - by.y * known[2 * i + 1], value[i], value_low[i]);
+        const float2 by = *reinterpret_cast<const float2*>(numbers + i / 2 * 8 + c0),
+                     beta = *reinterpret_cast<const float2*>(numbers + 2 * kChunk + i / 2 * 8 + c0);
+        split_bf16(beta.x * (__uint_as_float(value[i] << 16) - by.x * known[2 * i]),
+                   beta.y * (__uint_as_float(value[i] & 0xffff0000u) - by.y * known[2 * i + 1]), value[i], value_low[i]);
       }
       pin(value), pin(value_low);
       wgmma_fence();
@@ -488,26 +564,48 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
     wgmma_fence();
     product<4, true, false>(state, last, last_low, descriptor_mn(stage, kPanel), 0, false, AcrossK<D>());
     wgmma_commit();
-    if constexpr (P::out) {
-      wgmma_wait<1>();
-      pin(out);
-      const int row0 = (at.first + j) * kChunk;
-      float* to = a.to.out + (a.in.qs.begin(at.s) + row0) * a.to.out_stride + column;
+    // Outputs pass through shared memory, rows of 128 bytes swizzled, so that the copy engine writes them.
+    const int row0 = (at.first + j) * kChunk;
+    auto write = [&](int first) {
+      uint8_t* to = memory + P::at_rows + group * P::rows * 256;
+      if (threadIdx.x % 128 == 0) bulk_wait_read();
+      named_sync(4 + group, 128);
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const int row = i / 4 * 8 + c0 + i % 2, v = i / 2 % 2 * 8;
-        if (row0 + row < at.n && column + v < width) to[row * a.to.out_stride + v] = a.in.scale * out[i];
+      for (int i = 0; i < 4; ++i) {  // rows of eight differ by a constant
+        const int row = c0 + i % 2, v = warp % 2 * 16 + lane / 4 + i / 2 * 8;
+        float* at_row = reinterpret_cast<float*>(to + warp / 2 * P::rows * 128 + swizzled(row, v / 4) + v % 4 * 4);
+#pragma unroll
+        for (int eight = 0; eight < P::rows / 8; ++eight) at_row[eight * 256] = a.in.scale * out[first / 2 + 4 * eight + i];
       }
-    }
+      proxy_fence();
+      named_sync(4 + group, 128);
+      if (a.out_lined && row0 + kChunk <= at.n) {
+        if (threadIdx.x % 128 == 0) {
+          for (int half = 0; half < 2; ++half)
+            for (int r = 0; r < P::rows; r += 32)
+              tma_store(to + half * P::rows * 128 + r * 128, &a.out, at.slice * kSlice + group * 64 + half * 32,
+                        int(a.in.qs.begin(at.s)) + row0 + first + r);
+        }
+      } else {
+        const int v = threadIdx.x % 64, column_of = at.slice * kSlice + group * 64 + v;
+        for (int row = threadIdx.x % 128 / 64; row < P::rows && column_of < width; row += 2)
+          if (row0 + first + row < at.n)
+            a.to.out[(a.in.qs.begin(at.s) + row0 + first + row) * a.to.out_stride + column_of] =
+                *reinterpret_cast<const float*>(to + v / 32 * P::rows * 128 + swizzled(row, v % 32 / 4) + v % 4 * 4);
+      }
+    };
     wgmma_wait<0>();
     pin(state), pin(last), pin(last_low);
     if constexpr (P::out) {
-      pin(value);
+      pin(out), pin(value);
       if constexpr (P::delta) pin(value_low);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(bar.done + j % 2);
+    if constexpr (P::out) write(0);
+    if constexpr (P::rows == 32) write(32);
   }
+  if (P::out && threadIdx.x % 128 == 0) bulk_wait_read();
 
   if constexpr (!P::out) {
     const int64_t piece = int64_t(at.s) * a.parts + at.part;
@@ -555,7 +653,7 @@ __global__ void __launch_bounds__(384, 1) direct_kernel(const __grid_constant__ 
   if (threadIdx.x == 0) {
     for (int i = 0; i < P::stages; ++i) barrier_init(bar.full + i, 1);
     for (int i = 0; i < 2; ++i)
-      barrier_init(bar.made + i, 4), barrier_init(bar.done + i, uint32_t(4 * at.groups)), barrier_init(bar.handed + i, 1);
+      barrier_init(bar.made + i, P::delta ? 5 : 4), barrier_init(bar.done + i, uint32_t(4 * at.groups)), barrier_init(bar.handed + i, 1);
     barrier_init_fence();
   }
   __syncthreads();
