@@ -11,18 +11,21 @@ struct DirectSizes {
   int64_t total() const { return inverse + local + transit + decays; }
 };
 
+/// Channels that the forms have.
+int padded(const RecurView& in) { return in.d <= 64 && in.decay != Recur::Decay::Vector ? 64 : 128; }
+
 /// Parts by shapes alone: as many as make one wave of an H100's multiprocessors, of eight chunks or more.
 DirectSizes direct_sizes(const RecurView& in, int64_t rows, int64_t bound) {
   DirectSizes out{};
   out.slices = int(ceil_div(in.d_v, kSlice));
-  const int64_t wave = 132 / std::max<int64_t>(1, int64_t(in.qs.count) * out.slices), d = in.d <= 64 ? 64 : 128;
+  const int64_t wave = 132 / std::max<int64_t>(1, int64_t(in.qs.count) * out.slices), d = padded(in);
   out.parts = int(std::clamp<int64_t>(wave, 1, std::max<int64_t>(1, ceil_div(bound, kChunk) / 8)));
   if (in.correction == Recur::Correction::Delta) out.inverse = (rows / kChunk + in.qs.count + 1) * 2 * kPanel;
   if (out.parts > 1) {
     const int64_t pieces = int64_t(in.qs.count) * out.parts;
     out.local = pieces * out.slices * kSlice * d * 4;
     if (in.correction == Recur::Correction::Delta) out.transit = pieces * 2 * d * d * 2;
-    out.decays = ceil_div(pieces * 4, 256) * 256;
+    out.decays = pieces * d * 4;
   }
   return out;
 }
@@ -40,6 +43,11 @@ cudaError_t walk_with(const Direct& a, cudaStream_t stream) {
 template <int D>
 cudaError_t direct_step(const Direct& a, int step, int64_t bound, cudaStream_t stream) {
   const bool delta = a.in.correction == Recur::Correction::Delta;
+  if constexpr (D == 128)
+    if (a.in.decay == Recur::Decay::Vector) {
+      if (step == 2) return walk_with<Plan<D, false, true, true>>(a, stream);
+      return step == 1 && a.parts > 1 ? walk_with<Plan<D, false, false, true>>(a, stream) : cudaSuccess;
+    }
   if (step == 2) return delta ? walk_with<Plan<D, true, true>>(a, stream) : walk_with<Plan<D, false, true>>(a, stream);
   if (step == 1 && a.parts > 1)
     return delta ? walk_with<Plan<D, true, false>>(a, stream) : walk_with<Plan<D, false, false>>(a, stream);
@@ -76,7 +84,11 @@ bool recur_sm90_direct_fits(const RecurView& in, int64_t rows) {
     return m.type == Dtype::BF16 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride % 8 == 0 &&
            rows < int64_t(1) << 31;
   };
-  return rows > 0 && in.decay != Recur::Decay::Vector && fits(in.q) && fits(in.k) && fits(in.v) && sm90::encode_tiled();
+  const bool vector = in.decay == Recur::Decay::Vector;
+  if (vector && (in.correction == Recur::Correction::Delta || in.d % 2 != 0 || in.g.stride % 2 != 0 ||
+                 reinterpret_cast<uintptr_t>(in.g.data) % 8 != 0))
+    return false;
+  return rows > 0 && fits(in.q) && fits(in.k) && fits(in.v) && sm90::encode_tiled();
 }
 
 int64_t recur_sm90_direct_scratch(const RecurView& in, int64_t rows, int64_t bound) {
@@ -89,7 +101,7 @@ cudaError_t recur_sm90_direct(const RecurView& in, const RecurOut& to, int64_t r
   if (!direct_job(a, in, to, rows, bound, scratch)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
   for (int step = 0; step < 3 && status == cudaSuccess; ++step)
-    status = in.d <= 64 ? direct_step<64>(a, step, bound, stream) : direct_step<128>(a, step, bound, stream);
+    status = padded(in) == 64 ? direct_step<64>(a, step, bound, stream) : direct_step<128>(a, step, bound, stream);
   return status;
 }
 

@@ -17,7 +17,7 @@ struct Direct {
   int parts, slices;
   float4* local;     // [segments, parts, slices, 2, D / 8, 128]: what parts make of no state, as threads hold it
   uint8_t* transit;  // [segments, parts, 2 (high, low), D / 64] panels of D rows (channels before) of 64 channels behind
-  float* decays;     // [segments, parts]
+  float* decays;     // [segments, parts, D]
   uint8_t* inverse;  // for each chunk (first_chunk) two panels: T, high and low
   bool out_lined;    // the copy engine can write rows of the output
 };
@@ -26,26 +26,34 @@ struct Direct {
 __device__ __forceinline__ int64_t first_chunk(const Direct& a, int s) { return a.in.qs.begin(s) / kChunk + s; }
 
 /// Where things lie in shared memory.
-template <int D, bool Delta, bool Out>
+template <int D, bool Delta, bool Out, bool Vector = false>
 struct Plan {
   static constexpr int d = D, wide = D / 64;
-  static constexpr bool delta = Delta, out = Out;
-  // A stage: keys, values, queries.
-  static constexpr int values = wide * kPanel, queries = values + 2 * kPanel, stage = queries + (Out ? wide * kPanel : 0);
-  static constexpr int stages = Out ? 3 : 4;
-  // What is made of a chunk, twice: T and P, each high and low. Numbers: e^G, e^(end − G), β; G in log2, high and low.
-  static constexpr int pairs = Delta ? 2 * kPanel : 0, made = pairs + (Out ? 2 * kPanel : 0), numbers = 5 * kChunk * 4;
+  static constexpr bool delta = Delta, out = Out, vector = Vector;  // vector: a decay for each channel
+  // A stage: keys, values, queries; with vector decay keys and queries are decayed in place, and their low parts lie behind.
+  static constexpr int values = wide * kPanel, queries = values + 2 * kPanel, loaded = queries + (Out ? wide * kPanel : 0),
+                       key_lows = loaded, query_lows = key_lows + wide * kPanel,
+                       stage = !Vector ? loaded : Out ? query_lows + wide * kPanel : query_lows;
+  static constexpr int stages = !Out ? 4 : Vector ? 2 : 3;
+  // What is made of a chunk, twice: T and P, each high and low. Numbers: e^G, e^(end − G), β; G in log2, high and low. With
+  // vector decay: what the state is multiplied by before queries see it, and before keys are added.
+  static constexpr int pairs = Delta ? 2 * kPanel : 0, made = pairs + (Out ? 2 * kPanel : 0), numbers = Vector ? 2 * D * 4 + 16 : 5 * kChunk * 4;
   // Rows of outputs that are written at a time, by each of two warpgroups.
   static constexpr int at_made = stages * stage, at_rows = at_made + 2 * made,
-                       rows = !Out ? 0 : at_rows + 32 * 1024 + 2 * numbers + 128 <= 227 * 1024 ? 64 : 32,
-                       at_numbers = at_rows + 2 * rows * 256, at_barriers = at_numbers + 2 * numbers,
+                       rows = !Out ? 0 : at_rows + 32 * 1024 + 2 * numbers + 4 * D + 128 <= 227 * 1024 ? 64 : 32,
+                       at_numbers = at_rows + 2 * rows * 256, at_last = at_numbers + 2 * numbers, at_barriers = at_last + (Vector ? D * 4 : 0),
                        shared = at_barriers + 128;
   // Registers of a thread that walks, and of one that makes: 2 · 128 · walks + 128 · makes ≤ 504 · 128.
-  static constexpr int walks = Out && D == 128 ? 208 : 192, makes = 504 - 2 * walks;
+  static constexpr int walks = Out && !Vector && D == 128 ? 208 : 192, makes = 504 - 2 * walks;
   static_assert(shared <= 227 * 1024);
 };
 
 constexpr float kLog2e = 1.4426950408889634f;
+
+/// A block's place, and the rows where its segment begins.
+struct Rows : Place {
+  int64_t q, k, v;
+};
 
 struct Barriers {
   uint64_t *full, *made, *done, *handed;
@@ -89,7 +97,8 @@ __device__ __forceinline__ void sum_decays(double (&g)[2]) {
 /// A sum in log2 as two f32, of which differences are taken in turn.
 __device__ __forceinline__ float2 in_two(double g) {
   const double x = g * 1.4426950408889634;
-  return {float(x), float(x - double(float(x)))};
+  const float high = float(x);
+  return {high, float(x - double(high))};
 }
 /// e^(a − b).
 __device__ __forceinline__ float decayed(float2 a, float2 b) { return exp2_fast((a.x - b.x) + (a.y - b.y)); }
@@ -175,6 +184,37 @@ __device__ __forceinline__ void invert_blocks(uint8_t* x, const uint8_t* n, cons
   put(sum[0], top, left), put(sum[1], top, left + 8);
 }
 
+/// A warpgroup's sums of 64 rows by 64 columns times e^(G of the row − G of the column): what lies above the diagonal is
+/// of no use and may be infinite.
+__device__ __forceinline__ void decay_pairs(float (&x)[32], const float2* sums) {
+  const int lane = threadIdx.x % 32, top = threadIdx.x / 32 % 4 * 16 + lane / 4;
+  const float2 rows[2] = {sums[top], sums[top + 8]};
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    const float4 columns = *reinterpret_cast<const float4*>(sums + 8 * t + lane % 4 * 2);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      x[4 * t + 2 * r] *= decayed(rows[r], {columns.x, columns.y});
+      x[4 * t + 2 * r + 1] *= decayed(rows[r], {columns.z, columns.w});
+    }
+  }
+}
+
+/// P on and below the diagonal, high and low, to two panels.
+__device__ __forceinline__ void write_pairs(const float (&x)[32], uint8_t* to) {
+  const int lane = threadIdx.x % 32, top = threadIdx.x / 32 % 4 * 16 + lane / 4, c0 = lane % 4 * 2;
+#pragma unroll
+  for (int t = 0; t < 8; ++t)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = top + 8 * r, column = 8 * t + c0;
+      uint32_t high, low;
+      split_bf16(column <= row ? x[4 * t + 2 * r] : 0, column < row ? x[4 * t + 2 * r + 1] : 0, high, low);
+      uint8_t* word = to + swizzled(row, t) + c0 * 2;
+      *reinterpret_cast<uint32_t*>(word) = high, *reinterpret_cast<uint32_t*>(word + kPanel) = low;
+    }
+}
+
 template <int D>
 struct InverseShared {
   uint8_t k[D / 64 * kPanel], x[2 * kPanel];
@@ -233,6 +273,7 @@ __global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__
     wgmma_commit();
     wgmma_wait<0>();
     pin(pairs);
+    if (scalar) decay_pairs(pairs, sh.sums);
     float* diagonal = reinterpret_cast<float*>(sh.n + warp / 2 * kPanel + warp % 2 * 1024);
     const int top = 16 * warp + lane / 4;
 #pragma unroll
@@ -246,7 +287,6 @@ __global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__
         for (int e = 0; e < 2; ++e) {
           const int c = 8 * t + c0 + e;
           x[e] = c < i ? pairs[4 * t + 2 * r + e] * sh.beta[i] : 0;
-          if (scalar && c < i) x[e] *= decayed(sh.sums[i], sh.sums[c]);
           if (t / 2 == warp) diagonal[(8 * (t % 2) + c0 + e) * 16 + lane / 4 + 8 * r] = x[e];
         }
         if (t / 2 < warp) {
@@ -267,24 +307,40 @@ __global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__
   if (tid == 0) bulk_wait_read();
 }
 
+/// One thread has a chunk brought.
+template <class P>
+__device__ __forceinline__ void load_chunk(const Direct& a, const Rows& at, uint8_t* memory, const Barriers& bar, int j) {
+  uint8_t* stage = memory + j % P::stages * P::stage;
+  uint64_t* full = bar.full + j % P::stages;
+  const int row = (at.first + j) * kChunk, columns = at.transition ? 0 : at.groups;
+  barrier_expect(full, uint32_t((P::out ? 2 : 1) * P::wide + columns) * kPanel);
+  for (int i = 0; i < P::wide; ++i) tma_load(stage + i * kPanel, &a.k, full, 64 * i, int(at.k) + row);
+  for (int i = 0; i < columns; ++i)
+    tma_load(stage + P::values + i * kPanel, &a.v, full, at.slice * kSlice + 64 * i, int(at.v) + row);
+  if constexpr (P::out)
+    for (int i = 0; i < P::wide; ++i)
+      tma_load(stage + P::queries + i * kPanel, &a.q, full, 64 * i, int(at.q) + row);
+}
+
+/// Zeros in rows of a chunk behind the segment's last: they are rows of others, or of nobody.
+template <class P>
+__device__ __forceinline__ void clear_tail(const Rows& at, uint8_t* stage, int j) {
+  const int rows = min(kChunk, at.n - (at.first + j) * kChunk);
+  if (rows == kChunk) return;
+  for (int e = threadIdx.x % 128; e < (kChunk - rows) * (P::loaded / kPanel) * 8; e += 128) {
+    const int piece = e % 8, row = rows + e / 8 % (kChunk - rows), panel = e / 8 / (kChunk - rows);
+    *reinterpret_cast<uint4*>(stage + panel * kPanel + row * 128 + piece * 16) = {};
+  }
+  proxy_fence();
+}
+
 /// The warpgroup that loads chunks and makes of each what the other two need.
 template <class P>
-__device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, uint8_t* memory, const Barriers& bar) {
+__device__ __forceinline__ void make_chunks(const Direct& a, const Rows& at, uint8_t* memory, const Barriers& bar) {
   const int tid = threadIdx.x - 256, warp = uniform(tid / 32), lane = tid % 32, c0 = lane % 4 * 2;
   const bool scalar = a.in.decay == Recur::Decay::Scalar;
-  const int64_t q_row = a.in.qs.begin(at.s), k_row = a.in.ks.begin(at.s), v_row = a.in.vs.begin(at.s);
-  auto load = [&](int j) {
-    uint8_t* stage = memory + j % P::stages * P::stage;
-    uint64_t* full = bar.full + j % P::stages;
-    const int row = (at.first + j) * kChunk;
-    const int columns = at.transition ? 0 : at.groups;
-    barrier_expect(full, uint32_t((P::out ? 2 : 1) * P::wide + columns) * kPanel);
-    for (int i = 0; i < P::wide; ++i) tma_load(stage + i * kPanel, &a.k, full, 64 * i, int(k_row + row));
-    for (int i = 0; i < columns; ++i)
-      tma_load(stage + P::values + i * kPanel, &a.v, full, at.slice * kSlice + 64 * i, int(v_row + row));
-    if constexpr (P::out)
-      for (int i = 0; i < P::wide; ++i) tma_load(stage + P::queries + i * kPanel, &a.q, full, 64 * i, int(q_row + row));
-  };
+  const int64_t q_row = at.q;
+  auto load = [&](int j) { load_chunk<P>(a, at, memory, bar, j); };
   // The first warp makes the numbers of the next chunk, a lane those of rows 2 lane and 2 lane + 1.
   float g[2] = {}, beta[2] = {}, from_start[2] = {1, 1}, to_end[2] = {1, 1};
   float2 sums[2] = {};
@@ -302,11 +358,12 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, ui
     if (!scalar) return;
     double sum[2] = {fmaxf(g[0], -1000.0f), fmaxf(g[1], -1000.0f)};
     sum_decays(sum);
-    const double last = __shfl_sync(~0u, sum[1], 31);
-    decay += last;
+    sums[0] = in_two(sum[0]), sums[1] = in_two(sum[1]);
+    const float2 last = {__shfl_sync(~0u, sums[1].x, 31), __shfl_sync(~0u, sums[1].y, 31)};
+    decay += double(last.x);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      from_start[i] = expf(float(sum[i])), to_end[i] = expf(float(last - sum[i])), sums[i] = in_two(sum[i]);
+      from_start[i] = decayed(sums[i], {0, 0}), to_end[i] = decayed(last, sums[i]);
   };
   if (tid == 0)
     for (int j = 0; j < min(P::stages, at.count); ++j) load(j);
@@ -320,7 +377,7 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, ui
     if (tid == 0) {
       if (P::delta) {
         barrier_expect(bar.made + j % 2, 2 * kPanel);
-        bulk_load(made, a.inverse + (first_chunk(a, at.s) + at.first + j) * (2 * kPanel), 2 * kPanel, bar.made + j % 2);
+        bulk_load(made, a.inverse + (at.q / kChunk + at.s + at.first + j) * (2 * kPanel), 2 * kPanel, bar.made + j % 2);
       }
       if (j >= 2 && j - 2 + P::stages < at.count) load(j - 2 + P::stages);
     }
@@ -332,14 +389,7 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, ui
       fetch(j + 1);
     }
     barrier_wait(bar.full + slot, uint32_t(j / P::stages) & 1);
-    const int rows = min(kChunk, at.n - (at.first + j) * kChunk);
-    if (rows < kChunk) {  // rows of others, or of nobody
-      for (int e = tid; e < (kChunk - rows) * (P::stage / kPanel) * 8; e += 128) {
-        const int piece = e % 8, row = rows + e / 8 % (kChunk - rows), panel = e / 8 / (kChunk - rows);
-        *reinterpret_cast<uint4*>(stage + panel * kPanel + row * 128 + piece * 16) = {};
-      }
-      proxy_fence();
-    }
+    clear_tail<P>(at, stage, j);
     if constexpr (P::out) {
       named_sync(1, 128);
       uint8_t* to_p = made + P::pairs;
@@ -354,43 +404,191 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Place& at, ui
       wgmma_commit();
       wgmma_wait<0>();
       pin(pairs);
-      const int top = 16 * warp + lane / 4;
-      const float2 row_sums[2] = {all_sums[top], all_sums[top + 8]};
-#pragma unroll
-      for (int t = 0; t < 8; ++t) {
-        const bool diagonal = t / 2 == warp, below = t / 2 < warp;
-        float2 sums_of[2] = {};
-        if (scalar) {
-          const float4 x = *reinterpret_cast<const float4*>(all_sums + 8 * t + c0);
-          sums_of[0] = {x.x, x.y}, sums_of[1] = {x.z, x.w};
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float x[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const bool seen = below || (diagonal && 8 * t + c0 + e <= top + 8 * r);
-            x[e] = seen ? pairs[4 * t + 2 * r + e] : 0;
-            if (scalar && seen) x[e] *= decayed(row_sums[r], sums_of[e]);
-          }
-          uint32_t high, low;
-          split_bf16(x[0], x[1], high, low);
-          uint8_t* to = to_p + swizzled(top + 8 * r, t) + c0 * 2;
-          *reinterpret_cast<uint32_t*>(to) = high, *reinterpret_cast<uint32_t*>(to + kPanel) = low;
-        }
-      }
+      if (scalar) decay_pairs(pairs, all_sums);
+      write_pairs(pairs, to_p);
     }
     proxy_fence();
     __syncwarp();
     if (lane == 0) barrier_arrive(bar.made + j % 2);
     if (warp == 0) make_numbers();
   }
-  if (!P::out && tid == 0 && at.slice == 0 && !at.transition) a.decays[at.s * a.parts + at.part] = expf(float(decay));
+  if (!P::out && at.slice == 0 && !at.transition) {
+    decay = __shfl_sync(~0u, decay, 0);
+    if (warp == 0)
+      for (int c = lane; c < P::d; c += 32) a.decays[(int64_t(at.s) * a.parts + at.part) * P::d + c] = exp2f(float(decay));
+  }
+}
+
+/// Whether `yes` holds for every thread of the warpgroup that makes.
+__device__ __forceinline__ bool all_makers(bool yes) {
+  uint32_t all;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.cta.red.and.pred q, 1, 128, p;\nselp.u32 %0, 1, 0, q;\n}\n"
+      : "=r"(all)
+      : "r"(uint32_t(yes))
+      : "memory");
+  return all;
+}
+
+/// P of a chunk that decays too much for one reference: a warp takes a key, which decays from row to row.
+template <class P>
+__device__ __noinline__ void pairs_one_by_one(const Direct& a, const Rows& at, uint8_t* to_p, int j) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, row0 = (at.first + j) * kChunk,
+            rows = min(kChunk, at.n - row0);
+  for (int e = threadIdx.x % 128; e < 2 * kPanel / 16; e += 128) reinterpret_cast<uint4*>(to_p)[e] = {};
+  named_sync(1, 128);
+  const int64_t q_row = at.q + row0, k_row = at.k + row0;
+  for (int c = warp; c < rows; c += 4) {
+    float k[P::d / 32];
+#pragma unroll
+    for (int m = 0; m < P::d / 32; ++m) k[m] = lane + 32 * m < a.in.d ? a.in.k.get(k_row + c, lane + 32 * m) : 0;
+    for (int i = c; i < rows; ++i) {
+      float sum = 0, largest = 0;
+#pragma unroll
+      for (int m = 0; m < P::d / 32; ++m) {
+        if (lane + 32 * m >= a.in.d) continue;
+        if (i > c) k[m] *= expf(a.in.g.get(q_row + i, lane + 32 * m));
+        sum += k[m] * a.in.q.get(q_row + i, lane + 32 * m);
+        largest = fmaxf(largest, fabsf(k[m]));
+      }
+      if (__all_sync(~0u, largest == 0)) break;
+      sum = warp_sum(sum);
+      if (lane == 0) {
+        const __nv_bfloat16 high = __float2bfloat16_rn(sum);
+        uint8_t* to = to_p + swizzled(i, c / 8) + c % 8 * 2;
+        *reinterpret_cast<__nv_bfloat16*>(to) = high;
+        *reinterpret_cast<__nv_bfloat16*>(to + kPanel) = __float2bfloat16_rn(sum - __bfloat162float(high));
+      }
+    }
+  }
+}
+
+/// make_chunks with a decay for each channel. A thread has two channels of 32 rows. Where no channel decays by more than
+/// e^−70 in half a chunk, queries and keys are decayed to and from the chunk's middle, so that the same numbers make P and
+/// meet the state, which the walk decays by half chunks; else to the start and from the end.
+template <class P>
+__device__ __forceinline__ void decay_chunks(const Direct& a, const Rows& at, uint8_t* memory, const Barriers& bar) {
+  static_assert(P::d == 128);
+  const int tid = threadIdx.x - 256, warp = uniform(tid / 32), lane = tid % 32, c0 = lane % 4 * 2, half = uniform(tid / 64),
+            channel = tid % 64 * 2;
+  const int64_t q_row = at.q;
+  float2 g[32];
+  auto fetch = [&](int j) {
+    const int row0 = (at.first + j) * kChunk + 32 * half;
+    const float* from = a.in.g.template row<float>(q_row + row0) + channel;
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      g[i] = j < at.count && row0 + i < at.n && channel < a.in.d
+                 ? *reinterpret_cast<const float2*>(from + i * a.in.g.stride)
+                 : float2{0, 0};
+  };
+  if (tid == 0)
+    for (int j = 0; j < min(P::stages, at.count); ++j) load_chunk<P>(a, at, memory, bar, j);
+  if (!P::out) fetch(0);
+  float2 carried = {1, 1}, whole = {0, 0};  // decay behind the middle of the chunk before; the part's
+  auto exp_of = [](float2 x) { return float2{exp2_fast(x.x * kLog2e), exp2_fast(x.y * kLog2e)}; };
+  for (int j = 0; j < at.count; ++j) {
+    const int slot = j % P::stages;
+    uint8_t *stage = memory + slot * P::stage, *made = memory + P::at_made + j % 2 * P::made;
+    float* numbers = reinterpret_cast<float*>(memory + P::at_numbers + j % 2 * P::numbers);
+    if (P::out) fetch(j);
+    if (j >= 2) {
+      barrier_wait(bar.done + j % 2, uint32_t(j / 2 - 1) & 1);
+      if (tid == 0 && j - 2 + P::stages < at.count) load_chunk<P>(a, at, memory, bar, j - 2 + P::stages);
+    }
+    float2 total = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) total.x += g[i].x, total.y += g[i].y;
+    float2 *first = reinterpret_cast<float2*>(numbers + channel), *through = reinterpret_cast<float2*>(numbers + P::d + channel);
+    *(half ? through : first) = total;
+    barrier_wait(bar.full + slot, uint32_t(j / P::stages) & 1);
+    clear_tail<P>(at, stage, j);
+    const bool middle = all_makers(total.x > -70 && total.y > -70) && P::out;
+    const float2 other = half ? *first : *through, start = half ? other : total, end = half ? total : other;
+    if (P::out && !middle) pairs_one_by_one<P>(a, at, made, j);
+    // One word of a row: both channels of a number, decayed, high in place and low behind.
+    auto put = [&](int high_at, int low_at, int i, float2 by) {
+      uint32_t* word = reinterpret_cast<uint32_t*>(stage + high_at + channel / 64 * kPanel +
+                                                   swizzled(32 * half + i, channel % 64 / 8) + channel % 8 * 2);
+      const uint32_t x = *word;
+      uint32_t high, low;
+      split_bf16(__uint_as_float(x << 16) * by.x, __uint_as_float(x & 0xffff0000u) * by.y, high, low);
+      *word = high;
+      word[(low_at - high_at) / 4] = low;
+    };
+    if (middle) {
+      float2 sum = {0, 0};
+      if (half == 0) {
+#pragma unroll
+        for (int i = 31; i >= 0; --i) {
+          put(P::queries, P::query_lows, i, exp_of({-sum.x, -sum.y}));
+          put(0, P::key_lows, i, exp_of(sum));
+          sum.x += g[i].x, sum.y += g[i].y;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          sum.x += g[i].x, sum.y += g[i].y;
+          put(P::queries, P::query_lows, i, exp_of(sum));
+          put(0, P::key_lows, i, exp_of({-sum.x, -sum.y}));
+        }
+      }
+    } else {
+      float2 sum = half ? start : float2{0, 0};
+      if constexpr (P::out)
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          sum.x += g[i].x, sum.y += g[i].y;
+          put(P::queries, P::query_lows, i, exp_of(sum));
+        }
+      sum = half ? float2{0, 0} : end;
+#pragma unroll
+      for (int i = 31; i >= 0; --i) {
+        put(0, P::key_lows, i, exp_of(sum));
+        sum.x += g[i].x, sum.y += g[i].y;
+      }
+    }
+    if (!P::out) fetch(j + 1);
+    proxy_fence();
+    named_sync(1, 128);
+    if (half == 0) {
+      const float2 all = {start.x + end.x, start.y + end.y};
+      whole.x += all.x, whole.y += all.y;
+      const float2 by = middle ? exp_of(start) : float2{1, 1};
+      *first = {carried.x * by.x, carried.y * by.y};
+      *through = middle ? float2{1, 1} : exp_of(all);
+      carried = middle ? exp_of(end) : float2{1, 1};
+      if (j + 1 == at.count) *reinterpret_cast<float2*>(memory + P::at_last + channel * 4) = carried;
+    }
+    if constexpr (P::out)
+      if (middle) {
+        float pairs[32];
+        const uint64_t keys = descriptor_k(stage), queries = descriptor_k(stage + P::queries),
+                       key_lows = descriptor_k(stage + P::key_lows), query_lows = descriptor_k(stage + P::query_lows);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < P::d / 16; ++k) {
+          const int step = k / 4 * (kPanel / 16) + k % 4 * 2;
+          Product<64>::shared_a(pairs, queries + step, keys + step, k > 0);
+          Product<64>::shared_a(pairs, query_lows + step, keys + step, 1);
+          Product<64>::shared_a(pairs, queries + step, key_lows + step, 1);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(pairs);
+        write_pairs(pairs, made);
+      }
+    proxy_fence();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bar.made + j % 2);
+  }
+  if (!P::out && at.slice == 0 && half == 0)
+    *reinterpret_cast<float2*>(a.decays + (int64_t(at.s) * a.parts + at.part) * P::d + channel) = exp_of(whole);
 }
 
 /// The state before a part: what the parts before it made of it.
 template <class P>
-__device__ __forceinline__ void hand_on(const Direct& a, const Place& at, uint8_t* memory, const Barriers& bar,
+__device__ __forceinline__ void hand_on(const Direct& a, const Rows& at, uint8_t* memory, const Barriers& bar,
                                         float (&state)[P::d / 2]) {
   constexpr int D = P::d, kBytes = 2 * D * D * 2;  // of a transition
   const int tid = threadIdx.x % 128, group = threadIdx.x / 128;
@@ -434,9 +632,10 @@ __device__ __forceinline__ void hand_on(const Direct& a, const Place& at, uint8_
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) state[i] = made[i];
     } else {
-      const float decay = part > 0 ? a.decays[first + part] : 0;
+      const float* decay = a.decays + (first + part) * D + threadIdx.x % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < D / 2; ++i) state[i] = decay * state[i] + made[i];
+      for (int i = 0; i < D / 2; ++i)
+        state[i] = (part > 0 ? decay[i / 4 * 8 + i % 2] * state[i] : 0) + made[i];
     }
   }
 }
@@ -444,7 +643,7 @@ __device__ __forceinline__ void hand_on(const Direct& a, const Place& at, uint8_
 /// A warpgroup's walk through the chunks, with 64 columns of the state, transposed: rows of the accumulators are columns
 /// of the state, so that a product's sums are the next one's A operand.
 template <class P>
-__device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, uint8_t* memory, const Barriers& bar) {
+__device__ __forceinline__ void walk_chunks(const Direct& a, const Rows& at, uint8_t* memory, const Barriers& bar) {
   constexpr int D = P::d;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = threadIdx.x / 128, c0 = lane % 4 * 2,
             column = at.slice * kSlice + group * 64 + warp * 16 + lane / 4, width = at.columns;
@@ -473,8 +672,15 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
     const uint64_t triangle = descriptor_k(made), pairs = descriptor_k(made + P::pairs);
     const float* numbers = reinterpret_cast<const float*>(memory + P::at_numbers + j % 2 * P::numbers);
     float out[32], known[32];
-    constexpr int kSteps = D / 16 / (P::out && P::delta ? 2 : 1);  // at a time: the operand's registers are many
+    constexpr int kSteps = D / 16 / (P::out && D == 128 ? 2 : 1);  // at a time: the operand's registers are many
     uint32_t high[4 * kSteps], low[4 * kSteps];
+    if constexpr (P::vector) {
+#pragma unroll
+      for (int i = 0; i < D / 2; i += 2) {
+        const float2 by = *reinterpret_cast<const float2*>(numbers + i / 4 * 8 + c0);
+        state[i] *= by.x, state[i + 1] *= by.y;
+      }
+    }
     if constexpr (P::out || P::delta) {
 #pragma unroll
       for (int k = 0; k < D / 16; k += kSteps) {
@@ -493,7 +699,8 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
         if constexpr (P::delta)
           product<kSteps, true, false>(known, high, low, descriptor_k(stage) + from, 0, k == 0, AlongK());
         if constexpr (P::out)
-          product<kSteps, true, false>(out, high, low, descriptor_k(stage + P::queries) + from, 0, k == 0, AlongK());
+          product<kSteps, true, P::vector>(out, high, low, descriptor_k(stage + P::queries) + from,
+                                           descriptor_k(stage + P::query_lows) + from, k == 0, AlongK());
         wgmma_commit();
       }
     }
@@ -536,8 +743,10 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
         if constexpr (P::out) split_bf16(known[2 * i], known[2 * i + 1], value[i], value_low[i]);
         split_bf16(known[2 * i] * by.x, known[2 * i + 1] * by.y, last[i], last_low[i]);
       }
-    } else {
-      if constexpr (P::out) settle();
+    } else if constexpr (P::out) {
+      settle();
+    }
+    if constexpr (!P::delta && !P::vector) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const float2 by = *reinterpret_cast<const float2*>(numbers + kChunk + i / 2 * 8 + c0);
@@ -546,6 +755,7 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
       }
     }
     if constexpr (P::out) {
+      if constexpr (!P::vector)
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const float2 by = *reinterpret_cast<const float2*>(numbers + i / 2 * 8 + c0);
@@ -557,12 +767,24 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
       product<4, P::delta, true>(out, value, value_low, pairs, pairs + kPanel / 16, false, AlongK());
       wgmma_commit();
     }
-    const float through = numbers[kChunk - 1];
+    if constexpr (!P::vector) {
+      const float through = numbers[kChunk - 1];
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) state[i] *= through;
-    pin(last), pin(last_low), pin(state);
-    wgmma_fence();
-    product<4, true, false>(state, last, last_low, descriptor_mn(stage, kPanel), 0, false, AcrossK<D>());
+      for (int i = 0; i < D / 2; ++i) state[i] *= through;
+      pin(last), pin(last_low), pin(state);
+      wgmma_fence();
+      product<4, true, false>(state, last, last_low, descriptor_mn(stage, kPanel), 0, false, AcrossK<D>());
+    } else {
+#pragma unroll
+      for (int i = 0; i < D / 2; i += 2) {
+        const float2 by = *reinterpret_cast<const float2*>(numbers + D + i / 4 * 8 + c0);
+        state[i] *= by.x, state[i + 1] *= by.y;
+      }
+      pin(state), pin(value);
+      wgmma_fence();
+      product<4, false, true>(state, value, nullptr, descriptor_mn(stage, kPanel),
+                              descriptor_mn(stage + P::key_lows, kPanel), false, AcrossK<D>());
+    }
     wgmma_commit();
     // Outputs pass through shared memory, rows of 128 bytes swizzled, so that the copy engine writes them.
     const int row0 = (at.first + j) * kChunk;
@@ -584,18 +806,20 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
           for (int half = 0; half < 2; ++half)
             for (int r = 0; r < P::rows; r += 32)
               tma_store(to + half * P::rows * 128 + r * 128, &a.out, at.slice * kSlice + group * 64 + half * 32,
-                        int(a.in.qs.begin(at.s)) + row0 + first + r);
+                        int(at.q) + row0 + first + r);
         }
       } else {
         const int v = threadIdx.x % 64, column_of = at.slice * kSlice + group * 64 + v;
         for (int row = threadIdx.x % 128 / 64; row < P::rows && column_of < width; row += 2)
           if (row0 + first + row < at.n)
-            a.to.out[(a.in.qs.begin(at.s) + row0 + first + row) * a.to.out_stride + column_of] =
+            a.to.out[(at.q + row0 + first + row) * a.to.out_stride + column_of] =
                 *reinterpret_cast<const float*>(to + v / 32 * P::rows * 128 + swizzled(row, v % 32 / 4) + v % 4 * 4);
       }
     };
     wgmma_wait<0>();
-    pin(state), pin(last), pin(last_low);
+    pin(state);
+    if constexpr (P::vector) pin(value);
+    else pin(last), pin(last_low);
     if constexpr (P::out) {
       pin(out), pin(value);
       if constexpr (P::delta) pin(value_low);
@@ -606,6 +830,12 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Place& at, ui
     if constexpr (P::rows == 32) write(32);
   }
   if (P::out && threadIdx.x % 128 == 0) bulk_wait_read();
+  if constexpr (P::vector)
+    if (at.count > 0) {
+      const float* decay = reinterpret_cast<const float*>(memory + P::at_last) + c0;
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) state[i] *= decay[i / 4 * 8 + i % 2];
+    }
 
   if constexpr (!P::out) {
     const int64_t piece = int64_t(at.s) * a.parts + at.part;
@@ -641,7 +871,8 @@ __global__ void __launch_bounds__(384, 1) direct_kernel(const __grid_constant__ 
   extern __shared__ __align__(1024) uint8_t memory[];
   uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + P::at_barriers);
   const Barriers bar{barriers, barriers + 4, barriers + 6, barriers + 8};
-  Place at;
+  Rows at;
+  at.q = a.in.qs.begin(blockIdx.y), at.k = a.in.ks.begin(blockIdx.y), at.v = a.in.vs.begin(blockIdx.y);
   at.s = blockIdx.y, at.n = a.in.qs.length(at.s), at.chunks = (at.n + kChunk - 1) / kChunk;
   at.per = (at.chunks + a.parts - 1) / a.parts, at.part = blockIdx.x % a.parts, at.first = at.part * at.per;
   at.count = max(0, min(at.per, at.chunks - at.first)), at.slice = blockIdx.x / a.parts;
@@ -661,7 +892,8 @@ __global__ void __launch_bounds__(384, 1) direct_kernel(const __grid_constant__ 
   if (group == 2) {
     registers_down<P::makes>();
     if (P::out && P::delta && at.part > 0) named_sync(3, 128 * at.groups + 128);  // until transitions are read
-    make_chunks<P>(a, at, memory, bar);
+    if constexpr (P::vector) decay_chunks<P>(a, at, memory, bar);
+    else make_chunks<P>(a, at, memory, bar);
   } else {
     registers_up<P::walks>();
     if (group < at.groups) walk_chunks<P>(a, at, memory, bar);
