@@ -7,8 +7,8 @@ namespace {
 
 struct DirectSizes {
   int slices, parts;
-  int64_t inverse = 0, local = 0, transit = 0, decays = 0;  // bytes
-  int64_t total() const { return inverse + local + transit + decays; }
+  int64_t inverse = 0, norms = 0, local = 0, transit = 0, decays = 0, forgets = 0;  // bytes
+  int64_t total() const { return inverse + norms + local + transit + decays + forgets; }
 };
 
 /// Channels that the forms have.
@@ -20,11 +20,15 @@ DirectSizes direct_sizes(const RecurView& in, int64_t rows, int64_t bound) {
   out.slices = int(ceil_div(in.d_v, kSlice));
   const int64_t wave = 132 / std::max<int64_t>(1, int64_t(in.qs.count) * out.slices), d = padded(in);
   out.parts = int(std::clamp<int64_t>(wave, 1, std::max<int64_t>(1, ceil_div(bound, kChunk) / 8)));
-  if (in.correction == Recur::Correction::Delta) out.inverse = (rows / kChunk + in.qs.count + 1) * 2 * kPanel;
+  const bool delta = in.correction == Recur::Correction::Delta;
+  if (delta) {
+    const int64_t chunks = rows / kChunk + in.qs.count + 1;
+    out.inverse = chunks * 2 * kPanel, out.norms = ceil_div(chunks, 64) * 256;
+  }
   if (out.parts > 1) {
     const int64_t pieces = int64_t(in.qs.count) * out.parts;
     out.local = pieces * out.slices * kSlice * d * 4;
-    if (in.correction == Recur::Correction::Delta) out.transit = pieces * 2 * d * d * 2;
+    if (delta) out.transit = pieces * 2 * d * d * 2, out.forgets = pieces * 4;
     out.decays = pieces * d * 4;
   }
   return out;
@@ -66,9 +70,11 @@ bool direct_job(Direct& a, const RecurView& in, const RecurOut& to, int64_t rows
   a.in = in, a.to = to, a.parts = size.parts, a.slices = size.slices;
   uint8_t* at = static_cast<uint8_t*>(scratch);
   a.inverse = at, at += size.inverse;
+  a.norms = reinterpret_cast<float*>(at), at += size.norms;
   a.local = reinterpret_cast<float4*>(at), at += size.local;
   a.transit = at, at += size.transit;
-  a.decays = reinterpret_cast<float*>(at);
+  a.decays = reinterpret_cast<float*>(at), at += size.decays;
+  a.forgets = reinterpret_cast<float*>(at);
   a.out_lined = reinterpret_cast<uintptr_t>(to.out) % 16 == 0 && to.out_stride % 4 == 0 &&
                 sm90::make_map(a.out, to.out, rows, in.d_v, to.out_stride, 32);
   auto map = [&](CUtensorMap& map, const Matrix& m) {

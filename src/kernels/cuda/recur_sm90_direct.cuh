@@ -19,6 +19,8 @@ struct Direct {
   uint8_t* transit;  // [segments, parts, 2 (high, low), D / 64] panels of D rows (channels before) of 64 channels behind
   float* decays;     // [segments, parts, D]
   uint8_t* inverse;  // for each chunk (first_chunk) two panels: T, high and low
+  float* norms;      // for each chunk: log2 of a bound of the norm of what it does to states before it (delta rule)
+  float* forgets;    // [segments, parts]: whether nothing from before a part is left behind it (delta rule)
   bool out_lined;    // the copy engine can write rows of the output
 };
 
@@ -53,6 +55,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 /// A block's place, and the rows where its segment begins.
 struct Rows : Place {
   int64_t q, k, v;
+  bool forgets;  // what was before the part's first chunk does not count
 };
 
 struct Barriers {
@@ -220,7 +223,7 @@ struct InverseShared {
   uint8_t k[D / 64 * kPanel], x[2 * kPanel];
   uint8_t n[2 * kPanel];  // rows 0 … 15 of either panel hold two diagonal blocks each
   float2 sums[kChunk];
-  float beta[kChunk];
+  float beta[kChunk], growth[4];
   uint64_t full;
 };
 
@@ -274,6 +277,20 @@ __global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__
     wgmma_wait<0>();
     pin(pairs);
     if (scalar) decay_pairs(pairs, sh.sums);
+    {  // |I − β k k^T| = max(1, |β k·k − 1|)
+      float squares[2] = {};
+#pragma unroll
+      for (int t = 0; t < 8; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (8 * t + c0 + i % 2 == 16 * warp + lane / 4 + i / 2 * 8) squares[i / 2] = pairs[4 * t + i];
+      float growth = 0;
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        growth += log2f(fmaxf(1, fabsf(sh.beta[16 * warp + lane / 4 + 8 * r] * squares[r] - 1)));
+      growth = warp_sum(growth);
+      if (lane == 0) sh.growth[warp] = growth;
+    }
     float* diagonal = reinterpret_cast<float*>(sh.n + warp / 2 * kPanel + warp % 2 * 1024);
     const int top = 16 * warp + lane / 4;
 #pragma unroll
@@ -299,6 +316,9 @@ __global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__
     }
     if (tid == 0) bulk_wait_read();  // the chunk before
     __syncthreads();
+    if (tid == 0)
+      a.norms[first_chunk(a, s) + chunk] =
+          sh.growth[0] + sh.growth[1] + sh.growth[2] + sh.growth[3] + (scalar ? sh.sums[kChunk - 1].x : 0);
     invert_blocks(sh.x, sh.n, diagonal, warp);
     proxy_fence();
     __syncthreads();
@@ -503,50 +523,64 @@ __device__ __forceinline__ void decay_chunks(const Direct& a, const Rows& at, ui
     *(half ? through : first) = total;
     barrier_wait(bar.full + slot, uint32_t(j / P::stages) & 1);
     clear_tail<P>(at, stage, j);
-    const bool middle = all_makers(total.x > -70 && total.y > -70) && P::out;
+    const bool near = all_makers(total.x > -70 && total.y > -70), middle = P::out && near;
     const float2 other = half ? *first : *through, start = half ? other : total, end = half ? total : other;
     if (P::out && !middle) pairs_one_by_one<P>(a, at, made, j);
-    // One word of a row: both channels of a number, decayed, high in place and low behind.
-    auto put = [&](int high_at, int low_at, int i, float2 by) {
-      uint32_t* word = reinterpret_cast<uint32_t*>(stage + high_at + channel / 64 * kPanel +
-                                                   swizzled(32 * half + i, channel % 64 / 8) + channel % 8 * 2);
-      const uint32_t x = *word;
-      uint32_t high, low;
-      split_bf16(__uint_as_float(x << 16) * by.x, __uint_as_float(x & 0xffff0000u) * by.y, high, low);
-      *word = high;
-      word[(low_at - high_at) / 4] = low;
+    // Both channels of every row times a factor, high in place and low behind; eight rows are read before the first is
+    // written. Factors are asked for in order.
+    auto decay_rows = [&](auto forward, int high_at, int low_at, auto factor) {
+      uint8_t* panel = stage + high_at + channel / 64 * kPanel + 32 * half * 128 + channel % 8 * 2;
+#pragma unroll
+      for (int block = 0; block < 4; ++block) {
+        uint8_t* rows = panel + (forward ? block : 3 - block) * 1024;
+        uint32_t x[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = *reinterpret_cast<const uint32_t*>(rows + swizzled(i, channel % 64 / 8));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int i = forward ? e : 7 - e;
+          const float2 by = factor((forward ? block : 3 - block) * 8 + i);
+          uint32_t high, low;
+          split_bf16(__uint_as_float(x[i] << 16) * by.x, __uint_as_float(x[i] & 0xffff0000u) * by.y, high, low);
+          uint32_t* word = reinterpret_cast<uint32_t*>(rows + swizzled(i, channel % 64 / 8));
+          word[0] = high, word[(low_at - high_at) / 4] = low;
+        }
+      }
     };
+    using Forward = std::true_type;
+    using Backward = std::false_type;
     if (middle) {
       float2 sum = {0, 0};
       if (half == 0) {
 #pragma unroll
         for (int i = 31; i >= 0; --i) {
-          put(P::queries, P::query_lows, i, exp_of({-sum.x, -sum.y}));
-          put(0, P::key_lows, i, exp_of(sum));
-          sum.x += g[i].x, sum.y += g[i].y;
+          const float2 x = g[i];
+          g[i] = sum;
+          sum.x += x.x, sum.y += x.y;
         }
       } else {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          sum.x += g[i].x, sum.y += g[i].y;
-          put(P::queries, P::query_lows, i, exp_of(sum));
-          put(0, P::key_lows, i, exp_of({-sum.x, -sum.y}));
-        }
+        for (int i = 0; i < 32; ++i) sum.x += g[i].x, sum.y += g[i].y, g[i] = sum;
       }
+      const float sign = half ? kLog2e : -kLog2e;
+      if constexpr (P::out)
+        decay_rows(Forward(), P::queries, P::query_lows,
+                   [&](int i) { return float2{exp2_fast(sign * g[i].x), exp2_fast(sign * g[i].y)}; });
+      decay_rows(Forward(), 0, P::key_lows,
+                 [&](int i) { return float2{exp2_fast(-sign * g[i].x), exp2_fast(-sign * g[i].y)}; });
     } else {
       float2 sum = half ? start : float2{0, 0};
       if constexpr (P::out)
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
+        decay_rows(Forward(), P::queries, P::query_lows, [&](int i) {
           sum.x += g[i].x, sum.y += g[i].y;
-          put(P::queries, P::query_lows, i, exp_of(sum));
-        }
+          return exp_of(sum);
+        });
       sum = half ? float2{0, 0} : end;
-#pragma unroll
-      for (int i = 31; i >= 0; --i) {
-        put(0, P::key_lows, i, exp_of(sum));
+      decay_rows(Backward(), 0, P::key_lows, [&](int i) {
+        const float2 by = exp_of(sum);
         sum.x += g[i].x, sum.y += g[i].y;
-      }
+        return by;
+      });
     }
     if (!P::out) fetch(j + 1);
     proxy_fence();
@@ -593,15 +627,19 @@ __device__ __forceinline__ void hand_on(const Direct& a, const Rows& at, uint8_t
   constexpr int D = P::d, kBytes = 2 * D * D * 2;  // of a transition
   const int tid = threadIdx.x % 128, group = threadIdx.x / 128;
   const int64_t first = int64_t(at.s) * a.parts;
+  int from = 0;  // the last part that forgets
+  if constexpr (P::delta)
+    for (int part = 1; part < at.part; ++part)
+      if (uniform(int(a.forgets[first + part]))) from = part;
   auto bring = [&](int part) {
-    uint64_t* barrier = bar.handed + part % 2;
-    barrier_expect(barrier, kBytes);
-    bulk_load(memory + part % 2 * kBytes, a.transit + (first + part) * kBytes, kBytes, barrier);
+    const int slot = (part - from) % 2;
+    barrier_expect(bar.handed + slot, kBytes);
+    bulk_load(memory + slot * kBytes, a.transit + (first + part) * kBytes, kBytes, bar.handed + slot);
   };
   if constexpr (P::delta)
     if (threadIdx.x == 0)
-      for (int part = 1; part < min(3, at.part); ++part) bring(part);
-  for (int part = 0; part < at.part; ++part) {
+      for (int part = from + 1; part < min(from + 3, at.part); ++part) bring(part);
+  for (int part = from; part < at.part; ++part) {
     const float4* local = a.local + (((first + part) * a.slices + at.slice) * 2 + group) * (D / 8) * 128 + tid;
     float made[D / 2];
 #pragma unroll
@@ -610,9 +648,10 @@ __device__ __forceinline__ void hand_on(const Direct& a, const Rows& at, uint8_t
       made[4 * i] = x.x, made[4 * i + 1] = x.y, made[4 * i + 2] = x.z, made[4 * i + 3] = x.w;
     }
     if constexpr (P::delta) {
-      if (part > 0) {
-        barrier_wait(bar.handed + part % 2, uint32_t((part - 1) / 2) & 1);
-        const uint64_t b = descriptor_mn(memory + part % 2 * kBytes, D * 128);
+      if (part > from) {
+        const int nth = part - from;
+        barrier_wait(bar.handed + nth % 2, uint32_t((nth - 1) / 2) & 1);
+        const uint64_t b = descriptor_mn(memory + nth % 2 * kBytes, D * 128);
 #pragma unroll
         for (int k = 0; k < D / 16; k += 4) {
           uint32_t high[16], low[16];
@@ -649,7 +688,7 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Rows& at, uin
             column = at.slice * kSlice + group * 64 + warp * 16 + lane / 4, width = at.columns;
   float state[D / 2];
   {
-    const float* from = at.transition || at.part > 0 || !a.in.state ? nullptr : a.in.state + at.s * a.in.state_stride[0];
+    const float* from = at.transition || at.forgets || at.part > 0 || !a.in.state ? nullptr : a.in.state + at.s * a.in.state_stride[0];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) {
       const int c = i / 4 * 8 + c0 + i % 2, v = column + i / 2 % 2 * 8;
@@ -881,6 +920,30 @@ __global__ void __launch_bounds__(384, 1) direct_kernel(const __grid_constant__ 
   at.columns = at.transition ? P::d : a.in.d_v;
   at.groups = min(2, (at.columns - at.slice * kSlice + 63) / 64);
   if (!P::out && (at.part == a.parts - 1 || (at.transition && at.part == 0))) return;
+  at.forgets = false;
+  if constexpr (P::delta && !P::out) {
+    // The last chunks whose transitions leave less than 2^−30 of what was before them suffice.
+    const int lane = threadIdx.x % 32;
+    const float* norms = a.norms + first_chunk(a, at.s) + at.first;
+    float behind = 0;
+    for (int end = at.count; end > 0 && !at.forgets; end -= 32) {
+      const int chunk = end - 1 - lane;
+      float sum = chunk >= 0 ? norms[chunk] : 0;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const float other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += other;
+      }
+      const unsigned enough = __ballot_sync(~0u, chunk >= 0 && behind + sum < -30);
+      behind += __shfl_sync(~0u, sum, 31);
+      if (enough) {
+        const int first = end - __ffs(enough);
+        at.first += first, at.count -= first, at.forgets = true;
+      }
+    }
+    if (at.transition && at.forgets) return;
+    if (threadIdx.x == 0 && !at.transition && at.slice == 0) a.forgets[at.s * a.parts + at.part] = float(at.forgets);
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < P::stages; ++i) barrier_init(bar.full + i, 1);
     for (int i = 0; i < 2; ++i)

@@ -5,24 +5,26 @@
 namespace heed::cuda {
 namespace {
 
-constexpr int kWarps = 8, kStepColumns = 128;  // of a block: a lane has four neighbouring columns
+// Columns of a block, of which a lane has four neighbours: small blocks, of which several share a multiprocessor, read
+// while others write.
+constexpr int kWarps = 8, kStepColumns = 64, kLanes = kStepColumns / 4, kAtOnce = 32 / kLanes * kWarps;
 
-/// Warp w holds rows w, w + 8, … of the state. Grid: column slices, segments.
+/// Rows i, i + 16, … of the state lie in half-warp i. Grid: column slices, segments.
 template <int D>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, D <= 128 ? 4 : 2)
     step_kernel(const __grid_constant__ RecurView a, const __grid_constant__ RecurOut to) {
-  constexpr int kRows = D / kWarps;
+  constexpr int kRows = D / kAtOnce;
   __shared__ float q[D], k[D], decay[D], left[D], right[D], z[D];
-  __shared__ float4 partial[2][kWarps][32];
+  __shared__ float4 partial[2][kWarps][kLanes];
   __shared__ float dots[3][kWarps];  // of q with k, b and z
   const int s = blockIdx.y, n = a.qs.length(s), tid = threadIdx.x, warp = tid / 32, lane = tid % 32,
-            column = blockIdx.x * kStepColumns + 4 * lane;
+            row0 = tid / kLanes, own = lane % kLanes, column = blockIdx.x * kStepColumns + 4 * own;
   const bool in = column < a.d_v, delta = a.correction == Recur::Correction::Delta,
              low_rank = a.correction == Recur::Correction::LowRank;
   float4 state[kRows];
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
-    const int i = warp + kWarps * j;
+    const int i = row0 + kAtOnce * j;
     state[j] = a.state && in && i < a.d
                    ? *reinterpret_cast<const float4*>(a.state + s * a.state_stride[0] + i * a.state_stride[1] + column)
                    : float4{0, 0, 0, 0};
@@ -54,19 +56,24 @@ __global__ void __launch_bounds__(32 * kWarps)
     float4 known{0, 0, 0, 0}, seen{0, 0, 0, 0};  // the state times what corrects it, and times q behind its decay
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const int i = warp + kWarps * j;
+      const int i = row0 + kAtOnce * j;
       const float l = left[i], e = decay[i], by = q[i];
       float4& x = state[j];
       known.x += l * x.x, known.y += l * x.y, known.z += l * x.z, known.w += l * x.w;
       x.x *= e, x.y *= e, x.z *= e, x.w *= e;
       seen.x += by * x.x, seen.y += by * x.y, seen.z += by * x.z, seen.w += by * x.w;
     }
-    partial[0][warp][lane] = known, partial[1][warp][lane] = seen;
+#pragma unroll
+    for (float4* x : {&known, &seen}) {
+      x->x += __shfl_xor_sync(~0u, x->x, kLanes), x->y += __shfl_xor_sync(~0u, x->y, kLanes);
+      x->z += __shfl_xor_sync(~0u, x->z, kLanes), x->w += __shfl_xor_sync(~0u, x->w, kLanes);
+    }
+    if (lane < kLanes) partial[0][warp][own] = known, partial[1][warp][own] = seen;
     __syncthreads();
     float corrects[4] = {}, out[4] = {}, qk = 0, qb = 0, qz = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float4 x = partial[0][w][lane], y = partial[1][w][lane];
+      const float4 x = partial[0][w][own], y = partial[1][w][own];
       corrects[0] += x.x, corrects[1] += x.y, corrects[2] += x.z, corrects[3] += x.w;
       out[0] += y.x, out[1] += y.y, out[2] += y.z, out[3] += y.w;
       qk += dots[0][w], qb += dots[1][w], qz += dots[2][w];
@@ -79,12 +86,12 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const float by = k[warp + kWarps * j], other = right[warp + kWarps * j];
+      const float by = k[row0 + kAtOnce * j], other = right[row0 + kAtOnce * j];
       float4& x = state[j];
       x.x += by * v[0] + other * corrects[0], x.y += by * v[1] + other * corrects[1];
       x.z += by * v[2] + other * corrects[2], x.w += by * v[3] + other * corrects[3];
     }
-    if (warp == 0 && in)
+    if (tid < kLanes && in)
 #pragma unroll
       for (int i = 0; i < 4; ++i) to.out[q_row * to.out_stride + column + i] = out[i];
     __syncthreads();
@@ -92,7 +99,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (to.state && in)
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const int i = warp + kWarps * j;
+      const int i = row0 + kAtOnce * j;
       if (i < a.d)
         *reinterpret_cast<float4*>(to.state + s * to.state_stride[0] + i * to.state_stride[1] + column) = state[j];
     }
