@@ -141,14 +141,14 @@ static void make(Problem& p, const Case& c, bool repeat = false) {
   OK(cudaMalloc(&p.to.out, size_t(p.out_count) * 4)), p.own(p.to.out);
   OK(cudaMalloc(&p.to.state, size_t(p.state_count) * 4)), p.own(p.to.state);
   p.direct = recur_sm90_fits(a, p.bound) && recur_sm90_direct_fits(a, p.rows);
-  const int64_t bytes =
-      std::max<int64_t>(1, p.direct ? recur_sm90_direct_scratch(a, p.rows, p.bound) : recur_sm90_scratch(a, p.rows, p.bound));
+  const int64_t bytes = std::max<int64_t>(
+      1, p.direct ? recur_sm90_direct_scratch(a, p.rows, p.bound) : recur_sm90_scratch(a, p.rows, p.bound));
   OK(cudaMalloc(&p.scratch, size_t(bytes))), p.own(static_cast<char*>(p.scratch));
   OK(cudaMemset(p.scratch, 0xff, size_t(bytes)));
 }
 
 static void start(Problem& p) {
-  if (recur_step_fits(p.in, p.to, p.bound)) OK(recur_step(p.in, p.to, 0));
+  if (recur_step_fits(p.in, p.to, p.bound)) OK(recur_step(p.in, p.to, p.bound, true, 0));
   else if (p.direct) OK(recur_sm90_direct(p.in, p.to, p.rows, p.bound, p.scratch, 0));
   else OK(recur_sm90(p.in, p.to, p.rows, p.bound, p.scratch, 0));
 }

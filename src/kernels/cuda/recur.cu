@@ -162,7 +162,7 @@ void recur(Queue& queue, const RecurInputs& in, const Recur& how, Tensor out, Te
   for (size_t axis = 0; axis < 3; ++axis) to.state_stride[axis] = state ? state.stride[axis] : 0;
   Scratch scope(queue.scratch);
   if (recur_step_fits(a, to, in.q.bound)) {
-    check(recur_step(a, to, cuda::stream(queue)), where);
+    check(recur_step(a, to, in.q.bound, hopper(), cuda::stream(queue)), where);
   } else if (recur_sm90_fits(a, in.q.bound) && hopper()) {
     const int64_t rows = in.q.values.size[0];
     const bool direct = recur_sm90_direct_fits(a, rows);

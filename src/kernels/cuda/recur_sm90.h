@@ -20,6 +20,6 @@ cudaError_t recur_sm90_direct(const RecurView&, const RecurOut&, int64_t rows, i
 
 /// One row, or a few, a segment: the states are read once and written once. Columns of states lie next to each other.
 bool recur_step_fits(const RecurView&, const RecurOut&, int64_t bound);
-cudaError_t recur_step(const RecurView&, const RecurOut&, cudaStream_t);
+cudaError_t recur_step(const RecurView&, const RecurOut&, int64_t bound, bool on_hopper, cudaStream_t);
 
 }  // namespace heed::cuda

@@ -46,18 +46,26 @@ struct Plan {
   // A stage: keys, values, queries; with vector decay keys and queries are decayed in place, and their low parts lie behind.
   static constexpr int values = wide * kPanel, queries = values + 2 * kPanel, loaded = queries + (Out ? wide * kPanel : 0),
                        key_lows = loaded, query_lows = key_lows + wide * kPanel,
-                       stage = !Vector ? loaded : Out ? query_lows + wide * kPanel : query_lows;
+                       stage = !Vector ? loaded
+                               : Out   ? query_lows + wide * kPanel
+                                       : query_lows;
   static constexpr int stages = !Out ? 4 : Vector ? 2 : 3;
   // What is made of a chunk, twice: T and P, each high and low. Numbers: e^G, e^(end − G), β; G in log2, high and low. With
   // vector decay: what the state is multiplied by before queries see it, and before keys are added.
-  static constexpr int pairs = Delta ? 2 * kPanel : 0, made = pairs + (Out ? 2 * kPanel : 0), numbers = Vector ? 2 * D * 4 + 16 : 5 * kChunk * 4;
+  static constexpr int pairs = Delta ? 2 * kPanel : 0, made = pairs + (Out ? 2 * kPanel : 0),
+                       numbers = Vector ? 2 * D * 4 + 16 : 5 * kChunk * 4;
   // Rows of outputs that are written at a time, by each of two warpgroups.
   static constexpr int at_made = stages * stage, at_rows = at_made + 2 * made,
-                       rows = !Out ? 0 : at_rows + 32 * 1024 + 2 * numbers + 4 * D + 128 <= 227 * 1024 ? 64 : 32,
-                       at_numbers = at_rows + 2 * rows * 256, at_last = at_numbers + 2 * numbers, at_barriers = at_last + (Vector ? D * 4 : 0),
-                       shared = at_barriers + 128;
+                       rows = !Out                                                            ? 0
+                              : at_rows + 32 * 1024 + 2 * numbers + 4 * D + 128 <= 227 * 1024 ? 64
+                                                                                              : 32,
+                       at_numbers = at_rows + 2 * rows * 256, at_last = at_numbers + 2 * numbers,
+                       at_barriers = at_last + (Vector ? D * 4 : 0), shared = at_barriers + 128;
   // Threads that make, and registers of a thread that walks and of one that makes: 256 · walks + makers · makes ≤ 65,536.
-  static constexpr int makers = Vector ? 256 : 128, walks = Vector ? 176 : Out && D == 128 ? 208 : 192,
+  static constexpr int makers = Vector ? 256 : 128,
+                       walks = Vector            ? 176
+                               : Out && D == 128 ? 208
+                                                 : 192,
                        makes = Vector ? 80 : 504 - 2 * walks;
   static_assert(shared <= 227 * 1024);
 };
@@ -140,8 +148,7 @@ __device__ __forceinline__ void load_chunk(const Direct& a, const Rows& at, uint
   for (int i = 0; i < columns; ++i)
     tma_load(stage + P::values + i * kPanel, &a.v, full, at.slice * kSlice + 64 * i, int(at.v) + row);
   if constexpr (P::out)
-    for (int i = 0; i < P::wide; ++i)
-      tma_load(stage + P::queries + i * kPanel, &a.q, full, 64 * i, int(at.q) + row);
+    for (int i = 0; i < P::wide; ++i) tma_load(stage + P::queries + i * kPanel, &a.q, full, 64 * i, int(at.q) + row);
 }
 
 /// Zeros in rows of a chunk behind the segment's last: they are rows of others, or of nobody.
@@ -184,8 +191,7 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Rows& at, uin
     const float2 last = {__shfl_sync(~0u, sums[1].x, 31), __shfl_sync(~0u, sums[1].y, 31)};
     decay += double(last.x);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      from_start[i] = decayed(sums[i], {0, 0}), to_end[i] = decayed(last, sums[i]);
+    for (int i = 0; i < 2; ++i) from_start[i] = decayed(sums[i], {0, 0}), to_end[i] = decayed(last, sums[i]);
   };
   if (tid == 0)
     for (int j = 0; j < min(P::stages, at.count); ++j) load(j);
@@ -237,7 +243,8 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Rows& at, uin
   if (!P::out && at.slice == 0 && !at.transition) {
     decay = __shfl_sync(~0u, decay, 0);
     if (warp == 0)
-      for (int c = lane; c < P::d; c += 32) a.decays[(int64_t(at.s) * a.parts + at.part) * P::d + c] = exp2f(float(decay));
+      for (int c = lane; c < P::d; c += 32)
+        a.decays[(int64_t(at.s) * a.parts + at.part) * P::d + c] = exp2f(float(decay));
   }
 }
 
@@ -294,8 +301,7 @@ __device__ __forceinline__ void hand_on(const Direct& a, const Rows& at, uint8_t
     } else {
       const float* decay = a.decays + (first + part) * D + threadIdx.x % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < D / 2; ++i)
-        state[i] = (part > 0 ? decay[i / 4 * 8 + i % 2] * state[i] : 0) + made[i];
+      for (int i = 0; i < D / 2; ++i) state[i] = (part > 0 ? decay[i / 4 * 8 + i % 2] * state[i] : 0) + made[i];
     }
   }
 }
@@ -309,13 +315,15 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Rows& at, uin
             column = at.slice * kSlice + group * 64 + warp * 16 + lane / 4, width = at.columns;
   float state[D / 2];
   {
-    const float* from = at.transition || at.forgets || at.part > 0 || !a.in.state ? nullptr : a.in.state + at.s * a.in.state_stride[0];
+    const float* from = at.transition || at.forgets || at.part > 0 || !a.in.state
+                            ? nullptr
+                            : a.in.state + at.s * a.in.state_stride[0];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) {
       const int c = i / 4 * 8 + c0 + i % 2, v = column + i / 2 % 2 * 8;
-      state[i] = at.transition                      ? float(c == v)
+      state[i] = at.transition                     ? float(c == v)
                  : from && c < a.in.d && v < width ? from[c * a.in.state_stride[1] + v * a.in.state_stride[2]]
-                                                    : 0;
+                                                   : 0;
     }
   }
   if constexpr (P::out)
@@ -417,10 +425,10 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Rows& at, uin
     if constexpr (P::out) {
       if constexpr (!P::vector)
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float2 by = *reinterpret_cast<const float2*>(numbers + i / 2 * 8 + c0);
-        out[2 * i] *= by.x, out[2 * i + 1] *= by.y;
-      }
+        for (int i = 0; i < 16; ++i) {
+          const float2 by = *reinterpret_cast<const float2*>(numbers + i / 2 * 8 + c0);
+          out[2 * i] *= by.x, out[2 * i + 1] *= by.y;
+        }
       pin(out), pin(value);
       if constexpr (P::delta) pin(value_low);
       wgmma_fence();
@@ -457,7 +465,8 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Rows& at, uin
         const int row = c0 + i % 2, v = warp % 2 * 16 + lane / 4 + i / 2 * 8;
         float* at_row = reinterpret_cast<float*>(to + warp / 2 * P::rows * 128 + swizzled(row, v / 4) + v % 4 * 4);
 #pragma unroll
-        for (int eight = 0; eight < P::rows / 8; ++eight) at_row[eight * 256] = a.in.scale * out[first / 2 + 4 * eight + i];
+        for (int eight = 0; eight < P::rows / 8; ++eight)
+          at_row[eight * 256] = a.in.scale * out[first / 2 + 4 * eight + i];
       }
       proxy_fence();
       named_sync(4 + group, 128);
@@ -472,8 +481,8 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Rows& at, uin
         const int v = threadIdx.x % 64, column_of = at.slice * kSlice + group * 64 + v;
         for (int row = threadIdx.x % 128 / 64; row < P::rows && column_of < width; row += 2)
           if (row0 + first + row < at.n)
-            a.to.out[(at.q + row0 + first + row) * a.to.out_stride + column_of] =
-                *reinterpret_cast<const float*>(to + v / 32 * P::rows * 128 + swizzled(row, v % 32 / 4) + v % 4 * 4);
+            a.to.out[(at.q + row0 + first + row) * a.to.out_stride + column_of] = *reinterpret_cast<const float*>(
+                to + v / 32 * P::rows * 128 + swizzled(row, v % 32 / 4) + v % 4 * 4);
       }
     };
     wgmma_wait<0>();
@@ -532,6 +541,7 @@ __device__ __forceinline__ void decay_chunks(const Direct& a, const Rows& at, ui
 /// Grid: slices of columns (then, without Out, the transition matrix) × parts, segments.
 template <class P>
 __global__ void __launch_bounds__(256 + P::makers, 1) direct_kernel(const __grid_constant__ Direct a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   extern __shared__ __align__(1024) uint8_t memory[];
   uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + P::at_barriers);
   const Barriers bar{barriers, barriers + 4, barriers + 6, barriers + 8};
@@ -572,7 +582,8 @@ __global__ void __launch_bounds__(256 + P::makers, 1) direct_kernel(const __grid
   if (threadIdx.x == 0) {
     for (int i = 0; i < P::stages; ++i) barrier_init(bar.full + i, 1);
     for (int i = 0; i < 2; ++i)
-      barrier_init(bar.made + i, P::makers / 32 + P::delta), barrier_init(bar.done + i, uint32_t(4 * at.groups)), barrier_init(bar.handed + i, 1);
+      barrier_init(bar.made + i, P::makers / 32 + P::delta), barrier_init(bar.done + i, uint32_t(4 * at.groups)),
+          barrier_init(bar.handed + i, 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -586,6 +597,7 @@ __global__ void __launch_bounds__(256 + P::makers, 1) direct_kernel(const __grid
     registers_up<P::walks>();
     if (group < at.groups) walk_chunks<P>(a, at, memory, bar);
   }
+#endif
 }
 
 }  // namespace

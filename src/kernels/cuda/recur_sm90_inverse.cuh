@@ -53,14 +53,16 @@ __device__ __forceinline__ void invert_blocks(uint8_t* x, const uint8_t* n, cons
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const __nv_bfloat16 high = __float2bfloat16_rn(column[i]);
-      *reinterpret_cast<__nv_bfloat16*>(to + swizzled(16 * warp + i, 2 * warp + c / 8)) =
-          lane < 16 ? high : __float2bfloat16_rn(column[i] - __bfloat162float(high));
+      *reinterpret_cast<__nv_bfloat16*>(
+          to + swizzled(16 * warp + i, 2 * warp + c / 8)) = lane < 16
+                                                                ? high
+                                                                : __float2bfloat16_rn(column[i] - __bfloat162float(high));
     }
   }
   named_sync(1, 128);
   const uint32_t xs = shared_address(x), ns = shared_address(n);
   const int row = lane / 4, c0 = lane % 4 * 2;
-  auto put = [&](const float (&sum)[4], int top, int left) {
+  auto put = [&](const float(&sum)[4], int top, int left) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       uint32_t high, low;
@@ -120,6 +122,7 @@ struct InverseShared {
 /// T without its β: the inverse of I + N, N_ij = β_i e^(G_i − G_j) k_i · k_j for j < i. One block of four warps a chunk.
 template <int D>
 __global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__ Direct a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   extern __shared__ __align__(1024) uint8_t memory[];
   InverseShared<D>& sh = *reinterpret_cast<InverseShared<D>*>(memory);
   const int s = blockIdx.y, n = a.in.qs.length(s), tid = threadIdx.x, warp = uniform(tid / 32), lane = tid % 32,
@@ -207,14 +210,15 @@ __global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__
     if (tid == 0) bulk_wait_read();  // the chunk before
     __syncthreads();
     if (tid == 0)
-      a.norms[first_chunk(a, s) + chunk] =
-          sh.growth[0] + sh.growth[1] + sh.growth[2] + sh.growth[3] + (scalar ? sh.sums[kChunk - 1].x : 0);
+      a.norms[first_chunk(a, s) + chunk] = sh.growth[0] + sh.growth[1] + sh.growth[2] + sh.growth[3] +
+                                           (scalar ? sh.sums[kChunk - 1].x : 0);
     invert_blocks(sh.x, sh.n, diagonal, warp);
     proxy_fence();
     __syncthreads();
     if (tid == 0) bulk_store(a.inverse + (first_chunk(a, s) + chunk) * (2 * kPanel), sh.x, 2 * kPanel);
   }
   if (tid == 0) bulk_wait_read();
+#endif
 }
 
 }  // namespace

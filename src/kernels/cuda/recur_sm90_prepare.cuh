@@ -191,6 +191,7 @@ __device__ void diagonal_block(const Job& a, PrepareShared<F>& sh, int64_t q_row
 /// One block a chunk. Warp w makes rows 16 w … 16 w + 15 of the products.
 template <class F>
 __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ Job a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   extern __shared__ __align__(1024) uint8_t memory[];
   PrepareShared<F>& sh = *reinterpret_cast<PrepareShared<F>*>(memory);
   constexpr int D = F::d, kStride = Prepared<F>::stride;
@@ -409,6 +410,7 @@ __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ Jo
         reinterpret_cast<uint4*>(packet)[e] = reinterpret_cast<const uint4*>(sh.results.t)[e];
     }
   }
+#endif
 }
 
 }  // namespace

@@ -236,6 +236,7 @@ __device__ __forceinline__ void walk(const Job& a, const Place& at, uint8_t* mem
 /// transition matrix) × parts, segments.
 template <class F, bool Out>
 __global__ void __launch_bounds__(384, 1) scan_kernel(const __grid_constant__ Job a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   extern __shared__ __align__(1024) uint8_t memory[];
   using S = Stage<F, Out>;
   uint64_t *full = reinterpret_cast<uint64_t*>(memory + S::count * S::bytes), *empty = full + S::count;
@@ -260,6 +261,7 @@ __global__ void __launch_bounds__(384, 1) scan_kernel(const __grid_constant__ Jo
     registers_up<232>();
     walk<F, Out>(a, at, memory, full, empty);
   }
+#endif
 }
 
 constexpr int kJoined = 16;  // columns that a block of `join` holds
@@ -267,6 +269,7 @@ constexpr int kJoined = 16;  // columns that a block of `join` holds
 /// The state behind each part but the last: local_p += transition_p · local_(p − 1). Grid: column slices, segments.
 template <class F>
 __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Job a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   constexpr int D = F::d;
   __shared__ float state[D][kJoined], by[D][33];
   const int s = blockIdx.y, tid = threadIdx.x, d = a.in.d, d_v = a.in.d_v, left = blockIdx.x * kJoined;
@@ -309,6 +312,7 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ Job a
     }
     __syncthreads();
   }
+#endif
 }
 
 }  // namespace
