@@ -125,15 +125,15 @@ TEST_P(Recurrent, ChunksEqualRows) {
         }
 }
 
-/// Lengths and widths for which a backend may have forms of their own: long sequences, which it may cut into parts, and
-/// a row or a few.
+/// Lengths and widths for which a backend may have forms of their own: long sequences, which it may cut into four parts or
+/// more, and a row or a few.
 TEST_P(Recurrent, LongAndShortSequencesEqualRows) {
   Random random(25);
   for (Recur::Decay decay : kDecays)
     for (Recur::Correction correction : kCorrections)
       for (bool steps : {false, true}) {
         const std::vector<int64_t> lengths = steps ? std::vector<int64_t>{1, 0, 7, 15, 1}
-                                                   : std::vector<int64_t>{std::max(140, cases(1300)), 0, cases(1033)};
+                                                   : std::vector<int64_t>{std::max(140, cases(2090)), 0, cases(1033)};
         const int64_t d = pick<int64_t>(random, {64, 96, 128, 256}), d_v = pick<int64_t>(random, {64, 96, 128, 256});
         const Dtype type = pick(random, {Dtype::F32, Dtype::BF16});
         const RecurCase c(random, {decay, correction, steps && chance(random, 0.5), 0}, lengths, d, d_v, type,

@@ -12,7 +12,8 @@ int64_t recur_sm90_scratch(const RecurView&, int64_t rows, int64_t bound);
 /// Starts the kernels on the stream. Precondition: recur_sm90_fits. Segments lie one behind the other in q's rows.
 cudaError_t recur_sm90(const RecurView&, const RecurOut&, int64_t rows, int64_t bound, void* scratch, cudaStream_t);
 
-/// The same for rows of bf16 that the copy engine can read, with at most one decay a row (recur_sm90_direct.cu).
+/// The same for rows of bf16 that the copy engine can read, but for a decay of each channel together with the delta rule
+/// (recur_sm90_direct.cu).
 /// Precondition of the other two: recur_sm90_fits, recur_sm90_direct_fits.
 bool recur_sm90_direct_fits(const RecurView&, int64_t rows);
 int64_t recur_sm90_direct_scratch(const RecurView&, int64_t rows, int64_t bound);

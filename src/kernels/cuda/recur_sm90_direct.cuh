@@ -1,7 +1,7 @@
-// The recurrence of bf16 rows with at most one decay a row, without a copy of its operands: the copy engine brings chunks
-// of 64 rows as they lie, one warpgroup makes the products of queries and keys of a chunk, two walk on with 64 columns of
-// the state each in registers. The delta rule's inverses are made beforehand (recur_sm90_inverse.cuh); a decay for each
-// channel takes two warpgroups (recur_sm90_decay.cuh).
+// The recurrence of bf16 rows without a copy of its operands: the copy engine brings chunks of 64 rows as they lie, one
+// warpgroup makes the products of queries and keys of a chunk, two walk on with 64 columns of the state each in registers.
+// The delta rule's inverses are made beforehand (recur_sm90_inverse.cuh); a decay for each channel takes two warpgroups
+// (recur_sm90_decay.cuh).
 #pragma once
 #include "kernels/cuda/recur_sm90_scan.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -166,7 +166,7 @@ __device__ __forceinline__ void clear_tail(const Rows& at, uint8_t* stage, int j
 /// The warpgroup that loads chunks and makes of each what the other two need.
 template <class P>
 __device__ __forceinline__ void make_chunks(const Direct& a, const Rows& at, uint8_t* memory, const Barriers& bar) {
-  const int tid = threadIdx.x - 256, warp = uniform(tid / 32), lane = tid % 32, c0 = lane % 4 * 2;
+  const int tid = threadIdx.x - 256, warp = uniform(tid / 32), lane = tid % 32;
   const bool scalar = a.in.decay == Recur::Decay::Scalar;
   const int64_t q_row = at.q;
   auto load = [&](int j) { load_chunk<P>(a, at, memory, bar, j); };
