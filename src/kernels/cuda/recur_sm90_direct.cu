@@ -98,7 +98,7 @@ bool direct_job(Direct& a, const RecurView& in, const RecurOut& to, int64_t rows
 bool recur_sm90_direct_fits(const RecurView& in, int64_t rows) {
   auto fits = [&](const Matrix& m) {
     return m.type == Dtype::BF16 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride % 8 == 0 &&
-           rows < int64_t(1) << 31;
+           m.stride >= m.width && rows < int64_t(1) << 31;
   };
   const bool vector = in.decay == Recur::Decay::Vector;
   if (vector && (in.correction == Recur::Correction::Delta || in.d % 2 != 0 || in.g.stride % 2 != 0 ||
