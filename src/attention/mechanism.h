@@ -4,6 +4,7 @@
 // batch; every primitive it calls is segmented by (sequence, head). It never waits for the device.
 #pragma once
 #include <cmath>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -97,6 +98,17 @@ struct Projections {
   Tensor k_bias, v_bias;  // empty: none
 };
 
+/// Of an objective on the rows behind the last layer, with respect to what one layer computes. F32.
+struct Gradients {
+  Tensor output;  // [new tokens, hidden]: what the output matrix gives (its bias included), before any norm of its own
+  Tensor q;       // as q's rows, in their coordinates
+  Tensor k, v;    // as the panel's rows, old ones too: what this feed's attention makes of them
+};
+
+/// Writes into d_x the gradient of a number with respect to x, the rows behind the last layer before their norm; both
+/// F32 [new tokens, hidden], where kernels run.
+using Objective = std::function<void(Queue&, Tensor x, Tensor d_x)>;
+
 /// One layer of one step, as a mechanism sees it. Views are valid until the layer ends.
 class LayerView {
  public:
@@ -130,6 +142,7 @@ class LayerView {
   LayerStore* store = nullptr;   // the new entries are in it
   Store* stores = nullptr;       // for column numbers
   const std::map<std::string, Tensor>* inputs = nullptr;  // `heed apply --input`
+  const Gradients* gradients = nullptr;                   // Mechanism::gradient, or a tap of Session::gradients
 
   /// Tokens decoded before this one. Where decoding is recorded and replayed, steps that ask for it are not.
   int64_t step() const {
@@ -218,6 +231,8 @@ struct Mechanism {
   virtual Tensor recur(LayerView&) const { return {}; }
   /// drive: feeds the model its own way, behind the prompt.
   virtual void drive(Run&) const {}
+  /// drive: called by Run::replay_backward, with at.gradients, a dense plan, and the attention that was computed.
+  virtual void gradient(LayerView&) const {}
   /// drive, before a sequence's first prompt is read: the tokens of it that are read at all, ascending numbers, which
   /// then stand at positions 0, 1, …; empty: all of them. What it has fed (Run::feed) comes first and is not read again.
   virtual std::vector<int32_t> shorten(Run&, int /*sequence*/, std::span<const int32_t> /*prompt*/) const { return {}; }
@@ -293,6 +308,10 @@ class Run {
   /// observe() of the driving mechanism is called in each, and the new entries leave the store when the feed ends.
   virtual void replay(int sequence, std::span<const int32_t> tokens, int layers) = 0;
   void replay(int sequence, std::span<const int32_t> tokens) { replay(sequence, tokens, 0); }
+  /// replay() of all layers and, behind the last one, backward through them: gradient() of the driving mechanism is called in
+  /// each, the last layer first. About three times a replay's work. Throws Error(Unsupported) where keys are not read at their
+  /// true positions.
+  virtual void replay_backward(int sequence, std::span<const int32_t> tokens, const Objective&) = 0;
   /// In shorten(): reads the next tokens of the prompt for good, as a part of it (Phase::Chunk). The last ones, behind which
   /// the prompt is at its end, are not the drive's to read.
   virtual void feed(int sequence, std::span<const int32_t> tokens) = 0;

@@ -211,21 +211,61 @@ Ragged over_runs(const LayerView& at, const Ragged& runs, Spread::Of of) {
   return out;
 }
 
-Ragged output_norms(const LayerView& at) {
-  Queue& queue = at.queue;
+namespace {
+
+/// The output matrix in F32, [hidden, h·d_v].
+Tensor plain_output(const LayerView& at) {
   const Tensor weights = at.output();
-  const int64_t hidden = weights.size[0], h = at.model.h, g = at.store->shape().kv_heads, group = h / g,
-                d = at.store->shape().d_v, all = at.store->segments();
+  const int64_t h = at.model.h, d = at.store->shape().d_v;
   require(weights.rank == 2 && weights.size[1] == h * d, "output",
           "the output matrix is " + weights.shape() + ", and attention gives " + std::to_string(h) + " heads of " +
               std::to_string(d));
+  const Tensor flat = at.queue.scratch.take(Dtype::F32, {weights.size[0], h * d});
+  at.run().dequantise(at.queue, weights, flat);
+  return flat;
+}
+
+}  // namespace
+
+Ragged output_lengths(const LayerView& at) {
+  Queue& queue = at.queue;
+  const int64_t h = at.model.h, g = at.store->shape().kv_heads, group = h / g, d = at.store->shape().d_v,
+                all = at.store->segments();
+  const Ragged out = at.per_entry(group);
+  const Scratch scratch(queue.scratch);
+  const Tensor flat = plain_output(at);
+  const int64_t hidden = flat.size[0];
+  // ‖W v‖² = v·(WᵀW v): a product as wide as a head, not as the model.
+  const Tensor columns = queue.scratch.take(Dtype::F32, {h * d, hidden}), grams = queue.scratch.take(Dtype::F32, {h * d, d});
+  compute(queue, load(flat, channel() * (h * d) + place()), columns);
+  for (int64_t head = 0; head < h; ++head) {
+    const Tensor own = columns.slice(0, head * d, (head + 1) * d);
+    queue.run->matmul(queue, own, own, {}, false, grams.slice(0, head * d, (head + 1) * d));
+  }
+  const Ragged values = stored_values(at);
+  for (int64_t member = 0; member < group; ++member) {
+    const Scratch products(queue.scratch);
+    const Tensor own = queue.scratch.take(Dtype::F32, {all * d, d});
+    const Num head = mod(floor_div(place(), d), g) * group + member;
+    compute(queue, load(grams, (head * d + mod(place(), d)) * d + channel()), own);
+    const Ragged squares = row_dots(queue, values, transformed(queue, values, own.reshape({all, d, d})));
+    const Tensor column = out.values.reshape({out.values.size[0], group}).slice(1, member, member + 1);
+    compute(queue, sqrt(max(0, load(squares.values, index()))), column);
+  }
+  return out;
+}
+
+Ragged output_norms(const LayerView& at) {
+  Queue& queue = at.queue;
+  const int64_t h = at.model.h, g = at.store->shape().kv_heads, group = h / g, d = at.store->shape().d_v,
+                all = at.store->segments();
   const Ragged out = at.per_entry();
   compute(queue, out, 0, out.values);
   const Scratch scratch(queue.scratch);
   const Ragged values = stored_values(at);
   // The columns of each head as rows of their own: [h · hidden, d_v].
-  const Tensor flat = queue.scratch.take(Dtype::F32, {hidden, h * d});
-  queue.run->dequantise(queue, weights, flat);
+  const Tensor flat = plain_output(at);
+  const int64_t hidden = flat.size[0];
   Ragged heads;
   heads.heads = h, heads.bound = h * hidden;
   heads.values = queue.scratch.take(Dtype::F32, {h * hidden, d});

@@ -59,6 +59,9 @@ Ragged over_runs(const LayerView&, const Ragged& runs, Spread::Of of);
 /// (Feng et al., 2025). What a norm behind the output matrix does to it is left out.
 Ragged output_norms(const LayerView&);
 
+/// ‖W_O v_j‖₂ for each query head of the entry's group, W_O the head's columns of the output matrix: [entries, group].
+Ragged output_lengths(const LayerView&);
+
 /// For every row t of a segment of `like`, the sum of the rows i of that segment of x (end to end from row 0) with
 /// to[i] = t; rows whose number is negative or past the end are in no sum. to: I32, as x's rows. F32, laid out as
 /// `like`.

@@ -71,6 +71,7 @@ Entry kv_q4();
 Entry kv_q8();
 Entry kvcompose();
 Entry kvcrush();
+Entry kvgrad();
 Entry kvquant();
 Entry kvzap();
 Entry kvzip();

@@ -74,6 +74,7 @@ std::span<const Entry> registry() {
       kv_q8(),
       kvcompose(),
       kvcrush(),
+      kvgrad(),
       kvquant(),
       kvzap(),
       kvzip(),

@@ -45,6 +45,14 @@ class SessionRun final : public Run {
     deepest = std::max(deepest, layers > 0 ? layers : model().layers);
     impl_.store->truncate(impl_.queue, sequence, impl_.next[size_t(sequence)]);
   }
+  void replay_backward(int sequence, std::span<const int32_t> tokens, const Objective& objective) override {
+    std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
+    batch[size_t(sequence)] = tokens;
+    impl_.gradients(batch, objective, [this](LayerView& at) {
+      at.enter(state());
+      impl_.part(part_).gradient(at);
+    });
+  }
   void feed(int sequence, std::span<const int32_t> tokens) override {
     std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
     batch[size_t(sequence)] = tokens;
@@ -195,7 +203,8 @@ std::vector<std::span<const int32_t>> Session::Impl::shorten(const std::vector<s
 }
 
 void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens, Phase phase, bool last_chunk,
-                         Logits want, const std::function<void(int64_t, Tensor)>& visit, int depth) {
+                         Logits want, const std::function<void(int64_t, Tensor)>& visit, int depth,
+                         const Backward* gradients) {
   const int sequences = options.sequences;
   const ModelInfo& m = info();
   Batch batch{.phase = phase, .last_chunk = last_chunk, .layers = depth > 0 ? depth : m.layers};
@@ -222,7 +231,7 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens
   Tensor x;
   if (!replayed) {  // all that a step tells the device; the rest follows from it there
     batch.ids = queue.upload(ids), batch.positions = queue.upload(places), batch.first = queue.upload(first);
-    x = forward(batch);
+    x = gradients ? forward(batch, *gradients) : forward(batch);
   }
   if (phase == Phase::Replay) return store->sync();
   for (int s = 0; s < sequences; ++s) {
@@ -405,6 +414,12 @@ Tensor Session::prefill(const std::vector<std::span<const int32_t>>& tokens, Log
     throw;
   }
   return want == Logits::None || visit ? Tensor() : m.logits_out.view();
+}
+
+void Session::gradients(const std::vector<std::span<const int32_t>>& tokens, const Objective& objective, const Tap& look) {
+  require(int(tokens.size()) == impl_->options.sequences, "gradients",
+          std::to_string(tokens.size()) + " texts for " + std::to_string(impl_->options.sequences) + " sequences");
+  impl_->gradients(tokens, objective, look);
 }
 
 Tensor Session::decode(std::span<const int32_t> tokens) {

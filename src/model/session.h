@@ -65,6 +65,12 @@ class Session final {
   Tensor decode(std::span<const int32_t> tokens);
   Tensor decode(int32_t token) { return decode(std::span(&token, 1)); }
 
+  /// Reads the next tokens of each sequence (as prefill() takes them) under dense attention behind what is held, then goes
+  /// backward through the layers from the gradient that `objective` gives; `look` sees each layer with its
+  /// LayerView::gradients, the last one first; a tap sees the way forward. Nothing of it is kept. Weights are constants. Throws as prefill() does, and
+  /// Error(Unsupported) where keys are not read at their true positions; the session is then as it was.
+  void gradients(const std::vector<std::span<const int32_t>>& tokens, const Objective& objective, const Tap& look);
+
   /// A copy that shares all pages and goes on separately.
   std::unique_ptr<Session> fork() const;
   /// Forgets tokens at positions ≥ `position` of a sequence. Entries that were evicted do not come back.

@@ -20,6 +20,9 @@ class Clock {
   std::chrono::steady_clock::time_point begin_;
 };
 
+/// What panels of a store's keys or values hold.
+Dtype panel_type(const PageType&);
+
 struct Session::Impl {
   std::shared_ptr<const Model> model;
   SessionOptions options;
@@ -58,6 +61,11 @@ struct Session::Impl {
   Buffer fed, logits_there;
   Tap tap;
   std::function<void(int64_t, int64_t)> progress;
+  // Of a feed whose gradients are wanted: what each layer is given and what its attention makes of it, in scratch.
+  struct Tape {
+    Tensor x, q, out, lse;
+  };
+  std::vector<Tape>* tapes = nullptr;
 
   Impl(std::shared_ptr<const Model> model_in, const SessionOptions& o);
   Impl(Impl& other);
@@ -68,14 +76,25 @@ struct Session::Impl {
   const Architecture& architecture() const { return model->architecture(); }
 
   struct Batch;
+  /// What a feed's gradients are of, and who looks at them in each layer.
+  struct Backward {
+    const Objective& objective;
+    const Tap& look;
+  };
   void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
-            const std::function<void(int64_t, Tensor)>& visit, int depth = 0);
+            const std::function<void(int64_t, Tensor)>& visit, int depth = 0, const Backward* gradients = nullptr);
   std::vector<std::span<const int32_t>> shorten(const std::vector<std::span<const int32_t>>& tokens,
                                                 std::vector<std::vector<int32_t>>& read);
   void check_reach(int64_t length) const;
   Tensor forward(Batch& batch);
   bool replay(const Batch& batch, std::span<const int32_t> ids, std::span<const int32_t> places);
+  LayerView view_of(const Batch& batch, int l, Tensor x);
   void layer(Batch& batch, int l, Tensor x);
+  void gradients(const std::vector<std::span<const int32_t>>& tokens, const Objective& objective, const Tap& look);
+  Tensor forward(Batch& batch, const Backward& gradients);
+  void layer_backward(Batch& batch, int l, const Tape& tape, Tensor d_x, const Tap& look);
+  Tensor head_rows_backward(const Batch& batch, const Ragged& d, int64_t heads, const Buffer& basis_back, const Rope* rope,
+                            Tensor norm, Tensor rows);
   void attend(Batch& batch, LayerView& view);
   void keep(Batch& batch, LayerView& view);
   void make_room(Batch& batch, LayerView& view);

@@ -9,17 +9,14 @@
 #include "model/transformer.h"
 
 namespace heed {
-namespace {
 
-Dtype plain(PageType type) {
+Dtype panel_type(const PageType& type) {
   switch (type.kind) {
     case PageType::Kind::BF16: return Dtype::BF16;
     case PageType::Kind::F16: return Dtype::F16;
     default: return Dtype::F32;
   }
 }
-
-}  // namespace
 
 Ragged Session::Impl::head_major(const Batch& batch, Dtype type, int64_t heads, int64_t width) {
   const int64_t all = batch.total * heads;
@@ -30,6 +27,22 @@ Ragged Session::Impl::head_major(const Batch& batch, Dtype type, int64_t heads, 
           .bound = all};
 }
 
+LayerView Session::Impl::view_of(const Batch& batch, int l, Tensor x) {
+  const ModelInfo& m = info();
+  const LayerWeights& w = weights->layers[size_t(l)];
+  LayerView view(m, queue, l, batch.phase);
+  view.enter(step);
+  view.prompt = prompt, view.store = &store->layer(l), view.stores = store.get();
+  view.rows = batch.count, view.first = batch.first;
+  view.ids = batch.ids, view.hidden = x, view.output_matrix = w.o;
+  if (!w.k_norm) view.projections = {w.k, w.v, w.k_bias, w.v_bias};
+  view.basis = bases.empty() ? nullptr : bases[size_t(l)].get();
+  view.read.rope = m.rope(l), view.read.positions = positions;
+  view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);
+  view.q_pos = view.mods.q_pos = batch.q_pos;
+  return view;
+}
+
 void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   const ModelInfo& m = info();
   const Kernels& run = *queue.run;
@@ -38,15 +51,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   LayerStore& entries = store->layer(l);
   const LayerWeights& w = weights->layers[size_t(l)];
   Scratch scope(queue.scratch);
-  LayerView view(m, queue, l, batch.phase);
-  view.enter(step);
-  view.prompt = prompt, view.store = &entries, view.stores = store.get();
-  view.rows = batch.count, view.first = batch.first;
-  view.ids = batch.ids, view.hidden = x, view.output_matrix = w.o;
-  if (!w.k_norm) view.projections = {w.k, w.v, w.k_bias, w.v_bias};
-  view.basis = bases.empty() ? nullptr : bases[size_t(l)].get();
-  view.read.rope = m.rope(l), view.read.positions = positions;
-  view.mods.scale = m.scale, view.mods.softcap = m.softcap, view.mods.window = m.window(l);
+  LayerView view = view_of(batch, l, x);
 
   Tensor q_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.h) * m.d});
   Tensor k_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.g) * m.d});
@@ -95,10 +100,9 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     view.plain_q = head_major(batch, Dtype::F32, m.h, m.d);
     splits.push_back({q_heads, w.q_norm, nullptr, {}, view.plain_q});
   }
-  view.q_pos = view.mods.q_pos = batch.q_pos;
 
   // New keys and values, in the panel behind the old ones or, while decoding, on their own.
-  const Dtype k_type = plain(store->options().k), v_type = plain(store->options().v);
+  const Dtype k_type = panel_type(store->options().k), v_type = panel_type(store->options().v);
   Ragged k_new, v_new;
   Tensor new_positions = batch.kv_pos;
   if (decoding) {
@@ -148,6 +152,10 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   view.lse = queue.scratch.take(Dtype::F32, {total * m.h});
   clock.reset();
   attend(batch, view);
+  if (tapes) {
+    const Tape& tape = (*tapes)[size_t(l)];
+    queue.move(x, tape.x), queue.move(view.q.values, tape.q), queue.move(view.out, tape.out), queue.move(view.lse, tape.lse);
+  }
   keep(batch, view);
   Ragged out = view.q;
   out.values = view.out;
@@ -206,7 +214,7 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
       view.out = enter(p).edit(view);
     }
   Clock clock(times.observe);
-  for (int p = 0; p < parts(); ++p) {
+  for (int p = 0; p < parts() && !tapes; ++p) {
     const bool looks = batch.phase != Phase::Replay || has(composition->parts()[size_t(p)].roles, Role::Drive);
     if (looks && part(p).layers.holds(view.layer, view.model.layers)) enter(p).observe(view);
   }

@@ -16,11 +16,19 @@ class FakeRun final : public Run {
   struct Feed {
     int64_t count;
     std::vector<Case> layers;  // prompt and replay: q of the replay, k of both
+    std::vector<Buffer> gradients;  // of each layer's output matrix's rows [count, kHidden], where they are asked for
   };
+  static constexpr int kHidden = 24;
 
   FakeRun(Setting setting, const std::string& spec, int64_t length)
       : length_(length), shape_{setting.h, setting.g, 1, length, 16, 16},
         queue_(&backend(setting.backend), *backend(setting.backend).memory) {
+    info_.hidden = kHidden;
+    for (int l = 0; l < kLayers; ++l) {
+      Random random{uint64_t(70 + l)};
+      output.emplace_back(Dtype::F32, std::initializer_list<int64_t>{kHidden, setting.h * 16});
+      for (float& x : output.back()->span<float>()) x = float(random.normal());
+    }
     info_.layers = kLayers, info_.h = int(setting.h), info_.g = int(setting.g), info_.d = info_.d_v = 16;
     mechanism_ = value_or_throw(make_mechanism(value_or_throw(parse_spec(spec))[0], registry()));
     state_ = mechanism_->open(info_);
@@ -46,10 +54,15 @@ class FakeRun final : public Run {
   Queue& queue() override { return queue_; }
   void feed(int, std::span<const int32_t>) override { ADD_FAILURE() << "the prompt has been read"; }
 
-  void replay(int, std::span<const int32_t> tokens, int) override {
+  void replay(int, std::span<const int32_t> tokens, int) override { read(tokens, nullptr); }
+  void replay_backward(int, std::span<const int32_t> tokens, const Objective& objective) override {
+    read(tokens, &objective);
+  }
+
+  void read(std::span<const int32_t> tokens, const Objective* objective) {
     const int64_t n = int64_t(tokens.size()), m = length_ + n;
     requests.emplace_back(tokens.begin(), tokens.end());
-    Feed& feed = feeds.emplace_back(Feed{n, {}});
+    Feed& feed = feeds.emplace_back(Feed{n, {}, {}});
     for (int l = 0; l < kLayers; ++l) {
       Shape shape = shape_;
       shape.n = n, shape.m = m;
@@ -67,7 +80,18 @@ class FakeRun final : public Run {
       at.k = {queue_.upload(c.k->reshape({shape.g * m, 16})), k_offsets, {}, shape.g, shape.g * m};
       at.v = {queue_.upload(c.v->reshape({shape.g * m, 16})), k_offsets, {}, shape.g, shape.g * m};
       const int64_t waits = queue_.host_waits;
-      mechanism_->observe(at);
+      if (objective) {
+        Buffer& rows = feed.gradients.emplace_back(Dtype::F32, std::initializer_list<int64_t>{n, kHidden});
+        Random random(900 * feeds.size() + uint64_t(l));
+        for (float& x : rows->span<float>()) x = float(random.normal() * random.uniform());
+        const std::vector<int64_t> first{0, n};
+        at.first = queue_.upload(first);
+        const Gradients gradients{queue_.upload(rows), {}, {}, {}};
+        at.gradients = &gradients;
+        mechanism_->gradient(at);
+      } else {
+        mechanism_->observe(at);
+      }
       EXPECT_EQ(queue_.host_waits, waits);
     }
     store_->truncate(queue_, 0, length_);
@@ -82,6 +106,7 @@ class FakeRun final : public Run {
       LayerView& at = views.emplace_back(info_, queue_, l, Phase::Prompt);
       at.enter(state_.get());
       at.prompt = {length_}, at.store = &store_->layer(l), at.stores = store_.get();
+      at.output_matrix = queue_.upload(output[size_t(l)]);
       scores.push_back(policy.score(at));
     }
     const std::vector<int64_t> prompt{length_};
@@ -96,6 +121,7 @@ class FakeRun final : public Run {
 
   std::vector<std::vector<int32_t>> requests, kept;
   std::vector<Feed> feeds;
+  std::vector<Buffer> output;  // each layer's W_O
 
  private:
   static Buffer steps(int64_t count, int64_t step) {
@@ -137,13 +163,15 @@ TEST_P(Drives, KvZipRepeatsThePromptPartByPart) {
   EXPECT_EQ(run.requests[2].back(), 99);
 }
 
-TEST_P(Drives, KvZipKeepsWhatRepeatingLooksAt) {
+/// What KVzip and its kin keep when a row's weights are worth `row` and an entry `entry`.
+template <class Row, class Value>
+void expect_repeated(Setting setting, const std::string& name, Row row, Value entry) {
   const int64_t length = 100;
   for (const auto& [share, budget] : {std::pair{"all", 0.3}, {"layer", 0.3}, {"head", 0.3}, {"all", 1.0}}) {
-    const FakeRun run(GetParam(),
-                      "kvzip(chunk=40,sinks=3,share=" + std::string(share) + ",budget=" + std::to_string(budget) + ")",
+    const FakeRun run(setting,
+                      name + "(chunk=40,sinks=3,share=" + std::string(share) + ",budget=" + std::to_string(budget) + ")",
                       length);
-    const int64_t g = GetParam().g, group = GetParam().h / g;
+    const int64_t g = setting.g, group = setting.h / g;
     std::vector<std::vector<double>> scores;  // [layer · g]
     for (int l = 0; l < FakeRun::kLayers; ++l)
       for (int64_t kv = 0; kv < g; ++kv) {
@@ -156,7 +184,8 @@ TEST_P(Drives, KvZipKeepsWhatRepeatingLooksAt) {
               const auto p = c.weights(head, i, [&](int64_t j) {
                 return j < std::min<int64_t>(3, begin) || (j >= begin && j < end) || (j >= length && j <= length + i);
               });
-              for (int64_t j = begin; j < end; ++j) most[size_t(j)] = std::max(most[size_t(j)], p[size_t(j)]);
+              for (int64_t j = begin; j < end; ++j)
+                most[size_t(j)] = std::max(most[size_t(j)], p[size_t(j)] * row(run, part, l, i) * entry(run, l, head, j));
             }
         }
         std::fill_n(most.begin(), 3, INFINITY);
@@ -172,6 +201,35 @@ TEST_P(Drives, KvZipKeepsWhatRepeatingLooksAt) {
     }
     EXPECT_EQ(run.kept, expected) << share;
   }
+}
+
+TEST_P(Drives, KvZipKeepsWhatRepeatingLooksAt) {
+  expect_repeated(
+      GetParam(), "kvzip", [](const FakeRun&, size_t, int, int64_t) { return 1.0; },
+      [](const FakeRun&, int, int64_t, int64_t) { return 1.0; });
+}
+
+TEST_P(Drives, KvGradKeepsWhatMovesTheEnd) {
+  const int64_t group = GetParam().h / GetParam().g;
+  expect_repeated(
+      GetParam(), "kvgrad",
+      [](const FakeRun& run, size_t part, int l, int64_t i) {
+        double sum = 0;
+        for (int64_t c = 0; c < FakeRun::kHidden; ++c)
+          sum += std::pow(double(run.feeds[part].gradients[size_t(l)]->at<float>(i, c)), 2);
+        return std::sqrt(sum);
+      },
+      [group](const FakeRun& run, int l, int64_t head, int64_t j) {
+        double sum = 0;
+        for (int64_t o = 0; o < FakeRun::kHidden; ++o) {
+          double y = 0;
+          for (int64_t c = 0; c < 16; ++c)
+            y += double(run.output[size_t(l)]->at<float>(o, head * 16 + c)) *
+                 double(run.prompt(l).v->at<float>(head / group, j, c));
+          sum += y * y;
+        }
+        return std::sqrt(sum);
+      });
 }
 
 TEST_P(Drives, KvComposeKeepsWhatASecondReadingLooksAt) {

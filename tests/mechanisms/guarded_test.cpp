@@ -54,6 +54,7 @@ const std::vector<std::string> kSpecs = {
     "flexprefill(block=8,gamma=0.6,min_budget=8,tau=1)",
     "kvzip(budget=0.2,chunk=32)",
     "kvzip(budget=0.2,chunk=32,share=layer)",
+    "kvgrad(budget=0.2,chunk=32)",
     "kivi(residual=0)",
     "kivi(bits=4,residual=8,heads=1)",
     "act(threshold=0.02,skip_first=0,skip_last=0)",

@@ -103,6 +103,7 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
                              "flexprefill(block=8,gamma=0.3,min_budget=8)",
                              "kvzip(budget=0.2,chunk=32)",
                              "kvzip(budget=0.2,chunk=32,share=layer)",
+                             "kvgrad(budget=0.2,chunk=32)",
                              "kivi(residual=0)",
                              "act(threshold=0.02,skip_first=0,skip_last=0)",
                              "a2sf(budget=10)",

@@ -1,3 +1,5 @@
+#include "mechanisms/drive/kvzip.h"
+
 #include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -6,110 +8,109 @@ namespace heed::mechanisms {
 
 namespace {
 
-// KVzip (Kim et al., 2025): behind the prompt the model is asked to repeat it, part by part, and an entry is worth the most
-// attention that it gets while it is repeated; the lowest go, over all layers and heads together. The first `sinks`
-// entries always stay (the library's rule; the authors keep the system prompt). The request ends in an empty line, where
-// both take the ending of the model's chat template. In a sliding-window layer a repetition
-// behind the prompt sees nothing of what it repeats, so scores say nothing there: such a layer stays out of the pool and
-// keeps the newest entries, as many as its own share grants and its window can still show.
-struct KVzip final : KeepPolicy {
-  int chunk, sinks;
-  Choice share;
-
-  static std::vector<ParamInfo> params() {
-    using M = KVzip;
-    return keep_params<M>(
-        "0.3", "prompt",
-        {
-            param(&M::chunk, "chunk", 2048, 16, 1 << 20, "tokens repeated at a time"),
-            param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that always stay, and that each repetition sees"),
-            param(&M::share, "share", {"all", "layer", "head"}, 0,
-                  "what divides the budget: all layers, each layer's heads, or each head alone"),
-        });
-  }
-  std::string check() const override { return too_small(budget, sinks, "sinks"); }
-
-  /// The part of the prompt that is being repeated.
-  struct Part final : State {
-    int64_t begin = 0, end = 0;
-    std::unique_ptr<State> clone() const override { return std::make_unique<Part>(*this); }
-  };
-
-  Needs needs(const ModelInfo&) const override {
-    Needs n;
-    n.all_layers = true;
-    n.columns = {{"kvzip.most"}};
-    return n;
-  }
-  std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<Part>(); }
-
-  void drive(Run& run) const override {
-    auto& part = static_cast<Part&>(*run.state());
-    for (int s = 0; s < run.sequences(); ++s) {
-      const std::vector<int32_t> text(run.tokens(s).begin(), run.tokens(s).end());
-      for (int64_t begin = 0; begin < int64_t(text.size()); begin += chunk) {
-        part.begin = begin, part.end = std::min<int64_t>(begin + chunk, int64_t(text.size()));
-        std::vector<int32_t> request;
-        if (begin == 0) {
-          request = run.tokenize("\n\nRepeat the previous context exactly.\n\n");
-        } else {
-          request = run.tokenize("\n\nRepeat the part of the previous context exactly, starting with ");
-          request.insert(request.end(), text.begin() + std::max<int64_t>(0, begin - 8), text.begin() + begin);
-          const std::vector<int32_t> stop = run.tokenize("\n\n");
-          request.insert(request.end(), stop.begin(), stop.end());
-        }
-        request.insert(request.end(), text.begin() + part.begin, text.begin() + part.end);
-        run.replay(s, request);
-      }
-    }
-    run.evict();
-  }
-
-  // A repetition sees the sinks, its own part of the prompt and itself; the softmax is over those. Parts are disjoint and
-  // sinks always stay, so the sum over repetitions is the largest of them.
-  void observe(LayerView& at) const override {
-    if (at.phase != Phase::Replay || at.model.window(at.layer) > 0) return;
-    const auto& part = static_cast<const Part&>(at.state());
-    Plan seen;
-    seen.form = Plan::Form::Interval, seen.scope = Plan::Scope::KvHead, seen.q_tile = int(longest_queries(at));
-    std::vector<int32_t> ranges;
-    std::vector<int64_t> rows{0};
-    for (int64_t s = 0; s < at.k.segments(); ++s) {
-      const int64_t n = at.rows[size_t(s / at.k.heads)], m = at.key_rows[size_t(s)];
-      if (n == 0) continue;
-      const int64_t first = std::min({int64_t(sinks), part.begin, m - n});
-      auto add = [&](int64_t begin, int64_t end) {
-        if (begin < end) ranges.push_back(int32_t(begin)), ranges.push_back(int32_t(end));
-      };
-      add(0, first);
-      add(part.begin, std::min(part.end, m - n));
-      add(m - n, m);
-      rows.push_back(int64_t(ranges.size()) / 2);
-    }
-    seen.nnz_bound = rows.back();
-    seen.rowptr = at.queue.upload(rows), seen.index = at.queue.upload(ranges).reshape({rows.back(), 2});
-    Observe how;
-    how.rows = Observe::Rows::Max, how.heads = Observe::Heads::GroupMax;
-    const Ragged most = at.column("kvzip.most"), now = at.observe(at.q, how, &seen);
-    at.run().add(at.queue, now.values.reshape({1, now.bound}), most.values.reshape({1, most.bound}));
-    at.set_column("kvzip.most", most);
-  }
-
-  Ragged score(LayerView& at) const override {
-    if (at.model.window(at.layer) > 0) return newest_seen(at);
-    return force(at.queue, at.column("kvzip.most"), sinks, 0);
-  }
-
-  Tensor allocate(const Allocation& a) const override {
-    const Tensor even = KeepPolicy::allocate(a);
-    if (share.value == 2) return even;
-    return without_windows(a, even, [&](std::span<const Ragged> scores, const Tensor& granted) {
-      return divide(a, scores, granted, share.value ? Pool::Layer : Pool::All);
-    });
-  }
+/// The part of the prompt that is being repeated.
+struct Part final : State {
+  int64_t begin = 0, end = 0;
+  std::unique_ptr<State> clone() const override { return std::make_unique<Part>(*this); }
 };
 
 }  // namespace
+
+std::vector<ParamInfo> KVzip::params(const char* chunk) {
+  using M = KVzip;
+  std::vector<ParamInfo> all = keep_params<M>(
+      "0.3", "prompt",
+      {
+          param(&M::chunk, "chunk", 2048, 16, 1 << 20, "tokens repeated at a time"),
+          param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that always stay, and that each repetition sees"),
+          param(&M::share, "share", {"all", "layer", "head"}, 0,
+                "what divides the budget: all layers, each layer's heads, or each head alone"),
+      });
+  for (ParamInfo& p : all)
+    if (p.name == "chunk") p.fallback = chunk;
+  return all;
+}
+
+std::string KVzip::check() const { return too_small(budget, sinks, "sinks"); }
+
+Needs KVzip::needs(const ModelInfo&) const {
+  Needs n;
+  n.all_layers = true;
+  n.columns = {{"kvzip.most"}};
+  return n;
+}
+
+std::unique_ptr<State> KVzip::open(const ModelInfo&) const { return std::make_unique<Part>(); }
+
+void KVzip::drive(Run& run) const {
+  auto& part = static_cast<Part&>(*run.state());
+  for (int s = 0; s < run.sequences(); ++s) {
+    const std::vector<int32_t> text(run.tokens(s).begin(), run.tokens(s).end());
+    for (int64_t begin = 0; begin < int64_t(text.size()); begin += chunk) {
+      part.begin = begin, part.end = std::min<int64_t>(begin + chunk, int64_t(text.size()));
+      std::vector<int32_t> request;
+      if (begin == 0) {
+        request = run.tokenize("\n\nRepeat the previous context exactly.\n\n");
+      } else {
+        request = run.tokenize("\n\nRepeat the part of the previous context exactly, starting with ");
+        request.insert(request.end(), text.begin() + std::max<int64_t>(0, begin - 8), text.begin() + begin);
+        const std::vector<int32_t> stop = run.tokenize("\n\n");
+        request.insert(request.end(), stop.begin(), stop.end());
+      }
+      request.insert(request.end(), text.begin() + part.begin, text.begin() + part.end);
+      repeat(run, s, request);
+    }
+  }
+  run.evict();
+}
+
+Plan KVzip::seen(const LayerView& at) const {
+  const auto& part = static_cast<const Part&>(at.state());
+  Plan seen;
+  seen.form = Plan::Form::Interval, seen.scope = Plan::Scope::KvHead, seen.q_tile = int(longest_queries(at));
+  std::vector<int32_t> ranges;
+  std::vector<int64_t> rows{0};
+  for (int64_t s = 0; s < at.k.segments(); ++s) {
+    const int64_t n = at.rows[size_t(s / at.k.heads)], m = at.key_rows[size_t(s)];
+    if (n == 0) continue;
+    const int64_t first = std::min({int64_t(sinks), part.begin, m - n});
+    auto add = [&](int64_t begin, int64_t end) {
+      if (begin < end) ranges.push_back(int32_t(begin)), ranges.push_back(int32_t(end));
+    };
+    add(0, first);
+    add(part.begin, std::min(part.end, m - n));
+    add(m - n, m);
+    rows.push_back(int64_t(ranges.size()) / 2);
+  }
+  seen.nnz_bound = rows.back();
+  seen.rowptr = at.queue.upload(rows), seen.index = at.queue.upload(ranges).reshape({rows.back(), 2});
+  return seen;
+}
+
+// The softmax is over what a repetition sees. Parts are disjoint and sinks always stay, so the sum over repetitions is the
+// largest of them.
+void KVzip::observe(LayerView& at) const {
+  if (at.phase != Phase::Replay || at.model.window(at.layer) > 0) return;
+  const Plan plan = seen(at);
+  Observe how;
+  how.rows = Observe::Rows::Max, how.heads = Observe::Heads::GroupMax;
+  const Ragged most = at.column("kvzip.most"), now = at.observe(at.q, how, &plan);
+  at.run().add(at.queue, now.values.reshape({1, now.bound}), most.values.reshape({1, most.bound}));
+  at.set_column("kvzip.most", most);
+}
+
+Ragged KVzip::score(LayerView& at) const {
+  if (at.model.window(at.layer) > 0) return newest_seen(at);
+  return force(at.queue, at.column("kvzip.most"), sinks, 0);
+}
+
+Tensor KVzip::allocate(const Allocation& a) const {
+  const Tensor even = KeepPolicy::allocate(a);
+  if (share.value == 2) return even;
+  return without_windows(a, even, [&](std::span<const Ragged> scores, const Tensor& granted) {
+    return divide(a, scores, granted, share.value ? Pool::Layer : Pool::All);
+  });
+}
 
 Entry kvzip() {
   Entry e = entry<KVzip>("kvzip", "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction",

@@ -22,7 +22,7 @@ import transformers
 from kvpress import (
     AdaKVPress, BlockPress, CapPress, ChunkKVPress, ChunkPress, CompactorPress, CriticalAdaKVPress, CriticalKVPress, CURPress, DecodingPress,
     DMSPress, DuoAttentionPress, EntropyGatedChunkKVPress, ExpectedAttentionPress, ExpectedAttentionStatsPress, FinchPress, KeyDiffPress, KeyRerotationPress,
-    KnormPress, KVComposePress, KVzipPress, LagKVPress, LeverageScorePress, LUKVPress, MergingPress, NonCausalAttnPress,
+    KnormPress, KVComposePress, KVgradPress, KVzipPress, LagKVPress, LeverageScorePress, LUKVPress, MergingPress, NonCausalAttnPress,
     ObservedAttentionPress, PrefillDecodingPress, PyramidKVPress, QFilterPress, SimLayerKVPress, SnapKVPress, StreamingLLMPress, TOVAPress,
 )
 from kvpress.presses import kvzip_press
@@ -246,6 +246,8 @@ presses = {
     "q-filters": Given(QFilterPress(RATIO), q_filters=filters(fast)),
     "kvzip": KVzipPress(RATIO, chunk_size=64),
     "kvzip-layer": KVzipPress(RATIO, layerwise=True),
+    "kvgrad": KVgradPress(RATIO, chunk_size=64),
+    "kvgrad-layer": KVgradPress(RATIO, chunk_size=40, layerwise=True),
     "kvcompose": KVComposePress(compression_ratio=RATIO),
 }
 for name, press, interval in (("knorm", KnormPress, 2), ("keydiff", KeyDiffPress, 3), ("tova", TOVAPress, 1)):

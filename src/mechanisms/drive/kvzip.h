@@ -1,0 +1,35 @@
+#pragma once
+#include "attention/mechanism.h"
+
+namespace heed::mechanisms {
+
+// KVzip (Kim et al., 2025): behind the prompt the model is asked to repeat it, part by part, and an entry is worth the most
+// attention that it gets while it is repeated; the lowest go, over all layers and heads together. The first `sinks`
+// entries always stay (the library's rule; the authors keep the system prompt). The request ends in an empty line, where
+// both take the ending of the model's chat template. In a sliding-window layer a repetition
+// behind the prompt sees nothing of what it repeats, so scores say nothing there: such a layer stays out of the pool and
+// keeps the newest entries, as many as its own share grants and its window can still show.
+struct KVzip : KeepPolicy {
+  int chunk, sinks;
+  Choice share;
+
+  static std::vector<ParamInfo> params() { return params("2048"); }
+  static std::vector<ParamInfo> params(const char* chunk);
+  std::string check() const override;
+  Needs needs(const ModelInfo&) const override;
+  std::unique_ptr<State> open(const ModelInfo&) const override;
+  void drive(Run& run) const override;
+  void observe(LayerView& at) const override;
+  Ragged score(LayerView& at) const override;
+  Tensor allocate(const Allocation& a) const override;
+
+ protected:
+  /// Reads a request to repeat a part of the prompt, part included.
+  virtual void repeat(Run& run, int sequence, const std::vector<int32_t>& request) const {
+    run.replay(sequence, request);
+  }
+  /// What such a reading sees: the sinks, its part of the prompt and itself.
+  Plan seen(const LayerView& at) const;
+};
+
+}  // namespace heed::mechanisms
