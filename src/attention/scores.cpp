@@ -236,7 +236,8 @@ Ragged output_lengths(const LayerView& at) {
   const Tensor flat = plain_output(at);
   const int64_t hidden = flat.size[0];
   // ‖W v‖² = v·(WᵀW v): a product as wide as a head, not as the model.
-  const Tensor columns = queue.scratch.take(Dtype::F32, {h * d, hidden}), grams = queue.scratch.take(Dtype::F32, {h * d, d});
+  const Tensor columns = queue.scratch.take(Dtype::F32, {h * d, hidden}),
+               grams = queue.scratch.take(Dtype::F32, {h * d, d});
   compute(queue, load(flat, channel() * (h * d) + place()), columns);
   for (int64_t head = 0; head < h; ++head) {
     const Tensor own = columns.slice(0, head * d, (head + 1) * d);

@@ -101,7 +101,7 @@ struct Observe {
   float decay = 1;
   bool logits = false;  // of the logits (cap and biases included) instead of probabilities; rows that do not see a key add
                         // nothing to sums, and keys that no row (Last: the last row) sees get −∞ from Max and Last
-  Tensor lse;           // row, optional: attend's lse over the same keys (with no gain), which saves a pass
+  Tensor lse;           // row, optional: P = e^(logit − lse); attend's over the same keys, with no gain, saves a pass
 };
 
 /// Statistics of each query row; tensors left empty are not computed.

@@ -14,11 +14,8 @@ void tiles(int64_t rows, int64_t tile, Body body) {
 
 /// All rows of x as one segment.
 Ragged one_segment(Queue& queue, const Tensor& x) {
-  return {.values = x,
-          .offsets = compute(queue, Dtype::I64, {2}, index() * x.size[0]),
-          .ends = {},
-          .heads = 1,
-          .bound = x.size[0]};
+  return {
+      .values = x, .offsets = compute(queue, Dtype::I64, {2}, index() * x.size[0]), .ends = {}, .heads = 1, .bound = x.size[0]};
 }
 
 /// The gradient d_y of y = act(gate) · up becomes those of gate, in gate's place, and of up, in d_up.

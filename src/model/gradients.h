@@ -18,8 +18,8 @@ void rms_norm_backward(Queue&, Tensor x, Tensor weight, float eps, Tensor d_y, b
 /// Of finish(): d_x is the gradient of the rows behind the layer and becomes that of the rows `x` [T, hidden] before it, by
 /// the ways that lead around attention. d_output [T, hidden]: that of what the output matrix gives (bias included, before any
 /// norm of its own); d_attention [T, h·d_v]: that of `attention`. F32, contiguous.
-void finish_backward(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor attention, Tensor x, int64_t tile,
-                     Tensor d_x, Tensor d_output, Tensor d_attention);
+void finish_backward(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor attention, Tensor x,
+                     int64_t tile, Tensor d_x, Tensor d_output, Tensor d_attention);
 
 /// Of project(): d_x += what d_q [T, h·d], d_k [T, g·d] and d_v [T, g·d_v] make of it at x.
 void project_backward(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor x, int64_t tile, Tensor d_q,

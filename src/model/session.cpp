@@ -202,9 +202,8 @@ std::vector<std::span<const int32_t>> Session::Impl::shorten(const std::vector<s
   return out;
 }
 
-void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens, Phase phase, bool last_chunk,
-                         Logits want, const std::function<void(int64_t, Tensor)>& visit, int depth,
-                         const Backward* gradients) {
+void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens, Phase phase, bool last_chunk, Logits want,
+                         const std::function<void(int64_t, Tensor)>& visit, int depth, const Backward* gradients) {
   const int sequences = options.sequences;
   const ModelInfo& m = info();
   Batch batch{.phase = phase, .last_chunk = last_chunk, .layers = depth > 0 ? depth : m.layers};

@@ -43,7 +43,8 @@ Tensor Session::Impl::forward(Batch& batch, const Backward& how) {
   const Tensor d_x = queue.scratch.take(Dtype::F32, {batch.total, m.hidden});
   how.objective(queue, x, d_x);
   for (int l = m.layers - 1; l >= 0; --l) {
-    if (interrupted()) throw Error(Code::Interrupted, "session", "stopped on the way back, in layer " + std::to_string(l));
+    if (interrupted())
+      throw Error(Code::Interrupted, "session", "stopped on the way back, in layer " + std::to_string(l));
     layer_backward(batch, l, kept[size_t(l)], d_x, how.look);
   }
   return x;
@@ -134,18 +135,18 @@ void Session::Impl::layer_backward(Batch& batch, int l, const Tape& tape, Tensor
   }
   Gradients gradients{d_output, queue.scratch.take(Dtype::F32, {total * m.h, m.d}),
                       queue.scratch.take(Dtype::F32, {held, m.d}), queue.scratch.take(Dtype::F32, {held, m.d_v})};
-  run.attend_backward(queue, view.q, view.k, view.v, view.plan, view.mods, view.out, view.lse, d_out.values, gradients.q,
-                      gradients.k, gradients.v, {}, {});
+  run.attend_backward(queue, view.q, view.k, view.v, view.plan, view.mods, view.out, view.lse, d_out.values,
+                      gradients.q, gradients.k, gradients.v, {}, {});
   view.gradients = &gradients;
   if (look) look(view);
   if (l == 0) return;
 
   // And through the projections to what the layer was given.
   const Num s = index();
-  const Tensor new_keys = compute(queue, Dtype::I64, {entries.segments() + 1},
-                                  pick(s < entries.segments(),
-                                       load(view.k.offsets, s + 1) - (load(batch.kv_offsets, s + 1) - load(batch.kv_offsets, s)),
-                                       load(view.k.offsets, s)));
+  const Tensor new_keys = compute(
+      queue, Dtype::I64, {entries.segments() + 1},
+      pick(s < entries.segments(), load(view.k.offsets, s + 1) - (load(batch.kv_offsets, s + 1) - load(batch.kv_offsets, s)),
+           load(view.k.offsets, s)));
   Ragged d_k{gradients.k, new_keys, view.k.offsets.slice(0, 1, entries.segments() + 1), m.g, total * m.g}, d_v = d_k;
   d_v.values = gradients.v;
   Tensor q_rows, k_rows;

@@ -93,8 +93,8 @@ struct Session::Impl {
   void gradients(const std::vector<std::span<const int32_t>>& tokens, const Objective& objective, const Tap& look);
   Tensor forward(Batch& batch, const Backward& gradients);
   void layer_backward(Batch& batch, int l, const Tape& tape, Tensor d_x, const Tap& look);
-  Tensor head_rows_backward(const Batch& batch, const Ragged& d, int64_t heads, const Buffer& basis_back, const Rope* rope,
-                            Tensor norm, Tensor rows);
+  Tensor head_rows_backward(const Batch& batch, const Ragged& d, int64_t heads, const Buffer& basis_back,
+                            const Rope* rope, Tensor norm, Tensor rows);
   void attend(Batch& batch, LayerView& view);
   void keep(Batch& batch, LayerView& view);
   void make_room(Batch& batch, LayerView& view);

@@ -66,14 +66,16 @@ void observed_as_reference(const Kernels& run, Random random, const Ask& ask) {
                  std::to_string(int(how.heads)) + (how.logits ? ", logits" : "") + (plan ? ", planned; " : "; ") +
                  c.text() + source.text());
     Queue queue;
-    oracle().observe(queue, c.q, source.keys, plan, source.mods, how, want);
     Poisoned lse(Dtype::F32, {c.q.view.values.size[0]});
     if (chance(random, 0.5)) {
       RowStats rows;
       rows.lse = lse;
       oracle().observe_rows(queue, c.q, source.keys, plan, source.mods, rows);
       how.lse = lse;
+      if (chance(random, 0.5))  // rows that count for more, or less
+        for (float& x : lse.view().span<float>()) x += float(random.uniform() * 4 - 2);
     }
+    oracle().observe(queue, c.q, source.keys, plan, source.mods, how, want);
     run.observe(queue, c.q, source.keys, plan, source.mods, how, to);
     const double rounded = rounded_query(c.q.view.values.type, c.k.view.values.type, c.logit + 4, double(c.d));
     expect_close("columns", want.values, got, statistic(source.unit + 2 * rounded, c.logit + 4, largest(want.values)));

@@ -15,7 +15,7 @@ class FakeRun final : public Run {
   static constexpr int kLayers = 2;
   struct Feed {
     int64_t count;
-    std::vector<Case> layers;  // prompt and replay: q of the replay, k of both
+    std::vector<Case> layers;       // prompt and replay: q of the replay, k of both
     std::vector<Buffer> gradients;  // of each layer's output matrix's rows [count, kHidden], where they are asked for
   };
   static constexpr int kHidden = 24;
@@ -168,9 +168,8 @@ template <class Row, class Value>
 void expect_repeated(Setting setting, const std::string& name, Row row, Value entry) {
   const int64_t length = 100;
   for (const auto& [share, budget] : {std::pair{"all", 0.3}, {"layer", 0.3}, {"head", 0.3}, {"all", 1.0}}) {
-    const FakeRun run(setting,
-                      name + "(chunk=40,sinks=3,share=" + std::string(share) + ",budget=" + std::to_string(budget) + ")",
-                      length);
+    const FakeRun run(
+        setting, name + "(chunk=40,sinks=3,share=" + std::string(share) + ",budget=" + std::to_string(budget) + ")", length);
     const int64_t g = setting.g, group = setting.h / g;
     std::vector<std::vector<double>> scores;  // [layer · g]
     for (int l = 0; l < FakeRun::kLayers; ++l)

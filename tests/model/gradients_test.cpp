@@ -34,8 +34,8 @@ struct Seen {
 
 /// Φ = Σ c · x² with random c, of the rows behind the last layer; with `moved`, attention of layer `at` is changed by
 /// ε · moved first.
-Seen look(Session& session, const std::vector<std::span<const int32_t>>& fed, int at = -1, const Buffer* moved = nullptr,
-          double epsilon = 0) {
+Seen look(Session& session, const std::vector<std::span<const int32_t>>& fed, int at = -1,
+          const Buffer* moved = nullptr, double epsilon = 0) {
   const ModelInfo& m = session.model().info();
   Seen out;
   out.outputs.resize(size_t(m.layers)), out.keys.resize(size_t(m.layers)), out.values.resize(size_t(m.layers));
@@ -101,7 +101,8 @@ TEST_P(GradientsTest, AreWhatMovesTheEnd) {
           }
     }
     const double epsilon = 1e-3;
-    const double up = look(session, fed, l, &moved, epsilon).objective, down = look(session, fed, l, &moved, -epsilon).objective;
+    const double up = look(session, fed, l, &moved, epsilon).objective,
+                 down = look(session, fed, l, &moved, -epsilon).objective;
     const double slope = (up - down) / (2 * epsilon);
     EXPECT_NEAR(slope, expected, 0.02 * std::sqrt(squares)) << "layer " << l;
   }
@@ -118,7 +119,8 @@ TEST_P(GradientsTest, TablesAgree) {
     const Seen got = look(session, fed);
     const bool rounds = table->name.find("bf16") != std::string::npos || table->name == "amx";
     for (int l = 0; l < m.layers; ++l)
-      for (const auto& [a, b] : {std::pair{&expected.outputs, &got.outputs}, {&expected.keys, &got.keys}, {&expected.values, &got.values}}) {
+      for (const auto& [a, b] :
+           {std::pair{&expected.outputs, &got.outputs}, {&expected.keys, &got.keys}, {&expected.values, &got.values}}) {
         const Tensor x = (*a)[size_t(l)], y = (*b)[size_t(l)];
         ASSERT_EQ(x.numel(), y.numel());
         double square = 0, error = 0;
@@ -183,7 +185,8 @@ TEST(Gradients, OfANormAndOfProducts) {
               along += double(x->at<float>(t, c)) * double(w->at<float>(0, c)) * double(d_y->at<float>(t, c)) / double(width);
         for (int64_t c = 0; c < width; ++c) {
           const double r = 1 / std::sqrt(mean), own = double(w->at<float>(0, c)) * double(d_y->at<float>(t, c));
-          ASSERT_NEAR(d_x->at<float>(t, c), double(before->at<float>(t, c)) + r * own - r * r * r * double(x->at<float>(t, c)) * along, 1e-4);
+          ASSERT_NEAR(d_x->at<float>(t, c),
+                      double(before->at<float>(t, c)) + r * own - r * r * r * double(x->at<float>(t, c)) * along, 1e-4);
           double sum = 0;
           for (int64_t o = 0; o < outs; ++o) sum += double(d_z->at<float>(t, o)) * double(matrix->at<float>(o, c));
           ASSERT_NEAR(d_in->at<float>(t, c), sum, 1e-4);

@@ -191,8 +191,8 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"r-kv(budget=20,window=4,when=every(3))"}, Case{"r-kv(budget=20,window=4,when=every(1))", 25},
         Case{"q-filters(budget=16)"}, Case{"q-filters(budget=16,when=chunk)", 30}, Case{"spec-kv(budget=20,window=4)"},
         Case{"forcing-kv(frame=6,share=0.4)"}, Case{"forcing-kv(frame=6,share=0.4,static=[2,5],when=every(3))", 25},
-        Case{"swa-cache"}, Case{"swa-cache(when=every(3),spare=2)", 25}, Case{"kvzip(budget=20,chunk=32,sinks=2)"}, Case{"kvgrad(budget=20,chunk=32,sinks=2)"},
-        Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
+        Case{"swa-cache"}, Case{"swa-cache(when=every(3),spare=2)", 25}, Case{"kvzip(budget=20,chunk=32,sinks=2)"},
+        Case{"kvgrad(budget=20,chunk=32,sinks=2)"}, Case{"kvzip(budget=0.3,chunk=32,share=layer)", 40}),
     [](const auto& info) {
       std::string name = info.param.attention + (info.param.chunk ? "_chunk" : "");
       for (char& c : name)

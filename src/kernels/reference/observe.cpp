@@ -35,7 +35,7 @@ std::vector<double> column(const Attention& attention, const std::vector<QueryRo
   std::vector<double> out(size_t(m), how.logits && (fold_max || last) ? -infinity : 0.0), seen_by(size_t(m), 0.0);
   for (const QueryRow& at : rows) {
     const std::vector<Seen> seen = attention.seen(at);
-    const double lse = attention.lse(at, seen);
+    const double lse = how.lse ? number(how.lse, at.row) : attention.lse(at, seen);
     for (const Seen& key : seen) {
       const double x = how.logits ? key.logit : attention.weight(key, lse);
       double& to = out[size_t(key.key)];

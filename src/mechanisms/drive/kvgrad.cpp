@@ -21,7 +21,8 @@ struct KVgrad final : KVzip {
   }
 
   void repeat(Run& run, int sequence, const std::vector<int32_t>& request) const override {
-    run.replay_backward(sequence, request, [](Queue& queue, Tensor x, Tensor d_x) { compute(queue, 2 * load(x, index()), d_x); });
+    run.replay_backward(sequence, request,
+                        [](Queue& queue, Tensor x, Tensor d_x) { compute(queue, 2 * load(x, index()), d_x); });
   }
   void observe(LayerView&) const override {}
 
@@ -60,7 +61,8 @@ struct KVgrad final : KVzip {
 Entry kvgrad() {
   Entry e = entry<KVgrad>("kvgrad", "KVgrad", "2026, openreview cg1wTCJjjk", 2026, Role::Keep | Role::Drive);
   e.equation =
-      "s_j = max over rows p of the repeated chunk and the group of P_pj ‖W_O v_j‖₂ ‖∂Φ/∂o_p‖₂, Φ = Σ ‖h‖² over rows behind "
+      "s_j = max over rows p of the repeated chunk and the group of P_pj ‖W_O v_j‖₂ ‖∂Φ/∂o_p‖₂, Φ = Σ ‖h‖² over rows "
+      "behind "
       "the last layer, o = W_O · attention; keep the best of all layers and heads";
   e.needs = "the prompt fed again, part by part, and backward: some five times its cost";
   e.identity = "kvgrad(budget=1.0)";
