@@ -105,6 +105,18 @@ struct Gradients {
   Tensor k, v;    // as the panel's rows, old ones too: what this feed's attention makes of them
 };
 
+/// Low-rank changes of a layer's matrices (LoRA; Hu et al., 2021): W x + b (a x). F32, where kernels run: a [rank, in],
+/// b [out, rank], which holds the scale. Empty: the matrix as it is.
+struct Adapter {
+  struct Pair {
+    Tensor a, b;
+  };
+  struct Layer {
+    Pair q, k, v, o, gate, up, down;
+  };
+  std::vector<Layer> layers;
+};
+
 /// Writes into d_x the gradient of a number with respect to x, the rows behind the last layer before their norm; both
 /// F32 [new tokens, hidden], where kernels run.
 using Objective = std::function<void(Queue&, Tensor x, Tensor d_x)>;
@@ -312,6 +324,9 @@ class Run {
   /// each, the last layer first. About three times a replay's work. Throws Error(Unsupported) where keys are not read at their
   /// true positions.
   virtual void replay_backward(int sequence, std::span<const int32_t> tokens, const Objective&) = 0;
+  /// Rows in place of tokens' embeddings, F32 [n, hidden] of the host, go through the model under `adapter` (may be null), dense
+  /// and in Phase::Replay, and stay: n entries behind those of the sequence, at its next positions; tokens() has −1 for each.
+  virtual void append(int sequence, const Tensor& rows, const Adapter* adapter) = 0;
   /// In shorten(): reads the next tokens of the prompt for good, as a part of it (Phase::Chunk). The last ones, behind which
   /// the prompt is at its end, are not the drive's to read.
   virtual void feed(int sequence, std::span<const int32_t> tokens) = 0;

@@ -115,6 +115,7 @@ Entry razor_attention();
 Entry rectified_spaattn();
 Entry recycled_attention();
 Entry rerotate();
+Entry restorekv();
 Entry retrieval_attention();
 Entry retrieval_heads();
 Entry rettention();

@@ -118,6 +118,7 @@ std::span<const Entry> registry() {
       rectified_spaattn(),
       recycled_attention(),
       rerotate(),
+      restorekv(),
       retrieval_attention(),
       retrieval_heads(),
       rettention(),

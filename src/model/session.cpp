@@ -41,7 +41,7 @@ class SessionRun final : public Run {
   void replay(int sequence, std::span<const int32_t> tokens, int layers) override {
     std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
     batch[size_t(sequence)] = tokens;
-    impl_.feed(batch, Phase::Replay, true, Session::Logits::None, {}, layers);
+    impl_.feed(batch, Phase::Replay, true, Session::Logits::None, {}, {.depth = layers});
     deepest = std::max(deepest, layers > 0 ? layers : model().layers);
     impl_.store->truncate(impl_.queue, sequence, impl_.next[size_t(sequence)]);
   }
@@ -52,6 +52,16 @@ class SessionRun final : public Run {
       at.enter(state());
       impl_.part(part_).gradient(at);
     });
+  }
+  void append(int sequence, const Tensor& rows, const Adapter* adapter) override {
+    std::vector<int32_t> ids(size_t(rows.size[0]));
+    std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
+    batch[size_t(sequence)] = ids;
+    impl_.check_reach(impl_.next[size_t(sequence)] + rows.size[0]);
+    impl_.feed(batch, Phase::Replay, true, Session::Logits::None, {}, {.rows = rows, .adapter = adapter});
+    impl_.next[size_t(sequence)] += rows.size[0];
+    auto& text = impl_.tokens[size_t(sequence)];
+    text.insert(text.end(), size_t(rows.size[0]), -1);
   }
   void feed(int sequence, std::span<const int32_t> tokens) override {
     std::vector<std::span<const int32_t>> batch(size_t(impl_.options.sequences));
@@ -202,11 +212,11 @@ std::vector<std::span<const int32_t>> Session::Impl::shorten(const std::vector<s
   return out;
 }
 
-void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens, Phase phase, bool last_chunk, Logits want,
-                         const std::function<void(int64_t, Tensor)>& visit, int depth, const Backward* gradients) {
+void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens, Phase phase, bool last_chunk,
+                         Logits want, const std::function<void(int64_t, Tensor)>& visit, const Replayed& how) {
   const int sequences = options.sequences;
   const ModelInfo& m = info();
-  Batch batch{.phase = phase, .last_chunk = last_chunk, .layers = depth > 0 ? depth : m.layers};
+  Batch batch{.phase = phase, .last_chunk = last_chunk, .layers = how.depth > 0 ? how.depth : m.layers};
   for (const auto& span : fed_tokens) batch.count.push_back(int64_t(span.size())), batch.total += int64_t(span.size());
   if (batch.total == 0) return;
   std::vector<int32_t> ids, places;
@@ -230,7 +240,9 @@ void Session::Impl::feed(const std::vector<std::span<const int32_t>>& fed_tokens
   Tensor x;
   if (!replayed) {  // all that a step tells the device; the rest follows from it there
     batch.ids = queue.upload(ids), batch.positions = queue.upload(places), batch.first = queue.upload(first);
-    x = gradients ? forward(batch, *gradients) : forward(batch);
+    if (how.rows) batch.rows = queue.upload(how.rows);
+    batch.adapter = how.adapter;
+    x = how.gradients ? forward(batch, *how.gradients) : forward(batch);
   }
   if (phase == Phase::Replay) return store->sync();
   for (int s = 0; s < sequences; ++s) {
@@ -268,7 +280,8 @@ Tensor Session::Impl::forward(Batch& batch) {
   };
   rows_of_heads(m.h, batch.q_offsets, batch.q_pos), rows_of_heads(m.g, batch.kv_offsets, batch.kv_pos);
   Tensor x = queue.scratch.take(Dtype::F32, {batch.total, m.hidden});
-  queue.run->embed(queue, weights->embedding, batch.ids, architecture().embedding_scale, x);
+  if (batch.rows) queue.move(batch.rows, x);
+  else queue.run->embed(queue, weights->embedding, batch.ids, architecture().embedding_scale, x);
   for (int l = 0; l < batch.layers; ++l) {
     if (batch.phase != Phase::Decode && interrupted())
       throw Error(Code::Interrupted, "session", "stopped in layer " + std::to_string(l));

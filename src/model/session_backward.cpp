@@ -18,7 +18,7 @@ void Session::Impl::gradients(const std::vector<std::span<const int32_t>>& fed, 
   };
   const Backward how{objective, look};
   try {
-    feed(fed, Phase::Replay, true, Logits::None, {}, 0, &how);
+    feed(fed, Phase::Replay, true, Logits::None, {}, {.gradients = &how});
   } catch (...) {
     tapes = nullptr;
     forget();

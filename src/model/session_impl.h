@@ -81,8 +81,19 @@ struct Session::Impl {
     const Objective& objective;
     const Tap& look;
   };
+  /// What a replay is besides.
+  struct Replayed {
+    int depth = 0;  // layers that it goes through; 0: all
+    const Backward* gradients = nullptr;
+    Tensor rows = {};  // F32 [T, hidden] of the host: in place of the tokens' embeddings
+    const Adapter* adapter = nullptr;
+  };
   void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
-            const std::function<void(int64_t, Tensor)>& visit, int depth = 0, const Backward* gradients = nullptr);
+            const std::function<void(int64_t, Tensor)>& visit) {
+    feed(tokens, phase, last_chunk, want, visit, Replayed{});
+  }
+  void feed(const std::vector<std::span<const int32_t>>& tokens, Phase phase, bool last_chunk, Logits want,
+            const std::function<void(int64_t, Tensor)>& visit, const Replayed& replayed);
   std::vector<std::span<const int32_t>> shorten(const std::vector<std::span<const int32_t>>& tokens,
                                                 std::vector<std::vector<int32_t>>& read);
   void check_reach(int64_t length) const;
@@ -117,6 +128,8 @@ struct Session::Impl::Batch {
   std::vector<int64_t> count;  // new tokens of each sequence
   int64_t total = 0;
   Tensor ids, positions, first;  // I32 [T], I32 [T], I64 [sequences + 1]
+  Tensor rows;                   // in place of the embeddings of ids
+  const Adapter* adapter = nullptr;
   Tensor q_offsets, kv_offsets;  // I64 [sequences · heads + 1]: the new rows, head-major
   Tensor q_pos, kv_pos;          // I32, as those rows
 };

@@ -50,6 +50,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   const bool decoding = batch.phase == Phase::Decode;
   LayerStore& entries = store->layer(l);
   const LayerWeights& w = weights->layers[size_t(l)];
+  const Adapter::Layer* adapter = batch.adapter ? &batch.adapter->layers[size_t(l)] : nullptr;
   Scratch scope(queue.scratch);
   LayerView view = view_of(batch, l, x);
 
@@ -58,7 +59,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   Tensor v_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.g) * m.d_v});
   {
     Clock clock(times.products);
-    project(queue, *weights, architecture(), l, x, options.ubatch, q_rows, k_rows, v_rows);
+    project(queue, *weights, architecture(), l, x, options.ubatch, q_rows, k_rows, v_rows, adapter);
   }
   std::optional<Clock> clock(std::in_place, times.rest);
   Tensor q_heads = q_rows.reshape({total, m.h, m.d}), k_heads = k_rows.reshape({total, m.g, m.d}),
@@ -172,7 +173,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     merged = queue.scratch.take(Dtype::F32, {total, int64_t(m.h) * m.d_v});
     run.merge_heads(queue, out, batch.first, merged);
   }
-  finish(queue, *weights, architecture(), l, merged, options.ubatch, x);
+  finish(queue, *weights, architecture(), l, merged, options.ubatch, x, adapter);
 }
 
 void Session::Impl::attend(Batch& batch, LayerView& view) {

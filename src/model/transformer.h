@@ -7,10 +7,11 @@ namespace heed {
 
 /// q [T, h·d], k [T, g·d], v [T, g·d_v] (F32) of x [T, hidden], `tile` rows at a time.
 void project(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor x, int64_t tile, Tensor q, Tensor k,
-             Tensor v);
+             Tensor v, const Adapter::Layer* adapter = nullptr);
 
 /// x += the layer's output matrix · attention (F32 [T, h·d_v], token-major), then x += its feed-forward part.
-void finish(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor attention, int64_t tile, Tensor x);
+void finish(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor attention, int64_t tile, Tensor x,
+            const Adapter::Layer* adapter = nullptr);
 
 /// Logits F32 [R, vocabulary] of the rows x [R, hidden].
 void logits(Queue&, const ModelWeights&, const Architecture&, Tensor x, Tensor y);

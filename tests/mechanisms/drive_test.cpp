@@ -52,6 +52,7 @@ class FakeRun final : public Run {
   std::vector<int32_t> tokenize(const std::string&) const override { return {7, 7, 7}; }
 
   Queue& queue() override { return queue_; }
+  void append(int, const Tensor&, const Adapter*) override { ADD_FAILURE() << "no rows were given"; }
   void feed(int, std::span<const int32_t>) override { ADD_FAILURE() << "the prompt has been read"; }
 
   void replay(int, std::span<const int32_t> tokens, int) override { read(tokens, nullptr); }

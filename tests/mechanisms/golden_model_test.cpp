@@ -10,6 +10,7 @@ namespace {
 struct Policy {
   const char *file, *spec;
   enum { Both, Kept, Said } what = Both;  // keys rotated anew, and dense attention, have no file of what is kept
+  int32_t learnt = 0;                     // rows that were read behind the prompt and stay
 };
 void PrintTo(const Policy& p, std::ostream* out) { *out << p.file; }
 
@@ -21,7 +22,7 @@ Buffer read(const std::string& name) {
 
 TEST_P(GoldenModel, KeepsAndSaysTheSame) {
   static const auto model = value_or_throw(Model::load(std::string(HEED_TEST_DATA) + "/golden/model/model.gguf"));
-  const auto& [name, spec, what] = GetParam();
+  const auto& [name, spec, what, learnt] = GetParam();
   const Buffer ids = read("tokens");
   const std::span<const int32_t> tokens(ids->as<int32_t>(), size_t(ids->size[0]));
   constexpr size_t prompt = 150;
@@ -35,6 +36,7 @@ TEST_P(GoldenModel, KeepsAndSaysTheSame) {
         std::vector<int32_t> expected;
         for (int32_t j = 0; j < int32_t(prompt); ++j)
           if (stayed->at<uint8_t>(l, kv, j)) expected.push_back(j);
+        for (int32_t j = 0; j < learnt; ++j) expected.push_back(int32_t(prompt) + j);
         EXPECT_EQ(session.store().layer(l).positions(kv), expected) << "layer " << l << ", KV head " << kv;
       }
   }
@@ -78,7 +80,9 @@ INSTANTIATE_TEST_SUITE_P(
         Policy{"duo-attention", "duo-attention(sinks=8,recent=40,heads=1)", Policy::Kept},
         Policy{"lu-kv", "lu-kv(expected-attention(budget=60,eps=0.02),lost=[0.5,0.77,0.31,0.82,0.6,0.6])"},
         Policy{"q-filters", "q-filters(budget=60,rounds=1000)"}, Policy{"kvzip", "kvzip(budget=0.4,chunk=64)"},
-        Policy{"kvzip-layer", "kvzip(budget=0.4,share=layer)"}, Policy{"kvgrad", "kvgrad(budget=0.4,chunk=64)"},
+        Policy{"kvzip-layer", "kvzip(budget=0.4,share=layer)"},
+        Policy{"restorekv", "restorekv(budget=0.4,weights=@" HEED_TEST_DATA "/golden/model/restore.npz)", Policy::Both, 8},
+        Policy{"kvgrad", "kvgrad(budget=0.4,chunk=64)"},
         Policy{"kvgrad-layer", "kvgrad(budget=0.4,chunk=40,share=layer)"}, Policy{"kvcompose", "kvcompose(budget=0.4)"},
         Policy{"knorm-decoding", "knorm(budget=60,when=every(2))"},
         Policy{"keydiff-decoding", "keydiff(budget=60,when=every(3))"},

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "harness.h"
+#include "learnt_rows.h"
 #include "mechanisms/registry.h"
 #include "model/session.h"
 
@@ -55,6 +56,7 @@ const std::vector<std::string> kSpecs = {
     "kvzip(budget=0.2,chunk=32)",
     "kvzip(budget=0.2,chunk=32,share=layer)",
     "kvgrad(budget=0.2,chunk=32)",
+    "restorekv(budget=0.3,chunk=32,weights=@" + learnt_rows(4, 48, 64) + ")",
     "kivi(residual=0)",
     "kivi(bits=4,residual=8,heads=1)",
     "act(threshold=0.02,skip_first=0,skip_last=0)",

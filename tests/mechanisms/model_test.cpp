@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "backends.h"
+#include "learnt_rows.h"
 #include "mechanisms/registry.h"
 #include "model/session.h"
 
@@ -133,8 +134,9 @@ INSTANTIATE_TEST_SUITE_P(
         "adakv(snapkv(budget=0.33))", "h2o(budget=0.33)", "tova(budget=0.33)", "knorm(budget=0.33)",
         "quest(budget=0.33)", "tidal-decode(budget=0.33)", "xattention(block=16,threshold=0.9)", "moba(block=16,topk=6)",
         "flexprefill(block=16,min_budget=64)", "kivi(residual=64)", "kvzip(budget=0.33,chunk=128)",
-        "kvgrad(budget=0.33,chunk=128)", "act(heads=0)", "a2sf(budget=0.33)", "observed-attention(budget=0.33)",
-        "keydiff(budget=0.33)", "cur(budget=0.33)", "lagkv(budget=0.5,lag=32)", "noncausal(budget=0.33,tile=64)",
+        "kvgrad(budget=0.33,chunk=128)", "restorekv(budget=0.33,chunk=128,weights=@" + learnt_rows(30, 576, 1536) + ")",
+        "act(heads=0)", "a2sf(budget=0.33)", "observed-attention(budget=0.33)", "keydiff(budget=0.33)",
+        "cur(budget=0.33)", "lagkv(budget=0.5,lag=32)", "noncausal(budget=0.33,tile=64)",
         "expected-attention(budget=0.33)", "random(budget=0.5,sinks=4)", "duo-attention(sinks=4,recent=64,heads=[0,2])",
         "simlayerkv(recent=64,threshold=0.5)", "chunkkv(snapkv(budget=0.33))", "caote(h2o(budget=0.33))",
         "entropy-chunk(snapkv(budget=0.33))", "squeeze-attention(snapkv(budget=0.33),share=0.8)", "think(share=0.4)",

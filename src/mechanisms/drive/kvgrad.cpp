@@ -64,7 +64,7 @@ Entry kvgrad() {
       "s_j = max over rows p of the repeated chunk and the group of P_pj ‖W_O v_j‖₂ ‖∂Φ/∂o_p‖₂, Φ = Σ ‖h‖² over rows "
       "behind "
       "the last layer, o = W_O · attention; keep the best of all layers and heads";
-  e.needs = "the prompt fed again, part by part, and backward: some five times its cost";
+  e.needs = "the prompt fed again, part by part, and backward: about six times its cost";
   e.identity = "kvgrad(budget=1.0)";
   e.verified = {"identity", "formula", "model"};
   return e;

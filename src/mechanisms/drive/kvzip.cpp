@@ -6,16 +6,6 @@
 
 namespace heed::mechanisms {
 
-namespace {
-
-/// The part of the prompt that is being repeated.
-struct Part final : State {
-  int64_t begin = 0, end = 0;
-  std::unique_ptr<State> clone() const override { return std::make_unique<Part>(*this); }
-};
-
-}  // namespace
-
 std::vector<ParamInfo> KVzip::params(const char* chunk) {
   using M = KVzip;
   std::vector<ParamInfo> all = keep_params<M>(
@@ -60,6 +50,8 @@ void KVzip::drive(Run& run) const {
       request.insert(request.end(), text.begin() + part.begin, text.begin() + part.end);
       repeat(run, s, request);
     }
+    part.begin = part.end = 0;
+    behind(run, s);
   }
   run.evict();
 }
@@ -101,7 +93,7 @@ void KVzip::observe(LayerView& at) const {
 
 Ragged KVzip::score(LayerView& at) const {
   if (at.model.window(at.layer) > 0) return newest_seen(at);
-  return force(at.queue, at.column("kvzip.most"), sinks, 0);
+  return force(at.queue, at.column("kvzip.most"), sinks, newest());
 }
 
 Tensor KVzip::allocate(const Allocation& a) const {

@@ -10,6 +10,12 @@ namespace heed::mechanisms {
 // behind the prompt sees nothing of what it repeats, so scores say nothing there: such a layer stays out of the pool and
 // keeps the newest entries, as many as its own share grants and its window can still show.
 struct KVzip : KeepPolicy {
+  /// The part of the prompt that is being repeated.
+  struct Part : State {
+    int64_t begin = 0, end = 0;
+    std::unique_ptr<State> clone() const override { return std::make_unique<Part>(*this); }
+  };
+
   int chunk, sinks;
   Choice share;
 
@@ -28,6 +34,10 @@ struct KVzip : KeepPolicy {
   virtual void repeat(Run& run, int sequence, const std::vector<int32_t>& request) const {
     run.replay(sequence, request);
   }
+  /// When a sequence's prompt has been repeated, before anything goes.
+  virtual void behind(Run&, int /*sequence*/) const {}
+  /// The latest entries that always stay.
+  virtual int64_t newest() const { return 0; }
   /// What such a reading sees: the sinks, its part of the prompt and itself.
   Plan seen(const LayerView& at) const;
 };

@@ -23,10 +23,11 @@ from kvpress import (
     AdaKVPress, BlockPress, CapPress, ChunkKVPress, ChunkPress, CompactorPress, CriticalAdaKVPress, CriticalKVPress, CURPress, DecodingPress,
     DMSPress, DuoAttentionPress, EntropyGatedChunkKVPress, ExpectedAttentionPress, ExpectedAttentionStatsPress, FinchPress, KeyDiffPress, KeyRerotationPress,
     KnormPress, KVComposePress, KVgradPress, KVzipPress, LagKVPress, LeverageScorePress, LUKVPress, MergingPress, NonCausalAttnPress,
-    ObservedAttentionPress, PrefillDecodingPress, PyramidKVPress, QFilterPress, SimLayerKVPress, SnapKVPress, StreamingLLMPress, TOVAPress,
+    ObservedAttentionPress, PrefillDecodingPress, PyramidKVPress, QFilterPress, RestoreKVPress, SimLayerKVPress, SnapKVPress, StreamingLLMPress, TOVAPress,
 )
 from kvpress.presses import kvzip_press
 from kvpress.presses.base_press import BasePress
+from peft import LoraConfig
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 PROMPT, FOLLOW, RATIO = 150, 4, 0.6
@@ -108,7 +109,7 @@ def load(path, attention):
 def run(model, press, base=None):
     """Bytes [layers, KV heads, PROMPT], and the logits behind the last token; tokens go on at `base`."""
     cache, whole, g = DynamicCache(), DynamicCache(), model.config.num_key_value_heads
-    decoding = contextlib.ExitStack()
+    decoding, restores = contextlib.ExitStack(), isinstance(press, RestoreKVPress)
     with torch.no_grad(), decoding:
         model(ids[:, :PROMPT], past_key_values=whole)
         if isinstance(press, PrefillDecodingPress):  # stays at work
@@ -120,8 +121,8 @@ def run(model, press, base=None):
         stayed = np.zeros((len(cache.layers), g, PROMPT), np.uint8)
         for l, layer in enumerate(cache.layers):
             masked = getattr(model.model.layers[l].self_attn, "masked_key_indices", None)
-            for kv in range(g if base is None else 0):
-                near = torch.cdist(layer.keys[0, kv].double(), whole.layers[l].keys[0, kv].double()).min(-1)
+            for kv in range(g if base is None or restores else 0):
+                near = torch.cdist(layer.keys[0, kv, :PROMPT].double(), whole.layers[l].keys[0, kv].double()).min(-1)
                 assert float(near.values.max()) < 1e-4
                 stayed[l, kv, near.indices.numpy()] = 1
             if masked is not None:
@@ -171,6 +172,28 @@ def filters(model):
         f = torch.linalg.svd(rows, full_matrices=False).Vh[:, 0]
         out.append(-f * torch.sign((rows.mean(1) * f).sum(-1, keepdim=True)))
     return torch.stack(out)
+
+
+def restoring(model):
+    """RestoreKV with random rows and low-rank matrices, which go to restore.npz too, as heed takes them."""
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    model.add_adapter(config, adapter_name="restorekv")
+    rng, arrays = np.random.default_rng(8), {"embeddings": np.float32(np.random.default_rng(9).normal(size=(8, HIDDEN)))}
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        both = []
+        for layer in model.model.layers:
+            matrix = getattr(layer.self_attn if name in "qkvo" else layer.mlp, name + "_proj")
+            pair = [matrix.lora_A["restorekv"].weight, matrix.lora_B["restorekv"].weight]
+            for w in pair:
+                w.data = torch.tensor(rng.normal(size=w.shape) / 4).float()
+            both.append([pair[0].detach().numpy(), pair[1].detach().numpy() * matrix.scaling["restorekv"]])
+        arrays[name + ".a"], arrays[name + ".b"] = (np.stack(w) for w in zip(*both))
+    model.disable_adapters()
+    np.savez(f"{folder}/restore.npz", **arrays)
+    press = RestoreKVPress(RATIO)
+    press.post_init_from_model = lambda model: None
+    press.restore_embeddings = torch.tensor(arrays["embeddings"])
+    return press
 
 
 class NoTokenizer:
@@ -248,6 +271,7 @@ presses = {
     "kvzip-layer": KVzipPress(RATIO, layerwise=True),
     "kvgrad": KVgradPress(RATIO, chunk_size=64),
     "kvgrad-layer": KVgradPress(RATIO, chunk_size=40, layerwise=True),
+    "restorekv": None,
     "kvcompose": KVComposePress(compression_ratio=RATIO),
 }
 for name, press, interval in (("knorm", KnormPress, 2), ("keydiff", KeyDiffPress, 3), ("tova", TOVAPress, 1)):
@@ -261,8 +285,13 @@ if __name__ == "__main__":
         if only and name not in only:
             continue
         torch.randn = unit
+        model = slow if name == "observed-attention" else fast
+        if name == "restorekv":
+            model = load(f"{folder}/model.gguf", "sdpa")
+            press = restoring(model)
         moved = name in ("streaming-llm", "rerotate", "finch-rerotated")
-        stayed, logits = run(slow if name == "observed-attention" else fast, press, 60 if moved else None)
+        base = 60 if moved else PROMPT + 8 if name == "restorekv" else None
+        stayed, logits = run(model, press, base)
         torch.randn = drawn
         if not moved:
             np.save(f"{folder}/{name}.npy", stayed)
