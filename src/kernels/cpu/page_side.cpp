@@ -84,15 +84,12 @@ void read_sparse(const PageSide& side, int entry, float* out) {
   for (int first = 0, run = by_channel ? 64 : type.group; first < side.width; first += run) {
     const int n = std::min(run, side.width - first);
     expand(side, entry, first, n, codes);
-    // Points one by one, middles and widths side by side: a half at a time becomes f32 as slowly as many do.
-    float points[kLanes] = {};
-    for (int c = 0; c < n; c += kLanes) {
-      const int count = std::min(n - c, kLanes);
-      for (int i = 0; i < count; ++i) points[i] = type.points[codes[c + i]];
-      const F scale = by_channel ? load_part(scales + first + c, count) : set(float(scales[first / run])),
-              zero = by_channel ? load_part(zeros + first + c, count) : set(float(zeros[first / run]));
-      store_part(out + first + c, fma(load(points), scale, zero), count);
-    }
+    if (by_channel)
+      for (int c = 0; c < n; ++c)
+        out[first + c] = float(zeros[first + c]) + type.points[codes[c]] * float(scales[first + c]);
+    else
+      for (int c = 0; c < n; ++c)
+        out[first + c] = float(zeros[first / run]) + type.points[codes[c]] * float(scales[first / run]);
   }
   const int64_t step = by_channel ? 1 : type.group;  // channels of a group
   const int here = entry % type.group;
