@@ -36,6 +36,7 @@ class Calibrate final : public Command {
            "look. For statistics of queries and code books: parts of the text that are read (-1: 100)")
         ->type_name("N")
         ->check(CLI::Range(-1, 1000));
+    app.add_flag("--gradients", gradients_, "code books: numbers count by their squared gradients of the text's loss");
     app.add_option("-s,--seed", seed_, "of the needles")->type_name("N");
     add_json(app, json_);
     app.footer(
@@ -60,8 +61,9 @@ class Calibrate final : public Command {
     const std::vector<int32_t> text = tokens_of(*model, file_);
     Progress progress("calibrate");
     const std::string_view learnt = what.parameter;
-    if (learnt == "stats") return learn_queries(specs[0], model, text, progress);
     if (learnt == "book") return learn_books(specs[0], model, text, progress);
+    require(!gradients_, "--gradients", "only code books are learnt with them", "leave it out");
+    if (learnt == "stats") return learn_queries(specs[0], model, text, progress);
     if (what.share == 0) return learn_probe(specs[0], model, text, progress);
     if (prompts_ < 0) prompts_ = 6;
     const HeadStudy study = study_heads(model, text, context_, prompts_, seed_, flags_.session("dense"),
@@ -107,7 +109,8 @@ class Calibrate final : public Command {
 
   int learn_books(const Spec& spec, const std::shared_ptr<const Model>& model, std::span<const int32_t> text,
                   Progress& progress) {
-    const auto options = of_texts<CodeBookOptions>("code books");
+    auto options = of_texts<CodeBookOptions>("code books");
+    options.gradients = gradients_;
     const Needs needs = value_or_throw(make_mechanism(spec, registry()))->needs(model->info());
     const CodeBooks books = learn_code_books(model, text, needs.quantised_k, needs.quantised_v, options,
                                              [&](double share) { progress.at(share); });
@@ -140,7 +143,7 @@ class Calibrate final : public Command {
   int64_t context_ = 2048;
   int prompts_ = -1;
   uint64_t seed_ = 0;
-  bool json_ = false;
+  bool gradients_ = false, json_ = false;
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "lab/code_books.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "attention/maps.h"
 #include "attention/rotation.h"
@@ -26,7 +27,7 @@ CodeBooks learn_code_books(std::shared_ptr<const Model> model, std::span<const i
   const ModelInfo& m = model->info();
   std::vector<mechanisms::RangeHistogram> keys(static_cast<size_t>(m.layers)), values = keys;
   CodeBooks out;
-  out.bits = k.bits();
+  out.bits = k.bits(), out.gradients = options.gradients;
   const int64_t wanted = std::min(int64_t(text.size()), options.length * options.texts);
   for (int64_t begin = 0; begin < wanted; begin += options.length) {
     const int64_t length = std::min(options.length, wanted - begin) / kPage * kPage;
@@ -35,30 +36,53 @@ CodeBooks learn_code_books(std::shared_ptr<const Model> model, std::span<const i
     SessionOptions how = options.session;
     how.attention = "dense", how.chunk = 0;
     Session session(model, how);
-    session.tap([&](LayerView& at) {
+    const auto look = [&](LayerView& at) {
       const Scratch scope(at.queue.scratch);
-      Ragged plain = in_f32(at.queue, at.k);
-      if (const Rope* rope = m.rope(at.layer)) plain = turned(at.queue, plain, backwards(at.queue, *rope), at.k_pos);
-      const HostRows key(at.queue, plain), value(at.queue, in_f32(at.queue, at.v));
-      std::vector<float> group;
+      // A rotation turns a gradient as it turns a key.
+      const auto before_rotation = [&](const Ragged& x) {
+        const Rope* rope = m.rope(at.layer);
+        return rope ? turned(at.queue, x, backwards(at.queue, *rope), at.k_pos) : x;
+      };
+      const auto beside = [&](Ragged like, const Tensor& numbers) {
+        like.values = numbers;
+        return like;
+      };
+      const HostRows key(at.queue, before_rotation(in_f32(at.queue, at.k))), value(at.queue, in_f32(at.queue, at.v));
+      const Gradients* slope = at.gradients;
+      std::optional<HostRows> key_slope, value_slope;
+      if (slope) {
+        key_slope.emplace(at.queue, before_rotation(beside(at.k, slope->k)));
+        value_slope.emplace(at.queue, beside(at.v, slope->v));
+      }
+      std::vector<float> group, weights;
+      const auto take = [&](const HostRows& from, const std::optional<HostRows>& slopes, int64_t head, int64_t e, int64_t c) {
+        group.push_back(from.at(head, e, c));
+        if (slopes) weights.push_back(slopes->at(head, e, c) * slopes->at(head, e, c));
+      };
       for (int64_t head = 0; head < m.g; ++head)
         for (int64_t first = kPage; first < length; first += kPage) {
           for (int64_t begin = first; begin < first + kPage; begin += k.group)
             for (int64_t c = 0; c < m.d; ++c) {
-              group.clear();
-              for (int64_t e = begin; e < begin + k.group; ++e) group.push_back(key.at(head, e, c));
-              keys[size_t(at.layer)].add(group, k.outliers);
+              group.clear(), weights.clear();
+              for (int64_t e = begin; e < begin + k.group; ++e) take(key, key_slope, head, e, c);
+              keys[size_t(at.layer)].add(group, k.outliers, weights);
             }
           for (int64_t e = first; e < first + kPage; ++e)
             for (int64_t begin = 0; begin < m.d_v; begin += v.group) {
-              group.clear();
+              group.clear(), weights.clear();
               for (int64_t c = begin; c < std::min<int64_t>(begin + v.group, m.d_v); ++c)
-                group.push_back(value.at(head, e, c));
-              values[size_t(at.layer)].add(group, v.outliers);
+                take(value, value_slope, head, e, c);
+              values[size_t(at.layer)].add(group, v.outliers, weights);
             }
         }
-    });
-    session.prefill(text.subspan(size_t(begin), size_t(length)), Session::Logits::None);
+    };
+    const auto part = text.subspan(size_t(begin), size_t(length));
+    if (options.gradients) {
+      session.gradients({part}, session.prediction_loss(part), look);
+    } else {
+      session.tap(look);
+      session.prefill(part, Session::Logits::None);
+    }
     out.pages += length / kPage - 1, ++out.texts;
     if (progress) progress(double(begin + length) / double(wanted));
   }
@@ -77,9 +101,11 @@ nlohmann::ordered_json code_books_profile(const Spec& spec, const ModelInfo& m, 
     std::copy_n(learnt.points[size_t(l)].k.begin(), count, keys->as<float>() + l * count);
     std::copy_n(learnt.points[size_t(l)].v.begin(), count, values->as<float>() + l * count);
   }
-  return array_profile(
-      spec, m, "book", arrays, named, {{"keys", keys}, {"values", values}},
-      {{"what", "points of keys and values, unweighted"}, {"texts", learnt.texts}, {"pages", learnt.pages}});
+  return array_profile(spec, m, "book", arrays, named, {{"keys", keys}, {"values", values}},
+                       {{"what", std::string("points of keys and values, ") +
+                                     (learnt.gradients ? "weighed by squared gradients of the loss" : "unweighted")},
+                        {"texts", learnt.texts},
+                        {"pages", learnt.pages}});
 }
 
 }  // namespace heed

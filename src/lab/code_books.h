@@ -15,8 +15,9 @@ namespace heed {
 
 struct CodeBookOptions {
   SessionOptions session;
-  int64_t length = 2048;  // tokens of a text
-  int texts = 100;        // at most; parts of the text that follow one another
+  int64_t length = 2048;   // tokens of a text
+  int texts = 100;         // at most; parts of the text that follow one another
+  bool gradients = false;  // numbers count by their squared gradients of the text's loss (its Fisher information)
 };
 
 /// Of every layer: 2^bits points between the ends of a group's range.
@@ -24,6 +25,7 @@ struct CodeBooks {
   int bits = 0;
   int64_t pages = 0;  // of each KV head, that they were learnt from
   int texts = 0;
+  bool gradients = false;
   std::vector<PagePoints> points;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attention/scores.h"
+#include "model/transformer.h"
 
 namespace heed {
 namespace {
@@ -119,6 +120,32 @@ void project_backward(Queue& queue, const ModelWeights& weights, const Architect
     matmul_backward(queue, w.k, d_k.slice(0, a, b), true, normed);
     matmul_backward(queue, w.v, d_v.slice(0, a, b), true, normed);
     rms_norm_backward(queue, x.slice(0, a, b), w.attn_norm, architecture.norm_eps, normed, true, d_x.slice(0, a, b));
+  });
+}
+
+void prediction_backward(Queue& queue, const ModelWeights& weights, const Architecture& architecture, Tensor x,
+                         Tensor targets, Tensor d_x) {
+  const int64_t vocabulary = weights.output.size[0];
+  tiles(x.size[0], 64, [&](int64_t a, int64_t b) {
+    const Scratch scope(queue.scratch);
+    const Tensor y = queue.scratch.take(Dtype::F32, {b - a, vocabulary}), rows = x.slice(0, a, b);
+    logits(queue, weights, architecture, rows, y);
+    const Ragged each{.values = y.reshape({(b - a) * vocabulary}),
+                      .offsets = compute(queue, Dtype::I64, {b - a + 1}, index() * vocabulary),
+                      .ends = {},
+                      .heads = 1,
+                      .bound = (b - a) * vocabulary};
+    const Tensor p = softmax(queue, each).values;
+    const Num target = load(targets.slice(0, a, b), place());
+    Num slope = load(p, index()) - (channel() == target);
+    if (const double cap = double(architecture.final_softcap); cap > 0) {
+      const Num part = load(y, index()) / cap;
+      slope = slope * (1 - part * part);
+    }
+    compute(queue, pick(target >= 0, slope, 0), y);
+    const Tensor d_normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
+    matmul_backward(queue, weights.output, y, false, d_normed);
+    rms_norm_backward(queue, rows, weights.final_norm, architecture.norm_eps, d_normed, false, d_x.slice(0, a, b));
   });
 }
 

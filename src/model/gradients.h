@@ -25,4 +25,7 @@ void finish_backward(Queue&, const ModelWeights&, const Architecture&, int layer
 void project_backward(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor x, int64_t tile, Tensor d_q,
                       Tensor d_k, Tensor d_v, Tensor d_x);
 
+/// Of −Σ log p(targets[i]), p = softmax(logits()), with respect to x [T, hidden] (overwritten: d_x). targets I32 [T]; −1: none.
+void prediction_backward(Queue&, const ModelWeights&, const Architecture&, Tensor x, Tensor targets, Tensor d_x);
+
 }  // namespace heed

@@ -71,6 +71,9 @@ class Session final {
   /// Error(Unsupported) where keys are not read at their true positions; the session is then as it was.
   void gradients(const std::vector<std::span<const int32_t>>& tokens, const Objective& objective, const Tap& look);
 
+  /// −Σ log p of each of a sequence's tokens given those before it, but the first: what gradients() of them may be of.
+  Objective prediction_loss(std::span<const int32_t> tokens) const;
+
   /// A copy that shares all pages and goes on separately.
   std::unique_ptr<Session> fork() const;
   /// Forgets tokens at positions ≥ `position` of a sequence. Entries that were evicted do not come back.

@@ -27,6 +27,15 @@ void Session::Impl::gradients(const std::vector<std::span<const int32_t>>& fed, 
   forget();
 }
 
+Objective Session::prediction_loss(std::span<const int32_t> tokens) const {
+  std::vector<int32_t> next(tokens.begin() + std::min<ptrdiff_t>(1, std::ssize(tokens)), tokens.end());
+  next.push_back(-1);
+  const auto weights = impl_->weights;
+  return [next, weights, architecture = impl_->architecture()](Queue& queue, Tensor x, Tensor d_x) {
+    prediction_backward(queue, *weights, architecture, x, queue.upload(next), d_x);
+  };
+}
+
 Tensor Session::Impl::forward(Batch& batch, const Backward& how) {
   const ModelInfo& m = info();
   const int64_t rows = batch.total * m.h;

@@ -110,6 +110,59 @@ TEST(CodeBooks, AreLloydsOfWhatPagesHold) {
   EXPECT_THROW(learn_code_books(model, std::span(ids).first(127), needs.quantised_k, needs.quantised_v, options), Error);
 }
 
+// With gradients a point is the mean of the numbers nearest to it, each as often as its squared gradient says.
+TEST(CodeBooks, GradientsWeighNumbers) {
+  const auto model = book_model();
+  const ModelInfo& m = model->info();
+  const auto ids = book_tokens(192);
+  const Needs needs = book_needs(m, "kvquant(bits=2,outliers=0)");
+  CodeBookOptions options;
+  options.session = book_session("dense"), options.length = 192, options.gradients = true;
+  const CodeBooks books = learn_code_books(model, ids, needs.quantised_k, needs.quantised_v, options);
+  options.gradients = false;
+  const CodeBooks plain = learn_code_books(model, ids, needs.quantised_k, needs.quantised_v, options);
+  Session session(model, book_session("dense"));
+  int layers = 0;
+  session.gradients({std::span<const int32_t>(ids)}, session.prediction_loss(ids), [&](LayerView& at) {
+    ++layers;
+    std::vector<double> x, w;
+    for (int64_t head = 0; head < m.g; ++head)
+      for (int64_t e = 64; e < 192; ++e) {
+        const int64_t row = at.v.begin(head) + e;
+        double low = INFINITY, high = -INFINITY;
+        for (int64_t c = 0; c < m.d_v; ++c)
+          low = std::min(low, double(at.v.values.at<float>(row, c))),
+          high = std::max(high, double(at.v.values.at<float>(row, c)));
+        for (int64_t c = 0; c < m.d_v; ++c) {
+          x.push_back((double(at.v.values.at<float>(row, c)) - (low + high) / 2) / ((high - low) / 2));
+          w.push_back(std::pow(double(at.gradients->v.at<float>(row, c)), 2));
+        }
+      }
+    const auto lost = [&](const std::array<float, 16>& points) {
+      double sum = 0;
+      for (size_t i = 0; i < x.size(); ++i) {
+        double nearest = INFINITY;
+        for (int p = 0; p < 4; ++p) nearest = std::min(nearest, std::pow(x[i] - double(points[size_t(p)]), 2));
+        sum += w[i] * nearest;
+      }
+      return sum;
+    };
+    const auto& own = books.points[size_t(at.layer)].v;
+    for (int i = 0; i < 4; ++i) {
+      double sum = 0, count = 0;
+      for (size_t j = 0; j < x.size(); ++j) {
+        bool nearest = true;
+        for (int p = 0; p < 4; ++p)
+          nearest = nearest && std::abs(x[j] - double(own[size_t(i)])) <= std::abs(x[j] - double(own[size_t(p)]));
+        if (nearest) sum += w[j] * x[j], count += w[j];
+      }
+      EXPECT_NEAR(double(own[size_t(i)]), sum / count, 5e-3) << "layer " << at.layer << ", point " << i;
+    }
+    EXPECT_LT(lost(own), lost(plain.points[size_t(at.layer)].v) * 1.001);
+  });
+  EXPECT_EQ(layers, 2);
+}
+
 TEST(CodeBooks, AProfileGivesEachLayerItsOwn) {
   const auto model = book_model();
   const ModelInfo& m = model->info();

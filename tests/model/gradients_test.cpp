@@ -8,6 +8,7 @@
 
 #include "base/random.h"
 #include "model/session.h"
+#include "model/transformer.h"
 
 namespace heed {
 namespace {
@@ -135,6 +136,54 @@ TEST_P(GradientsTest, TablesAgree) {
 
 INSTANTIATE_TEST_SUITE_P(Architectures, GradientsTest, testing::Values("llama", "qwen2", "qwen3", "gemma3"),
                          [](const auto& info) { return std::string(info.param); });
+
+// The gradient of the loss: what moves −Σ log p of the next tokens when rows behind the last layer are moved.
+TEST_P(GradientsTest, OfPredictionIsWhatMovesTheLoss) {
+  Session session(model, exact("reference", 1));
+  const std::vector<int32_t> tokens = text(12, m.vocabulary);
+  const Objective loss = session.prediction_loss(tokens);
+  double worst = 0;
+  session.gradients({std::span(tokens)},
+                    [&](Queue& queue, Tensor x, Tensor d_x) {
+                      loss(queue, x, d_x);
+                      const auto weights = model->place(queue);
+                      const auto value = [&] {
+                        Buffer y(Dtype::F32, {x.size[0], m.vocabulary});
+                        logits(queue, *weights, model->architecture(), x, y);
+                        double sum = 0;
+                        for (int64_t t = 0; t + 1 < x.size[0]; ++t) {
+                          double all = 0;
+                          for (int64_t v = 0; v < m.vocabulary; ++v) all += std::exp(double(y->at<float>(t, v)));
+                          sum += std::log(all) - double(y->at<float>(t, tokens[size_t(t) + 1]));
+                        }
+                        return sum;
+                      };
+                      Random random(6);
+                      for (int trial = 0; trial < 4; ++trial) {
+                        Buffer before(Dtype::F32, {x.size[0], x.size[1]}), move(Dtype::F32, {x.size[0], x.size[1]});
+                        copy(x, before);
+                        double expected = 0, squares = 0;
+                        for (int64_t i = 0; i < x.numel(); ++i) {
+                          const double by = random.normal();
+                          move->as<float>()[i] = float(by);
+                          expected += by * double(d_x.as<float>()[i]),
+                              squares += std::pow(by * double(d_x.as<float>()[i]), 2);
+                        }
+                        const auto moved = [&](double by) {
+                          for (int64_t i = 0; i < x.numel(); ++i)
+                            x.as<float>()[i] = before->as<float>()[i] + float(by) * move->as<float>()[i];
+                          return value();
+                        };
+                        const double slope = (moved(0.01) - moved(-0.01)) / 0.02;
+                        copy(before, x);
+                        worst = std::max(worst, std::abs(slope - expected) / std::sqrt(squares));
+                      }
+                      for (int64_t c = 0; c < x.size[1]; ++c)
+                        EXPECT_EQ(d_x.at<float>(x.size[0] - 1, c), 0) << "nothing follows the last";
+                    },
+                    {});
+  EXPECT_LT(worst, 0.03);
+}
 
 // Other coordinates change nothing, nor do keys that are kept plain or a part of the text at a time.
 TEST(Gradients, AreTheSameHoweverAStoreKeepsItsKeys) {

@@ -13,21 +13,24 @@
 
 namespace heed::mechanisms {
 
-void RangeHistogram::add(std::span<const float> group, int outliers) {
+void RangeHistogram::add(std::span<const float> group, int outliers, std::span<const float> weights) {
   double mean = 0;
   for (float x : group) mean += double(x) / double(group.size());
-  std::vector<float> left(group.begin(), group.end());
-  std::stable_sort(left.begin(), left.end(),
-                   [&](float a, float b) { return std::abs(double(a) - mean) < std::abs(double(b) - mean); });
+  std::vector<std::pair<float, float>> left;  // numbers and weights
+  for (size_t i = 0; i < group.size(); ++i) left.emplace_back(group[i], weights.empty() ? 1.0f : weights[i]);
+  std::stable_sort(left.begin(), left.end(), [&](const auto& a, const auto& b) {
+    return std::abs(double(a.first) - mean) < std::abs(double(b.first) - mean);
+  });
   left.resize(left.size() - std::min(left.size(), size_t(outliers)));
   if (left.empty()) return;
   const auto [low, high] = std::minmax_element(left.begin(), left.end());
-  const double middle = (double(*low) + double(*high)) / 2, half = (double(*high) - double(*low)) / 2;
-  for (float x : left) {
+  const double middle = (double(low->first) + double(high->first)) / 2,
+               half = (double(high->first) - double(low->first)) / 2;
+  for (const auto& [x, weight] : left) {
     const double at = half > 0 ? (double(x) - middle) / half : 0;
-    cells_[size_t(std::clamp((at + 1) / 2 * double(cells_.size()), 0.0, double(cells_.size()) - 1))] += 1;
+    cells_[size_t(std::clamp((at + 1) / 2 * double(cells_.size()), 0.0, double(cells_.size()) - 1))] += double(weight);
+    count_ += double(weight);
   }
-  count_ += double(left.size());
 }
 
 std::array<float, 16> RangeHistogram::points(int bits) const {
@@ -63,7 +66,7 @@ std::array<float, 16> points_of_normal(int bits, int group, int outliers) {
 // uniform; few outliers exact, beside the codes. Ranges and outliers of keys are those of the 64 entries of a page (the
 // authors set them beforehand, for a channel of a whole text), so that only code books are learnt: `heed calibrate` makes
 // one for the keys and one for the values of each layer. The authors weigh every number by the squared gradient of the
-// loss; heed has no gradients of a model's weights, so theirs and ours differ by that. Without a file the books are those
+// loss, as `heed calibrate --gradients` does. Without a file the books are those
 // of normal numbers. The mean and deviation that the authors restore at 2 bits are not.
 struct Kvquant final : QuantisedPast {
   int outliers;

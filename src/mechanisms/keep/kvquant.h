@@ -10,7 +10,8 @@ namespace heed::mechanisms {
 /// (PageType::Codes::Sparse): a histogram over −1 … 1.
 class RangeHistogram {
  public:
-  void add(std::span<const float> group, int outliers);
+  /// weights: what each number counts; empty: 1.
+  void add(std::span<const float> group, int outliers, std::span<const float> weights = {});
   /// The 2^bits points of least squared error, ascending; evenly spread when nothing was added.
   std::array<float, 16> points(int bits) const;
 
