@@ -59,7 +59,7 @@ TEST(RestoreKv, RefusesWhatDoesNotFit) {
   for (const std::string& options : {"weights=@" + other, "weights=@" + deep, std::string("weights=@none.npz"),
                                      std::string("weights=rows.npz"), "budget=11,weights=@" + right}) {
     try {
-      Session(model, in_f32("restorekv(" + options + ")"));
+      const Session session(model, in_f32("restorekv(" + options + ")"));
       ADD_FAILURE() << options;
     } catch (const Error& e) { EXPECT_NE(e.failure().exit_status(), 0) << options; }
   }
