@@ -61,9 +61,9 @@ struct KVgrad final : KVzip {
 Entry kvgrad() {
   Entry e = entry<KVgrad>("kvgrad", "KVgrad", "2026, openreview cg1wTCJjjk", 2026, Role::Keep | Role::Drive);
   e.equation =
-      "s_j = max over rows p of the repeated chunk and the group of P_pj ‖W_O v_j‖₂ ‖∂Φ/∂o_p‖₂, Φ = Σ ‖h‖² over rows "
-      "behind "
-      "the last layer, o = W_O · attention; keep the best of all layers and heads";
+      "s_j = max over rows p of the repeated chunk and the group of P_pj ‖W_O v_j‖₂ ‖∂Φ/∂o_p‖₂, "
+      "Φ = Σ ‖h‖² over rows behind the last layer, o = W_O · attention; "
+      "keep the best of all layers and heads";
   e.needs = "the prompt fed again, part by part, and backward: about six times its cost";
   e.identity = "kvgrad(budget=1.0)";
   e.verified = {"identity", "formula", "model"};
