@@ -42,7 +42,7 @@ void attend_ranges_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(40) && !testing::Test::HasFailure(); ++i) {
     const int64_t g = 1 + random.below(2), h = g * pick<int64_t>(random, {1, 2, 3}),
                   d = pick<int64_t>(random, {64, 128}), sequences = 1 + random.below(2);
-    const bool long_text = i == 0;
+    const bool long_text = i == 0 && run.name == "cuda";  // more keys than what a block of threads has bits for
     std::vector<int64_t> q_lengths, k_lengths, k_heads;
     for (int64_t s = 0; s < sequences; ++s) {
       const int64_t n = long_text ? 70 : pick<int64_t>(random, {1, 64, 100, 128, 200, 300}),
