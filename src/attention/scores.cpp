@@ -111,6 +111,11 @@ Ragged z_scores(Queue& queue, const Ragged& x, Spread group) {
   return combine(queue, centred, combine(queue, spread(queue, x, group), floor, Combine::Max), Combine::Divide);
 }
 
+Ragged one_segment(Queue& queue, const Tensor& x) {
+  return {
+      .values = x, .offsets = compute(queue, Dtype::I64, {2}, index() * x.size[0]), .ends = {}, .heads = 1, .bound = x.size[0]};
+}
+
 Ragged row_dots(Queue& queue, const Ragged& x, const Ragged& y, float factor) {
   // A row that sees itself alone has its one logit as lse.
   const Ragged out = like(queue, x);

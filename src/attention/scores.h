@@ -32,6 +32,9 @@ Ragged shares(Queue&, const Ragged& x, Spread group = {});
 /// (x − mean) / deviation over each group, the deviation 1e-6 at least; NaN for rows of none.
 Ragged z_scores(Queue&, const Ragged& x, Spread group = {});
 
+/// All rows of x, [rows, width], as one segment. No copy.
+Ragged one_segment(Queue&, const Tensor& x);
+
 /// factor · x_i·y_i for every row i of two raggeds of one layout.
 Ragged row_dots(Queue&, const Ragged& x, const Ragged& y, float factor = 1);
 /// ‖x_i‖₂ of every row.

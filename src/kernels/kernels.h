@@ -183,8 +183,9 @@ struct KeyLists {
 
 /// Keys that a tile of queries reads: those that any of its queries does. Key numbers count from the first key of a segment.
 struct KeySets {
-  int tile = 64;  // queries of a tile
-  Tensor sinks, local;  // I32 [segments of q], may be empty: the first keys; those that a query sees within so many, its own among them
+  int tile = 64;       // queries of a tile
+  Tensor sinks;        // I32 [segments of q], may be empty: so many first keys
+  Tensor local;        // likewise: so many keys before a query, its own among them
   KeyLists keys;       // of each segment of q
   KeyLists distances;  // likewise: a query reads the key so far before it
   KeyLists blocks;     // of each tile: keys block · number … + block − 1
@@ -300,8 +301,8 @@ struct Kernels {
   void (*observe)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const Observe&, Ragged columns);
   void (*observe_rows)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const RowStats&);
 
-  /// Blocks of `block` rows of every segment of x (F32, BF16 or F16) → out (F32; with Concat and ConcatReversed also BF16): segment s has
-  /// ⌈length / block⌉ rows. A short last block counts its true rows.
+  /// Blocks of `block` rows of every segment of x (F32, BF16 or F16) → out (F32; with Concat and ConcatReversed also BF16):
+  /// segment s has ⌈length / block⌉ rows. A short last block counts its true rows.
   void (*pool)(Queue&, const Ragged& x, PoolKind, int block, Ragged out);
   /// Smooths each segment of x ([rows] F32) along its rows: a window of `width` (odd) centred on the row, Mean (the sum over
   /// rows of the segment, divided by width) or Max. out is indexed as x.values.
@@ -329,9 +330,9 @@ struct Kernels {
   /// consecutive numbers block · split + i, all with mask −1 when every row lists it, else with the mask
   /// rowptr[t] / split + place of the block in the list, whose bits [rows of the tile, 1] say which rows do.
   void (*tile_blocks)(Queue&, Tensor index, Tensor count, int64_t capacity, Tensor first, int split, Plan out);
-  /// The union of what `sets` names for each tile of q's segments, keys behind its last query left out, as the rows of an Interval plan of
-  /// query heads: out.index and out.count are written, out.rowptr (an input) has room for every row's ranges, which are as few as
-  /// can be. Of q and k only offsets and ends are looked at; queries are the last of their keys.
+  /// The union of what `sets` names for each tile of q's segments, keys behind its last query left out, as the rows of an
+  /// Interval plan of query heads: out.index and out.count are written, out.rowptr (an input) has room for every row's
+  /// ranges, which are as few as can be. Of q and k only offsets and ends are looked at; queries are the last of their keys.
   void (*unite)(Queue&, const Ragged& q, const Ragged& k, const KeySets& sets, const Plan& out);
   /// pairs F64 [h] += the query–key pairs that each query head computes, over all sequences, under plan, causality, window
   /// and until. Of q and a panel only offsets and ends are looked at; of pages lengths and, for a window, positions.

@@ -8,17 +8,6 @@
 namespace heed {
 namespace {
 
-template <class Body>
-void tiles(int64_t rows, int64_t tile, Body body) {
-  for (int64_t first = 0; first < rows; first += tile) body(first, std::min(first + tile, rows));
-}
-
-/// All rows of x as one segment.
-Ragged one_segment(Queue& queue, const Tensor& x) {
-  return {
-      .values = x, .offsets = compute(queue, Dtype::I64, {2}, index() * x.size[0]), .ends = {}, .heads = 1, .bound = x.size[0]};
-}
-
 /// The gradient d_y of y = act(gate) · up becomes those of gate, in gate's place, and of up, in d_up.
 void glu_backward(Queue& queue, Activation activation, const Tensor& gate, const Tensor& up, const Tensor& d_y,
                   const Tensor& d_up) {
@@ -41,7 +30,7 @@ void glu_backward(Queue& queue, Activation activation, const Tensor& gate, const
 void matmul_backward(Queue& queue, Tensor w, Tensor d_y, bool accumulate, Tensor d_x) {
   const Dtype type = w.type == Dtype::F32 || w.type == Dtype::F16 ? Dtype::F32 : Dtype::BF16;
   constexpr int64_t rows = 1024;  // of w at a time, which bounds scratch
-  tiles(w.size[0], rows, [&](int64_t a, int64_t b) {
+  each_tile(w.size[0], rows, [&](int64_t a, int64_t b) {
     const Scratch scope(queue.scratch);
     const Tensor plain = queue.scratch.take(Dtype::F32, {b - a, w.size[1]}),
                  turned = queue.scratch.take(type, {w.size[1], b - a});
@@ -74,7 +63,7 @@ void finish_backward(Queue& queue, const ModelWeights& weights, const Architectu
   const LayerWeights& w = weights.layers[size_t(layer)];
   const float eps = architecture.norm_eps;
   const int64_t hidden = x.size[1], inner = w.gate.size[0];
-  tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
+  each_tile(x.size[0], tile, [&](int64_t a, int64_t b) {
     const Scratch scope(queue.scratch);
     const auto rows = [&](int64_t width) { return queue.scratch.take(Dtype::F32, {b - a, width}); };
     const Tensor d_rows = d_x.slice(0, a, b);
@@ -113,7 +102,7 @@ void finish_backward(Queue& queue, const ModelWeights& weights, const Architectu
 void project_backward(Queue& queue, const ModelWeights& weights, const Architecture& architecture, int layer, Tensor x,
                       int64_t tile, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_x) {
   const LayerWeights& w = weights.layers[size_t(layer)];
-  tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
+  each_tile(x.size[0], tile, [&](int64_t a, int64_t b) {
     const Scratch scope(queue.scratch);
     const Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
     matmul_backward(queue, w.q, d_q.slice(0, a, b), false, normed);
@@ -126,7 +115,7 @@ void project_backward(Queue& queue, const ModelWeights& weights, const Architect
 void prediction_backward(Queue& queue, const ModelWeights& weights, const Architecture& architecture, Tensor x,
                          Tensor targets, Tensor d_x) {
   const int64_t vocabulary = weights.output.size[0];
-  tiles(x.size[0], 64, [&](int64_t a, int64_t b) {
+  each_tile(x.size[0], 64, [&](int64_t a, int64_t b) {
     const Scratch scope(queue.scratch);
     const Tensor y = queue.scratch.take(Dtype::F32, {b - a, vocabulary}), rows = x.slice(0, a, b);
     logits(queue, weights, architecture, rows, y);

@@ -67,8 +67,9 @@ class Session final {
 
   /// Reads the next tokens of each sequence (as prefill() takes them) under dense attention behind what is held, then goes
   /// backward through the layers from the gradient that `objective` gives; `look` sees each layer with its
-  /// LayerView::gradients, the last one first; a tap sees the way forward. Nothing of it is kept. Weights are constants. Throws as prefill() does, and
-  /// Error(Unsupported) where keys are not read at their true positions; the session is then as it was.
+  /// LayerView::gradients, the last one first; a tap sees the way forward. Nothing of it is kept. Weights are constants.
+  /// Throws as prefill() does, and Error(Unsupported) where keys are not read at their true positions; the session is then
+  /// as it was.
   void gradients(const std::vector<std::span<const int32_t>>& tokens, const Objective& objective, const Tap& look);
 
   /// −Σ log p of each of a sequence's tokens given those before it, but the first: what gradients() of them may be of.

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention/rotation.h"
+#include "attention/scores.h"
 #include "model/gradients.h"
 #include "model/session_impl.h"
 #include "model/transformer.h"
@@ -66,15 +67,11 @@ Tensor Session::Impl::head_rows_backward(const Batch& batch, const Ragged& d, in
   const int64_t width = d.values.size[1], all = batch.total * heads;
   const Tensor merged = queue.scratch.take(Dtype::F32, {batch.total, heads * width});
   queue.run->merge_heads(queue, d, batch.first, merged);
-  const Ragged none{.values = merged.reshape({all, width}),
-                    .offsets = compute(queue, Dtype::I64, {2}, index() * all),
-                    .ends = {},
-                    .heads = 1,
-                    .bound = all};
-  Ragged out = none;
+  const Ragged rows_of_heads = one_segment(queue, merged.reshape({all, width}));
+  Ragged out = rows_of_heads;
   if (basis_back) {
     out.values = queue.scratch.take(Dtype::F32, {all, width});
-    change_basis(queue, none, basis_back, out);
+    change_basis(queue, rows_of_heads, basis_back, out);
   }
   if (rope)
     out = turned(queue, out, backwards(queue, *rope),

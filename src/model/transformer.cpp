@@ -7,11 +7,6 @@
 namespace heed {
 namespace {
 
-template <class Body>
-void tiles(int64_t rows, int64_t tile, Body body) {
-  for (int64_t first = 0; first < rows; first += tile) body(first, std::min(first + tile, rows));
-}
-
 /// y += what `pair` adds to a matrix's product with x.
 void adapt(Queue& queue, const Adapter::Pair& pair, Tensor x, Tensor y) {
   if (!pair.a) return;
@@ -27,7 +22,7 @@ void project(Queue& queue, const ModelWeights& weights, const Architecture& arch
              int64_t tile, Tensor q, Tensor k, Tensor v, const Adapter::Layer* adapter) {
   const Kernels& run = *queue.run;
   const LayerWeights& w = weights.layers[size_t(layer)];
-  tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
+  each_tile(x.size[0], tile, [&](int64_t a, int64_t b) {
     Scratch scope(queue.scratch);
     Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
     run.rms_norm(queue, x.slice(0, a, b), w.attn_norm, architecture.norm_eps, normed);
@@ -60,7 +55,7 @@ void finish(Queue& queue, const ModelWeights& weights, const Architecture& archi
     run.rms_norm(queue, y, post_norm, eps, y);
     run.add(queue, y, residual);
   };
-  tiles(x.size[0], tile, [&](int64_t a, int64_t b) {
+  each_tile(x.size[0], tile, [&](int64_t a, int64_t b) {
     Scratch inner(queue.scratch);
     Tensor rows = x.slice(0, a, b);
     add_product(w.o, attention.slice(0, a, b), w.o_bias, w.attn_post_norm, rows, change.o);

@@ -1,9 +1,17 @@
 // A layer's arithmetic around attention, and the logits behind the last: rows tiled so that scratch stays small.
 #pragma once
+#include <algorithm>
+
 #include "base/queue.h"
 #include "model/model.h"
 
 namespace heed {
+
+/// body(first, last): `tile` of the rows at a time.
+template <class Body>
+void each_tile(int64_t rows, int64_t tile, Body body) {
+  for (int64_t first = 0; first < rows; first += tile) body(first, std::min(first + tile, rows));
+}
 
 /// q [T, h·d], k [T, g·d], v [T, g·d_v] (F32) of x [T, hidden], `tile` rows at a time.
 void project(Queue&, const ModelWeights&, const Architecture&, int layer, Tensor x, int64_t tile, Tensor q, Tensor k,

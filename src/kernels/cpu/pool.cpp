@@ -1,6 +1,7 @@
 #include "kernels/check.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/padded_rows.h"
+#include "kernels/cpu/rows.h"
 
 namespace heed::HEED_ISA {
 namespace {
@@ -32,11 +33,18 @@ void fold_rows(const T* from, int64_t stride, int64_t count, int64_t width, floa
   store_part(to + c, held / by, rest);
 }
 
-template <class T>
-void copy_row(const T* from, int64_t width, float* to) {
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) store(to + c, load(from + c));
-  if (c < width) store_part(to + c, load_part(from + c, int(width - c)), int(width - c));
+template <class T, class To>
+void copy_row(const T* from, int64_t width, To* to) {
+  over_lanes(width, [&](int64_t c, auto part) { part.put(to + c, part.get(from + c)); });
+}
+
+template <class T, class To>
+void put_side_by_side(const T* from, int64_t stride, int64_t count, int64_t width, PoolKind kind, int block, To* to) {
+  for (int64_t place = 0; place < block; ++place) {
+    const int64_t r = kind == PoolKind::Concat ? place : block - 1 - place;
+    if (r < count) copy_row(from + r * stride, width, to + place * width);
+    else std::fill_n(to + place * width, width, To(0));
+  }
 }
 
 template <class T>
@@ -49,21 +57,7 @@ void pool_block(const T* from, int64_t stride, int64_t count, int64_t width, Poo
     case PoolKind::First: return copy_row(from, width, to);
     case PoolKind::Last: return copy_row(from + (count - 1) * stride, width, to);
     case PoolKind::Concat:
-    case PoolKind::ConcatReversed:
-      for (int64_t place = 0; place < block; ++place) {
-        const int64_t r = kind == PoolKind::Concat ? place : block - 1 - place;
-        if (r < count) copy_row(from + r * stride, width, to + place * width);
-        else std::fill_n(to + place * width, width, 0.0f);
-      }
-  }
-}
-
-/// Rows of a block side by side, rounded.
-template <class T>
-void concat_rounded(const T* from, int64_t stride, int64_t count, int64_t width, PoolKind kind, int block, bf16* to) {
-  for (int64_t place = 0; place < block; ++place, to += width) {
-    const int64_t r = kind == PoolKind::Concat ? place : block - 1 - place;
-    for (int64_t c = 0; c < width; ++c) to[c] = bf16(r < count ? float(from[r * stride + c]) : 0.0f);
+    case PoolKind::ConcatReversed: return put_side_by_side(from, stride, count, width, kind, block, to);
   }
 }
 
@@ -76,7 +70,9 @@ void pool(Queue& queue, const Ragged& x, PoolKind kind, int block, Ragged out) {
   require(block >= 1 && is_float(x.values.type), where, "x is F32, BF16 or F16, and blocks have at least one row");
   const bool rounds = concat && out.values.type == Dtype::BF16;
   require(out.segments() == x.segments() && width_of(out.values) == width_out && (rounds || out.values.type == Dtype::F32),
-          where, "out is F32, has x's segments and is " + std::to_string(width_out) + " wide, got " + out.values.shape());
+          where,
+          "out is F32 (BF16 too where rows are put side by side), has x's segments and is " +
+              std::to_string(width_out) + " wide, got " + out.values.shape());
   // Some 8 KB of input a piece: less is lost in handing it out.
   const int64_t batch = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, block * width));
   Pieces pieces;
@@ -90,8 +86,8 @@ void pool(Queue& queue, const Ragged& x, PoolKind kind, int block, Ragged out) {
       const int64_t to_row = (out.begin(s) + b) * out.values.stride[0];
       const auto run = [&]<class T>(const T*) {
         if (rounds)
-          return concat_rounded(x.values.as<const T>() + first * x.values.stride[0], x.values.stride[0], count, width,
-                                kind, block, out.values.as<bf16>() + to_row);
+          return put_side_by_side(x.values.as<const T>() + first * x.values.stride[0], x.values.stride[0], count, width,
+                                  kind, block, out.values.as<bf16>() + to_row);
         float* to = out.values.as<float>() + to_row;
         pool_block(x.values.as<const T>() + first * x.values.stride[0], x.values.stride[0], count, width, kind, block, to);
       };

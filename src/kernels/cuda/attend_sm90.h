@@ -25,8 +25,8 @@ struct Attend {
   float* out = nullptr;
   int64_t out_stride = 0;
   float* lse = nullptr;
-  // A block plan; k_tile 0: every key. With `halves` a mask has words for the upper 64 rows of a tile and for the lower (pair_rows,
-  // blocks_of_ranges), else for each of q_tile rows.
+  // A block plan; k_tile 0: every key. With `halves` a mask has words for the upper 64 rows of a tile and for the lower
+  // (pair_rows, blocks_of_ranges), else for each of q_tile rows.
   int q_tile = 0, k_tile = 0, plan_heads = 1;
   bool halves = false;
   const int64_t* rowptr = nullptr;

@@ -1,5 +1,5 @@
-// Plans of key ranges for the Hopper kernel, which reads blocks of 64 keys: of each tile of rows the blocks that hold a key of it, with a
-// bit for every key, one word for the upper 64 rows and one for the lower.
+// Plans of key ranges for the Hopper kernel, which reads blocks of 64 keys: of each tile of rows the blocks that hold a key
+// of it, with a bit for every key, one word for the upper 64 rows and one for the lower.
 #include "kernels/cuda/attend_sm90.h"
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/key_bits.cuh"
@@ -23,9 +23,9 @@ struct Ranges {
 
 /// Keys of the longest segment that the rows of (sequence, scope head) read.
 __device__ int longest(const Ranges& a, int sequence, int head) {
-  const int each = a.scope == Plan::Scope::Layer ? a.g : 1, first = a.scope == Plan::Scope::Layer    ? 0
-                                                                    : a.scope == Plan::Scope::KvHead ? head
-                                                                                                     : head * a.g / a.h;
+  int first = 0, each = 1;  // KV heads
+  if (a.scope == Plan::Scope::Layer) each = a.g;
+  else first = a.scope == Plan::Scope::KvHead ? head : head * a.g / a.h;
   int out = 0;
   for (int kv = first; kv < first + each; ++kv) out = max(out, a.ks.length(sequence * a.g + kv));
   return out;

@@ -118,8 +118,8 @@ struct Output {
   }
 };
 
-/// A segment is that of a block or, with `short_ones`, of a warp. Grid: those (only x takes more than 65535), numbers (strided);
-/// without segments all rows are one.
+/// A segment is that of a block or, with `short_ones`, of a warp. Grid: those (only x takes more than 65535), numbers
+/// (strided); without segments all rows are one.
 __global__ void compute_kernel(const __grid_constant__ Numbers what, Segments over, bool short_ones,
                                const __grid_constant__ Output out) {
   await();

@@ -87,8 +87,8 @@ __global__ void count_pairs_kernel(const __grid_constant__ Counted a, const __gr
 
 constexpr int kTileRows = 128;  // most rows of a plan that a warp counts together
 
-/// One warp a tile of up to kTileRows query rows that share entries, without `until`. What all rows see whole is counted at once, for
-/// the rest lanes are rows. Grid: tiles (strided), segments of q.
+/// One warp a tile of up to kTileRows query rows that share entries, without `until`. What all rows see whole is counted at
+/// once, for the rest lanes are rows. Grid: tiles (strided), segments of q.
 __global__ void count_tiles_kernel(const __grid_constant__ Counted a, const __grid_constant__ PagesView pages, double* pairs) {
   await();
   constexpr int kOwn = kTileRows / 32;

@@ -1,4 +1,5 @@
-// observe of a last row's logits over pages of plain keys, turned as they are read: what readers choose entries by while decoding.
+// observe of a last row's logits over pages of plain keys, turned as they are read: what readers choose entries by while
+// decoding.
 #include "kernels/cuda/observe.cuh"
 #include "kernels/cuda/page.cuh"
 
@@ -21,7 +22,8 @@ struct LastLogits {
   Observe::Heads heads;
 };
 
-/// A warp an entry; its lanes share the channels, pair by pair where keys are turned. Grid: runs of entries (strided), segments of pages.
+/// A warp an entry; its lanes share the channels, pair by pair where keys are turned. Grid: runs of entries (strided),
+/// segments of pages.
 __global__ void __launch_bounds__(32 * kLastWarps)
     last_logits_kernel(const __grid_constant__ PagesView pages, const __grid_constant__ LastLogits a) {
   extern __shared__ float rows[];  // [group][d]

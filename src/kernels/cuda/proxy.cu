@@ -84,13 +84,13 @@ __device__ inline void softmax_row(float* row, int seen, int cols) {
     *reinterpret_cast<float4*>(row + j) = make_float4(0, 0, 0, 0);
 }
 
-/// Softmax of the cells of each row of a grid that the row sees; the others become 0. One block a row. Grid: rows (strided), segments of q.
+/// Softmax of the cells of each row of a grid that the row sees; the others become 0. One block a row. Grid: rows (strided),
+/// segments of q.
 __global__ void __launch_bounds__(kRowThreads) softmax_rows_kernel(const __grid_constant__ Scored a) {
   const int s = blockIdx.y, rows = a.qs.length(s), cols = a.ks.length(a.keys_of(s));
   float* const cells = a.cells.row<float>(a.at.begin(s));
   for (int i = blockIdx.x; i < rows; i += gridDim.x) {
-    const int64_t sees = a.offset + int64_t(i + 1) * a.q_tile - 1;
-    const int seen = !a.causal ? cols : sees < 0 ? 0 : int(min(int64_t(cols), sees / a.k_tile + 1));
+    const int seen = a.seen(i, cols);
     float* const row = cells + int64_t(i) * cols;
     if (cols % 4 == 0 && reinterpret_cast<uint64_t>(row) % 16 == 0 && seen <= 64 * kRowThreads) {
       if (seen <= 8 * kRowThreads) softmax_row<2>(row, seen, cols);

@@ -1,4 +1,4 @@
-// What proxy.cu and proxy_mma.cu share.
+// What proxy.cu, proxy_mma.cu and proxy_reduce.cu share.
 #pragma once
 #include "kernels/cuda/device.cuh"
 
@@ -22,7 +22,14 @@ struct Scored {
   __device__ bool hidden(int i, int j) const {
     return causal && int64_t(j) * k_tile > offset + int64_t(i + 1) * q_tile - 1;
   }
-  /// Calls body(first row, first column, rows, columns, whether no row of it sees a column) for the block's tiles of segment s.
+  /// Of `cols` columns those that row i sees: the first so many.
+  __device__ int seen(int i, int cols) const {
+    if (!causal) return cols;
+    const int64_t sees = offset + int64_t(i + 1) * q_tile - 1;
+    return sees < 0 ? 0 : int(min(int64_t(cols), sees / k_tile + 1));
+  }
+  /// Calls body(first row, first column, rows, columns, whether no row of it sees a column) for the block's tiles of
+  /// segment s.
   template <int Rows, int Columns, class Body>
   __device__ void each_tile(int s, Body body) const {
     const int rows = qs.length(s), cols = ks.length(keys_of(s)), across = (cols + Columns - 1) / Columns;
@@ -41,8 +48,8 @@ struct Scored {
       if (i < rows && j < cols) cells.set(first + int64_t(i) * cols + j, 0, -kInfinity);
     }
   }
-  /// Blocks for each_tile: a few for each multiprocessor. Bounds are loose (rows may be a few of many), so there is no block for every
-  /// tile that there might be.
+  /// Blocks for each_tile: a few for each multiprocessor. Bounds are loose (rows may be a few of many), so there is no
+  /// block for every tile that there might be.
   dim3 tiles(int rows, int columns) const {
     const int64_t sequences = std::max<int64_t>(1, qs.count / h);
     const int64_t most = ceil_div(ceil_div(q_rows, h), rows) * (ceil_div(ceil_div(k_rows, columns), sequences * g) + 1);

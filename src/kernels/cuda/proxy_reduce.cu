@@ -1,6 +1,6 @@
-// proxy_reduce on Hopper: softmax weights summed without being written. Blocks take one pass over the products: each row leaves a
-// maximum and the sum of its weights for every group of keys; what the row's whole sum is shows at the end, when rows and groups are put
-// together. Columns take two: the sum of each row, then keys against rows.
+// proxy_reduce on Hopper: softmax weights summed without being written. Blocks take one pass over the products: each row
+// leaves a maximum and the sum of its weights for every group of keys; what the row's whole sum is shows at the end, when
+// rows and groups are put together. Columns take two: the sum of each row, then keys against rows.
 #include <cmath>
 
 #include "kernels/cuda/proxy.cuh"
@@ -18,7 +18,8 @@ struct BlockScores {
   Scored from;  // its cells are those of out
   Reduce how;
   int group;  // keys whose weights a row adds up
-  float2* parts;  // of segment s from part(s) on: [groups][rows, whole blocks of them]: maximum in powers of two, sum relative to it
+  // Of segment s from part(s) on: [groups][rows, whole blocks of them]: maximum in powers of two, sum relative to it.
+  float2* parts;
   float* lse;  // or, of each row of q, the logarithm of its sum, in powers of two; ∞ where it sees nothing
   float scale_log2;
 
@@ -27,13 +28,20 @@ struct BlockScores {
     return int64_t(rows + how.row_block - 1) / how.row_block * how.row_block;
   }
   __device__ int64_t part(int s) const { return from.at.begin(s) * how.row_block * (how.col_block / group); }
-  /// Columns that row i sees.
-  __device__ int seen(int i, int cols) const {
-    if (!from.causal) return cols;
-    const int64_t sees = from.offset + int64_t(i + 1) * from.q_tile - 1;
-    return sees < 0 ? 0 : int(min(int64_t(cols), sees / from.k_tile + 1));
-  }
 };
+
+/// A block's stages in shared memory, with barriers for a loading warp and kGroups warpgroups that multiply.
+template <class Stages>
+__device__ __forceinline__ Stages& open_stages() {
+  extern __shared__ uint8_t memory[];
+  auto& sh = *reinterpret_cast<Stages*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) barrier_init(&sh.full[i], 1), barrier_init(&sh.empty[i], 4 * kGroups);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  return sh;
+}
 
 template <int D>
 struct SharedKeys {
@@ -120,17 +128,11 @@ template <int D, int Group>
 __global__ void __launch_bounds__(kThreads, 1)
     block_scores_kernel(const __grid_constant__ BlockScores a, const __grid_constant__ CUtensorMap k_map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ uint8_t memory[];
-  auto& sh = *reinterpret_cast<SharedKeys<D>*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
   const int s = blockIdx.y, rows = a.from.qs.length(s), kv = a.from.keys_of(s), cols = a.from.ks.length(kv);
   const int first_row = ((rows + kRowsOfTile - 1) / kRowsOfTile - 1 - int(blockIdx.x)) * kRowsOfTile;
   if (first_row < 0) return;
-  const int stages = uniform((a.seen(min(first_row + kRowsOfTile, rows) - 1, cols) + kKeys - 1) / kKeys);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) barrier_init(&sh.full[i], 1), barrier_init(&sh.empty[i], 4 * kGroups);
-    barrier_init_fence();
-  }
-  __syncthreads();
+  const int stages = uniform((a.from.seen(min(first_row + kRowsOfTile, rows) - 1, cols) + kKeys - 1) / kKeys);
+  auto& sh = open_stages<SharedKeys<D>>();
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   Ring<kStages> ring;
   if (warp == 4 * kGroups) {
@@ -149,8 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int i = first_row + 16 * warp + r;
     return i < rows ? a.from.qs.begin(s) + i : int64_t(-1);
   });
-  const int seen[2] = {a.seen(own, cols), a.seen(own + 8, cols)},
-            whole = uniform(a.seen(first_row + 64 * (warp / 4), cols));
+  const int seen[2] = {a.from.seen(own, cols), a.from.seen(own + 8, cols)},
+            whole = uniform(a.from.seen(first_row + 64 * (warp / 4), cols));
   const int64_t high = a.padded_rows(rows);
   float2* parts = a.parts + a.part(s) + own;
   const uint64_t keys = descriptor_k(sh.k[0]);
@@ -204,18 +206,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     wide_scores_kernel(const __grid_constant__ BlockScores a, const __grid_constant__ CUtensorMap q_map,
                        const __grid_constant__ CUtensorMap k_map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ uint8_t memory[];
-  auto& sh = *reinterpret_cast<SharedChunks*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
   const int s = blockIdx.y, rows = a.from.qs.length(s), kv = a.from.keys_of(s), cols = a.from.ks.length(kv),
             chunks = a.from.q.width / 64;
   const int first_row = ((rows + kRowsOfTile - 1) / kRowsOfTile - 1 - int(blockIdx.x)) * kRowsOfTile;
   if (first_row < 0) return;
-  const int tiles = uniform((a.seen(min(first_row + kRowsOfTile, rows) - 1, cols) + kKeys - 1) / kKeys);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) barrier_init(&sh.full[i], 1), barrier_init(&sh.empty[i], 4 * kGroups);
-    barrier_init_fence();
-  }
-  __syncthreads();
+  const int tiles = uniform((a.from.seen(min(first_row + kRowsOfTile, rows) - 1, cols) + kKeys - 1) / kKeys);
+  auto& sh = open_stages<SharedChunks>();
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   Ring<kStages> ring;
   if (warp == 4 * kGroups) {
@@ -230,14 +226,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   const int own = first_row + 16 * warp + lane / 4;
-  const int seen[2] = {a.seen(own, cols), a.seen(own + 8, cols)},
-            whole = uniform(a.seen(first_row + 64 * (warp / 4), cols));
+  const int seen[2] = {a.from.seen(own, cols), a.from.seen(own + 8, cols)},
+            whole = uniform(a.from.seen(first_row + 64 * (warp / 4), cols));
   const int64_t high = a.padded_rows(rows);
   float2* parts = a.parts + a.part(s) + own;
   const uint64_t q0 = descriptor_k(sh.q[0] + warp / 4 * 64 * 128), k0 = descriptor_k(sh.k[0]);
   float x[kKeys / 2];
   for (int j = 0; j < tiles; ++j) {
-    for (int c = 0; c < chunks; c += 2) {  // no product is under way from one turn to the next: the other warpgroups fill the gap
+    // No product is under way from one turn to the next: the other warpgroups fill the gap.
+    for (int c = 0; c < chunks; c += 2) {
       barrier_wait(&sh.full[ring.slot], ring.parity), barrier_wait(&sh.full[ring.slot + 1], ring.parity);  // kStages is even
       wgmma_fence();
 #pragma unroll
@@ -267,13 +264,12 @@ struct SharedRows {
   uint64_t full[kStages], empty[kStages];
 };
 
-/// Sums over rows: keys in registers, rows of bf16 pass. Grid: tiles of keys, the first (which most rows see) first; segments of q.
+/// Sums over rows: keys in registers, rows of bf16 pass. Grid: tiles of keys, the first (which most rows see) first;
+/// segments of q.
 template <int D>
 __global__ void __launch_bounds__(kThreads, 1)
     column_sums_kernel(const __grid_constant__ BlockScores a, const __grid_constant__ CUtensorMap q_map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ uint8_t memory[];
-  auto& sh = *reinterpret_cast<SharedRows<D>*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
   const int s = blockIdx.y, rows = a.from.qs.length(s), kv = a.from.keys_of(s), cols = a.from.ks.length(kv),
             first_key = int(blockIdx.x) * kRowsOfTile;
   if (first_key >= cols) return;
@@ -281,11 +277,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t sought = int64_t(first_key) * a.from.k_tile - a.from.offset + 1;
   const int64_t first_row = !a.from.causal || sought <= a.from.q_tile ? 0 : (sought + a.from.q_tile - 1) / a.from.q_tile - 1;
   const int start = uniform(int(min(first_row, int64_t(rows)) / kKeys)), end = uniform((rows + kKeys - 1) / kKeys);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) barrier_init(&sh.full[i], 1), barrier_init(&sh.empty[i], 4 * kGroups);
-    barrier_init_fence();
-  }
-  __syncthreads();
+  auto& sh = open_stages<SharedRows<D>>();
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   Ring<kStages> ring;
   if (warp == 4 * kGroups) {
@@ -321,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma_commit();
     wgmma_wait<0>();
     pin(x);
-    const bool all = uniform((j + 1) * kKeys <= rows && a.seen(j * kKeys, cols) > min(last, cols - 1));
+    const bool all = uniform((j + 1) * kKeys <= rows && a.from.seen(j * kKeys, cols) > min(last, cols - 1));
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i) {
       const float2 lse = load_two(shared_address(&sh.lse[ring.slot][8 * i + lane % 4 * 2]));
@@ -329,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int e = 0; e < 4; ++e) {
         const float weight = exp2_fast(fmaf(x[4 * i + e], a.scale_log2, -(e % 2 ? lse.y : lse.x)));
         const int row = j * kKeys + 8 * i + lane % 4 * 2 + e % 2;
-        if (all || (row < rows && a.seen(row, cols) > own + 8 * (e / 2))) sum[e / 2] += weight;
+        if (all || (row < rows && a.from.seen(row, cols) > own + 8 * (e / 2))) sum[e / 2] += weight;
       }
     }
     __syncwarp();
@@ -357,12 +349,12 @@ __global__ void __launch_bounds__(kJoinThreads) join_blocks_kernel(const __grid_
             across = a.blocks_across(cols), each = a.how.col_block / a.group, lane = threadIdx.x % 32;
   const int64_t high = a.padded_rows(rows);
   for (int first = blockIdx.x * a.how.row_block; first < rows; first += gridDim.x * a.how.row_block) {
-    const int count = min(a.how.row_block, rows - first), seen = a.seen(first + count - 1, cols),
+    const int count = min(a.how.row_block, rows - first), seen = a.from.seen(first + count - 1, cols),
               groups = (seen + a.group - 1) / a.group;
     const float2* parts = a.parts + a.part(s) + first;
     __syncthreads();
     for (int r = threadIdx.x; r < count; r += kJoinThreads) {
-      const int own = (a.seen(first + r, cols) + a.group - 1) / a.group;
+      const int own = (a.from.seen(first + r, cols) + a.group - 1) / a.group;
       float top = -kInfinity, sum = 0;
 #pragma unroll 4
       for (int g = 0; g < own; ++g) {
@@ -379,7 +371,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_blocks_kernel(const __grid_
       float sum = 0, top = 0;
       for (int g = b * each; g < min((b + 1) * each, groups); ++g)
         for (int r = lane; r < count; r += 32) {
-          if (g * a.group >= a.seen(first + r, cols)) continue;
+          if (g * a.group >= a.from.seen(first + r, cols)) continue;
           const float2 x = parts[g * high + r];
           const float peak = exp2f(x.x - lse[r]);
           sum += x.y * peak, top = fmaxf(top, peak);

@@ -59,12 +59,13 @@ cudaError_t direct_step(const Direct& a, int step, int64_t bound, cudaStream_t s
   const bool delta = a.in.correction == Recur::Correction::Delta;
   if constexpr (D == 128)
     if (a.in.decay == Recur::Decay::Vector) {
-      if (step == 2) return walk_with<Plan<D, false, true, true>>(a, stream);
-      return step == 1 && a.parts > 1 ? walk_with<Plan<D, false, false, true>>(a, stream) : cudaSuccess;
+      if (step == 2) return walk_with<Layout<D, false, true, true>>(a, stream);
+      return step == 1 && a.parts > 1 ? walk_with<Layout<D, false, false, true>>(a, stream) : cudaSuccess;
     }
-  if (step == 2) return delta ? walk_with<Plan<D, true, true>>(a, stream) : walk_with<Plan<D, false, true>>(a, stream);
+  if (step == 2)
+    return delta ? walk_with<Layout<D, true, true>>(a, stream) : walk_with<Layout<D, false, true>>(a, stream);
   if (step == 1 && a.parts > 1)
-    return delta ? walk_with<Plan<D, true, false>>(a, stream) : walk_with<Plan<D, false, false>>(a, stream);
+    return delta ? walk_with<Layout<D, true, false>>(a, stream) : walk_with<Layout<D, false, false>>(a, stream);
   if (step == 1 || !delta) return cudaSuccess;
   constexpr int kShared = sizeof(InverseShared<D>);
   const cudaError_t status = cudaFuncSetAttribute(inverse_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);

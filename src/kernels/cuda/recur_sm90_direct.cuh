@@ -9,18 +9,6 @@
 namespace heed::cuda {
 namespace {
 
-/// `bytes` (of 16 each) from shared to global memory; bulk_wait_read waits for it.
-__device__ __forceinline__ void bulk_store(void* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
-               : "memory");
-}
-/// Box of `map` at (column, row) ← `from`; what lies outside the map is not written.
-__device__ __forceinline__ void tma_store(const void* from, const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(shared_address(from)), "r"(column), "r"(row)
-               : "memory");
-}
-
 struct Direct {
   CUtensorMap q, k, v, out;
   RecurView in;
@@ -40,7 +28,7 @@ __device__ __forceinline__ int64_t first_chunk(const Direct& a, int s) { return 
 
 /// Where things lie in shared memory.
 template <int D, bool Delta, bool Out, bool Vector = false>
-struct Plan {
+struct Layout {
   static constexpr int d = D, wide = D / 64;
   static constexpr bool delta = Delta, out = Out, vector = Vector;  // vector: a decay for each channel
   // A stage: keys, values, queries; with vector decay keys and queries are decayed in place, and their low parts lie behind.

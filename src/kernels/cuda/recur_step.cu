@@ -215,15 +215,12 @@ __global__ void __launch_bounds__(256, 1)
     sm90::proxy_fence();
     __syncthreads();
     if (tid == 0) {
-      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
-                       to.state + s * to.state_stride[0]),
-                   "r"(sm90::shared_address(held)), "r"(kBytes)
-                   : "memory");
-      asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");  // the state before this one has left its stage
+      sm90::bulk_store(to.state + s * to.state_stride[0], held, kBytes);
+      sm90::bulk_wait_read<1>();  // the state before this one has left its stage
       bring(s + (kStreamStages - 1) * step, (i + kStreamStages - 1) % kStreamStages);
     }
   }
-  if (tid == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  if (tid == 0) sm90::bulk_wait();
 #endif
 }
 

@@ -1,5 +1,6 @@
-// select: the k-th largest is found, then a second walk writes what lies above it in order of index. Where a warp or a block can hold a
-// segment's numbers in registers it is found bit by bit, else digit by digit in walks over the numbers (radix selection).
+// select: the k-th largest is found, then a second walk writes what lies above it in order of index. Where a warp or a block
+// can hold a segment's numbers in registers it is found bit by bit, else digit by digit in walks over the numbers (radix
+// selection).
 #include "kernels/cuda/device.cuh"
 
 namespace heed::cuda {
@@ -339,7 +340,8 @@ __device__ void select_held(const Selection& a, int s, int n, Team team) {
     // The walk stops at the largest score with which the limit is reached, or passed.
     const uint32_t last = largest_key(
         [&](uint32_t least) { return a.crossing ? sum_from(least) >= limit : sum_from(least) > limit; });
-    taken = count_from(last < kForced ? max(last, 1u) : kForced);  // what is held already may be enough: then the forced ones alone
+    // What is held already may be enough: then the forced ones alone.
+    taken = count_from(last < kForced ? max(last, 1u) : kForced);
     if (last != 0 && last < kForced) {
       const int past = count_from(last + 1);
       taken = past + equals_taken(a.crossing, double(score_of(last)), sum_from(last + 1), limit, taken - past);

@@ -107,10 +107,24 @@ __device__ __forceinline__ void bulk_add(float* to, const void* from, uint32_t b
                "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
-/// Until this thread's bulk_adds have read shared memory.
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+/// `bytes` (of 16 each) from shared to global memory.
+__device__ __forceinline__ void bulk_store(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+               : "memory");
 }
+/// Box of `map` at (column, row) ← `from`; what lies outside the map is not written.
+__device__ __forceinline__ void tma_store(const void* from, const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(shared_address(from)), "r"(column), "r"(row)
+               : "memory");
+}
+/// What this thread has stored and added since the last call becomes a group; until all but the last `Left` groups have read
+/// shared memory.
+template <int Left = 0> __device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read %0;" ::"n"(Left) : "memory");
+}
+/// Until all groups are written.
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 template <int N> __device__ __forceinline__ void registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));

@@ -12,7 +12,7 @@ namespace {
 // What an entry adds to a row is W_O v, whose length hangs on the query head: one number for each, joined when all
 // repetitions have been read.
 struct KVgrad final : KVzip {
-  static std::vector<ParamInfo> params() { return KVzip::params("512"); }
+  static std::vector<ParamInfo> params() { return KVzip::params(512); }
 
   Needs needs(const ModelInfo& m) const override {
     Needs n = KVzip::needs(m);
@@ -33,9 +33,7 @@ struct KVgrad final : KVzip {
     RowStats row;
     row.lse = queue.scratch.take(Dtype::F32, {at.q.values.size[0]});
     at.run().observe_rows(queue, at.q, at.keys(), &plan, at.mods, row);
-    const Tensor& output = at.gradients->output;
-    const Ragged rows{output, compute(queue, Dtype::I64, {2}, index() * output.size[0]), {}, 1, output.size[0]};
-    const Tensor lengths = row_norms(queue, rows).values;
+    const Tensor lengths = row_norms(queue, one_segment(queue, at.gradients->output)).values;
     const Num token = load(at.first, floor_div(segment(), at.q.heads)) + place();
     compute(queue, at.q, load(row.lse, index()) - log(load(lengths, token)), row.lse);
     Observe how;

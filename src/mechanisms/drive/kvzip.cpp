@@ -6,19 +6,16 @@
 
 namespace heed::mechanisms {
 
-std::vector<ParamInfo> KVzip::params(const char* chunk) {
+std::vector<ParamInfo> KVzip::params(int tokens) {
   using M = KVzip;
-  std::vector<ParamInfo> all = keep_params<M>(
+  return keep_params<M>(
       "0.3", "prompt",
       {
-          param(&M::chunk, "chunk", 2048, 16, 1 << 20, "tokens repeated at a time"),
+          param(&M::chunk, "chunk", tokens, 16, 1 << 20, "tokens repeated at a time"),
           param(&M::sinks, "sinks", 4, 0, 1 << 20, "first entries that always stay, and that each repetition sees"),
           param(&M::share, "share", {"all", "layer", "head"}, 0,
                 "what divides the budget: all layers, each layer's heads, or each head alone"),
       });
-  for (ParamInfo& p : all)
-    if (p.name == "chunk") p.fallback = chunk;
-  return all;
 }
 
 std::string KVzip::check() const { return too_small(budget, sinks, "sinks"); }

@@ -19,8 +19,9 @@ struct KVzip : KeepPolicy {
   int chunk, sinks;
   Choice share;
 
-  static std::vector<ParamInfo> params() { return params("2048"); }
-  static std::vector<ParamInfo> params(const char* chunk);
+  static std::vector<ParamInfo> params() { return params(2048); }
+  /// tokens: how many are repeated at a time, unless said otherwise.
+  static std::vector<ParamInfo> params(int tokens);
   std::string check() const override;
   Needs needs(const ModelInfo&) const override;
   std::unique_ptr<State> open(const ModelInfo&) const override;
