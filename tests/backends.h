@@ -13,4 +13,10 @@ inline std::string backend_or(const std::string& own) {
   return chosen && *chosen ? chosen : own;
 }
 
+/// The same for tests that read a session's tensors where they lie: a device's memory is not theirs to read.
+inline std::string host_backend_or(const std::string& own) {
+  const std::string chosen = backend_or(own);
+  return chosen == "cuda" ? own : chosen;
+}
+
 }  // namespace heed::test

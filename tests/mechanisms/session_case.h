@@ -82,7 +82,7 @@ struct PlainRows {
 
 inline SessionOptions in_f32(const std::string& attention, int64_t chunk = 0) {
   SessionOptions o;
-  o.attention = attention, o.backend = backend_or("reference"), o.chunk = chunk;
+  o.attention = attention, o.backend = host_backend_or("reference"), o.chunk = chunk;
   o.k.kind = o.v.kind = PageType::Kind::F32;
   return o;
 }
