@@ -1,3 +1,4 @@
+#include "base/threads.h"
 #include "kernels/bounds.h"
 #include "kernels/checks.h"
 #include "kernels/harness.h"
@@ -175,10 +176,45 @@ void matmul_rounds_activations_once(const Kernels& run, Random random) {
   }
 }
 
+/// Prompts: more tokens than are packed at once, rows that go in pieces, panels that go in rounds. A token's numbers do not depend
+/// on how many tokens or threads there are, but on a GPU, whose library chooses by shape.
+void matmul_of_prompts(const Kernels& run, Random random) {
+  struct Size {
+    int64_t tokens, inputs, outputs;
+  };
+  for (const Size& size : {Size{8, 768, 100}, {31, 512, 65}, {60, 4352, 33}, {9, 8448, 17}, {12, 256, 4500}, {2060, 256, 20}})
+    for (int i = 0; i < cases(2); ++i) {
+      const Dtype type = any_type(random);
+      const auto [tokens, inputs, outputs] = size;
+      Weights w(random, type, outputs, inputs);
+      const Poisoned x = filled(
+          Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+      Poisoned want(Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
+      SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape() + ", " + std::to_string(tokens) + " tokens");
+      Queue queue;
+      const Tensor given = w.as_given(run, random);
+      oracle().matmul(queue, w.view, x, {}, false, want);
+      run.matmul(queue, given, x, {}, false, got);
+      const double rms = longest_row(x) / std::sqrt(double(inputs));
+      expect_close("y", want, got, product(type, rms, largest(x), w.norm(), double(inputs)));
+      if (run.name == "cuda") continue;
+      const int64_t some = std::min<int64_t>(tokens, 8 + random.below(20)), first = random.below(tokens - some + 1);
+      Poisoned again(Dtype::F32, {some, outputs}, random.below(2));
+      const int before = threads();
+      set_threads(1 + int(random.below(5)));
+      run.matmul(queue, given, x.view().slice(0, first, first + some), {}, false, again);
+      set_threads(before);
+      each(again, [&](auto index) {
+        const int64_t from[] = {first + index[0], index[1]};
+        ASSERT_EQ(number(again, index), number(got, from)) << "token " << from[0] << ", row " << index[1];
+      });
+    }
+}
+
 void matmul_each_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
     // Matrices of one input may be of different types, as q, k and v are.
-    const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17}),
+    const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 70}),
                   count = random.below(4);
     std::vector<Weights> w;
     std::vector<Poisoned> bias, want, got;
@@ -208,7 +244,8 @@ void matmul_each_equals_reference(const Kernels& run, Random random) {
 
 void matmul_glu_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
-    const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17}),
+    const int64_t inputs = pick<int64_t>(random, {256, 512, i % 20 ? 512 : 4352}),
+                  tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 40}),
                   outputs = pick<int64_t>(random, {1, 3, 16, 17, 64, 100});
     Weights gate(random, any_type(random), outputs, inputs), up(random, any_type(random), outputs, inputs);
     const Poisoned x = filled(
@@ -454,6 +491,7 @@ std::vector<Check> model_checks() {
   using enum Check::Against;
   return {{Reference, "matmul", matmul_equals_reference},
           {Reference, "matmul_rounding", matmul_rounds_activations_once},
+          {Reference, "matmul_prompts", matmul_of_prompts},
           {Reference, "matmul_each", matmul_each_equals_reference},
           {Reference, "matmul_glu", matmul_glu_equals_reference},
           {Reference, "embed", embed_equals_reference},

@@ -13,6 +13,7 @@
 // matrix load of rows that cross lines takes six times as long.
 #pragma once
 #include "kernels/cpu/product_tile.h"
+#include "kernels/cpu/transpose_words.h"
 
 namespace heed::HEED_ISA {
 
@@ -171,18 +172,6 @@ inline void unit_values(const bf16* const* v, const uint32_t* p, int units, int 
 }
 
 #endif
-
-/// out [16][16 words] = in [16][16 words]^T; strides in words.
-HEED_INLINE void transpose_words(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
-  for (int a = 0; a < 16; a += kSquare)
-    for (int b = 0; b < 16; b += kSquare) {
-      Lane square[kSquare];
-      for (int i = 0; i < kSquare; ++i)
-        square[i] = load_lane(reinterpret_cast<const float*>(in + (a + i) * in_stride + b));
-      transpose(square);
-      for (int i = 0; i < kSquare; ++i) store_lane(reinterpret_cast<float*>(out + (b + i) * out_stride + a), square[i]);
-    }
-}
 
 /// The values of up to 32 keys as a unit: to [channels][32]; rows null: zeros. Channels from d_v up to 16 · channel_tiles
 /// are zeros.

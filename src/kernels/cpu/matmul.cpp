@@ -25,20 +25,20 @@ void matmul(Queue& queue, Tensor w, Tensor x, Tensor bias, bool accumulate, Tens
   const Product product = product_of("matmul", w, x, bias, y, accumulate);
   if (product.tokens() == 0 || product.w.rows == 0) return;
   if (few(x)) multiply_few(queue.scratch, std::span(&product, 1));
-  else multiply_many(queue.scratch, product);
+  else multiply_many(queue.scratch, std::span(&product, 1));
 }
 
 void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x) {
-  bool together = few(x);
-  for (const Linear& linear : each) together = together && Weights::holds(linear.w.type);
-  if (!together) {
-    for (const Linear& linear : each) matmul(queue, linear.w, x, linear.bias, false, linear.y);
-    return;
-  }
   std::vector<Product> products;
   for (const Linear& linear : each)
-    products.push_back(product_of("matmul_each", linear.w, x, linear.bias, linear.y, false));
-  if (x.size[0] > 0 && !products.empty()) multiply_few(queue.scratch, products);
+    if (Weights::holds(linear.w.type))
+      products.push_back(product_of("matmul_each", linear.w, x, linear.bias, linear.y, false));
+  if (products.size() == each.size() && !each.empty()) {
+    if (x.size[0] == 0) return;
+    if (few(x)) return multiply_few(queue.scratch, products);
+    if (multiply_many(queue.scratch, products)) return;
+  }
+  for (const Linear& linear : each) matmul(queue, linear.w, x, linear.bias, false, linear.y);
 }
 
 void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, Activation activation, Tensor y) {
@@ -46,10 +46,11 @@ void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, Activation activ
   require(gate.size == up.size, where, "gate and up are of one shape");
   const Scratch scratch(queue.scratch);
   const Tensor other = queue.scratch.take(Dtype::F32, {y.size[0], y.size[1]});
-  if (few(x) && Weights::holds(gate.type) && Weights::holds(up.type)) {
-    const Product a = product_of(where, gate, x, {}, y, false), b = product_of(where, up, x, {}, other, false);
-    if (a.tokens() > 0) multiply_few(queue.scratch, a, b, activation);
-    return;
+  if (Weights::holds(gate.type) && Weights::holds(up.type)) {
+    const Product both[] = {product_of(where, gate, x, {}, y, false), product_of(where, up, x, {}, other, false)};
+    if (both[0].tokens() == 0) return;
+    if (few(x)) return multiply_few(queue.scratch, both[0], both[1], activation);
+    if (multiply_many(queue.scratch, both, &activation)) return;
   }
   matmul(queue, gate, x, {}, false, y);
   matmul(queue, up, x, {}, false, other);

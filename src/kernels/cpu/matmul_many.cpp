@@ -1,6 +1,5 @@
-// Products with many tokens (prefill).
+// Products with many tokens (prefill): all workers pack the tokens and unpack panels of weights, then multiply tiles of them.
 #include <algorithm>
-#include <atomic>
 
 #include "base/threads.h"
 #include "kernels/cpu/product_tile.h"
@@ -10,160 +9,228 @@
 namespace heed::HEED_ISA {
 namespace {
 
-/// Groups of tokens whose sums one task holds (512 tokens × 96 rows is 192 KB), and groups packed at a time.
-constexpr int64_t kTaskGroups = 32, kPackedGroups = 128;
+/// Numbers of k that are packed at once (longer rows go in pieces, which are added up in y), and tokens.
+constexpr int64_t kPieceNumbers = 4096, kPackedTokens = 2048;
+/// Bytes of a worker's panels and of the tokens that it multiplies them with: both stay in its second cache.
+constexpr int64_t kPanelBytes = 512 << 10, kTokenBytes = 1 << 20;
 
-/// The activations of up to kPackedGroups groups of tokens, as the register tile reads them: strips of Tile::groups
-/// groups, the last strip maybe narrower, each with all of k.
+/// The groups of sixteen rows of all products, one behind the other; of gate and up, in turn.
+class Columns {
+ public:
+  Columns(std::span<const Product> products, bool in_turn) : products_(products), in_turn_(in_turn) {
+    for (const Product& p : products) count_ += ceil_div(p.w.rows, kGroup);
+  }
+  struct Group {
+    const Product& product;
+    int64_t row;
+  };
+  Group operator[](int64_t g) const {
+    if (in_turn_) return {products_[size_t(g % 2)], g / 2 * kGroup};
+    for (const Product& p : products_) {
+      const int64_t groups = ceil_div(p.w.rows, kGroup);
+      if (g < groups) return {p, g * kGroup};
+      g -= groups;
+    }
+    throw Error(Code::Invalid, "matmul", "no such group of rows");
+  }
+  int64_t count() const { return count_; }
+
+ private:
+  std::span<const Product> products_;
+  bool in_turn_;
+  int64_t count_ = 0;
+};
+
+/// Words that so many numbers of k are padded to; at least some, so that sums over nothing are zeros.
 template <class Tile>
-struct Packed {
-  float* words;
-  int64_t groups, depth;  // depth: words of k
+int64_t words_of(int64_t numbers) {
+  return ceil_div(std::max<int64_t>(numbers, 1), Tile::align) * Tile::align / Tile::pair;
+}
 
-  int strip_groups(int64_t strip) const { return int(std::min<int64_t>(Tile::groups, groups - strip * Tile::groups)); }
-  /// Word `word`, a multiple of 16, of a strip's first group.
-  float* at(int64_t strip, int64_t word) const {
-    return words + (strip * Tile::groups * depth + word * strip_groups(strip)) * kGroup;
+/// begin … begin + numbers of k of tokens first … first + tokens, and of the weights of a round of groups.
+template <class Tile>
+struct Piece {
+  int64_t begin, numbers, depth;  // depth: words of k, padded
+  int64_t first, tokens, padded;
+  typename Tile::Number *x, *panels;
+
+  Piece(int64_t begin, int64_t numbers, int64_t first, int64_t tokens, Tensor x_room, Tensor panel_room)
+      : begin(begin), numbers(numbers), depth(words_of<Tile>(numbers)), first(first), tokens(tokens),
+        padded(ceil_div(tokens, Tile::granule) * Tile::granule), x(static_cast<typename Tile::Number*>(x_room.data)),
+        panels(static_cast<typename Tile::Number*>(panel_room.data)) {}
+  auto* x_at(int64_t token, int64_t word) const { return x + Tile::row_at(token, word, depth) * Tile::pair; }
+  auto* panel(int64_t group) const { return panels + group * depth * kGroup * Tile::pair; }
+
+  /// Token `token` of x, or zeros where there is none.
+  void pack(const Product& p, int64_t token) const {
+    const int64_t there = token < tokens ? numbers : 0;
+    for (int64_t word = 0; word < depth; word += 16) {
+      const int64_t all = std::min<int64_t>(16, depth - word) * Tile::pair,
+                    n = std::clamp<int64_t>(there - word * Tile::pair, 0, all);
+      typename Tile::Number* to = x_at(token, word);
+      if (n > 0) {
+        const float* from = p.x_row(first + token) + begin + word * Tile::pair;
+        over_lanes(n, [&](int64_t i, auto part) { part.put(to + i, part.get(from + i)); });
+      }
+      std::fill(to + n, to + all, typename Tile::Number(0));
+    }
   }
 };
 
-/// Packs one group: tokens first_token + 16 group … of x, those past the end as zeros.
-template <class Tile>
-void pack(const Product& p, int64_t first_token, int64_t group, const Packed<Tile>& to) {
-  using Number = typename Tile::Number;
-  constexpr int pair = Tile::pair;
-  const int64_t strip = group / Tile::groups, stride = Tile::group_stride(to.strip_groups(strip));
-  const int64_t first = first_token + group * kGroup, tokens = std::min<int64_t>(kGroup, p.tokens() - first);
-  alignas(64) Number rows[kGroup][16 * pair] = {};
-  alignas(64) float columns[16][kGroup];
-  for (int64_t word = 0; word < to.depth; word += 16) {
-    const int64_t n = std::min<int64_t>(16 * pair, p.w.width - word * pair), words = std::min<int64_t>(16, to.depth - word);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float* x = p.x_row(first + t) + word * pair;
-      over_lanes(n, [&](int64_t i, auto part) { part.put(rows[t] + i, part.get(x + i)); });
-      std::fill(rows[t] + n, rows[t] + 16 * pair, Number(0));
-    }
-    const float* in = reinterpret_cast<const float*>(rows);
-    for (int a = 0; a < kGroup; a += kSquare)
-      for (int b = 0; b < 16; b += kSquare) {
-        Lane square[kSquare];
-        for (int i = 0; i < kSquare; ++i) square[i] = load_lane(in + (a + i) * 16 + b);
-        transpose(square);
-        for (int i = 0; i < kSquare; ++i) store_lane(columns[b + i] + a, square[i]);
-      }
-    float* out = to.at(strip, word) + Tile::group_at(int(group % Tile::groups));
-    for (int64_t i = 0; i < words; ++i) std::memcpy(out + i * stride, columns[i], sizeof columns[i]);
+/// Sums of sixteen rows → y, which has `rows` of them. Nothing but y is written in this loop: stores wait in order for lines of y
+/// to come, and whatever else stands among them leaves room for fewer (docs/performance.md).
+template <bool Add>
+HEED_INLINE void put_sums(const float* sums, int64_t stride, int64_t rows, int64_t tokens, const float* bias, float* y,
+                          int64_t y_stride) {
+  alignas(64) float more[kGroup] = {};
+  if (bias) std::memcpy(more, bias, size_t(rows) * 4);
+  const auto column = [&](auto part, int c) {
+    const F added = load(more + c);
+    const float* in = sums + c;
+    float* out = y + c;
+    for (int64_t t = 0; t < tokens; ++t, in += stride, out += y_stride)
+      part.put(out, Add ? part.get(out) + (load(in) + added) : load(in) + added);
+  };
+  for (int c = 0; c < rows; c += kLanes) {
+    if (rows - c >= kLanes) column(Whole{}, c);
+    else column(Part{int(rows - c)}, c);
   }
 }
 
-template <class Tile>
-void unpack_panel(const Product& p, int64_t first_row, int64_t rows, int64_t begin, int64_t depth,
-                  typename Tile::Number* panel) {
-  using Number = typename Tile::Number;
-  const int64_t there = std::min(p.w.width - begin, depth), padded = ceil_div(rows, Tile::rows) * Tile::rows;
-  if (there > 0) unpack(p.w, first_row, rows, begin, there, panel, Tile::panel_stride);
-  for (int64_t r = 0; r < padded; ++r) {
-    Number* out = panel + r * Tile::panel_stride;
-    std::fill(out + (r < rows ? there : 0), out + depth, Number(0));
-  }
-}
+/// How y takes the sums of a tile: as they are, or as act(gate) · up of each two groups.
+struct Finish {
+  const Columns& columns;
+  const Activation* glu;
+  bool first;  // piece of k: others are added to it
 
-/// The sums of a task → y, transposed, with bias.
-void finish(const Product& p, int64_t first_row, int64_t rows, int64_t first_token, int64_t tokens, const float* sums,
-            int64_t stride) {
-  const float* bias = p.bias ? p.bias.as<float>() + first_row : nullptr;
-  for (int64_t t = 0; t < tokens; t += kSquare)
-    for (int64_t r = 0; r < rows; r += kSquare) {
-      if (t + kSquare > tokens || r + kSquare > rows) {
-        for (int64_t i = r; i < std::min(rows, r + kSquare); ++i)
-          for (int64_t j = t; j < std::min(tokens, t + kSquare); ++j)
-            p.put(first_token + j, first_row + i, sums[i * stride + j]);
-        continue;
-      }
-      Lane square[kSquare];
-      for (int i = 0; i < kSquare; ++i) square[i] = load_lane(sums + (r + i) * stride + t);
-      transpose(square);
-      for (int j = 0; j < kSquare; ++j) {
-        float* y = p.y_row(first_token + t + j) + first_row + r;
-        if (bias) square[j] = square[j] + load_lane(bias + r);
-        if (p.accumulate) square[j] = square[j] + load_lane(y);
-        store_lane(y, square[j]);
-      }
+  void operator()(int64_t group, int64_t groups, int64_t first_token, int64_t tokens, const float* sums, int64_t stride) const {
+    for (int64_t g = 0; g < groups; g += glu ? 2 : 1, sums += (glu ? 2 : 1) * kGroup) {
+      const auto [p, row] = columns[group + g];
+      const int64_t rows = std::min<int64_t>(kGroup, p.w.rows - row), y_stride = p.y.stride[0];
+      float* y = p.y_row(first_token) + row;
+      const float* bias = p.bias && first ? p.bias.as<float>() + row : nullptr;
+      if (glu)
+        for (int64_t t = 0; t < tokens; ++t)
+          glu_row(sums + t * stride, sums + t * stride + kGroup, rows, *glu, y + t * y_stride);
+      else if (p.accumulate || !first) put_sums<true>(sums, stride, rows, tokens, bias, y, y_stride);
+      else put_sums<false>(sums, stride, rows, tokens, bias, y, y_stride);
     }
-}
+  }
+};
 
-/// Rows of weights × groups of tokens. panel and sums are the worker's own room; sums[row][token].
+/// `tokens` tokens × `groups` groups, from token and group of a piece on. Sums are finished strip by strip, so that y's lines
+/// come while the next strip is multiplied. sums: the worker's own room.
 template <class Tile>
-void multiply_task(const Product& p, const Packed<Tile>& x, int64_t first_row, int64_t rows, int64_t first_token,
-                   int64_t first_group, int64_t groups, typename Tile::Number* panel, float* sums) {
-  const int64_t stride = groups * kGroup, depth = x.depth * Tile::pair;
-  for (int64_t begin = 0; begin < depth; begin += Tile::part) {
-    const int64_t numbers = std::min<int64_t>(Tile::part, depth - begin), words = numbers / Tile::pair;
-    unpack_panel<Tile>(p, first_row, rows, begin, numbers, panel);
-    for (int64_t strip = first_group / Tile::groups; strip * Tile::groups < first_group + groups; ++strip) {
-      const float* in = x.at(strip, begin / Tile::pair);
-      float* out = sums + (strip * Tile::groups - first_group) * kGroup;
-      const int width = x.strip_groups(strip);
-      for (int64_t r = 0; r < rows; r += Tile::rows) {
-        const auto* w = panel + r * Tile::panel_stride;
-        float* c = out + r * stride;
-        if (width == 1) Tile::template multiply<1>(w, in, words, c, stride, begin == 0);
+void multiply_tile(const Piece<Tile>& piece, int64_t token, int64_t tokens, int64_t group, int64_t groups,
+                   int64_t first_column, const Finish& finish, float* sums) {
+  const int64_t stride = groups * kGroup, parts = ceil_div(piece.depth * Tile::pair, Tile::part),
+                step = ceil_div(ceil_div(piece.depth, parts), 16) * 16;
+  for (int64_t word = 0; word < piece.depth; word += step) {
+    const int64_t words = std::min(step, piece.depth - word);
+    for (int64_t t = 0; t < tokens; t += Tile::tokens) {
+      const auto* x = piece.x_at(token + t, word);
+      const int there = int(std::min<int64_t>(Tile::tokens, tokens - t));
+      for (int64_t g = 0; g < groups; g += Tile::groups) {
+        const int width = int(std::min<int64_t>(Tile::groups, groups - g));
+        const auto* w = piece.panel(group + g) + word * kGroup * Tile::pair;
+        float* c = sums + t * stride + g * kGroup;
+        const auto multiply = [&]<int n>() {
+          Tile::template multiply<n>(w, piece.depth * kGroup, x, piece.depth, there, words, c, stride, word == 0);
+        };
+        if (width == 1) multiply.template operator()<1>();
         if constexpr (Tile::groups > 1)
-          if (width == 2) Tile::template multiply<2>(w, in, words, c, stride, begin == 0);
+          if (width == 2) multiply.template operator()<2>();
         if constexpr (Tile::groups > 2)
-          if (width == 3) Tile::template multiply<3>(w, in, words, c, stride, begin == 0);
+          if (width == 3) multiply.template operator()<3>();
         if constexpr (Tile::groups > 3)
-          if (width == 4) Tile::template multiply<4>(w, in, words, c, stride, begin == 0);
+          if (width == 4) multiply.template operator()<4>();
       }
+      if (word + words < piece.depth) continue;
+      finish(first_column, groups, piece.first + token + t, std::min<int64_t>(there, piece.tokens - token - t),
+             sums + t * stride, stride);
     }
   }
-  finish(p, first_row, rows, first_token, std::min(stride, p.tokens() - first_token), sums, stride);
 }
 
 template <class Tile>
-void multiply(Arena& arena, const Product& p) {
-  using Number = typename Tile::Number;
+void multiply(Arena& arena, std::span<const Product> products, const Activation* glu) {
+  constexpr int64_t step = std::max(2, Tile::groups);  // groups of a tile of work
   const Scratch give_back(arena);
-  const int64_t depth = ceil_div(p.w.width, Tile::align) * Tile::align / Tile::pair,
-                all_groups = ceil_div(p.tokens(), kGroup);
-  const int64_t most = std::min(all_groups, kPackedGroups), task_groups = std::min(most, kTaskGroups);
-  const Tensor packed = arena.take(Dtype::F32, {most * kGroup * depth});
+  const Columns columns(products, glu != nullptr);
+  if (columns.count() == 0) return;
+  const Product& any = products[0];
+  const int64_t width = any.w.width, workers = threads();
+  // Pieces end where blocks do.
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(width, kPieceNumbers)),
+                piece_numbers = ceil_div(ceil_div(width, pieces), 256) * 256,
+                depth = words_of<Tile>(std::min(width, piece_numbers));
 
-  // About four tasks for each worker even out what else the machine does; each should still use a panel well.
-  const int workers = threads();
-  const int64_t tiles = ceil_div(p.w.rows, Tile::rows), token_tasks = ceil_div(all_groups, kTaskGroups);
-  const int64_t panel_rows = Tile::rows * std::clamp<int64_t>(tiles * token_tasks / (4 * workers),
-                                                              ceil_div(24, Tile::rows), Tile::most_rows / Tile::rows);
-  const int64_t panels = ceil_div(p.w.rows, panel_rows);
-  const int64_t panel_numbers = panel_rows * Tile::panel_stride, sums = panel_rows * task_groups * kGroup;
-  const Tensor panel_room = arena.take(Dtype::U8, {workers, panel_numbers * int64_t(sizeof(Number))});
+  // Rounds: as many groups as the workers' second caches hold. The worker that unpacks a panel mostly multiplies it.
+  const int64_t most = std::max<int64_t>(step, kPanelBytes / (depth * kGroup * 4) / step * step) * workers,
+                rounds = ceil_div(columns.count(), most),
+                round_groups = std::min(ceil_div(ceil_div(columns.count(), rounds), step) * step, columns.count());
+  const int64_t most_tokens = std::min(ceil_div(any.tokens(), Tile::tokens) * Tile::tokens,
+                                       kPackedTokens / Tile::tokens * Tile::tokens),
+                strips = std::clamp<int64_t>(kTokenBytes / (depth * 4), 64, 256) / Tile::tokens;
+  const Tensor x_room = arena.take(Dtype::F32, {most_tokens * depth}),
+               panel_room = arena.take(Dtype::F32, {round_groups * kGroup * depth});
+  const int64_t sums = strips * Tile::tokens * step * kGroup;
   const Tensor sums_room = arena.take(Dtype::F32, {workers, sums});
 
-  for (int64_t first_group = 0; first_group < all_groups; first_group += most) {
-    const Packed<Tile> x{packed.as<float>(), std::min(most, all_groups - first_group), depth};
-    const int64_t first_token = first_group * kGroup;
-    parallel_for(x.groups, [&](int64_t g) { pack(p, first_token, g, x); });
+  for (int64_t first = 0; first < any.tokens(); first += most_tokens)
+    for (int64_t begin = 0; begin == 0 || begin < width; begin += piece_numbers) {
+      const Piece<Tile> piece(begin, std::min(width - begin, piece_numbers), first,
+                              std::min(most_tokens, any.tokens() - first), x_room, panel_room);
+      const Finish finish{columns, glu, begin == 0};
+      for (int64_t round = 0; round < columns.count(); round += round_groups) {
+        const int64_t groups = std::min(round_groups, columns.count() - round);
+        const int64_t packed = round == 0 ? ceil_div(piece.padded, Tile::granule) : 0;
+        parallel_for(
+            packed + groups, int(workers),
+            [&](int, int64_t i) {
+              if (i < packed) {
+                for (int64_t t = 0; t < Tile::granule; ++t) piece.pack(any, i * Tile::granule + t);
+                return;
+              }
+              const auto [p, row] = columns[round + i - packed];
+              unpack_sixteen(p.w, row, begin, piece.numbers, piece.depth * Tile::pair, piece.panel(i - packed));
+            },
+            Deal::Stretches);
 
-    const int64_t splits = ceil_div(x.groups, task_groups);
-    std::atomic<int64_t> next{0};
-    parallel([&](int worker) {
-      const typename Tile::Registers registers;
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < panels * splits;) {
-        const int64_t row = i / splits * panel_rows, group = i % splits * task_groups;
-        multiply_task(p, x, row, std::min(panel_rows, p.w.rows - row), first_token + group * kGroup, group,
-                      std::min(task_groups, x.groups - group), static_cast<Number*>(panel_room.data) + worker * panel_numbers,
-                      sums_room.as<float>() + worker * sums);
+        // A worker's stretch: tiles that share its panels, under one block of tokens after the other. Blocks are small enough
+        // for four tiles of work a worker.
+        const int64_t tiles = ceil_div(groups, step), share = ceil_div(tiles, workers), shares = ceil_div(tiles, share);
+        const int64_t all_strips = ceil_div(piece.padded, Tile::tokens),
+                      wanted = std::max(ceil_div(all_strips, strips), std::min(all_strips, ceil_div(4 * workers, tiles))),
+                      block = ceil_div(all_strips, wanted) * Tile::tokens, blocks = ceil_div(piece.padded, block);
+        parallel_for(
+            shares * blocks * share, int(workers),
+            [&](int worker, int64_t i) {
+              const int64_t tile = i / (share * blocks) * share + i % share, token = i / share % blocks * block;
+              if (tile >= tiles) return;
+              const typename Tile::Registers registers;
+              const int64_t group = tile * step, here = std::min(step, groups - group);
+              const int64_t tokens = std::min(block, piece.padded - token);
+              float* own = sums_room.as<float>() + worker * sums;
+              multiply_tile(piece, token, tokens, group, here, round + group, finish, own);
+            },
+            Deal::Stretches);
       }
-    });
-  }
+    }
 }
 
 }  // namespace
 
-void multiply_many(Arena& arena, const Product& p) {
+bool multiply_many(Arena& arena, std::span<const Product> products, const Activation* glu) {
   // Weights of 16 bits and fewer lose less to bf16 than they already have; f32 ones keep their precision.
-  if (p.w.type == Dtype::F32) multiply<VectorTile<float>>(arena, p);
-  else multiply<BestTile>(arena, p);
+  const auto whole = [](const Product& p) { return p.w.type == Dtype::F32; };
+  const bool precise = whole(products[0]);
+  for (const Product& p : products)
+    if (whole(p) != precise) return false;
+  if (glu && products[0].w.width > kPieceNumbers) return false;
+  if (precise) multiply<VectorTile<float>>(arena, products, glu);
+  else multiply<BestTile>(arena, products, glu);
+  return true;
 }
 
 }  // namespace heed::HEED_ISA

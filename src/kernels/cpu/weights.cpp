@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/quants.h"
+#include "kernels/cpu/transpose_words.h"
 
 namespace heed::HEED_ISA {
 
@@ -86,8 +87,7 @@ void separate(const char* column, int first, int64_t blocks, char* const to[4]) 
 
 /// Rows first … first + rows of sixteen side by side; `row` the first of the sixteen.
 template <Dtype D, class Out>
-void unpack_columns(const Weights& w, int64_t row, int first, int rows, int64_t begin, int64_t count, Out* out,
-                    int64_t stride) {
+void unpack_some(const Weights& w, int64_t row, int first, int rows, int64_t begin, int64_t count, Out* out, int64_t stride) {
   constexpr int64_t most = 512, block = info(D).block;
   alignas(64) char room[4][most / block * info(D).bytes];
   char* const to[4] = {room[0], room[1], room[2], room[3]};
@@ -107,7 +107,7 @@ void unpack_any(const Weights& w, int64_t first, int64_t rows, int64_t begin, in
   while (r < std::min(end, w.side_by_side)) {
     const int64_t group = r / kSideBySide * kSideBySide, n = std::min(end, group + kSideBySide) - r;
     with_quant(w.type, [&]<Dtype D>() {
-      unpack_columns<D>(w, group, int(r - group), int(n), begin, count, out + (r - first) * stride, stride);
+      unpack_some<D>(w, group, int(r - group), int(n), begin, count, out + (r - first) * stride, stride);
     });
     r += n;
   }
@@ -126,8 +126,87 @@ void unpack_any(const Weights& w, int64_t first, int64_t rows, int64_t begin, in
 void unpack(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, float* out, int64_t stride) {
   unpack_any(w, first, rows, begin, count, out, stride);
 }
-void unpack(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, bf16* out, int64_t stride) {
-  unpack_any(w, first, rows, begin, count, out, stride);
+
+namespace {
+
+/// Numbers 2 i and 2 i + 1 of kLanes rows, lanes being rows, into words of a panel.
+HEED_INLINE void put_pair(float* word, F even, F odd) {
+  store(word, even);
+  store(word + kSideBySide, odd);
 }
+#if defined(HEED_BF16_DOT)
+HEED_INLINE void put_pair(bf16* word, F even, F odd) { _mm512_storeu_si512(word, pair_bf16(even, odd)); }
+#endif
+
+/// `blocks` columns of blocks of sixteen rows that lie side by side.
+template <Dtype D, class Out>
+void unpack_columns(const char* column, int64_t blocks, Out* panel) {
+  using Q = Quant<D>;
+  constexpr int per_block = info(D).block, groups = per_block / Q::group;
+  for (int64_t b = 0; b < blocks; ++b, column += kSideBySide * info(D).bytes, panel += kSideBySide * per_block)
+    for (int part = 0; part < kSideBySide / kLanes; ++part) {
+      const Sixteen<D> block(column, part);
+      F scale[groups], low[groups];
+      Q::scales(block, scale, low);
+      if constexpr (!Q::has_low)
+        for (int g = 0; g < groups; ++g) low[g] = scale[g] * set(-float(Q::offset));
+      const auto unit = [&]<int i>() {
+        const RowCodes codes = Q::template codes<i>(block);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+          const int g = (32 * i + 4 * j) / Q::group;
+          F x[4];
+#pragma GCC unroll 4
+          for (int n = 0; n < 4; ++n) {
+            const F code = Q::is_signed ? signed_byte_of(codes.word[j], n) : byte_of(codes.word[j], n);
+            x[n] = fma(code, scale[g], low[g]);
+          }
+          Out* to = panel + kSideBySide * (32 * i + 4 * j) + part * kLanes;
+          put_pair(to, x[0], x[1]);
+          put_pair(to + 2 * kSideBySide, x[2], x[3]);
+        }
+      };
+      [&]<int... i>(std::integer_sequence<int, i...>) {
+        (unit.template operator()<i>(), ...);
+      }(std::make_integer_sequence<int, per_block / 32>());
+    }
+}
+
+template <class Out>
+void unpack_sixteen_any(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, Out* panel) {
+  constexpr int64_t pair = 4 / sizeof(Out), square = 16 * pair;
+  const int64_t rows = std::min<int64_t>(kSideBySide, w.rows - row);
+  int64_t done = 0;
+  if (row < w.side_by_side)
+    with_quant(w.type, [&]<Dtype D>() {
+      unpack_columns<D>(w.at(row, begin), count / info(D).block, panel);
+      done = count;
+    });
+  // Rows that lie one behind the other: unpacked so, a part of them after the other, and transposed.
+  constexpr int64_t most = 512;
+  alignas(64) Out part[kSideBySide][most];
+  for (; done < padded; done += most) {
+    const int64_t n = std::clamp<int64_t>(count - done, 0, most), all = std::min(padded - done, most);
+    const int64_t whole = (all + square - 1) / square * square;
+    if (n > 0) unpack_any(w, row, rows, begin + done, n, &part[0][0], most);
+    for (int64_t r = 0; r < kSideBySide; ++r) std::fill(part[r] + (r < rows ? n : 0), part[r] + whole, Out(0));
+    for (int64_t at = 0; at < all; at += square) {
+      alignas(64) uint32_t words[kSideBySide][kSideBySide];
+      transpose_words(reinterpret_cast<const uint32_t*>(part[0] + at), most / pair, words[0], kSideBySide);
+      std::memcpy(panel + kSideBySide * (done + at), words, size_t(std::min(square, all - at)) / pair * sizeof words[0]);
+    }
+  }
+}
+
+}  // namespace
+
+void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, float* panel) {
+  unpack_sixteen_any(w, row, begin, count, padded, panel);
+}
+#if defined(HEED_BF16_DOT)
+void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, bf16* panel) {
+  unpack_sixteen_any(w, row, begin, count, padded, panel);
+}
+#endif
 
 }  // namespace heed::HEED_ISA
