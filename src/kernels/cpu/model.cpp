@@ -14,6 +14,7 @@ void fill_model(Kernels& t) {
   t.merge_heads = merge_heads;
   t.glu = glu;
   t.add = add;
+  t.tile_rows = 1024;  // weights are unpacked for each tile (docs/performance.md)
 }
 
 }  // namespace heed::HEED_ISA
