@@ -165,7 +165,10 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
           }
           if (t.sketched()) {
             // Of each part of an entry, the product with what stands for it is about its square: √(π/2) times the mean size of
-            // projections on vectors of length √n.
+            // projections on vectors of length √n. The mean of n sizes strays by √(π/2 − 1) / √n of itself; six times that.
+            // Of a page's entries together less; a tenth for the projections, which they share. (Of one channel alone, as outliers
+            // may be, all entries have one and the same error.)
+            double square_of = 0, product_of = 0;
             for (int64_t e0 = 0; e0 < rows; e0 += t.group) {
               const int64_t e1 = std::min(rows, e0 + t.group);
               std::vector<std::pair<double, int64_t>> squares;
@@ -182,9 +185,12 @@ void pages_keep_what_is_written(const Kernels& run, Random random) {
                     square += x(in, e, c) * x(in, e, c), product += x(in, e, c) * x(out, e, c);
                   }
                   const double count = outliers ? t.outlier_sketch : t.sketch;
-                  ASSERT_NEAR(product, square, (2 / std::sqrt(count + 1e-9) + 0.03) * square) << "entry " << first + e;
+                  ASSERT_NEAR(product, square, (6 * 0.7555 / std::sqrt(count + 1e-9) + 0.01) * square)
+                      << "entry " << first + e;
+                  if (!outliers) square_of += square, product_of += product;
                 }
             }
+            ASSERT_NEAR(product_of, square_of, (6 * 0.7555 / std::sqrt(double(t.sketch * rows) + 1e-9) + 0.1) * square_of);
             continue;
           }
           if (t.sparse()) {
