@@ -15,9 +15,9 @@ constexpr int64_t kPieceNumbers = 4096, kPackedTokens = 2048;
 constexpr int64_t kPanelBytes = 512 << 10, kTokenBytes = 1 << 20;
 
 /// The groups of sixteen rows of all products, one behind the other; of gate and up, in turn.
-class Columns {
+class ProductColumns {
  public:
-  Columns(std::span<const Product> products, bool in_turn) : products_(products), in_turn_(in_turn) {
+  ProductColumns(std::span<const Product> products, bool in_turn) : products_(products), in_turn_(in_turn) {
     for (const Product& p : products) count_ += ceil_div(p.w.rows, kGroup);
   }
   struct Group {
@@ -99,7 +99,7 @@ HEED_INLINE void put_sums(const float* sums, int64_t stride, int64_t rows, int64
 
 /// How y takes the sums of a tile: as they are, or as act(gate) · up of each two groups.
 struct Finish {
-  const Columns& columns;
+  const ProductColumns& columns;
   const Activation* glu;
   bool first;  // piece of k: others are added to it
 
@@ -156,7 +156,7 @@ template <class Tile>
 void multiply(Arena& arena, std::span<const Product> products, const Activation* glu) {
   constexpr int64_t step = std::max(2, Tile::groups);  // groups of a tile of work
   const Scratch give_back(arena);
-  const Columns columns(products, glu != nullptr);
+  const ProductColumns columns(products, glu != nullptr);
   if (columns.count() == 0) return;
   const Product& any = products[0];
   const int64_t width = any.w.width, workers = threads();
