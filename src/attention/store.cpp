@@ -55,7 +55,7 @@ LayerStore::LayerStore(Store& store, const LayerStore& other, Tensor lengths)
   points_ = other.points_;
   length_ = other.length_, together_ = other.together_, loose_ = other.loose_, converted_ = other.converted_;
   queue.move(other.table_, table_), queue.move(other.layout_, layout_);
-  shared_ = page_bound();
+  shared_ = page_bound(), tails_shared_ = shared_ > 0;
   changed(queue);
   open_slots(queue);
 }
@@ -217,20 +217,24 @@ void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor p
           std::to_string(k.segments()) + " segments for a layer of " + std::to_string(segments()));
   const int64_t before = page_bound();
   int64_t total = 0;
+  bool all = true;  // every segment grows
   for (int64_t s = 0; s < segments_; ++s) {
     const int64_t count = rows.empty() ? k.length(s) : rows[size_t(s / shape_.kv_heads)];
     length_[size_t(s)] += count, total += count;
+    all &= count > 0;
   }
   if (total == 0) return;
   if (together_ >= 0) together_ += total;
-  if (promised_ < 0) promise(queue, 0, page_bound() - before + (shared_ > 0 ? segments_ : 0));
+  if (promised_ < 0) promise(queue, 0, page_bound() - before + (tails_shared_ ? segments_ : 0));
   promised_ = -1;
   widen(queue, pages_for(longest()));
   changed_bounds();
   Scratch scope(queue.scratch);
   const Tensor first = queue.scratch.take(Dtype::I32, {segments_});
-  view_.shared = shared_ > 0;
+  view_.shared = tails_shared_;
   queue.run->page_grow(queue, view_, k, first);
+  loose_ |= tails_shared_;  // how many were copied, the device knows
+  tails_shared_ &= !all;
   changed(queue);
   queue.run->page_write(queue, view_, k, v, positions, first);
 }
@@ -245,7 +249,7 @@ void LayerStore::own(Queue& queue, Tensor until) {
 
 void LayerStore::rewrite(Queue& queue, Tensor first, const Ragged& k, const Ragged& v, Tensor positions) {
   own(queue, view_.length);
-  shared_ = 0;
+  shared_ = 0, tails_shared_ = false;
   Scratch scope(queue.scratch);
   std::vector<std::pair<int, Ragged>> beside;
   auto keep = [&](int column, int64_t width) {
@@ -267,7 +271,7 @@ void LayerStore::rewrite(Queue& queue, Tensor first, const Ragged& k, const Ragg
 
 void LayerStore::write_column(Queue& queue, int column, const Ragged& values) {
   own(queue, view_.length);
-  shared_ = 0;
+  shared_ = 0, tails_shared_ = false;
   queue.run->column_write(queue, view_, column, values);
 }
 
@@ -276,6 +280,7 @@ void LayerStore::compact(Queue& queue, Tensor index, Tensor count, int64_t capac
   own(queue, count);
   queue.run->page_move(queue, view_, view_, index, count, capacity);
   let_go(queue, count, most, together);
+  shared_ = 0, tails_shared_ = false;  // what is left has been made its own
 }
 
 void LayerStore::let_go(Queue& queue, Tensor lengths, std::span<const int64_t> most, int64_t together) {
@@ -292,6 +297,7 @@ void LayerStore::let_go(Queue& queue, Tensor lengths, std::span<const int64_t> m
   if (!converted_ && !slot_pool_ && !queue.recording())
     pool(0).returned(std::max<int64_t>(0, before - after - shared_));
   shared_ = std::min(shared_, after);
+  tails_shared_ = shared_ > 0;  // what was full may be a last page now
   if (visible(queue)) trim_slots();
 }
 
@@ -394,10 +400,10 @@ Store::Store(Queue& queue, Store& other)
     at += layer->segments();
     if (layer->page_bound() == 0) continue;
     queue.run->page_hold(queue, layers_.back()->view_);
-    layer->shared_ = layer->page_bound();
+    layer->shared_ = layer->page_bound(), layer->tails_shared_ = true;
     if (!layers_.back()->slot_pool_) continue;
     layers_.back()->own(queue, layers_.back()->view_.length);
-    layers_.back()->shared_ = layer->shared_ = 0;
+    for (LayerStore* one : {layers_.back().get(), layer.get()}) one->shared_ = 0, one->tails_shared_ = false;
   }
 }
 
@@ -436,8 +442,8 @@ void Store::sync() {
   bool shared = false, loose = false;
   for (const Group& group : groups_) shared |= group.pools[0].use_count() > 1;
   for (auto& layer : layers_) {
-    if (!shared) layer->shared_ = 0;
-    loose |= layer->loose_ || layer->shared_ > 0;
+    if (!shared) layer->shared_ = 0, layer->tails_shared_ = false;
+    loose |= layer->loose_;
   }
   if (visible(queue_)) return;
   if (loose) read_bounds();
@@ -465,7 +471,7 @@ void Store::read_bounds() {
 }
 
 bool Store::shared() const {
-  return std::any_of(layers_.begin(), layers_.end(), [](const auto& layer) { return layer->shared_ > 0; });
+  return std::any_of(layers_.begin(), layers_.end(), [](const auto& layer) { return layer->tails_shared_; });
 }
 
 bool Store::prepare() {

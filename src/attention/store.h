@@ -146,6 +146,7 @@ class LayerStore {
   int64_t together_ = -1;        // bound of Σ lengths; −1: no better than the sum
   bool loose_ = false;           // bounds are more than bounds
   int64_t shared_ = 0;           // pages that a fork may hold too
+  bool tails_shared_ = false;    // and part-filled last ones among them, which an append copies
   int64_t promised_ = -1;        // pages that lie free for the next append; −1: not seen to
   // While a step is recorded, bounds are `ceiling_` − 1 and the true ones wait here.
   std::vector<int64_t> ceiling_;
@@ -198,7 +199,7 @@ class Store {
   void begin_step();
   bool end_step();
   void replayed(bool evicts);
-  /// Whether a fork may hold pages too.
+  /// Whether a fork may hold pages that the next append writes.
   bool shared() const;
   /// Makes all bounds exact when some are not: waits then.
   void sync();

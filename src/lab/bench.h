@@ -27,7 +27,7 @@ struct BenchResult {
 };
 
 /// Random tokens of the vocabulary; one run that is not counted comes first. Every repetition starts from the same
-/// cache. Throws Error(Interrupted) when stopped.
+/// cache, and generation two tokens behind it (which keys_read counts). Throws Error(Interrupted) when stopped.
 BenchResult bench(std::shared_ptr<const Model> model, const SessionOptions& options, const BenchTest& test,
                   int repetitions, uint64_t seed = 0);
 
