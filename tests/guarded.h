@@ -291,8 +291,8 @@ inline const Kernels& guarded_kernels() {
     HEED_GUARD(page_write), HEED_GUARD(page_read), HEED_GUARD(page_move), HEED_GUARD(column_read), HEED_GUARD(column_write);
     HEED_GUARD(page_supply), HEED_GUARD(page_grow), HEED_GUARD(page_own), HEED_GUARD(page_shrink),
         HEED_GUARD(page_hold), HEED_GUARD(page_convert), HEED_GUARD(page_pair);
-    HEED_GUARD(page_score), HEED_GUARD(matmul), HEED_GUARD(embed), HEED_GUARD(rms_norm), HEED_GUARD(split_heads),
-        HEED_GUARD(merge_heads);
+    HEED_GUARD(page_score), HEED_GUARD(page_choose), HEED_GUARD(matmul), HEED_GUARD(embed), HEED_GUARD(rms_norm),
+        HEED_GUARD(split_heads), HEED_GUARD(merge_heads);
     HEED_GUARD(combine), HEED_GUARD(spread), HEED_GUARD(matmul_each), HEED_GUARD(matmul_glu);
     HEED_GUARD(glu), HEED_GUARD(add), HEED_GUARD(dequantise);
 #undef HEED_GUARD

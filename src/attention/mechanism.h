@@ -166,7 +166,7 @@ class LayerView {
     queue.varies();
     return *state_;
   }
-  /// The same for who only hands it on.
+  /// The same for who only hands it on, does not change it while decoding, or writes in every step where it wrote before.
   State* state_held() const { return state_; }
   void enter(int64_t step) { step_ = step; }
   void enter(State* state) { state_ = state; }

@@ -31,7 +31,11 @@ bool reads_all(const LayerView& at, int dense) {
 }
 
 Num held_entries(LayerView& at, const Num& segment, int64_t heads) {
-  return load(at.store->pages().length, floor_div(segment, heads / at.store->shape().kv_heads));
+  return load(at.store->pages().length, floor_div(segment * at.store->shape().kv_heads, heads));
+}
+
+Num decoded_entries(LayerView& at, const Num& segment, int64_t heads) {
+  return max(1, held_entries(at, segment, heads) - of_sequence(at.queue, at.prompt, segment, heads));
 }
 
 Ragged block_scores(LayerView& at, const Ragged& q, const std::string& low, const std::string& high, int block) {
@@ -68,6 +72,29 @@ Read best_blocks(LayerView& at, Plan::Scope scope, const Ragged& scores, int blo
   best.count = compute(at.queue, Dtype::I32, {with_queries(at, scores).segments()},
                        load(counts, query_segment(at, index(), scores.heads)));
   return chosen_blocks(at, scope, scores, best, block, capacity);
+}
+
+Read best_pages(LayerView& at, const std::string& low, const std::string& high, const Budget& budget, PageChoice how) {
+  how.low = at.stores->column(low), how.high = at.stores->column(high);
+  how.share = budget.fraction ? budget.amount : 0, how.number = budget.fraction ? 1 : int64_t(budget.amount);
+  const bool each = how.of == PageChoice::Of::Each;
+  const int64_t block = int64_t(at.stores->options().columns[size_t(how.low)].block) * how.split,
+                longest = at.store->longest();
+  const auto blocks = [&](int64_t entries) { return (entries + block - 1) / block; };
+  const int64_t most = std::max(
+      {how.least, blocks(std::min(budget.entries(longest), longest)), blocks(how.sinks) + blocks(how.recent) + 1});
+  const int64_t capacity = std::clamp<int64_t>(most, 1, std::max<int64_t>(1, blocks(longest))),
+                asking = at.sequences() - std::count(at.rows.begin(), at.rows.end(), 0),
+                rows = asking * (each ? at.q.heads : at.store->shape().kv_heads);
+  Read read;
+  Plan& plan = read.plan;
+  plan.form = Plan::Form::Blocks, plan.scope = each ? Plan::Scope::QueryHead : Plan::Scope::KvHead;
+  plan.k_tile = int(block), plan.nnz_bound = rows * capacity;
+  plan.index = at.queue.scratch.take(Dtype::I32, {plan.nnz_bound});
+  plan.count = at.queue.scratch.take(Dtype::I32, {rows});
+  plan.rowptr = at.queue.scratch.take(Dtype::I64, {rows + 1});
+  at.run().page_choose(at.queue, at.q, at.store->pages(), how, capacity, plan.index, plan.count, plan.rowptr);
+  return read;
 }
 
 Read named_entries(LayerView& at, Plan::Scope scope, const Ragged& entries, const Num& named) {
@@ -135,21 +162,20 @@ Ragged gathered_places(LayerView& at, const Plan& read) {
 }
 
 void HeldRead::hold(Queue& queue, const Read& read) {
-  auto kept = [&](const Tensor& from) {
-    auto out = std::make_shared<Buffer>(Dtype::I32, std::initializer_list<int64_t>{from.numel()}, *queue.memory);
-    queue.move(from, *out);
-    return out;
-  };
-  index_ = kept(read.plan.index), count_ = kept(read.plan.count);
-  scope_ = read.plan.scope;
+  rows_ = read.plan.count.numel(), capacity_ = rows_ > 0 ? read.plan.index.numel() / rows_ : 0, scope_ = read.plan.scope;
+  const int64_t need = rows_ * (capacity_ + 1);
+  if (lists_.empty() || lists_.back()->numel() < need)
+    lists_.emplace_back(Dtype::I32, std::initializer_list<int64_t>{need + need / 4}, *queue.memory);
+  queue.move(read.plan.count, lists_.back()->slice(0, 0, rows_));
+  queue.move(read.plan.index, lists_.back()->slice(0, rows_, need));
 }
 
 Read HeldRead::read(Queue& queue) const {
   Read out;
-  if (index_) out.plan = tokens_plan(queue, scope_, 1, *index_, *count_, (*index_)->numel() / (*count_)->numel());
+  if (rows_ == 0) return out;
+  out.plan = tokens_plan(queue, scope_, 1, lists_.back()->slice(0, rows_, rows_ * (capacity_ + 1)),
+                         lists_.back()->slice(0, 0, rows_), capacity_);
   return out;
 }
-
-std::unique_ptr<State> HeldRead::clone() const { return std::make_unique<HeldRead>(*this); }
 
 }  // namespace heed

@@ -37,12 +37,18 @@ Read chosen_blocks(LayerView&, Plan::Scope, const Ragged& scores, const Select& 
 Read best_blocks(LayerView&, Plan::Scope, const Ragged& scores, int block,
                  const std::function<Num(const Num& segment)>& count, int64_t capacity);
 
+/// Reads the best blocks by the store's columns `low` and `high` (Kernels::page_choose): `how` says how they are scored and what
+/// comes first, the budget what is granted of the entries held.
+Read best_pages(LayerView&, const std::string& low, const std::string& high, const Budget&, PageChoice how);
+
 /// Reads the entries that `named`, a formula of segment() and place() of `entries` (a segment for each query head, KV head
 /// or sequence, as the scope says), is not 0 for.
 Read named_entries(LayerView&, Plan::Scope, const Ragged& entries, const Num& named);
 
 /// Entries that a segment of `heads` to a sequence holds: a formula.
 Num held_entries(LayerView&, const Num& segment, int64_t heads);
+/// How many of them were decoded, where nothing is dropped (Needs::same_entries); the new one at least.
+Num decoded_entries(LayerView&, const Num& segment, int64_t heads);
 
 /// The output of a reader whose logits get a bias that depends on the query, which pages do not know: what the new
 /// tokens' query heads among `heads` make of all entries, bias F32 [entries, group] beside them (−∞: not read), over
@@ -65,14 +71,15 @@ Ragged entry_places(LayerView&, const Num& place);
 /// position. The heads of a group read the same.
 Ragged gathered_places(LayerView&, const Plan& read);
 
-/// A read that later layers or steps take over.
+/// A read of entries that later layers of a step take over. It stays in its place, so that steps can be recorded.
 struct HeldRead : State {
   void hold(Queue&, const Read&);
   Read read(Queue&) const;
-  std::unique_ptr<State> clone() const override;
+  std::unique_ptr<State> clone() const override { return std::make_unique<HeldRead>(); }  // every step holds one anew
 
  private:
-  std::shared_ptr<const Buffer> index_, count_;  // forks share them
+  std::vector<Buffer> lists_;  // the last one; those before it may be what a recording knows
+  int64_t rows_ = 0, capacity_ = 0;
   Plan::Scope scope_ = Plan::Scope::QueryHead;
 };
 

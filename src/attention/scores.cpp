@@ -178,6 +178,23 @@ Ragged queries_behind(const LayerView& at) {
   return out;
 }
 
+Ragged last_logits(LayerView& at, const Ragged& q, bool weights) {
+  Queue& queue = at.queue;
+  const int64_t group = at.model.group(), all = at.q.segments();
+  if (at.decoding() && queue.run->observe_runs) {
+    const Tensor held = at.store->offsets(queue);
+    const Num kv = floor_div(index(), group), begin = load(held, kv);
+    Ragged runs;
+    runs.heads = at.q.heads, runs.bound = at.store->entries() * group;
+    runs.values = queue.scratch.take(Dtype::F32, {runs.bound});
+    runs.offsets = compute(queue, Dtype::I64, {all + 1}, begin * group + mod(index(), group) * (load(held, kv + 1) - begin));
+    if (queue.run->observe_runs(queue, q, at.keys(), at.mods, !weights, runs)) return runs;
+  }
+  Observe how;
+  how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = !weights;
+  return by_query_head(queue, at.observe(q, how), group);
+}
+
 Ragged row_weights(const LayerView& at, int64_t rows) {
   const int64_t all = at.q.segments(), group = at.model.group();
   Plan dense;

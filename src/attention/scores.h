@@ -51,6 +51,11 @@ Tensor ones(Queue&, int64_t rows, int64_t width = 0);
 /// For each entry of the store, how many of the new queries stand at or behind it.
 Ragged queries_behind(const LayerView&);
 
+/// While decoding: the logits of every entry of the store for the rows of q, which is at.q or laid out as it; or with `weights`
+/// what they pay to it, P. A run of numbers for each query head.
+Ragged last_logits(LayerView&, const Ragged& q, bool weights = false);
+inline Ragged last_weights(LayerView& at) { return last_logits(at, at.q, true); }
+
 /// What each of the last `rows` new queries pays to each entry, P_ij: for each (sequence, KV head) a run of numbers as
 /// long as its entries for every (query head of its group, row), row by row; 0 for rows that a sequence has not, and for
 /// keys that a row does not see. rows · h numbers an entry.

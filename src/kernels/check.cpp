@@ -86,6 +86,36 @@ int check_column(const char* where, const Pages& pages, int column, const Ragged
   return width;
 }
 
+int check_blocks(const char* where, const Ragged& q, const Pages& pages, int low, int high) {
+  const auto is_block = [&](int i) {
+    return pages.columns && i >= 0 && i < int(pages.columns->size()) &&
+           (*pages.columns)[size_t(i)].keeps != Column::Keeps::User;
+  };
+  require(is_block(low) && is_block(high), where, "low and high name columns that the store keeps for blocks");
+  const int block = (*pages.columns)[size_t(low)].block;
+  require((*pages.columns)[size_t(high)].block == block, where, "the two columns have blocks of one size");
+  require(q.heads % pages.kv_heads == 0 && q.segments() == pages.segments() * (q.heads / pages.kv_heads), where,
+          "q has a segment for each sequence and query head");
+  require(is_float(q.values.type), where, "q is of a plain type");
+  for (const PageLayout& layout : pages.layouts)
+    require(q.values.rank == 2 && q.values.size[1] == layout.d, where, "q and the store's keys differ in width");
+  return block;
+}
+
+int check_choice(const char* where, const Ragged& q, const Pages& pages, const PageChoice& how, int64_t capacity,
+                 const Tensor& index, const Tensor& count, const Tensor& rowptr) {
+  const int block = check_blocks(where, q, pages, how.low, how.high) * how.split;
+  require(how.split > 0 && kPage % block == 0, where, "blocks do not divide a page");
+  require(capacity >= 0 && how.sinks >= 0 && how.recent >= 0, where, "counts are not negative");
+  const int64_t rows = count.size[0], heads = how.of == PageChoice::Of::Each ? q.heads : pages.kv_heads;
+  require(count.rank == 1 && rows % heads == 0 && rows <= q.sequences() * heads, where,
+          "a list for each head of the sequences that have a row");
+  check_tensor(where, "count", count, {rows}, false, Dtype::I32);
+  check_tensor(where, "index", index, {rows * capacity}, false, Dtype::I32);
+  check_tensor(where, "rowptr", rowptr, {rows + 1}, false, Dtype::I64);
+  return block;
+}
+
 void check_pair(const char* where, const Pages& one, const Pages& two, int layout) {
   require(one.segments() == two.segments() && one.layouts.size() == two.layouts.size() && layout > 0 &&
               size_t(layout) + 1 < one.layouts.size() && one.layouts[size_t(layout)].k.pair == 1 &&

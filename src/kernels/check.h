@@ -22,6 +22,14 @@ int check_column(const char* where, const Pages& pages, int column, const Ragged
 void check_combine(const char* where, const Tensor& x, const Tensor& y, const Tensor& out);
 void check_spread(const char* where, const Ragged& x, const Spread& how, const Tensor& out);
 
+/// Columns that the store keeps for blocks of one size, and q with a segment for each query head of the pages. Returns the
+/// size.
+int check_blocks(const char* where, const Ragged& q, const Pages& pages, int low, int high);
+
+/// What page_choose asks besides. Returns the entries of a block.
+int check_choice(const char* where, const Ragged& q, const Pages& pages, const PageChoice& how, int64_t capacity,
+                 const Tensor& index, const Tensor& count, const Tensor& rowptr);
+
 /// What unite asks.
 void check_union(const char* where, const Ragged& q, const Ragged& k, const KeySets& sets, const Plan& out);
 

@@ -175,6 +175,19 @@ struct Select {
 // k); of ties the lower index; no more than `capacity` are chosen, the largest; what is chosen is written in ascending
 // order, and index beyond count is left as it was.
 
+/// Which blocks of a store's segment a new query reads: its best ones by what columns hold of them.
+struct PageChoice {
+  int low = -1, high = -1;  // columns and scores as page_score has them
+  /// A list for each query head, or one for each KV head by this statistic of its query heads' scores.
+  enum class Of : uint8_t { Each, Mean, Max, Sum } of = Of::Each;
+  int split = 1;  // a block is so many of the columns' blocks, in one page, and scores what the best of them does
+  int64_t sinks = 0, recent = 0;  // blocks that hold one of so many first or latest entries come first
+  /// ⌈granted entries / block's entries⌉ blocks, at least `least` and what comes first; of `held` entries a share grants
+  /// max(1, ⌊share · held⌋) and else a number itself, at most all of them.
+  double share = 0;
+  int64_t number = 0, least = 0;
+};
+
 /// Lists of ascending numbers as select writes them: list l is count[l] numbers from l · capacity on.
 struct KeyLists {
   Tensor index, count;  // I32 [lists · capacity], [lists]; empty: nothing is named
@@ -299,6 +312,9 @@ struct Kernels {
   /// columns: [keys] or, with Heads::Each, [keys, group]; keys numbered as the panel's rows or, for pages, as the
   /// Ragged that page_read fills. `plan` (may be null) limits which keys count; softmax is over those.
   void (*observe)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const Observe&, Ragged columns);
+  /// What observe makes of Rows::Last and Heads::Each over all keys of pages, in runs: a segment of `runs` for each query head, with a
+  /// number for each key (offsets are an input). False, having done nothing, where that is no faster; null: never.
+  bool (*observe_runs)(Queue&, const Ragged& q, const Keys&, const Mods&, bool logits, Ragged runs) = nullptr;
   void (*observe_rows)(Queue&, const Ragged& q, const Keys&, const Plan* plan, const Mods&, const RowStats&);
 
   /// Blocks of `block` rows of every segment of x (F32, BF16 or F16) → out (F32; with Concat and ConcatReversed also BF16):
@@ -395,6 +411,11 @@ struct Kernels {
   /// scores stay as they were); scores: Ragged, heads = h,
   /// ⌈length / block⌉ numbers.
   void (*page_score)(Queue&, const Ragged& q, const Pages&, int low, int high, Ragged scores);
+  /// The rows of a plan of blocks (Plan, q_tile 1; a sequence without a new row has none): row r lists count[r] blocks,
+  /// ascending, at rowptr[r] = r · capacity, chosen by the rules of select. index I32 [rows · capacity], count I32 [rows],
+  /// rowptr I64 [rows + 1], each an output. q has one row a segment, or none.
+  void (*page_choose)(Queue&, const Ragged& q, const Pages&, const PageChoice&, int64_t capacity, Tensor index,
+                      Tensor count, Tensor rowptr);
 
   /// y [T, out] (+)= x [T, in] · w[out, in]^T + bias[out]. w: any Dtype, rows contiguous; x, y F32; bias may be empty.
   void (*matmul)(Queue&, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y);

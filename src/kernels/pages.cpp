@@ -73,6 +73,12 @@ int64_t PageType::bytes(int width) const {
   return round_up(kPage * row_bits(width) / 8 + halves() * groups(width) * int64_t(sizeof(f16)) + places(width));
 }
 
+Dtype column_type(const PageType& keys, Column::Keeps keeps) {
+  const bool bounds = keeps == Column::Keeps::KeyMin || keeps == Column::Keeps::KeyMax;
+  if (!bounds || keys.pair) return Dtype::F32;
+  return keys.kind == PageType::Kind::BF16 ? Dtype::BF16 : keys.kind == PageType::Kind::F16 ? Dtype::F16 : Dtype::F32;
+}
+
 PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed, bool bias,
                        const std::vector<Column>& columns) {
   check_side(k, d, "keys");
@@ -100,7 +106,8 @@ PageLayout page_layout(int d, int d_v, PageType k, PageType v, bool v_transposed
       const bool user = column.keeps == Column::Keeps::User;
       require(!user || (column.width > 0 && column.block == 1), "page_layout",
               "column '" + column.name + "': one written by a mechanism has a width and blocks of 1");
-      const int64_t column_at = place(int64_t(kPage / column.block) * (user ? column.width : d) * int64_t(sizeof(float)));
+      const int64_t column_at = place(int64_t(kPage / column.block) * (user ? column.width : d) *
+                                      info(column_type(k, column.keeps)).bytes);
       if (own) out.column_at.push_back(column_at);
     }
   }

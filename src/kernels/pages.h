@@ -133,10 +133,13 @@ struct PageLayout {
   int64_t k_at = 0, v_at = 0;
   int64_t position_at = 0;         // I32 [64]: true positions
   int64_t bias_at = -1;            // F32 [64]: logit bias of synthetic entries; −1: none
-  std::vector<int64_t> column_at;  // F32 [64 / block][width or d], in the order of the store's columns
+  std::vector<int64_t> column_at;  // column_type() [64 / block][width or d], in the order of the store's columns
   int64_t bytes = 0;
   int lists = 1;  // that hold such a page: of so many layers
 };
+
+/// How a column's numbers are kept: F32, but bounds of plain keys are some of these keys and lie exactly in their type.
+Dtype column_type(const PageType& keys, Column::Keeps keeps);
 
 /// Lays out a page of d-wide keys and d_v-wide values with these columns. Throws Error(Invalid) for widths, groups or
 /// blocks that do not fit.

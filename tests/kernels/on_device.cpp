@@ -268,6 +268,12 @@ Kernels coat() {
     gpu().page_score(on.queue, on(q), on(pages), low, high, on(scores));
     on.leave();
   };
+  t.page_choose = [](Queue&, const Ragged& q, const Pages& pages, const PageChoice& how, int64_t capacity, Tensor index,
+                     Tensor count, Tensor rowptr) {
+    Visit on;
+    gpu().page_choose(on.queue, on(q), on(pages), how, capacity, on(index), on(count), on(rowptr));
+    on.leave();
+  };
   t.matmul = [](Queue&, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y) {
     Visit on;
     gpu().matmul(on.queue, on(w), on(x), on(bias), accumulate, on(y));
@@ -362,6 +368,14 @@ Kernels coat() {
     gpu().unite(on.queue, on(q), on(k), there, on(out));
     on.leave();
   };
+  if (gpu().observe_runs)
+    t.observe_runs = [](Queue&, const Ragged& q, const Keys& keys, const Mods& mods, bool logits, Ragged runs) {
+      Visit on;
+      const KeysOn from(on, keys, nullptr);
+      const bool done = gpu().observe_runs(on.queue, on(q), from.keys, on(mods), logits, on(runs));
+      on.leave();
+      return done;
+    };
   if (gpu().proxy_reduce)
     t.proxy_reduce = [](Queue&, const Ragged& q, const Ragged& k, const Proxy& how, const Reduce& by, Grids out) {
       Visit on;

@@ -299,28 +299,46 @@ void select_equals_reference(const Kernels& run, Random random) {
 }
 
 /// Every element chosen scores no less than any left out, and of equal ones the lower index is in.
+/// Segments of any length, few and many, of scores that are all different or few different ones.
 void select_topk_is_largest(const Kernels& run, Random random) {
   for (int i = 0; i < cases(40); ++i) {
-    const int64_t length = 1 + random.below(500), k = 1 + random.below(length);
-    RaggedData scores = ragged(random, Dtype::F32, {length}, 1, 0, {});
-    for (int64_t j = 0; j < length; ++j) scores.values->at<float>(j) = float(random.below(30));
-    Poisoned index(Dtype::I32, {k}), count(Dtype::I32, {1});
+    const bool many = i % 20 == 7;
+    const int64_t most = pick<int64_t>(random, {500, 500, 9000, 100000, 200000}),
+                  segments = many ? 1500 : 1 + random.below(3);
+    std::vector<int64_t> lengths;
+    for (int64_t s = 0; s < segments; ++s)
+      lengths.push_back(many && s % 300 != 5 ? random.below(200) : most / 2 + random.below(most / 2));
+    RaggedData scores = ragged(random, Dtype::F32, lengths, 1, 0, {});
+    const bool alike = chance(random, 0.4);
+    for (int64_t j = 0; j < scores.view.offsets.at<int64_t>(segments); ++j)
+      scores.values->at<float>(j) = alike ? float(random.below(30)) : float(random.normal());
+    const Poisoned ks = filled(Dtype::I32, {segments}, [&] { return double(random.below(many ? 40 : most)); });
+    const int64_t capacity = many ? 40 : most;
+    Poisoned index(Dtype::I32, {segments * capacity}), count(Dtype::I32, {segments});
     Queue queue;
     Select how;
-    how.k = k;
-    run.select(queue, scores, how, k, index, count);
-    ASSERT_EQ(count->at<int32_t>(0), k);
-    std::vector<bool> in(size_t(length), false);
-    for (int64_t j = 0; j < k; ++j) {
-      if (j > 0) { EXPECT_LT(index->at<int32_t>(j - 1), index->at<int32_t>(j)); }
-      in[size_t(index->at<int32_t>(j))] = true;
-    }
-    for (int64_t a = 0; a < length; ++a)
-      for (int64_t b = 0; b < length; ++b)
-        if (in[size_t(a)] && !in[size_t(b)]) {
-          const float x = scores.values->at<float>(a), y = scores.values->at<float>(b);
-          ASSERT_TRUE(x > y || (x == y && a < b)) << a << " is in with " << x << ", " << b << " is out with " << y;
+    how.count = ks;
+    run.select(queue, scores, how, capacity, index, count);
+    SCOPED_TRACE("case " + std::to_string(i) + ": " + std::to_string(segments) + " segments of up to " + std::to_string(most));
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t length = lengths[size_t(s)], k = std::min<int64_t>(length, ks->at<int32_t>(s));
+      const float* x = scores.values->as<float>() + scores.view.begin(s);
+      ASSERT_EQ(count->at<int32_t>(s), k);
+      std::vector<bool> in(size_t(length), false);
+      float least = INFINITY;
+      int64_t last = -1;  // place of the last one chosen of the least
+      for (int64_t j = 0; j < k; ++j) {
+        const int32_t at = index->at<int32_t>(s * capacity + j);
+        ASSERT_LT(at, length);
+        if (j > 0) { ASSERT_LT(index->at<int32_t>(s * capacity + j - 1), at); }
+        in[size_t(at)] = true;
+        if (x[at] <= least) least = x[at], last = at;
+      }
+      for (int64_t j = 0; j < length; ++j)
+        if (!in[size_t(j)] && k > 0) {
+          ASSERT_TRUE(x[j] < least || (x[j] == least && j > last)) << j << " is out with " << x[j];
         }
+    }
   }
 }
 

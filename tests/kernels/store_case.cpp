@@ -12,6 +12,7 @@ PageType random_type(Random& random, Kinds kinds) {
   using Kind = PageType::Kind;
   PageType out;
   out.kind = kinds == Kinds::Sketches ? Kind::Q1
+             : kinds == Kinds::Bf16   ? Kind::BF16
              : kinds != Kinds::Any
                  ? pick(random, {Kind::F32, Kind::BF16, Kind::F16})
                  : pick(random, {Kind::F32, Kind::BF16, Kind::F16, Kind::Q8, Kind::Q4, Kind::Q2, Kind::Q3, Kind::Q1});
@@ -54,7 +55,7 @@ StoreCase::StoreCase(Random& random, std::vector<int64_t> wanted, int64_t g, int
     columns.push_back({"label", Column::Keeps::User, 3, 1, -1});
   }
   const bool bias = chance(random, 0.5);
-  for (int64_t count = kinds == Kinds::Alike ? 1 : 1 + random.below(3); count > 0; --count)
+  for (int64_t count = kinds == Kinds::Alike || kinds == Kinds::Bf16 ? 1 : 1 + random.below(3); count > 0; --count)
     pages.layouts.push_back(page_layout(int(d), int(d_v), random_type(random, kinds), random_type(random, kinds),
                                         v_transposed, bias && chance(random, 0.7), columns));
   const int64_t segments = int64_t(lengths.size()), longest = *std::max_element(lengths.begin(), lengths.end());
@@ -192,8 +193,12 @@ Contents::Contents(const StoreCase& store) {
       for (size_t i = 0; i < columns.size(); ++i) {
         const int block = store.columns[i].block;
         const int64_t width = columns[i]->size[2];
-        const float* at = reinterpret_cast<const float*>(page + layout.column_at[i]) + e % kPage / block * width;
-        for (int64_t c = 0; c < width; ++c) columns[i]->at<float>(s, e / block, c) = at[c];
+        const Tensor at(const_cast<char*>(page) + layout.column_at[i], column_type(layout.k, store.columns[i].keeps),
+                        {kPage / block, width});
+        for (int64_t c = 0; c < width; ++c) {
+          const int64_t place[] = {e % kPage / block, c};
+          columns[i]->at<float>(s, e / block, c) = float(number(at, place));
+        }
       }
     }
 }

@@ -10,6 +10,7 @@ namespace heed::test {
 enum class Kinds {
   Plain,  // no quantised ones
   Alike,  // plain, and one layout for all pages
+  Bf16,   // that of a model's cache: GPUs have kernels of their own for it
   Sketches,
   Any,
 };

@@ -506,6 +506,144 @@ void page_score_equals_reference(const Kernels& run, Random random) {
   }
 }
 
+/// Keys and queries of small whole numbers: bounds and scores are exact, and many are equal.
+void page_choose_equals_reference(const Kernels& run, Random random) {
+  const auto whole = [&] { return double(random.below(7) - 3); };
+  for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
+    FilledStore from(random, oracle(), chance(random, 0.5) ? Kinds::Bf16 : Kinds::Plain, run.v_transposed);
+    const StoreCase& store = *from.store;
+    if (store.columns.empty()) continue;
+    for (int64_t s = 0; s < from.k.view.segments(); ++s)
+      each(from.k.view.segment(s), [&](auto index) { set(from.k.view.segment(s), index, whole()); });
+    from.write(oracle(), *from.store);
+    const int64_t group = pick<int64_t>(random, {1, 2, 3, 4, 8, 9}), h = store.g * group;
+    std::vector<int64_t> rows, asking;
+    for (int64_t s = 0; s < store.sequences; ++s) {
+      rows.insert(rows.end(), size_t(h), chance(random, 0.8));
+      if (rows.back() > 0) asking.push_back(s);
+    }
+    const RaggedData q = ragged(random, pick(random, {Dtype::F32, Dtype::BF16}), rows, h, store.d, Layout::any(random));
+    for (int64_t s = 0; s < q.view.segments(); ++s)
+      each(q.view.segment(s), [&](auto index) { set(q.view.segment(s), index, whole()); });
+    PageChoice how;
+    how.low = 1, how.high = 2;
+    how.of = pick(random, {PageChoice::Of::Each, PageChoice::Of::Mean, PageChoice::Of::Max, PageChoice::Of::Sum});
+    how.split = pick(random, {1, 1, 2, 4});
+    how.sinks = pick(random, {0, 1, 20}), how.recent = pick(random, {0, 1, 70});
+    how.share = pick(random, {0.0, 0.3, 1.0}), how.number = pick(random, {0, 1, 40, 1000}),
+    how.least = pick(random, {0, 3});
+    const bool each_head = how.of == PageChoice::Of::Each;
+    const int64_t heads = each_head ? h : store.g, lists = int64_t(asking.size()) * heads,
+                  capacity = pick<int64_t>(random, {2, 5, 14}), block = 16 * how.split;
+    SCOPED_TRACE("case " + std::to_string(i) + ": of " + std::to_string(int(how.of)) + ", split " + std::to_string(how.split) +
+                 ", group " + std::to_string(group) + ", capacity " + std::to_string(capacity) + ", " + store.text());
+    const Poisoned want(Dtype::I32, {lists * capacity}), want_count(Dtype::I32, {lists}),
+        want_begin(Dtype::I64, {lists + 1}), got = want.twin(), count = want_count.twin(), begin = want_begin.twin();
+    Queue queue;
+    oracle().page_choose(queue, q, store.pages, how, capacity, want, want_count, want_begin);
+    run.page_choose(queue, q, store.pages, how, capacity, got, count, begin);
+    const Contents kept(store);
+    for (int64_t list = 0; list <= lists; ++list) EXPECT_EQ(begin->at<int64_t>(list), list * capacity);
+    for (int64_t list = 0; list < lists; ++list) {
+      const int32_t chosen = count->at<int32_t>(list);
+      ASSERT_EQ(chosen, want_count->at<int32_t>(list)) << "list " << list;
+      for (int64_t e = 0; e < capacity; ++e)
+        EXPECT_EQ(got->at<int32_t>(list * capacity + e), want->at<int32_t>(list * capacity + e)) << "list " << list;
+      // By the formula: what is chosen scores no less than what is not.
+      const int64_t sequence = asking[size_t(list / heads)], kv = sequence * store.g + list % heads * store.g / heads,
+                    held = store.lengths[size_t(kv)], members = each_head ? 1 : group,
+                    first = sequence * h + list % heads * (h / heads);
+      const auto in_any_case = [&](int64_t b) {
+        return b * block < how.sinks || (how.recent > 0 && (b + 1) * block > held - how.recent);
+      };
+      const auto worth = [&](int64_t b) {
+        double best = -INFINITY;
+        for (int64_t part = b * how.split; part < (b + 1) * how.split && part * 16 < held; ++part) {
+          double all = how.of == PageChoice::Of::Max ? -INFINITY : 0;
+          for (int64_t member = 0; member < members; ++member) {
+            double bound = 0;
+            for (int64_t c = 0; c < store.d; ++c) {
+              const int64_t at[] = {0, c};
+              const double x = number(q.view.segment(first + member), at);
+              bound += std::max(x * kept.columns[1]->at<float>(kv, part, c), x * kept.columns[2]->at<float>(kv, part, c));
+            }
+            all = how.of == PageChoice::Of::Max ? std::max(all, bound) : all + bound;
+          }
+          best = std::max(best, all);
+        }
+        return best;
+      };
+      double least = INFINITY, most = -INFINITY;
+      int64_t forced = 0, left_out = 0;
+      std::vector<bool> in(size_t((held + block - 1) / block), false);
+      for (int32_t e = 0; e < chosen; ++e) in[size_t(got->at<int32_t>(list * capacity + e))] = true;
+      for (int64_t b = 0; b < int64_t(in.size()); ++b) {
+        forced += in_any_case(b), left_out += in_any_case(b) && !in[size_t(b)];
+        if (in_any_case(b)) continue;
+        if (in[size_t(b)]) least = std::min(least, worth(b));
+        else most = std::max(most, worth(b));
+      }
+      EXPECT_GE(least, most);
+      EXPECT_TRUE(left_out == 0 || chosen == capacity);
+      const int64_t granted = std::min(held, std::max(how.number, int64_t(std::floor(how.share * double(held) + 1e-9))));
+      EXPECT_EQ(chosen,
+                std::min({std::max({how.least, forced, (granted + block - 1) / block}), capacity, int64_t(in.size())}));
+    }
+  }
+}
+
+/// What the last row pays, over pages, in runs.
+void observe_runs_equals_observe(const Kernels& run, Random random) {
+  if (!run.observe_runs) return;
+  int done = 0;
+  for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
+    const FilledStore from(random, oracle(), chance(random, 0.8) ? Kinds::Bf16 : Kinds::Any, run.v_transposed);
+    StoreCase& store = *from.store;
+    store.randomise_bias(random);
+    const int64_t group = pick<int64_t>(random, {1, 2, 3, 4, 8, 9}), h = store.g * group;
+    std::vector<int64_t> rows, keys;
+    for (int64_t s = 0; s < store.sequences; ++s)
+      rows.insert(rows.end(), size_t(h), pick<int64_t>(random, {0, 1, 1, 1, 3}));
+    for (int64_t s = 0; s < store.sequences * h; ++s) keys.push_back(store.lengths[size_t(s / group)]);
+    const RaggedData q = normal_ragged(random, pick(random, {Dtype::F32, Dtype::BF16}), rows, h, store.d,
+                                       Layout::any(random)),
+                     want = ragged(random, Dtype::F32, keys, h, 0, {.gaps = chance(random, 0.5)}),
+                     columns = ragged(random, Dtype::F32, store.lengths, store.g, group, {});
+    const Poisoned got = want.values.twin(), q_pos = row_numbers(q, Dtype::I32, 0, [&] { return 400.0; });
+    Turning turning(random, store);
+    store.pages.plain_keys = chance(random, 0.3);
+    turning.read.rope = &turning.rope;
+    Mods mods;
+    if (chance(random, 0.2)) mods.softcap = 5;
+    if (chance(random, 0.2)) mods.scale = 0.3f;
+    if (chance(random, 0.3)) mods.q_pos = q_pos;
+    if (chance(random, 0.3)) mods.window = 1 + random.below(600);
+    const bool logits = chance(random, 0.5);
+    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + (logits ? ", logits" : ", weights") +
+                 (store.pages.plain_keys ? ", plain keys" : "") + ", window " + std::to_string(mods.window) + ", " +
+                 store.text());
+    const Keys of{.panel = nullptr, .pages = &store.pages, .read = &turning.read};
+    Ragged to = want.view;
+    to.values = got;
+    Queue queue;
+    if (!run.observe_runs(queue, q, of, mods, logits, to)) continue;
+    ++done;
+    Observe how;
+    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = logits;
+    oracle().observe(queue, q, of, nullptr, mods, how, columns);
+    for (int64_t s = 0; s < want.view.segments(); ++s)
+      for (int64_t e = 0; e < keys[size_t(s)]; ++e)
+        want.view.values.at<float>(want.view.begin(s) + e) = columns.view.values.at<float>(
+            columns.view.begin(s / group) + e, s % group);
+    const double scale = mods.scale != 0 ? double(mods.scale) : 1 / std::sqrt(double(store.d));
+    const double logit = longest_row(q.values) * longest_row(from.k.values) * scale + 4,
+                 turned = store.pages.plain_keys ? 0x1p-14 * logit : 0;
+    expect_close("runs", want.values, got, plain(double(store.d), logit) + turned + (logits ? 0 : logit_error(logit)));
+    EXPECT_EQ(store.strays(), 0);
+  }
+  EXPECT_GT(done, cases(60) / 4);
+}
+
 double store_unit(const StoreCase& store, Dtype q, double terms) {
   double out = unit(q, terms);
   for (const PageLayout& l : store.pages.layouts)
@@ -518,7 +656,7 @@ double store_unit(const StoreCase& store, Dtype q, double terms) {
 
 void attend_store_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
-    const FilledStore from(random, oracle(), Kinds::Any, run.v_transposed);
+    const FilledStore from(random, oracle(), i % 3 == 0 ? Kinds::Bf16 : Kinds::Any, run.v_transposed);
     StoreCase& store = *from.store;
     store.randomise_bias(random);
     const int64_t group = pick<int64_t>(random, {1, 3, 8}), h = store.g * group;
@@ -534,7 +672,7 @@ void attend_store_equals_reference(const Kernels& run, Random random) {
     const PlanData plan = random_plan(
         random, pick(random, {Plan::Form::Dense, Plan::Form::Dense, Plan::Form::Blocks, Plan::Form::Tokens}),
         pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}), 8,
-        pick(random, {1, 16, 32, 64}), chance(random, 0.3) ? 3 : 1, q, from.k, k_head);
+        pick(random, {1, 4, 16, 32, 64}), chance(random, 0.3) ? 3 : 1, q, from.k, k_head);
     Turning turning(random, store);
     store.pages.plain_keys = chance(random, 0.4);
     turning.read.plan = plan.plan;
@@ -632,6 +770,8 @@ std::vector<Check> store_checks() {
           {Property, "page_move_is_writing_the_kept", page_move_equals_writing_the_kept},
           {Property, "columns", columns_are_read_and_written},
           {Reference, "page_score", page_score_equals_reference},
+          {Reference, "page_choose", page_choose_equals_reference},
+          {Reference, "observe_runs", observe_runs_equals_observe},
           {Reference, "attend_store", attend_store_equals_reference},
           {Property, "attend_store_is_attend", attend_store_equals_panel}};
 }

@@ -14,6 +14,7 @@ void fill_attention(Kernels& t) {
   t.column_read = column_read;
   t.column_write = column_write;
   t.page_score = page_score;
+  t.page_choose = page_choose;
 }
 
 }  // namespace heed::HEED_ISA

@@ -42,6 +42,7 @@ Function<decltype(Kernels::page_move)> page_move;
 Function<decltype(Kernels::column_read)> column_read;
 Function<decltype(Kernels::column_write)> column_write;
 Function<decltype(Kernels::page_score)> page_score;
+Function<decltype(Kernels::page_choose)> page_choose;
 Function<decltype(Kernels::matmul)> matmul;
 Function<decltype(Kernels::matmul_each)> matmul_each;
 Function<decltype(Kernels::matmul_glu)> matmul_glu;

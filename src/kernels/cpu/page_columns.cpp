@@ -4,6 +4,7 @@
 
 #include "base/threads.h"
 #include "kernels/check.h"
+#include "kernels/choose.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/page_side.h"
@@ -24,22 +25,28 @@ void refresh_columns(const Pages& pages, const PageLayout& layout, char* page, i
   for (int i = 0; i < column_count(pages); ++i) {
     const Column& c = (*pages.columns)[size_t(i)];
     if (c.keeps == Column::Keeps::User) continue;
+    const Dtype type = column_type(layout.k, c.keeps);
     for (int block = begin / c.block; block * c.block < end; ++block) {
       const int first = block * c.block, last = std::min(first + c.block, held);
-      float* to = column_at(pages, layout, page, i, block);
-      for (int e = first; e < last; ++e) {
-        const float* key = read_entry(keys, e, row);
-        for (int at = 0; at < layout.d; at += kLanes) {
-          const int n = std::min(kLanes, layout.d - at);
-          const F x = load_part(key + at, n), old = e == first ? x : load_part(to + at, n);
-          F made = c.keeps == Column::Keeps::KeyMin   ? min(old, x)
-                   : c.keeps == Column::Keeps::KeyMax ? max(old, x)
-                   : e == first                       ? x
-                                                      : old + x;
-          if (c.keeps == Column::Keeps::KeyMean && e + 1 == last) made = made * set(1 / float(last - first));
-          store_part(to + at, made, n);
+      const auto made = [&](auto* to) {  // bounds are rounded nowhere: they are keys
+        for (int e = first; e < last; ++e) {
+          const float* key = read_entry(keys, e, row);
+          for (int at = 0; at < layout.d; at += kLanes) {
+            const int n = std::min(kLanes, layout.d - at);
+            const F x = load_part(key + at, n), old = e == first ? x : load_part(to + at, n);
+            F now = c.keeps == Column::Keeps::KeyMin   ? min(old, x)
+                    : c.keeps == Column::Keeps::KeyMax ? max(old, x)
+                    : e == first                       ? x
+                                                       : old + x;
+            if (c.keeps == Column::Keeps::KeyMean && e + 1 == last) now = now * set(1 / float(last - first));
+            store_part(to + at, now, n);
+          }
         }
-      }
+      };
+      char* to = block_at(layout, page, i, type, block);
+      if (type == Dtype::BF16) made(reinterpret_cast<bf16*>(to));
+      else if (type == Dtype::F16) made(reinterpret_cast<f16*>(to));
+      else made(reinterpret_cast<float*>(to));
     }
   }
 }
@@ -86,31 +93,28 @@ void column_write(Queue&, const Pages& pages, int column, const Ragged& values) 
 
 void page_score(Queue& queue, const Ragged& q, const Pages& pages, int low, int high, Ragged scores) {
   constexpr const char* where = "page_score";
-  auto is_block = [&](int i) {
-    return i >= 0 && i < column_count(pages) && (*pages.columns)[size_t(i)].keeps != Column::Keeps::User;
-  };
-  require(is_block(low) && is_block(high), where, "low and high name columns that the store keeps for blocks");
-  const int block = (*pages.columns)[size_t(low)].block;
-  require((*pages.columns)[size_t(high)].block == block, where, "the two columns have blocks of one size");
+  const int block = check_blocks(where, q, pages, low, high);
   const int64_t h = q.heads, g = pages.kv_heads;
-  require(h % g == 0 && q.segments() == pages.segments() * (h / g) && scores.segments() == q.segments(), where,
-          "q and scores have a segment for each sequence and query head");
-  require(is_float(q.values.type) && scores.values.type == Dtype::F32, where, "q is a plain type and scores are F32");
+  require(scores.segments() == q.segments() && scores.values.type == Dtype::F32, where,
+          "scores are F32 and have a segment for each sequence and query head");
   for (int64_t s = 0; s < q.segments(); ++s) require(q.length(s) <= 1, where, "q has at most one row a segment");
-  for (const PageLayout& layout : pages.layouts)
-    require(q.values.size[1] == layout.d, where, "q and the store's keys differ in width");
   const Scratch scratch(queue.scratch);
   const int64_t d = q.values.size[1], step = scores.values.stride[0];
-  parallel_with(queue, d * int64_t(sizeof(float)), q.segments(), [&](char* memory, int64_t s) {
+  const Column::Keeps keeps[] = {(*pages.columns)[size_t(low)].keeps, (*pages.columns)[size_t(high)].keeps};
+  parallel_with(queue, 3 * d * int64_t(sizeof(float)), q.segments(), [&](char* memory, int64_t s) {
     if (q.length(s) == 0) return;
+    float* wide = reinterpret_cast<float*>(memory) + d;
     const int64_t kv = s / h * g + s % h * g / h, held = pages.length.at<int32_t>(kv);
     const float* query = widen_row(row_of(q.values, q.begin(s)), q.values.type, d, reinterpret_cast<float*>(memory));
     float* to = scores.values.as<float>() + scores.begin(s) * step;
     for (int64_t b = 0; b * block < held; ++b) {
       const int64_t page = b * block / kPage, in_page = b * block % kPage / block;
       const PageLayout& layout = pages.layout_of(kv, page);
-      const float* lo = column_at(pages, layout, pages.page(kv, page), low, in_page);
-      const float* hi = column_at(pages, layout, pages.page(kv, page), high, in_page);
+      const auto numbers = [&](int column, int side) {
+        const Dtype type = column_type(layout.k, keeps[side]);
+        return widen_row(block_at(layout, pages.page(kv, page), column, type, in_page), type, d, wide + side * d);
+      };
+      const float *lo = numbers(low, 0), *hi = low == high ? lo : numbers(high, 1);
       F sum = zero();
       for (int64_t c = 0; c < d; c += kLanes) {
         const int n = int(std::min<int64_t>(kLanes, d - c));
@@ -120,6 +124,11 @@ void page_score(Queue& queue, const Ragged& q, const Pages& pages, int low, int 
       to[b * step] = hsum(sum);
     }
   });
+}
+
+void page_choose(Queue& queue, const Ragged& q, const Pages& pages, const PageChoice& how, int64_t capacity,
+                 Tensor index, Tensor count, Tensor rowptr) {
+  choose_pages(queue, page_score, select, q, pages, how, capacity, index, count, rowptr);
 }
 
 }  // namespace heed::HEED_ISA

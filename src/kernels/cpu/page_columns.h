@@ -4,11 +4,14 @@
 
 namespace heed::HEED_ISA {
 
-/// The numbers of entry (User) or block `i` of a column.
+/// The numbers of entry `i` of a User column.
 inline float* column_at(const Pages& pages, const PageLayout& layout, char* page, int column, int64_t i) {
-  const Column& c = (*pages.columns)[size_t(column)];
-  const int width = c.keeps == Column::Keeps::User ? c.width : layout.d;
-  return reinterpret_cast<float*>(page + layout.column_at[size_t(column)]) + i * width;
+  return reinterpret_cast<float*>(page + layout.column_at[size_t(column)]) + i * (*pages.columns)[size_t(column)].width;
+}
+
+/// The d numbers of block `i` of a column that the store keeps, of column_type().
+inline char* block_at(const PageLayout& layout, char* page, int column, Dtype type, int64_t i) {
+  return page + layout.column_at[size_t(column)] + i * layout.d * info(type).bytes;
 }
 
 inline int column_count(const Pages& pages) { return pages.columns ? int(pages.columns->size()) : 0; }

@@ -33,6 +33,8 @@ void row_lse_mma(Queue& queue, const AttentionView& a, int64_t share_keys, int s
 /// Logits of the last row over pages of plain keys (observe_last.cu); false, having done nothing, for all else.
 bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods,
                   const Observe& how, const Ragged& columns);
+/// The same in a run for each query head.
+bool observe_last_runs(Queue& queue, const Ragged& q, const Keys& keys, const Mods& mods, const Ragged& runs);
 
 /// lse of every query row, over all parts of the plan (observe_rows.cu).
 void row_lse(Queue& queue, const AttentionView& a, float* lse);

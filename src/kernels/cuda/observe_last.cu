@@ -20,12 +20,14 @@ struct LastLogits {
   Matrix columns;
   Segments at;
   Observe::Heads heads;
+  bool runs;  // Each: of a run for each query head
 };
 
 /// A warp an entry; its lanes share the channels, pair by pair where keys are turned. Grid: runs of entries (strided),
 /// segments of pages.
 __global__ void __launch_bounds__(32 * kLastWarps)
     last_logits_kernel(const __grid_constant__ PagesView pages, const __grid_constant__ LastLogits a) {
+  await();
   extern __shared__ float rows[];  // [group][d]
   using Heads = Observe::Heads;
   const int segment = blockIdx.y, sequence = segment / pages.kv_heads, head = segment % pages.kv_heads * a.group,
@@ -87,7 +89,10 @@ __global__ void __launch_bounds__(32 * kLastWarps)
         seen = position - position_at(l, page, entry) < a.window;
       }
       if (!seen) x = -kInfinity;
-      if (a.heads == Heads::Each && lane == 0) a.columns.set(a.at.begin(segment) + e, member, x);
+      if (a.heads == Heads::Each && lane == 0) {
+        if (a.runs) a.columns.set(a.at.begin(sequence * a.qs.heads + head + member) + e, 0, x);
+        else a.columns.set(a.at.begin(segment) + e, member, x);
+      }
       sum += x, top = fmaxf(top, x);
     }
     if (a.heads != Heads::Each && lane == 0)
@@ -98,22 +103,17 @@ __global__ void __launch_bounds__(32 * kLastWarps)
   }
 }
 
-}  // namespace
-
-bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods,
-                  const Observe& how, const Ragged& columns) {
-  if (!keys.pages || how.rows != Observe::Rows::Last || !how.logits || how.heads == Observe::Heads::LayerMean ||
-      (plan && plan->form != Plan::Form::Dense) || !keys.pages->plain_keys || !keys.read || mods.k_map ||
-      mods.temperature || mods.weight != WeightFunction::Softmax)
-    return false;
-  constexpr const char* where = "observe";
+/// `columns`: those of observe, or runs.
+bool last_logits(Queue& queue, const char* where, const Ragged& q, const Keys& keys, const Mods& mods,
+                 Observe::Heads heads, bool runs, const Ragged& columns) {
   const Pages& pages = *keys.pages;
+  if (!pages.plain_keys || !keys.read || mods.k_map || mods.temperature || mods.weight != WeightFunction::Softmax)
+    return false;
   check_read(where, pages, keys.read);
   const PagesView view = pages_view(where, pages);
-  const int64_t group = q.heads / pages.kv_heads, width = columns.values.rank == 2 ? columns.values.size[1] : 1;
+  const int64_t group = q.heads / pages.kv_heads;
   if (q.values.rank != 2 || !is_float(q.values.type) || q.values.size[1] != view.d || view.d > kMostWidth ||
-      q.heads % pages.kv_heads || q.sequences() * pages.kv_heads != pages.segments() || group * view.d * 4 > 48 * 1024 ||
-      columns.segments() != pages.segments() || (how.heads == Observe::Heads::Each && width != group))
+      q.heads % pages.kv_heads || q.sequences() * pages.kv_heads != pages.segments() || group * view.d * 4 > 48 * 1024)
     return false;  // refused where every observation is
   LastLogits a{matrix(q.values),
                segments(q),
@@ -123,15 +123,31 @@ bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* p
                mods.window,
                mods.q_pos.as<int32_t>(),
                rope_view(keys.read->rope),
-               {},
+               read_places(*keys.read),
                matrix(columns.values),
                segments(columns),
-               how.heads};
-  a.places = read_places(*keys.read);
-  launch(queue, where, last_logits_kernel,
-         dim3(blocks_for(ceil_div(pages.length_bound, 4 * kLastWarps), view.segments), unsigned(view.segments)),
-         32 * kLastWarps, size_t(group * view.d) * sizeof(float), view, a);
+               heads,
+               runs};
+  launch_early(queue, where, last_logits_kernel,
+               dim3(blocks_for(ceil_div(pages.length_bound, 4 * kLastWarps), view.segments), unsigned(view.segments)),
+               32 * kLastWarps, size_t(group * view.d) * sizeof(float), view, a);
   return true;
+}
+
+}  // namespace
+
+bool observe_last(Queue& queue, const Ragged& q, const Keys& keys, const Plan* plan, const Mods& mods,
+                  const Observe& how, const Ragged& columns) {
+  if (!keys.pages || how.rows != Observe::Rows::Last || !how.logits || how.heads == Observe::Heads::LayerMean ||
+      (plan && plan->form != Plan::Form::Dense) || columns.segments() != keys.pages->segments())
+    return false;
+  const int64_t width = columns.values.rank == 2 ? columns.values.size[1] : 1;
+  if (how.heads == Observe::Heads::Each && width != q.heads / keys.pages->kv_heads) return false;
+  return last_logits(queue, "observe", q, keys, mods, how.heads, false, columns);
+}
+
+bool observe_last_runs(Queue& queue, const Ragged& q, const Keys& keys, const Mods& mods, const Ragged& runs) {
+  return last_logits(queue, "observe_runs", q, keys, mods, Observe::Heads::Each, true, runs);
 }
 
 }  // namespace heed::cuda

@@ -88,7 +88,10 @@ PagesView pages_view(const char* where, const Pages& pages) {
     to.v = side_view(where, l.v, l.d_v, l.v_at);
     to.position_at = l.position_at;
     to.bias_at = l.bias_at;
-    for (int c = 0; c < out.columns; ++c) to.column_at[c] = l.column_at[size_t(c)];
+    for (int c = 0; c < out.columns; ++c) {
+      to.column_at[c] = l.column_at[size_t(c)];
+      to.column_type[c] = column_type(l.k, (*pages.columns)[size_t(c)].keeps);
+    }
   }
   return out;
 }

@@ -199,6 +199,7 @@ struct SideView {
 struct LayoutView {
   SideView k, v;
   int64_t position_at, bias_at, column_at[kMostColumns];
+  Dtype column_type[kMostColumns];
 };
 
 struct ColumnView {
@@ -220,9 +221,14 @@ struct PagesView {
   __device__ const LayoutView& layout_of(int segment, int p) const {
     return layouts[layout[segment * layout_stride + p]];
   }
+  /// The numbers of entry i of a User column.
   __device__ float* column_at(const LayoutView& l, char* page, int c, int i) const {
-    const int width = column[c].keeps == Column::Keeps::User ? column[c].width : d;
-    return reinterpret_cast<float*>(page + l.column_at[c]) + int64_t(i) * width;
+    return reinterpret_cast<float*>(page + l.column_at[c]) + int64_t(i) * column[c].width;
+  }
+  /// Those of block i of a column that the store keeps.
+  __device__ Matrix block_at(const LayoutView& l, char* page, int c, int i) const {
+    const Dtype type = l.column_type[c];
+    return {page + l.column_at[c] + int64_t(i) * d * (type == Dtype::F32 ? 4 : 2), d, d, type};
   }
 };
 
@@ -518,28 +524,52 @@ __device__ inline void put(const SideView& side, char* page, int begin, int coun
   }
 }
 
+/// The extremes and the sum of channel c of entries first … last − 1. Loads come eight at a time: what was just written takes as
+/// long to come back as anything.
+struct Fold {
+  float low = kInfinity, high = -kInfinity, sum = 0;
+  template <class Get> __device__ Fold(int first, int last, Get get) {
+    for (int e = first; e < last; e += 8) {
+      float x[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = get(min(e + i, last - 1));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        low = fminf(low, x[i]), high = fmaxf(high, x[i]);
+        if (e + i < last) sum += x[i];
+      }
+    }
+  }
+};
+
 /// Makes the block columns of entries begin … end anew, of the page's first `held` entries; by every thread of a block,
 /// after a barrier behind the writes.
 __device__ inline void refresh(const PagesView& pages, const LayoutView& l, char* page, int begin, int end, int held) {
+  unsigned taken = 0;  // numbers so far: the next column's go to the threads behind
   for (int i = 0; i < pages.columns; ++i) {
     const ColumnView& column = pages.column[i];
     if (column.keeps == Column::Keeps::User) continue;
     const int first_block = begin / column.block, blocks = (end + column.block - 1) / column.block - first_block;
-    for (int item = threadIdx.x; item < blocks * pages.d; item += blockDim.x) {
+    for (int item = int((threadIdx.x + blockDim.x - taken % blockDim.x) % blockDim.x); item < blocks * pages.d;
+         item += int(blockDim.x)) {
       const int block = first_block + item / pages.d, c = item % pages.d;
       const int first = block * column.block, last = min(first + column.block, held);
       if (first >= last) continue;
-      float low = kInfinity, high = -kInfinity, sum = 0;
-      for (int e = first; e < last; ++e) {
-        const float x = l.k.get(page, e, c);
-        low = fminf(low, x);
-        high = fmaxf(high, x);
-        sum += x;
+      const auto made = [&](const Fold& of) {
+        pages.block_at(l, page, i, block)
+            .set(0, c,
+                 column.keeps == Column::Keeps::KeyMin   ? of.low
+                 : column.keeps == Column::Keeps::KeyMax ? of.high
+                                                         : of.sum / float(last - first));
+      };
+      if (l.k.kind == PageType::Kind::BF16 && !l.k.pair) {
+        const auto* row = reinterpret_cast<const __nv_bfloat16*>(page + l.k.at) + c;
+        made(Fold(first, last, [&](int e) { return to_float(row[e * pages.d]); }));
+      } else {
+        made(Fold(first, last, [&](int e) { return l.k.one(page, e, c); }));
       }
-      pages.column_at(l, page, i, block)[c] = column.keeps == Column::Keeps::KeyMin   ? low
-                                              : column.keeps == Column::Keeps::KeyMax ? high
-                                                                                      : sum / float(last - first);
     }
+    taken += unsigned(blocks * pages.d);
   }
 }
 

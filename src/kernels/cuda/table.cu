@@ -76,6 +76,7 @@ const Kernels* cuda_kernels() {
     t.attend_store = cuda::attend_store;
     t.merge = cuda::merge;
     t.observe = cuda::observe;
+    t.observe_runs = cuda::observe_runs;
     t.observe_rows = cuda::observe_rows;
     t.pool = cuda::pool;
     t.smooth = cuda::smooth;
@@ -91,6 +92,7 @@ const Kernels* cuda_kernels() {
     t.column_read = cuda::column_read;
     t.column_write = cuda::column_write;
     t.page_score = cuda::page_score;
+    t.page_choose = cuda::page_choose;
     t.matmul = cuda::matmul;
     t.matmul_each = cuda::matmul_each;
     t.matmul_glu = cuda::matmul_glu;

@@ -353,10 +353,10 @@ void Page::refresh(int begin, int end, int held) const {
           high = std::max(high, x);
           sum += x;
         }
-        float& to = column(int(i), block)[channel];
-        if (c.keeps == Column::Keeps::KeyMin) to = float(low);
-        if (c.keeps == Column::Keeps::KeyMax) to = float(high);
-        if (c.keeps == Column::Keeps::KeyMean) to = float(sum / (last - first));
+        store(this->block(int(i), block), channel,
+              c.keeps == Column::Keeps::KeyMin   ? low
+              : c.keeps == Column::Keeps::KeyMax ? high
+                                                 : sum / (last - first));
       }
     }
   }

@@ -75,11 +75,14 @@ struct Page {
   int32_t& position(int entry) const { return reinterpret_cast<int32_t*>(data + layout.position_at)[entry]; }
   bool has_bias() const { return layout.bias_at >= 0; }
   float& bias(int entry) const { return reinterpret_cast<float*>(data + layout.bias_at)[entry]; }
-  /// The numbers of entry (User) or block `i` of a column.
+  /// The numbers of entry `i` of a User column.
   float* column(int column, int i) const {
-    const Column& c = (*columns)[size_t(column)];
-    const int width = c.keeps == Column::Keeps::User ? c.width : layout.d;
-    return reinterpret_cast<float*>(data + layout.column_at[size_t(column)]) + int64_t(i) * width;
+    return reinterpret_cast<float*>(data + layout.column_at[size_t(column)]) + int64_t(i) * (*columns)[size_t(column)].width;
+  }
+  /// Those of block `i` of a column that the store keeps, [1, d].
+  Tensor block(int column, int i) const {
+    const Dtype type = column_type(layout.k, (*columns)[size_t(column)].keeps);
+    return Tensor(data + layout.column_at[size_t(column)] + int64_t(i) * layout.d * info(type).bytes, type, {1, layout.d});
   }
   /// Makes the block columns of entries begin … end anew, of the page's first `held` entries.
   void refresh(int begin, int end, int held) const;

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/check.h"
+#include "kernels/choose.h"
 #include "kernels/reference/page.h"
 
 namespace heed::reference {
@@ -184,16 +185,9 @@ void column_write(Queue&, const Pages& pages, int column, const Ragged& values) 
 
 void page_score(Queue&, const Ragged& q, const Pages& pages, int low, int high, Ragged scores) {
   constexpr const char* where = "page_score";
-  auto is_block = [&](int i) {
-    return pages.columns && i >= 0 && i < int(pages.columns->size()) &&
-           (*pages.columns)[size_t(i)].keeps != Column::Keeps::User;
-  };
-  require(is_block(low) && is_block(high), where, "low and high name columns that the store keeps for blocks");
-  const int block = (*pages.columns)[size_t(low)].block;
-  require((*pages.columns)[size_t(high)].block == block, where, "the two columns have blocks of one size");
+  const int block = check_blocks(where, q, pages, low, high);
   const int64_t h = q.heads, g = pages.kv_heads;
-  require(h % g == 0 && q.segments() == pages.segments() * (h / g) && scores.segments() == q.segments(), where,
-          "q and scores have a segment for each sequence and query head");
+  require(scores.segments() == q.segments(), where, "scores have a segment for each sequence and query head");
   for (int64_t s = 0; s < q.segments(); ++s) {
     require(q.length(s) <= 1, where, "q has at most one row a segment");
     if (q.length(s) == 0) continue;
@@ -202,13 +196,18 @@ void page_score(Queue&, const Ragged& q, const Pages& pages, int low, int high, 
     for (int64_t b = 0; b * block < held(pages, kv); ++b) {
       const int64_t e = b * block;
       const Page page(pages, kv, e / kPage);
-      const float* lo = page.column(low, int(e % kPage) / block);
-      const float* hi = page.column(high, int(e % kPage) / block);
+      const std::vector<double> lo = row(page.block(low, int(e % kPage) / block), 0),
+                                hi = row(page.block(high, int(e % kPage) / block), 0);
       double sum = 0;
-      for (size_t c = 0; c < query.size(); ++c) sum += std::max(query[c] * double(lo[c]), query[c] * double(hi[c]));
+      for (size_t c = 0; c < query.size(); ++c) sum += std::max(query[c] * lo[c], query[c] * hi[c]);
       store(scores.values, offset(scores.values, scores.begin(s) + b), sum);
     }
   }
+}
+
+void page_choose(Queue& queue, const Ragged& q, const Pages& pages, const PageChoice& how, int64_t capacity,
+                 Tensor index, Tensor count, Tensor rowptr) {
+  choose_pages(queue, page_score, select, q, pages, how, capacity, index, count, rowptr);
 }
 
 Unpacked::Unpacked(const char* where, const Pages& pages, const Read* read) {

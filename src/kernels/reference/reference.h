@@ -46,6 +46,7 @@ Function<decltype(Kernels::page_shrink)> page_shrink;
 Function<decltype(Kernels::page_hold)> page_hold;
 Function<decltype(Kernels::page_convert)> page_convert;
 Function<decltype(Kernels::page_score)> page_score;
+Function<decltype(Kernels::page_choose)> page_choose;
 Function<decltype(Kernels::matmul)> matmul;
 Function<decltype(Kernels::matmul_each)> matmul_each;
 Function<decltype(Kernels::matmul_glu)> matmul_glu;

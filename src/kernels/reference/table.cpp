@@ -40,6 +40,7 @@ const Kernels& reference_kernels() {
     t.page_hold = reference::page_hold;
     t.page_convert = reference::page_convert;
     t.page_score = reference::page_score;
+    t.page_choose = reference::page_choose;
     t.matmul = reference::matmul;
     t.matmul_each = reference::matmul_each;
     t.matmul_glu = reference::matmul_glu;

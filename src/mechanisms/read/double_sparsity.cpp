@@ -54,7 +54,7 @@ struct DoubleSparsity final : Mechanism {
   }
 
   Read read(LayerView& at) const override {
-    const auto& sums = static_cast<Channels&>(at.state()).sums;
+    const auto& sums = static_cast<Channels&>(*at.state_held()).sums;
     const auto of = sums.find(at.layer);
     if (reads_all(at, first_dense) || of == sums.end()) return {};
     Queue& queue = at.queue;
@@ -67,11 +67,9 @@ struct DoubleSparsity final : Mechanism {
     Ragged q = at.q;
     q.values = queue.scratch.take(Dtype::F32, {at.q.values.size[0], d});
     compute(queue, q, pick(labels.has(segment(), channel()), load(at.q.values, index()), 0), q.values);
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
     std::vector<int64_t> counts;
     for (int64_t length : at.prompt) counts.push_back(budget.entries(length));
-    return best_entries(at, Plan::Scope::QueryHead, by_query_head(queue, at.observe(q, how), at.model.group()), counts);
+    return best_entries(at, Plan::Scope::QueryHead, last_logits(at, q), counts);
   }
 };
 

@@ -33,7 +33,7 @@ struct HyLra final : Mechanism {
   std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<HeldRead>(); }
 
   Read read(LayerView& at) const override {
-    auto& held = static_cast<HeldRead&>(at.state());
+    auto& held = static_cast<HeldRead&>(*at.state_held());
     // A model of one layer has none to hand its choice on to, and reads it itself.
     const bool alone = at.model.layers == 1, names = at.layer == 0 || full.holds(at.layer, at.model.layers);
     if (names) held.hold(at.queue, choice(at));
@@ -42,9 +42,7 @@ struct HyLra final : Mechanism {
   }
 
   Read choice(LayerView& at) const {
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::GroupMean;
-    const Ragged paid = force(at.queue, at.observe(at.q, how), 0, 1);
+    const Ragged paid = force(at.queue, over_group(at, last_weights(at), Spread::Of::Mean), 0, 1);
     std::vector<int64_t> counts;
     for (int64_t length : at.prompt) counts.push_back(budget.entries(length));
     return best_entries(at, Plan::Scope::KvHead, paid, counts);

@@ -59,10 +59,7 @@ struct InfLLM final : Mechanism {
     Queue& queue = at.queue;
     const Num far = query_position(at) - (local - 1);
     at.read.places = entry_places(at, far);
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
-    const Ragged likes = by_query_head(queue, at.observe(at.q, how), at.model.group()),
-                 asked = by_query_head(queue, at.column("infllm.asked"), at.model.group());
+    const Ragged likes = last_logits(at, at.q), asked = by_query_head(queue, at.column("infllm.asked"), at.model.group());
     Ragged inside = without_first(queue, asked, sinks);
     inside.ends = compute(queue, Dtype::I64, {asked.segments()},
                           begin_of(inside, index()) + blocks(length_of(asked, index())) * block);

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "attention/reads.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
@@ -37,20 +35,7 @@ struct Kinetics final : Mechanism {
 
   Read read(LayerView& at) const override {
     if (reads_all(at, first_dense)) return {};
-    const Ragged scores = over_group(at, block_scores(at, at.q, means(), means(), block), Spread::Of::Mean);
-    const Num stays = place() * block < sinks || (place() + 1) * block > held_entries(at, segment(), scores.heads) - local;
-    compute(at.queue, scores, pick(stays, kInfinity, load(scores.values, index())), scores.values);
-    const int64_t longest = at.store->longest(), forced = (sinks + block - 1) / block + (local + block - 1) / block + 1;
-    const int64_t most = (std::min(budget.entries(longest), longest) + block - 1) / block;
-    return best_blocks(
-        at, Plan::Scope::KvHead, scores, block,
-        [&](const Num& s) {
-          const Num held = held_entries(at, s, scores.heads);
-          // What is always read may be more than the budget.
-          const Num whole = ceil_div(sinks, block) + ceil_div(held, block) - max(0, floor_div(held - local, block));
-          return max(whole, ceil_div(granted(budget, held), block));
-        },
-        std::max(most, forced));
+    return best_pages(at, means(), means(), budget, {.of = PageChoice::Of::Mean, .sinks = sinks, .recent = local});
   }
 };
 

@@ -60,7 +60,7 @@ struct Loki final : Mechanism {
   }
 
   Read read(LayerView& at) const override {
-    const auto& held = static_cast<Projections&>(at.state()).of;
+    const auto& held = static_cast<Projections&>(*at.state_held()).of;
     const auto of = held.find(at.layer);
     if (reads_all(at, first_dense) || of == held.end()) return {};
     Queue& queue = at.queue;
@@ -68,12 +68,10 @@ struct Loki final : Mechanism {
     const Tensor each = compute(
         queue, Dtype::F32, {at.q.segments() * d, d},
         load(*of->second, floor_div(floor_div(index(), square), group) * square + mod(index(), square)));
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
     std::vector<int64_t> counts;
     for (int64_t length : at.prompt) counts.push_back(budget.entries(length));
-    const Ragged logits = at.observe(transformed(queue, at.q, each.reshape({at.q.segments(), d, d})), how);
-    return best_entries(at, Plan::Scope::QueryHead, by_query_head(queue, logits, group), counts);
+    const Ragged seen = transformed(queue, at.q, each.reshape({at.q.segments(), d, d}));
+    return best_entries(at, Plan::Scope::QueryHead, last_logits(at, seen), counts);
   }
 };
 

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention/reads.h"
 #include "attention/scores.h"
 #include "attention/select.h"
@@ -39,7 +41,7 @@ struct OmniKV final : Mechanism {
   }
 
   Read read(LayerView& at) const override {
-    auto& held = static_cast<HeldRead&>(at.state());
+    auto& held = static_cast<HeldRead&>(*at.state_held());
     const int layers = at.model.layers, filter = filter_of(at.layer, layers);
     const bool shallow = filter_of(layers - 1, layers) < 0;
     if (filter == at.layer || shallow) held.hold(at.queue, choice(at));
@@ -49,13 +51,20 @@ struct OmniKV final : Mechanism {
 
   /// Top prompt tokens by the largest weight any head pays, and what was generated since.
   Read choice(LayerView& at) const {
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::GroupMax;
-    Ragged paid = spread(at.queue, at.observe(at.q, how), {.of = Spread::Of::Max, .over = Spread::Over::Heads});
-    paid = force(at.queue, members(at.queue, paid, paid.heads, 0), 0, at.step() + 1);
-    std::vector<int64_t> counts;
-    for (int64_t length : at.prompt) counts.push_back(budget.entries(length) + at.step() + 1);
-    return best_entries(at, Plan::Scope::Layer, paid, counts);
+    const Ragged all = spread(at.queue, last_weights(at), {.of = Spread::Of::Max, .over = Spread::Over::Heads});
+    const Ragged paid = members(at.queue, all, all.heads, 0);
+    const Num behind = place() >= length() - decoded_entries(at, segment(), 1);
+    compute(at.queue, paid, pick(behind, kInfinity, load(paid.values, index())), paid.values);
+    int64_t most = 0;
+    std::vector<int64_t> granted;
+    for (int64_t length : at.prompt) {
+      granted.push_back(budget.entries(length));
+      most = std::max(most, granted.back() + std::max<int64_t>(1, at.store->longest() - length));
+    }
+    return best_blocks(
+        at, Plan::Scope::Layer, paid, 1,
+        [&](const Num& s) { return of_sequence(at.queue, granted, s, 1) + decoded_entries(at, s, 1); },
+        std::clamp<int64_t>(most, 1, std::max<int64_t>(1, at.store->longest())));
   }
 };
 

@@ -11,6 +11,7 @@ namespace {
 // budget; pages are counted by their ceiling, so that a budget of all entries is dense. A fraction is of the entries held.
 struct Quest final : Mechanism {
   Budget budget;
+  Choice group;
   int page, first_dense;
 
   static std::vector<ParamInfo> params() {
@@ -18,6 +19,9 @@ struct Quest final : Mechanism {
     return {
         budget_param(&M::budget, "1024", "entries read by each query head"),
         param(&M::page, "page", 16, 1, 64, "entries of a page: 1, 2, 4, … 64"),
+        param(&M::group, "group", {"each", "max", "mean"}, 0,
+              "whether each query head reads pages of its own, or those of a KV head the same, by the largest or the "
+              "mean bound"),
         dense_layers_param(&M::first_dense, 2),
     };
   }
@@ -33,12 +37,9 @@ struct Quest final : Mechanism {
 
   Read read(LayerView& at) const override {
     if (reads_all(at, first_dense)) return {};
-    const Ragged scores = force(at.queue, block_scores(at, at.q, low(), high(), page), 0, 1);
-    const int64_t longest = at.store->longest();
-    return best_blocks(
-        at, Plan::Scope::QueryHead, scores, page,
-        [&](const Num& s) { return ceil_div(granted(budget, held_entries(at, s, scores.heads)), page); },
-        std::max<int64_t>(1, (std::min(budget.entries(longest), longest) + page - 1) / page));
+    using Of = PageChoice::Of;
+    const Of of[] = {Of::Each, Of::Max, Of::Mean};
+    return best_pages(at, low(), high(), budget, {.of = of[group.value], .recent = 1});
   }
 };
 
@@ -48,7 +49,7 @@ Entry quest() {
   Entry e = entry<Quest>("quest", "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
                          "Tang et al., 2024, arXiv 2406.10774", 2024, uint8_t(Role::Read));
   e.equation = "score(page) = Σ_c max(q_c min_c, q_c max_c); read the top ⌈B / page⌉ pages, the last one among them";
-  e.needs = "two columns of bounds: 2 / page of the keys in f32";
+  e.needs = "two columns of bounds: 2 / page of the keys";
   e.identity = "quest(budget=1.0)";
   e.verified = {"identity", "formula", "model"};
   return e;

@@ -27,12 +27,9 @@ struct RetrievalAttention final : Mechanism {
 
   Read read(LayerView& at) const override {
     if (reads_all(at, first_dense)) return {};
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
-    const Ragged logits = by_query_head(at.queue, at.observe(at.q, how), at.model.group());
     const int64_t latest = recent + at.step() + 1;
     const std::vector<int64_t> counts(at.prompt.size(), sinks + latest + topk);
-    return best_entries(at, Plan::Scope::QueryHead, force(at.queue, logits, sinks, latest), counts);
+    return best_entries(at, Plan::Scope::QueryHead, force(at.queue, last_logits(at, at.q), sinks, latest), counts);
   }
 };
 

@@ -96,7 +96,7 @@ Entry rocketkv() {
   e.equation =
       "a = softmax over pages of Σ_{c ∈ C} q_c max_page(s_c k_c) s_c / √(d Σ_C |q| / Σ |q|), s the sign of Σ over "
       "the group of q, C its largest channels; read the top of mean a";
-  e.needs = "two columns of bounds: 2 / page of the keys in f32";
+  e.needs = "two columns of bounds: 2 / page of the keys";
   e.identity = "rocketkv(budget=1000000000)";
   e.verified = {"identity", "formula", "model"};
   return e;

@@ -1,3 +1,5 @@
+#include "attention/reads.h"
+#include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 
@@ -22,51 +24,30 @@ struct TidalDecode final : Mechanism {
     };
   }
 
-  struct Chosen final : State {
-    Buffer index, count;
-    int64_t capacity = 0;
-    std::unique_ptr<State> clone() const override { return std::make_unique<Chosen>(); }  // made anew in every step
-  };
-
   Needs needs(const ModelInfo&) const override {
     Needs n;
     n.same_entries = true;
     return n;
   }
-  std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<Chosen>(); }
+  std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<HeldRead>(); }
 
   Read read(LayerView& at) const override {
-    auto& chosen = static_cast<Chosen&>(at.state());
+    auto& held = static_cast<HeldRead&>(*at.state_held());
     // A model too shallow to hand selections on selects in every layer and reads what it selected.
     const bool shallow = at.model.layers <= selection + 1;
     if (!shallow && at.layer < selection) return {};
     const bool selects = shallow || at.layer == selection || at.layer == correction;
-    if (selects) choose(at, chosen);
-    if ((selects && !shallow) || at.mods.window > 0) return {};
-    Read read;
-    const int64_t rows = plan_rows(at, 1);
-    read.plan = tokens_plan(at.queue, Plan::Scope::QueryHead, 1, chosen.index->slice(0, 0, rows * chosen.capacity),
-                            chosen.count->slice(0, 0, rows), chosen.capacity);
-    return read;
+    if (selects) held.hold(at.queue, choice(at));
+    return (selects && !shallow) || at.mods.window > 0 ? Read{} : held.read(at.queue);
   }
 
-  void choose(LayerView& at, Chosen& chosen) const {
-    const int64_t group = at.model.group(), longest = at.store->longest();
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
-    const Ragged logits = by_query_head(at.queue, at.observe(at.q, how), group);
-    const Ragged rows = with_queries(at, force(at.queue, logits, 0, 1));
-    const Num held = load(at.store->pages().length, floor_div(query_segment(at, index()), group));
-    Select best;
-    best.count = compute(at.queue, Dtype::I32, {rows.segments()}, granted(budget, held));
-    chosen.capacity = std::max<int64_t>(1, std::min(budget.entries(longest), longest));
-    grow(at, chosen.index, rows.segments() * chosen.capacity), grow(at, chosen.count, rows.segments());
-    at.run().select(at.queue, rows, best, chosen.capacity, chosen.index->slice(0, 0, rows.segments() * chosen.capacity),
-                    chosen.count->slice(0, 0, rows.segments()));
-  }
-
-  static void grow(LayerView& at, Buffer& buffer, int64_t size) {
-    if (!buffer || buffer->numel() < size) buffer = Buffer(Dtype::I32, {size + size / 4}, *at.queue.memory);
+  Read choice(LayerView& at) const {
+    const int64_t longest = at.store->longest();
+    const Ragged logits = force(at.queue, last_logits(at, at.q), 0, 1);
+    return best_blocks(
+        at, Plan::Scope::QueryHead, logits, 1,
+        [&](const Num& s) { return granted(budget, held_entries(at, s, at.q.heads)); },
+        std::max<int64_t>(1, std::min(budget.entries(longest), longest)));
   }
 };
 

@@ -36,9 +36,7 @@ struct TokenSelect final : Mechanism {
     if (reads_all(at, first_dense)) return {};
     Queue& queue = at.queue;
     at.read.places = entry_places(at, query_position(at) - local);
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
-    const Ragged logits = by_query_head(queue, at.observe(at.q, how), at.model.group());
+    const Ragged logits = last_logits(at, at.q);
     const std::vector<int64_t> latest(at.rows.size(), local);
     const Ragged middle = without_last(queue, without_first(queue, logits, sinks), latest);
     const Ragged votes = softmax(queue, combine(queue, middle, Combine::Multiply, 1 / at.scale()));

@@ -1,5 +1,6 @@
 #include "attention/plans.h"
 #include "attention/reads.h"
+#include "attention/scores.h"
 #include "attention/select.h"
 #include "mechanisms/entries.h"
 
@@ -24,9 +25,7 @@ struct Twilight final : Mechanism {
 
   Read read(LayerView& at) const override {
     if (p >= 1 || reads_all(at, first_dense)) return {};
-    Observe how;
-    how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each;
-    const Ragged weights = with_queries(at, by_query_head(at.queue, at.observe(at.q, how), at.model.group()));
+    const Ragged weights = with_queries(at, last_weights(at));
     Select mass;
     mass.by = Select::By::TopP, mass.p = float(p), mass.at_least = 1;
     const int64_t capacity = std::max<int64_t>(1, at.store->longest());
