@@ -287,12 +287,13 @@ int main(int argc, char** argv) {
         Case c{"window, positions jump every " + std::to_string(jump), {1, 2, 1}, {3000, 777, 20}};
         c.window = 300, c.jump = jump, cases.push_back(c);
       }
-      for (int k_tile : {16, 32, 64})
+      for (int k_tile : {1, 8, 16, 32, 64})
         for (int plan_heads : {8, 2, 1}) {
           Case c{"blocks of " + std::to_string(k_tile) + ", " + std::to_string(plan_heads) + " lists",
                  {1, 0, 1, 2},
                  {3000, 10, 0, 777}};
-          c.k_tile = k_tile, c.plan_heads = plan_heads, c.density = plan_heads == 2 ? 0.05 : 0.5, c.counts = plan_heads != 1;
+          c.bias = k_tile == 1, c.k_tile = k_tile, c.plan_heads = plan_heads, c.density = plan_heads == 2 ? 0.05 : 0.5,
+          c.counts = plan_heads != 1;
           cases.push_back(c);
         }
       for (Case& c : cases) c.d = d, fine &= check(c, attend_store_launch);
@@ -309,9 +310,9 @@ int main(int argc, char** argv) {
     const char* name;
     Start start;
   };
-  const Variant variants[] = {{"6 warps 2", launch_store<128, 128, 6, 2>},
-                              {"12 warps 1", launch_store<128, 128, 12, 1>},
-                              {"8 warps 1", launch_store<128, 128, 8, 1>}};
+  const Variant variants[] = {{"6 warps 2", launch_store<128, 128, 6, 2, false>},
+                              {"12 warps 1", launch_store<128, 128, 12, 1, false>},
+                              {"8 warps 1", launch_store<128, 128, 8, 1, false>}};
   for (const Variant& v : variants) {
     printf("%-12s", v.name);
     for (auto [sequences, m] : {std::pair{1, 131072}, {8, 32768}, {32, 8192}, {1, 8192}}) {
@@ -332,4 +333,17 @@ int main(int argc, char** argv) {
     }
     printf("\n");
   }
+  for (int plan_heads : {32, 8})
+    for (auto [sequences, m] : {std::pair{1, 32768}, {1, 131072}, {8, 131072}}) {
+      printf("%d x %d, 5%% in %d lists", sequences, m, plan_heads);
+      for (int k_tile : {1, 4, 16}) {
+        Case c{"", std::vector<int>(size_t(sequences), 1), std::vector<int>(size_t(sequences), m), 32, 8};
+        c.k_tile = k_tile, c.plan_heads = plan_heads, c.density = 0.05;
+        Problem p;
+        make(p, c);
+        const float ms = median_ms([&] { OK(attend_store_launch(p.a, p.scratch, 0)); });
+        printf(" | blocks of %d: %.4f ms, %.2f TB/s", k_tile, ms, p.bytes / ms / 1e9);
+      }
+      printf("\n");
+    }
 }

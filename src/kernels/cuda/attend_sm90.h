@@ -83,7 +83,7 @@ struct AttendStore {
   float* out = nullptr;
   int64_t out_stride = 0;
   float* lse = nullptr;
-  // Blocks of k_tile entries (16, 32 or 64); k_tile 0: every entry. One plan row for each (sequence with rows, scope head).
+  // Blocks of k_tile entries (a divisor of 64); k_tile 0: every entry. One plan row for each (sequence with rows, scope head).
   int k_tile = 0, plan_heads = 1;
   const int64_t* rowptr = nullptr;
   const int32_t *count = nullptr, *index = nullptr;

@@ -114,7 +114,8 @@ bool attend_backward_sm90(Queue& queue, const Ragged& q, const Ragged& k, const 
 bool attend_store_sm90(Queue& queue, const Ragged& q, const Pages& pages, const Read& read, const Mods& mods,
                        Tensor out, Tensor lse) {
   const Plan& plan = read.plan;
-  if (!plain(mods) || !blocks_alone(plan) || plan.mask || mods.k_map || mods.v_map || pages.plain_keys ||
+  const bool tokens = plan.form == Plan::Form::Tokens && plan.parts == 1;
+  if (!plain(mods) || !(blocks_alone(plan) || tokens) || plan.mask || mods.k_map || mods.v_map || pages.plain_keys ||
       pages.layouts.size() != 1)
     return false;
   const PageLayout& layout = pages.layouts[0];
@@ -137,8 +138,8 @@ bool attend_store_sm90(Queue& queue, const Ragged& q, const Pages& pages, const 
   a.causal = plan.causal, a.window = int(std::min<int64_t>(mods.window, 1 << 29)), a.q_pos = mods.q_pos.as<int32_t>(),
   a.sink = mods.sink_logits.as<float>();
   a.out = out.as<float>(), a.out_stride = out.stride[0], a.lse = lse.as<float>();
-  if (plan.form == Plan::Form::Blocks) {
-    a.k_tile = plan.k_tile, a.plan_heads = int(scope_heads(plan.scope, q.heads, pages.kv_heads));
+  if (plan.form != Plan::Form::Dense) {
+    a.k_tile = tokens ? 1 : plan.k_tile, a.plan_heads = int(scope_heads(plan.scope, q.heads, pages.kv_heads));
     a.rowptr = plan.rowptr.as<int64_t>(), a.count = plan.count.as<int32_t>(), a.index = plan.index.as<int32_t>();
   }
   if (!sm90::attend_store_fits(a)) return false;

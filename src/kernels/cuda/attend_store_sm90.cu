@@ -5,11 +5,15 @@
 // a group of 4 wastes half a product instead of three quarters. Channels are permuted so that a thread's operands are 16 contiguous
 // bytes: product over channels does not mind (q is permuted alike), and output channels are written where they belong.
 //
+// Entries of a list that are no 16 in a row (tokens, small blocks) make units of 16 of the list: a lane finds where one of them
+// lies, and the lanes that load its rows ask it.
+//
 // All units of 16 entries of all segments form one line, which the blocks cut in equal ranges. A range's warps take units in turn.
 // A segment that several blocks share is merged by the last of them to finish, in the order of the ranges: one launch, a fixed order.
 #include <cuda_bf16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/attend_sm90.h"
 #include "kernels/cuda/grid.cuh"
@@ -71,12 +75,16 @@ __device__ __forceinline__ int64_t plan_row(const AttendStore& a, const Item& x,
 }
 
 /// Steps of 16 entries; at least one, so that rows that see nothing are written too.
+__device__ __forceinline__ int listed(const AttendStore& a, const Item& x, int rows_before) {
+  const int64_t row = plan_row(a, x, rows_before);
+  return a.count ? a.count[row] : int(a.rowptr[row + 1] - a.rowptr[row]);
+}
+
 __device__ __forceinline__ int units_of(const AttendStore& a, const Item& x, int rows_before) {
   if (x.n == 0) return 0;
   if (a.k_tile == 0) return max(1, (x.length - x.start + kUnit - 1) / kUnit);
-  const int64_t row = plan_row(a, x, rows_before);
-  const int entries = a.count ? a.count[row] : int(a.rowptr[row + 1] - a.rowptr[row]);
-  return max(1, entries * (a.k_tile / kUnit));
+  const int entries = listed(a, x, rows_before);
+  return max(1, int((int64_t(entries) * a.k_tile + kUnit - 1) / kUnit));
 }
 
 __device__ __forceinline__ uint4 load16(const void* p) {
@@ -105,17 +113,38 @@ __device__ __forceinline__ void add(float4& to, float factor, const float4& x) {
 template <int DV, int kWarps>
 struct Memory {
   Partial<DV> warps[kWarps];
-  int2 first[kMostLists + 1];  // units and plan rows before a list
+  int2 first[kMostLists + 1];                        // units and plan rows before a list
+  int chunks[kMostBlocks], blocks[kMostBlocks + 1];  // of a list, and blocks before it, where items have blocks of their own
   int2 scan[kWarps];
   int last;
 };
+
+/// The sum of `own` over the threads before this one, on top of `base`, to which the sum of all is added.
+template <int kWarps> __device__ __forceinline__ int sum_before(int2 (&scan)[kWarps], int own, int& base) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int all = own;
+  for (int step = 1; step < 32; step *= 2) {
+    const int x = __shfl_up_sync(~0u, all, step);
+    if (lane >= step) all += x;
+  }
+  if (lane == 31) scan[warp].x = all;
+  __syncthreads();
+  int before = base;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += scan[w].x;
+    base += scan[w].x;
+  }
+  __syncthreads();
+  return before + all - own;
+}
 
 __global__ void clear_kernel(int* arrived, int count) {
   cuda::await();
   if (int(threadIdx.x) < count) arrived[threadIdx.x] = 0;
 }
 
-template <int D, int DV, int kWarps, int PerSm>
+/// kGathers: blocks of a list are smaller than a unit.
+template <int D, int DV, int kWarps, int PerSm, bool kGathers>
 __global__ void __launch_bounds__(32 * kWarps, PerSm)
     attend_store_kernel(const AttendStore a, Partial<DV>* partials, int* arrived) {
   cuda::await();
@@ -158,6 +187,7 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
       describe(a, l, x);
       chunks = (x.columns + kColumns - 1) / kColumns;
       own = units_of(a, x, a.k_tile > 0 ? sh.first[l].y : 0) * chunks;
+      if (l < kMostBlocks) sh.chunks[l] = chunks;
     }
     int all = own;
     for (int step = 1; step < 32; step *= 2) {
@@ -179,23 +209,51 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
   if (thread == 0) sh.first[lists].x = total;
   __syncthreads();
 
-  // Every block has a unit or more, better one for each warp; but no two items, which would come one after the other.
-  const int blocks = max(1, min(int(gridDim.x), max(items, total / kWarps))), block = blockIdx.x;
-  if (block >= blocks || total == 0) return;
+  if (total == 0) return;
+  // Where items are few each has blocks of its own, in proportion to its units: a block that ends one and begins the next takes
+  // twice as long as others, and with lists of a few thousand entries that is waiting. Else all units are one line, cut in
+  // equal ranges: every block has a unit or more, better one for each warp; but no two items, which would come one after the
+  // other.
+  const int most = int(gridDim.x), block = blockIdx.x;
+  const bool apart = lists <= kMostBlocks && 2 * items <= most;
+  const int blocks = max(1, min(apart ? most - items : most, max(items, total / kWarps)));
+  const auto units_each = [&](int l) { return (sh.first[l + 1].x - sh.first[l].x) / max(1, sh.chunks[l]); };
+  const auto blocks_each = [&](int l) { return int(ceil(double(units_each(l)) * blocks / total)); };
+  if (apart) {
+    int before = 0;
+    for (int from = 0; from < lists; from += 32 * kWarps) {
+      const int l = from + thread, own = l < lists ? blocks_each(l) * sh.chunks[l] : 0;
+      const int mine = sum_before(sh.scan, own, before);
+      if (l < lists) sh.blocks[l] = mine;
+    }
+    if (thread == 0) sh.blocks[lists] = before;
+    __syncthreads();
+    if (block >= before) return;
+  } else if (block >= blocks) {
+    return;
+  }
   // total · b / blocks, rounded down: exact in f64, whose division is a tenth of one of 64-bit integers.
   auto cut = [&](int b) { return int(double(total) * b / blocks); };
-  const int end = cut(block + 1);
   const float scale = a.scale * 1.4426950408889634f;
   int list = 0;
   {
     int high = lists;
     while (high - list > 1) {
       const int middle = (list + high) / 2;
-      if (sh.first[middle].x <= cut(block)) list = middle;
+      if (apart ? sh.blocks[middle] <= block : sh.first[middle].x <= cut(block)) list = middle;
       else high = middle;
     }
   }
-  for (int at = cut(block); at < end;) {
+  int at = cut(block), end = cut(block + 1), first_block = 0, shares = 0;  // of the item, where it has its own
+  if (apart) {
+    while (sh.blocks[list + 1] <= block) ++list;
+    const int units = units_each(list), chunk = (block - sh.blocks[list]) / (shares = blocks_each(list)),
+              item = sh.first[list].x + chunk * units;
+    first_block = sh.blocks[list] + chunk * shares;
+    const auto inside = [&](int i) { return item + int(double(units) * i / shares); };
+    at = inside(block - first_block), end = inside(block - first_block + 1);
+  }
+  while (at < end) {
     while (sh.first[list + 1].x <= at) ++list;
     Item x;
     describe(a, list, x);
@@ -227,16 +285,33 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
     float o[DV / 16][4] = {};
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     uint4 k[D / 32][2], v[DV / 64][4];
-    // Where a unit lies: its first entry, then the address of its page (0: nothing there to read). Each is asked for a unit or two
-    // before the loads that depend on it.
+    // Where a unit lies: its first entry, then the address of its page (0: nothing there to read); gathered, those of a lane's own
+    // entry. Each is asked for a unit or two before the loads that depend on it.
+    const int in_list = kGathers ? listed(a, x, rows_before) * a.k_tile : 0;
     auto entry_of = [&](int unit) {
       if (unit >= to) return kNothing;
+      if constexpr (kGathers) {
+        const int i = unit * kUnit + lane % kUnit;
+        return i < in_list ? blocks_read[i / a.k_tile] * a.k_tile + i % a.k_tile : kNothing;
+      }
       if (a.k_tile == 0) return x.start + unit * kUnit;
       const int per = a.k_tile / kUnit;
       return blocks_read[unit / per] * a.k_tile + unit % per * kUnit;
     };
     auto page_of = [&](int entry) { return entry < x.length ? pages[entry / 64] : 0; };
+    // Of the unit's entry `row`, when lanes hold one each.
+    auto of_row = [&](auto held, int row) { return __shfl_sync(~0u, held, row); };
     auto load_keys = [&](int entry, uint64_t page) {
+      if constexpr (kGathers) {
+        const uint64_t key = page ? page + a.k_at + entry % 64 * (D * 2) : 0;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const char* from = reinterpret_cast<const char*>(of_row(key, g + 8 * r));
+#pragma unroll
+          for (int i = 0; i < D / 32; ++i) k[i][r] = from ? load16(from + (8 * c + 32 * i) * 2) : uint4{0, 0, 0, 0};
+        }
+        return;
+      }
       const char* from_here = reinterpret_cast<const char*>(page) + a.k_at + (int64_t(entry % 64 + g) * D + 8 * c) * 2;
 #pragma unroll
       for (int i = 0; i < D / 32; ++i)
@@ -244,6 +319,16 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
         for (int r = 0; r < 2; ++r) k[i][r] = page ? load16(from_here + (8 * r * D + 32 * i) * 2) : uint4{0, 0, 0, 0};
     };
     auto load_values = [&](int entry, uint64_t page) {
+      if constexpr (kGathers) {
+        const uint64_t value = page ? page + a.v_at + entry % 64 * (DV * 2) : 0;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const char* from = reinterpret_cast<const char*>(of_row(value, 2 * c + r % 2 + r / 2 * 8));
+#pragma unroll
+          for (int i = 0; i < DV / 64; ++i) v[i][r] = from ? load16(from + (8 * g + 64 * i) * 2) : uint4{0, 0, 0, 0};
+        }
+        return;
+      }
       const char* from_here = reinterpret_cast<const char*>(page) + a.v_at + (int64_t(entry % 64 + 2 * c) * DV + 8 * g) * 2;
 #pragma unroll
       for (int i = 0; i < DV / 64; ++i)
@@ -287,16 +372,17 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
         multiply(s, k[i][0].z, k[i][1].z, k[i][0].w, k[i][1].w, q[4 * i + 2], q[4 * i + 3]);
       }
       float bias[2] = {0, 0};
-      if (a.bias_at >= 0 && page) {
-        const float* b = reinterpret_cast<const float*>(page + a.bias_at) + entry % 64 + g;
-        bias[0] = b[0] * 1.4426950408889634f, bias[1] = b[8] * 1.4426950408889634f;
+      int position[2] = {kNothing, kNothing}, entry_now[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        entry_now[r] = kGathers ? of_row(entry, g + 8 * r) : entry + g + 8 * r;
+        if (a.bias_at < 0 && a.window == 0) continue;
+        const uint64_t its_page = kGathers ? of_row(page, g + 8 * r) : page;
+        const int in_page = kGathers ? entry_now[r] % 64 : entry % 64 + g + 8 * r;
+        if (a.bias_at >= 0 && its_page)
+          bias[r] = reinterpret_cast<const float*>(its_page + a.bias_at)[in_page] * 1.4426950408889634f;
+        if (a.window > 0 && its_page) position[r] = reinterpret_cast<const int32_t*>(its_page + a.position_at)[in_page];
       }
-      int position[2] = {kNothing, kNothing};
-      if (a.window > 0 && page) {
-        const int32_t* at_entry = reinterpret_cast<const int32_t*>(page + a.position_at) + entry % 64 + g;
-        position[0] = at_entry[0], position[1] = at_entry[8];
-      }
-      const int entry_now = entry;
       entry = next_entry, page = next_page;
       load_keys(entry, page);
       next_entry = far_entry, next_page = page_of(far_entry), far_entry = entry_of(unit + 3 * kWarps);
@@ -307,8 +393,7 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          s[2 * r + e] = entry_now + g + 8 * r <= limit[e] && position[r] > oldest[e] ? fmaf(s[2 * r + e], scale, bias[r])
-                                                                                      : -INFINITY;
+          s[2 * r + e] = entry_now[r] <= limit[e] && position[r] > oldest[e] ? fmaf(s[2 * r + e], scale, bias[r]) : -INFINITY;
         high[e] = fmaxf(s[e], s[2 + e]);
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) high[e] = fmaxf(high[e], __shfl_xor_sync(~0u, high[e], step));
@@ -405,7 +490,8 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
         while (cut(b) > unit) --b;
         return b;
       };
-      const int b0 = block_of(item_begin), shares = block_of(item_end - 1) - b0 + 1;
+      const int b0 = apart ? first_block : block_of(item_begin);
+      if (!apart) shares = block_of(item_end - 1) - b0 + 1;
       __threadfence();
       __syncthreads();
       if (thread == 0) sh.last = atomicAdd(&arrived[b0], 1) == shares - 1;
@@ -461,14 +547,14 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
   }
 }
 
-template <int D, int DV, int kWarps, int PerSm>
+template <int D, int DV, int kWarps, int PerSm, bool kGathers>
 cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t stream) {
   const int blocks = std::min(PerSm * cuda::multiprocessors(), kMostBlocks);
   static_assert(kMostBlocks * kColumns + 2 * kColumns + 4 * 32 * kWarps <= kWarps * kColumns * DV);
   int* arrived = static_cast<int*>(scratch);
   const int64_t skip = (int64_t(blocks) * 4 + 255) / 256 * 256;
   Partial<DV>* partials = reinterpret_cast<Partial<DV>*>(static_cast<char*>(scratch) + skip);
-  static const cudaError_t ready = cudaFuncSetAttribute(attend_store_kernel<D, DV, kWarps, PerSm>,
+  static const cudaError_t ready = cudaFuncSetAttribute(attend_store_kernel<D, DV, kWarps, PerSm, kGathers>,
                                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                         int(sizeof(Memory<DV, kWarps>)));
   if (ready != cudaSuccess) return ready;
@@ -481,7 +567,7 @@ cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t strea
   if (const cudaError_t e = cudaLaunchKernelEx(&how, clear_kernel, arrived, blocks); e != cudaSuccess) return e;
   how.gridDim = dim3(unsigned(blocks)), how.blockDim = dim3(32 * kWarps);
   how.dynamicSmemBytes = sizeof(Memory<DV, kWarps>);
-  return cudaLaunchKernelEx(&how, attend_store_kernel<D, DV, kWarps, PerSm>, a, partials, arrived);
+  return cudaLaunchKernelEx(&how, attend_store_kernel<D, DV, kWarps, PerSm, kGathers>, a, partials, arrived);
 }
 
 }  // namespace
@@ -489,7 +575,7 @@ cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t strea
 bool attend_store_fits(const AttendStore& a) {
   if (reinterpret_cast<uintptr_t>(a.q) % 16 || a.q_stride % (a.q_f32 ? 4 : 8) || a.k_at % 16 || a.v_at % 16)
     return false;
-  if (a.k_tile != 0 && a.k_tile != 16 && a.k_tile != 32 && a.k_tile != 64) return false;
+  if (a.k_tile < 0 || (a.k_tile > 0 && 64 % a.k_tile != 0)) return false;
   if (int64_t(a.sequences) * std::max(a.heads, a.kv_heads) > kMostLists || !(a.scale > 0)) return false;
   return a.d == a.d_v && (a.d == 64 || a.d == 128 || a.d == 256);
 }
@@ -500,9 +586,12 @@ int64_t attend_store_scratch(const AttendStore& a) {
 }
 
 cudaError_t attend_store_launch(const AttendStore& a, void* scratch, cudaStream_t stream) {
-  if (a.d == 64) return launch_store<64, 64, 16, 1>(a, scratch, stream);
-  if (a.d == 128) return launch_store<128, 128, 6, 2>(a, scratch, stream);
-  return launch_store<256, 256, 8, 1>(a, scratch, stream);
+  const auto by_list = [&](auto gathers) {
+    if (a.d == 64) return launch_store<64, 64, 16, 1, gathers>(a, scratch, stream);
+    if (a.d == 128) return launch_store<128, 128, 6, 2, gathers>(a, scratch, stream);
+    return launch_store<256, 256, 8, 1, gathers>(a, scratch, stream);
+  };
+  return a.k_tile > 0 && a.k_tile < kUnit ? by_list(std::true_type()) : by_list(std::false_type());
 }
 
 }  // namespace heed::sm90
