@@ -59,6 +59,16 @@ __global__ void count_pairs_kernel(const __grid_constant__ Counted a, const __gr
       continue;
     }
     const int64_t row = plan_first + i / a.plan.q_tile;
+    if (low == 0 && !a.until && !a.plan.mask && a.plan.form != Plan::Form::Interval) {
+      // Lists ascend: where the last one begins among the keys seen, those before it lie there whole.
+      const int64_t wide = a.plan.form == Plan::Form::Tokens ? 1 : a.plan.k_tile, first = a.plan.begin(row),
+                    last = a.plan.end(row) - 1;
+      if (last < first) continue;
+      if (const int64_t begin = int64_t(a.plan.index[last]) * wide; begin < high) {
+        if (lane == 0) total += double((last - first) * wide + min(wide, high - begin));
+        continue;
+      }
+    }
     for (int64_t e = a.plan.begin(row) + lane; e < a.plan.end(row); e += 32) {
       if (a.plan.form == Plan::Form::Interval) {
         total += double(seen(a.plan.index[2 * e], a.plan.index[2 * e + 1]));
