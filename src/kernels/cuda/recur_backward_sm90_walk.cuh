@@ -1,0 +1,402 @@
+// First step of recur_backward_sm90.cu: states before each block of 128 rows and gradients of states behind it, by two
+// walks that know nothing of each other, one from the first chunk of 64 rows to the last and one back. With the delta rule
+// they also leave what rows add to the state (U) and d_v. A warpgroup holds 64 columns of a state, transposed as in
+// recur_sm90_direct.cuh, another loads chunks and makes what does not depend on the state.
+//
+// Of a chunk, with G the sums of its log decays, S the state before it and dS the gradient of the state behind it:
+//   U = T β (V − e^G K S),                     S ← e^G_end S + (e^(G_end − G) K)^T U
+//   dU = P^T dO + e^(G_end − G) K dS,          d_v = β T^T dU
+//   dS ← e^G_end dS + scale (e^G Q)^T dO − (e^G K)^T d_v
+// where T is the inverse of recur_sm90_inverse.cuh and P_ij = scale e^(G_i − G_j) q_i · k_j for j ≤ i; without the delta
+// rule U is V and the term with d_v is not there (Yang et al. 2024, arXiv 2406.06484 and 2412.06464).
+#pragma once
+#include "kernels/cuda/recur_backward_sm90.h"
+#include "kernels/cuda/recur_sm90_inverse.cuh"
+
+namespace heed::cuda {
+namespace {
+
+constexpr int kBlock = 128;        // rows of a block of gradients
+constexpr int kHeld = 4 * kPanel;  // bytes of 128 rows of 128 bf16: two panels of 128 rows
+
+struct Back {
+  CUtensorMap q, k, v, d_out, d_q, d_k, d_v;
+  RecurView in;
+  RecurBackward to;
+  // kHeld bytes for each block (first_block). States and their gradients have rows for columns of v.
+  uint8_t *states, *d_states, *d_outs, *values, *d_values;
+  const uint8_t* inverse;          // of each chunk (first_chunk): T, high and low
+  bool lined_q, lined_k, lined_v;  // the copy engine can write the gradient
+};
+
+/// Blocks of a segment follow each other; no two segments share one.
+__device__ __forceinline__ int64_t first_block(const Back& a, int s) { return a.in.qs.begin(s) / kBlock + s; }
+
+template <bool Delta>
+struct WalkLayout {
+  static constexpr bool delta = Delta;
+  static constexpr int channels = Delta ? 128 : 64, wide = channels / 64;  // that a block holds of the state
+  // A stage: what adds to the state (keys, or on the way back queries), values (d_out: f32), then keys on the way back
+  // and T.
+  static constexpr int values = wide * kPanel, keys = values + 2 * kPanel, triangle = keys + 2 * kPanel,
+                       stage = Delta ? triangle + kPanel : keys, stages = Delta ? 3 : 6;
+  // P, twice; rows on their way out: states or d_v; bf16 of d_out, and of U or d_v.
+  static constexpr int at_pairs = stages * stage, at_rows = at_pairs + (Delta ? 2 * kPanel : 0),
+                       at_narrow = at_rows + 2 * kPanel, at_numbers = at_narrow + 2 * kPanel, numbers = 5 * kChunk * 4,
+                       at_barriers = at_numbers + 2 * numbers, shared = at_barriers + 128;
+  static_assert(shared <= 227 * 1024);
+};
+
+struct Walker {
+  int s, n, chunks, left, channel;  // left: first column
+  bool back;
+  int64_t q, k, v;
+  __device__ __forceinline__ int chunk(int t) const { return back ? chunks - 1 - t : t; }
+};
+
+template <class W>
+__device__ __forceinline__ void load_rows(const Back& a, const Walker& at, uint8_t* memory, uint64_t* full, int t) {
+  uint8_t* stage = memory + t % W::stages * W::stage;
+  full += t % W::stages;
+  const int row = at.chunk(t) * kChunk;
+  barrier_expect(full, uint32_t(W::wide + (at.back ? 2 : 1) + (W::delta ? (at.back ? 3 : 1) : 0)) * kPanel);
+  for (int i = 0; i < W::wide; ++i)
+    tma_load(stage + i * kPanel, at.back ? &a.q : &a.k, full, at.channel + 64 * i, int(at.back ? at.q : at.k) + row);
+  if (at.back)
+    for (int half = 0; half < 2; ++half)
+      tma_load(stage + W::values + half * kPanel, &a.d_out, full, at.left + 32 * half, int(at.q) + row);
+  else tma_load(stage + W::values, &a.v, full, at.left, int(at.v) + row);
+  if constexpr (W::delta) {
+    if (at.back)
+      for (int i = 0; i < 2; ++i) tma_load(stage + W::keys + i * kPanel, &a.k, full, 64 * i, int(at.k) + row);
+    bulk_load(stage + W::triangle, a.inverse + (at.q / kChunk + at.s + at.chunk(t)) * (2 * kPanel), kPanel, full);
+  }
+}
+
+/// The warpgroup that loads chunks and makes numbers of rows, and P on the way back of the delta rule.
+template <class W>
+__device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8_t* memory, const Barriers& bar) {
+  const int tid = threadIdx.x - 128, warp = uniform(tid / 32), lane = tid % 32;
+  const bool scalar = a.in.decay == Recur::Decay::Scalar;
+  float g[2] = {}, beta[2] = {}, from_start[2] = {1, 1}, to_end[2] = {1, 1};
+  float2 sums[2] = {};
+  auto fetch = [&](int t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = at.chunk(t) * kChunk + 2 * lane + i;
+      const bool there = t < at.chunks && row < at.n;
+      g[i] = scalar && there ? *a.in.g.template row<float>(at.q + row) : 0;
+      if (W::delta) beta[i] = there ? some_beta(a.in.beta[at.q + row]) : 0;
+    }
+  };
+  auto make_numbers = [&] {
+    if (!scalar) return;
+    double sum[2] = {fmaxf(g[0], -1000.0f), fmaxf(g[1], -1000.0f)};
+    sum_decays(sum);
+    sums[0] = in_two(sum[0]), sums[1] = in_two(sum[1]);
+    const float2 last = {__shfl_sync(~0u, sums[1].x, 31), __shfl_sync(~0u, sums[1].y, 31)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) from_start[i] = decayed(sums[i], {0, 0}), to_end[i] = decayed(last, sums[i]);
+  };
+  if (tid == 0)
+    for (int t = 0; t < min(W::stages, at.chunks); ++t) load_rows<W>(a, at, memory, bar.full, t);
+  if (warp == 0) fetch(0), make_numbers();
+  for (int t = 0; t < at.chunks; ++t) {
+    const int slot = t % W::stages;
+    uint8_t* stage = memory + slot * W::stage;
+    float* numbers = reinterpret_cast<float*>(memory + W::at_numbers + t % 2 * W::numbers);
+    if (t >= 2) {
+      barrier_wait(bar.done + t % 2, uint32_t(t / 2 - 1) & 1);
+      if (tid == 0 && t - 2 + W::stages < at.chunks) load_rows<W>(a, at, memory, bar.full, t - 2 + W::stages);
+    }
+    if (warp == 0) {
+      *reinterpret_cast<float2*>(numbers + 2 * lane) = {from_start[0], from_start[1]};
+      *reinterpret_cast<float2*>(numbers + kChunk + 2 * lane) = {to_end[0], to_end[1]};
+      *reinterpret_cast<float2*>(numbers + 2 * kChunk + 2 * lane) = {beta[0], beta[1]};
+      *reinterpret_cast<float4*>(numbers + 3 * kChunk + 4 * lane) = {sums[0].x, sums[0].y, sums[1].x, sums[1].y};
+      fetch(t + 1);
+    }
+    barrier_wait(bar.full + slot, uint32_t(t / W::stages) & 1);
+    const int rows = min(kChunk, at.n - at.chunk(t) * kChunk);
+    if (rows < kChunk) {  // rows of others, or of nobody
+      const int panels = W::delta ? W::triangle / kPanel : W::stage / kPanel;
+      for (int e = tid; e < (kChunk - rows) * panels * 8; e += 128)
+        *reinterpret_cast<uint4*>(stage + e / 8 / (kChunk - rows) * kPanel + (rows + e / 8 % (kChunk - rows)) * 128 +
+                                  e % 8 * 16) = {};
+      proxy_fence();
+    }
+    if constexpr (W::delta)
+      if (at.back) {
+        named_sync(1, 128);
+        float pairs[32];
+        const uint64_t keys = descriptor_k(stage + W::keys), queries = descriptor_k(stage);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < W::channels / 16; ++k) {
+          const int step = k / 4 * (kPanel / 16) + k % 4 * 2;
+          Product<64>::shared_a(pairs, queries + step, keys + step, k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(pairs);
+        if (scalar) decay_pairs(pairs, reinterpret_cast<const float2*>(numbers + 3 * kChunk));
+        const int top = 16 * warp + lane / 4, c0 = lane % 4 * 2;
+        uint8_t* to = memory + W::at_pairs + t % 2 * kPanel;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          const int row = top + i % 2 * 8, column = i / 2 * 8 + c0;
+          *reinterpret_cast<uint32_t*>(to + swizzled(row, i / 2) + c0 * 2) = pack_bf16(
+              column <= row ? a.in.scale * pairs[2 * i] : 0, column < row ? a.in.scale * pairs[2 * i + 1] : 0);
+        }
+      }
+    proxy_fence();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bar.made + t % 2);
+    if (warp == 0) make_numbers();
+  }
+}
+
+/// The warpgroup that walks. Back: from the last chunk to the first, with the gradient of the state.
+template <class W, bool Backward>
+__device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint8_t* memory, const Barriers& bar) {
+  constexpr int N = W::channels;
+  const int tid = threadIdx.x, warp = uniform(tid / 32), lane = tid % 32, c0 = lane % 4 * 2,
+            column = at.left + 16 * warp + lane / 4;
+  const int64_t block0 = first_block(a, at.s);
+  float state[N / 2];
+  {
+    const float* from = Backward ? a.to.d_state : a.in.state;
+    const int64_t* stride = Backward ? a.to.d_state_stride : a.in.state_stride;
+    if (from) from += at.s * stride[0];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const int c = at.channel + i / 4 * 8 + c0 + i % 2, v = column + i / 2 % 2 * 8;
+      state[i] = from && c < a.in.d && v < a.in.d_v ? from[c * stride[1] + v * stride[2]] : 0;
+    }
+  }
+  // What leaves through shared memory: `write` puts it there, `send` has one thread start copies. Places are such that what
+  // left just before is not written over, but for states of the delta rule on the way back, which lie where d_v does.
+  auto leave = [&](bool first, auto write, auto send) {
+    if (tid == 0) {
+      if (first && W::delta && Backward) bulk_wait_read();
+      else bulk_wait_read<1>();
+    }
+    named_sync(2, 128);
+    write();
+    proxy_fence();
+    named_sync(2, 128);
+    if (tid == 0) send();
+  };
+  const int turned = lane / 16 * 8 + lane % 8, turned_piece = warp * 2 + lane / 8 % 2;  // as load_transposed wants them
+  auto narrow = [&](const uint32_t(&x)[16], int which) {
+    const uint32_t panel = shared_address(memory + W::at_narrow + which * kPanel);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) store_transposed(panel + swizzled(16 * k + turned, turned_piece), x + 4 * k);
+  };
+  auto send_narrow = [&](uint8_t* to, int j, int which) {
+    bulk_store(to + (block0 + j / 2) * kHeld + at.left / 64 * 2 * kPanel + j % 2 * kPanel,
+               memory + W::at_narrow + which * kPanel, kPanel);
+  };
+
+  for (int t = 0; t < at.chunks; ++t) {
+    const int slot = t % W::stages, j = at.chunk(t);
+    const uint8_t* stage = memory + slot * W::stage;
+    const float* numbers = reinterpret_cast<const float*>(memory + W::at_numbers + t % 2 * W::numbers);
+    const uint64_t rows = descriptor_mn(stage, kPanel), triangle_k = descriptor_k(stage + W::triangle),
+                   triangle_mn = descriptor_mn(stage + W::triangle, kPanel);
+    barrier_wait(bar.full + slot, uint32_t(t / W::stages) & 1);
+    barrier_wait(bar.made + t % 2, uint32_t(t / 2) & 1);
+    const bool kept = Backward ? j % 2 == 1 || t == 0 : j % 2 == 0;
+    uint32_t high[N / 4];
+    if (W::delta || kept) {
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) high[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
+    }
+    uint8_t* kept_at = memory + W::at_rows + (W::delta ? 0 : j / 2 % 2 * kPanel);
+    if (kept)
+      leave(
+          true,
+          [&] {
+            const uint32_t to = shared_address(kept_at);
+#pragma unroll
+            for (int k = 0; k < N / 16; ++k)
+              store_tiles(to + k / 4 * kPanel + swizzled(16 * warp + lane / 8 % 2 * 8 + lane % 8, k % 4 * 2 + lane / 16),
+                          high + 4 * k);
+          },
+          [&] {
+            uint8_t* to = (Backward ? a.d_states : a.states) + (block0 + j / 2) * kHeld + at.left * 128;
+            for (int i = 0; i < W::wide; ++i)
+              bulk_store(to + (at.channel / 64 + i) * 2 * kPanel, kept_at + i * kPanel, kPanel);
+          });
+    float known[32], given[32];
+    if constexpr (W::delta) {
+      pin(high);
+      wgmma_fence();
+      product<N / 16, false, false>(known, high, nullptr, descriptor_k(stage + (Backward ? W::keys : 0)), 0, true, AlongK());
+      wgmma_commit();
+    }
+    uint32_t value[16], last[16];
+    if constexpr (Backward) {
+      const uint8_t* panel = stage + W::values + warp / 2 * kPanel;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const int row = i / 2 * 8 + c0, v = warp % 2 * 16 + lane / 4 + i % 2 * 8;
+        const float2 by = *reinterpret_cast<const float2*>(numbers + row);
+        const float x = *reinterpret_cast<const float*>(panel + swizzled(row, v / 4) + v % 4 * 4),
+                    y = *reinterpret_cast<const float*>(panel + swizzled(row + 1, v / 4) + v % 4 * 4);
+        value[i] = pack_bf16(x, y), last[i] = pack_bf16(a.in.scale * by.x * x, a.in.scale * by.y * y);
+      }
+    } else {
+      const uint32_t panel = shared_address(stage + W::values);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        uint32_t x[4];
+        load_transposed(x, panel + swizzled(16 * k + turned, turned_piece));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value[4 * k + i] = x[i];
+      }
+    }
+    if constexpr (Backward && W::delta) {
+      pin(value);
+      wgmma_fence();
+      product<4, false, false>(given, value, nullptr, descriptor_mn(memory + W::at_pairs + t % 2 * kPanel, kPanel), 0,
+                               true, AcrossK<64>());
+      wgmma_commit();
+    }
+    if constexpr (Backward)
+      if (W::delta || j % 2 == at.channel / 64)
+        leave(false, [&] { narrow(value, 0); }, [&] { send_narrow(a.d_outs, j, 0); });
+    auto columns = [&](int which, int i) {
+      return *reinterpret_cast<const float2*>(numbers + which * kChunk + i / 2 * 8 + c0);
+    };
+    if constexpr (W::delta) {
+      wgmma_wait<0>();
+      pin(known), pin(high);
+      if constexpr (Backward) pin(given), pin(value);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        if constexpr (Backward) {
+          const float2 by = columns(1, i);
+          value[i] = pack_bf16(given[2 * i] + by.x * known[2 * i], given[2 * i + 1] + by.y * known[2 * i + 1]);
+        } else {
+          const float2 by = columns(0, i), beta = columns(2, i);
+          value[i] = pack_bf16(beta.x * (__uint_as_float(value[i] << 16) - by.x * known[2 * i]),
+                               beta.y * (__uint_as_float(value[i] & 0xffff0000u) - by.y * known[2 * i + 1]));
+        }
+      }
+      pin(value);
+      wgmma_fence();
+      if constexpr (Backward) product<4, false, false>(known, value, nullptr, triangle_mn, 0, true, AcrossK<64>());
+      else product<4, false, false>(known, value, nullptr, triangle_k, 0, true, AlongK());
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(known), pin(value);
+    }
+    uint32_t less[16];  // what the delta rule takes from the gradient
+    if constexpr (W::delta && Backward) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 by = columns(0, i), beta = columns(2, i);
+        known[2 * i] *= beta.x, known[2 * i + 1] *= beta.y;
+        value[i] = pack_bf16(known[2 * i], known[2 * i + 1]);
+        less[i] = pack_bf16(-by.x * known[2 * i], -by.y * known[2 * i + 1]);
+      }
+    } else if constexpr (W::delta) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 by = columns(1, i);
+        value[i] = pack_bf16(known[2 * i], known[2 * i + 1]);
+        last[i] = pack_bf16(by.x * known[2 * i], by.y * known[2 * i + 1]);
+      }
+    } else if constexpr (!Backward) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 by = columns(1, i);
+        last[i] = pack_bf16(by.x * __uint_as_float(value[i] << 16), by.y * __uint_as_float(value[i] & 0xffff0000u));
+      }
+    }
+    const float through = numbers[kChunk - 1];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) state[i] *= through;
+    pin(state), pin(last);
+    if constexpr (W::delta && Backward) pin(less);
+    wgmma_fence();
+    product<4, false, false>(state, last, nullptr, rows, 0, false, AcrossK<N>());
+    if constexpr (W::delta && Backward)
+      product<4, false, false>(state, less, nullptr, descriptor_mn(stage + W::keys, kPanel), 0, false, AcrossK<N>());
+    wgmma_commit();
+    if constexpr (W::delta) {
+      const int row0 = j * kChunk;
+      const bool whole = a.lined_v && row0 + kChunk <= at.n;
+      uint8_t* to = memory + W::at_rows;
+      const int place = Backward ? 1 : t % 2;
+      leave(
+          false,
+          [&] {
+            narrow(value, place);
+            if constexpr (Backward) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const int row = c0 + i % 2, v = warp % 2 * 16 + lane / 4 + i / 2 * 8;
+                float* at_row = reinterpret_cast<float*>(to + warp / 2 * kPanel + swizzled(row, v / 4) + v % 4 * 4);
+#pragma unroll
+                for (int eight = 0; eight < 8; ++eight) at_row[eight * 256] = known[4 * eight + i];
+              }
+            }
+          },
+          [&] {
+            send_narrow(Backward ? a.d_values : a.values, j, place);
+            if (Backward && a.to.v && whole)
+              for (int half = 0; half < 2; ++half)
+                tma_store(to + half * kPanel, &a.d_v, at.left + 32 * half, int(at.v) + row0);
+          });
+      if (Backward && a.to.v && !whole) {
+        const int v = tid % 64;
+        for (int row = tid / 64; row < kChunk && at.left + v < a.in.d_v; row += 2)
+          if (row0 + row < at.n)
+            a.to.v.template row<float>(at.v + row0 + row)[at.left + v] = *reinterpret_cast<const float*>(
+                to + v / 32 * kPanel + swizzled(row, v % 32 / 4) + v % 4 * 4);
+      }
+    }
+    wgmma_wait<0>();
+    pin(state), pin(last);
+    if constexpr (W::delta && Backward) pin(less);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bar.done + t % 2);
+  }
+  if (tid == 0) bulk_wait_read();
+  if (Backward && a.to.state) {
+    float* to = a.to.state + at.s * a.to.state_stride[0];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const int c = at.channel + i / 4 * 8 + c0 + i % 2, v = column + i / 2 % 2 * 8;
+      if (c < a.in.d && v < a.in.d_v) to[c * a.to.state_stride[1] + v * a.to.state_stride[2]] = state[i];
+    }
+  }
+}
+
+/// Grid: the two ways × two slices of columns × slices of channels, segments.
+template <class W>
+__global__ void __launch_bounds__(256, 1) walk_kernel(const __grid_constant__ Back a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
+  extern __shared__ __align__(1024) uint8_t memory[];
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + W::at_barriers);
+  const Barriers bar{barriers, barriers + 8, barriers + 10, nullptr};
+  Walker at;
+  at.s = blockIdx.y, at.n = a.in.qs.length(at.s), at.chunks = (at.n + kChunk - 1) / kChunk;
+  at.back = blockIdx.x % 2 == 0, at.left = blockIdx.x / 2 % 2 * 64, at.channel = blockIdx.x / 4 * 64;
+  at.q = a.in.qs.begin(at.s), at.k = a.in.ks.begin(at.s), at.v = a.in.vs.begin(at.s);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < W::stages; ++i) barrier_init(bar.full + i, 1);
+    for (int i = 0; i < 2; ++i) barrier_init(bar.made + i, 4), barrier_init(bar.done + i, 4);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (uniform(threadIdx.x / 128) == 1) make_walk<W>(a, at, memory, bar);
+  else if (at.back) walk_state<W, true>(a, at, memory, bar);
+  else walk_state<W, false>(a, at, memory, bar);
+#endif
+}
+
+}  // namespace
+}  // namespace heed::cuda
