@@ -36,11 +36,11 @@ bool backward_job(Back& a, const RecurView& in, const RecurBackward& to, int64_t
   auto map = [&](CUtensorMap& map, const Matrix& m) {
     return sm90::make_map(map, static_cast<const __nv_bfloat16*>(m.data), rows, m.width, m.stride, kChunk);
   };
-  auto f32_map = [&](CUtensorMap& map, const Matrix& m) {
-    return f32_lined(m) && sm90::make_f32_map(map, static_cast<const float*>(m.data), rows, m.width, m.stride, kChunk);
+  auto lined = [&](CUtensorMap& map, const Matrix& m) {
+    return f32_lined(m) && f32_map(map, static_cast<const float*>(m.data), rows, m.width, m.stride, kChunk);
   };
-  a.lined_q = f32_map(a.d_q, to.q), a.lined_k = f32_map(a.d_k, to.k), a.lined_v = f32_map(a.d_v, to.v);
-  return map(a.q, in.q) && map(a.k, in.k) && map(a.v, in.v) && f32_map(a.d_out, to.d_out);
+  a.lined_q = lined(a.d_q, to.q), a.lined_k = lined(a.d_k, to.k), a.lined_v = lined(a.d_v, to.v);
+  return map(a.q, in.q) && map(a.k, in.k) && map(a.v, in.v) && lined(a.d_out, to.d_out);
 }
 
 template <class K>
@@ -69,8 +69,10 @@ cudaError_t backward_step(const Back& a, int step, int64_t rows, int64_t bound, 
     return delta ? start(walk_kernel<WalkLayout<true>>, dim3(4, segments), 256, WalkLayout<true>::shared, a, stream)
                  : start(walk_kernel<WalkLayout<false>>, dim3(8, segments), 256, WalkLayout<false>::shared, a, stream);
   const dim3 grid = blocks(132, kBlock);
-  return delta ? start(blocks_kernel<true>, grid, 384, Slots::shared, a, stream)
-               : start(blocks_kernel<false>, grid, 384, Slots::shared, a, stream);
+  auto run = [&](auto kernel) { return start(kernel, grid, 384, Slots::shared, a, stream); };
+  if (a.in.decay == Recur::Decay::Scalar || a.to.g)
+    return delta ? run(blocks_kernel<true, true>) : run(blocks_kernel<false, true>);
+  return delta ? run(blocks_kernel<true, false>) : run(blocks_kernel<false, false>);
 }
 
 }  // namespace

@@ -50,14 +50,22 @@ __device__ __forceinline__ void bring_blocks(const Back& a, const Spread128& at,
       for (int i = 0; i < 4; ++i)
         tma_load(to + i * kPanel, &map, full + slot, i / 2 * 64, int(begin) + row + i % 2 * 64);
     };
-    held(Slots::before, Delta ? 2 * nth : nth, a.states);
-    held(Slots::d_out, nth, a.d_outs);
-    if constexpr (Delta) held(Slots::values, nth, a.values);
-    else rows(Slots::values, a.v, at.v);
-    rows(Slots::keys, a.k, at.k);
-    rows(Slots::queries, a.q, at.q);
-    held(Slots::behind, nth, Delta ? a.d_values : a.d_states);
-    if constexpr (Delta) held(Slots::before, 2 * nth + 1, a.d_states);
+    if constexpr (Delta) {
+      held(Slots::d_out, nth, a.d_outs);
+      rows(Slots::queries, a.q, at.q);
+      held(Slots::behind, nth, a.d_values);
+      rows(Slots::keys, a.k, at.k);
+      held(Slots::before, 2 * nth, a.states);
+      held(Slots::values, nth, a.values);
+      held(Slots::before, 2 * nth + 1, a.d_states);
+    } else {
+      held(Slots::before, nth, a.states);
+      held(Slots::d_out, nth, a.d_outs);
+      rows(Slots::keys, a.k, at.k);
+      rows(Slots::values, a.v, at.v);
+      rows(Slots::queries, a.q, at.q);
+      held(Slots::behind, nth, a.d_states);
+    }
   }
 }
 
@@ -113,13 +121,12 @@ __device__ __forceinline__ void add_rows_up(const float (&x)[16], float* to) {
   *reinterpret_cast<float2*>(to + (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * 8 + lane % 4 * 2) = {one[0], one[1]};
 }
 
-/// The warpgroups that compute.
-template <bool Delta>
+/// The warpgroups that compute. Gated: there is a decay, or its gradient is wanted.
+template <bool Delta, bool Gated>
 __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at, uint8_t* memory, uint64_t* full,
                                               uint64_t* empty) {
   const int w = uniform(threadIdx.x / 128), tid = threadIdx.x % 128, warp = uniform(tid / 32), lane = tid % 32,
             c0 = lane % 4 * 2, top = 64 * w + 16 * warp + lane / 4;
-  const bool scalar = a.in.decay == Recur::Decay::Scalar, wants_g = bool(a.to.g);
   auto slot = [&](int i) { return memory + i * kHeld; };
   uint8_t* staging = memory + Slots::at_rows + w * 2 * kPanel;
   const float2* sums = reinterpret_cast<const float2*>(memory + Slots::at_sums);
@@ -135,7 +142,7 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + i);
     };
-    await(Slots::count, parity);
+    if (Gated) await(Slots::count, parity);
     await(Slots::d_out, parity), await(Slots::values, parity);
     if (rows < kBlock) {  // rows of others, or of nobody
       await(Slots::keys, parity), await(Slots::queries, parity);
@@ -148,12 +155,14 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       }
       proxy_fence();
     }
-    if (wants_g || rows < kBlock) named_sync(1, 256);  // and numbers of the block before are read
-    const float2 sum_of[2] = {sums[top], sums[top + 8]}, end = sums[kBlock - 1];
+    if (Gated || rows < kBlock) named_sync(1, 256);  // and numbers of the block before are read
+    float2 sum_of[2] = {}, end = {};
     float by_start[2] = {1, 1}, to_end[2] = {1, 1};
-    if (scalar)
+    if constexpr (Gated) {
+      sum_of[0] = sums[top], sum_of[1] = sums[top + 8], end = sums[kBlock - 1];
 #pragma unroll
       for (int r = 0; r < 2; ++r) by_start[r] = decayed(sum_of[r], {0, 0}), to_end[r] = decayed(end, sum_of[r]);
+    }
 
     uint32_t frag[32], p[16];
     float acc[64], pairs[32];
@@ -196,7 +205,7 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
     };
     // Queries in rows: pairs times factor and decay, on (unless strict) and below the diagonal, as an A operand.
     auto weigh = [&](bool diagonal, bool strict, int half, float factor) {
-      if (scalar)
+      if constexpr (Gated) {
 #pragma unroll
         for (int t = 0; t < 8; ++t) {
           const float4 of = *reinterpret_cast<const float4*>(sums + 64 * half + 8 * t + c0);
@@ -206,6 +215,7 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
             pairs[4 * t + 2 * r + 1] *= decayed(sum_of[r], {of.z, of.w});
           }
         }
+      }
       const int seen = diagonal ? 16 * warp + lane / 4 + !strict : 1 << 20;  // columns below it
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
@@ -258,28 +268,22 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
     // Keys in rows: factor times decay of `values · rows of from` at and behind the diagonal (unless strict), an A operand;
     // and its share of d_g, with what `keys · rows of met` is. Without the delta rule that is an A operand too (`also`).
     float less[2] = {};
-    float across_of[2][16];
     auto weigh_keys = [&](bool diagonal, bool strict, bool first, int half, int from, int met, float factor,
                           uint32_t(&to)[16], uint32_t* also, float(&columns)[16]) {
       float other[32];
-      const bool meets = also || wants_g;
+      const bool meets = also || Gated;
       wgmma_fence();
       products(pairs, Slots::values, from, half);
+      if (meets) products(other, Slots::keys, met, half);
       wgmma_commit();
-      if (meets) {
-        wgmma_fence();
-        products(other, Slots::keys, met, half);
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(other);
-      }
       wgmma_wait<0>();
       pin(pairs);
+      if (meets) pin(other);
       float decay[2][2] = {{1, 1}, {1, 1}};
       const int seen = diagonal ? 16 * warp + lane / 4 : -1;  // columns at and behind it
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
-        if (scalar) {
+        if constexpr (Gated) {
           const float4 of = *reinterpret_cast<const float4*>(sums + 64 * half + 8 * t + c0);
 #pragma unroll
           for (int r = 0; r < 2; ++r)
@@ -295,7 +299,7 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
             const float by = (strict ? column > row : column >= row) || !diagonal ? factor * decay[r][e] : 0;
             x[e] = by != 0 ? by * pairs[4 * t + 2 * r + e] : 0;
             y[e] = also && by != 0 ? by * other[4 * t + 2 * r + e] : 0;
-            if (wants_g) {
+            if (Gated) {
               const float both = column > row || !diagonal ? x[e] * other[4 * t + 2 * r + e] : 0;
               less[r] += both, columns[2 * t + e] += both;
             }
@@ -337,12 +341,18 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       pin(x);
     };
     // Column sums of the pairs' shares of d_g: [2][4 warps][64] in staging, then summed in order of warps.
-    auto sum_across = [&] {
-      float* partial = reinterpret_cast<float*>(staging);
+    float columns[16];
+    float* partial = reinterpret_cast<float*>(staging);
+    auto open_across = [&] {
+      if (!Gated) return;
       if (tid == 0) bulk_wait_read();
       named_sync(2 + w, 128);
-      add_rows_up(across_of[0], partial + warp * 64);
-      if (w == 0) add_rows_up(across_of[1], partial + (4 + warp) * 64);
+    };
+    auto put_across = [&](int half) {
+      if (Gated) add_rows_up(columns, partial + (4 * half + warp) * 64);
+    };
+    auto close_across = [&] {
+      if (!Gated) return;
       named_sync(2 + w, 128);
       const float* from = partial + tid / 64 * 256 + tid % 64;
       if (tid < 64 || w == 0) across[w * kBlock + tid] = (from[0] + from[64]) + (from[128] + from[192]);
@@ -361,39 +371,43 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
     pin(pairs);
     weigh(true, false, w, a.in.scale);
     settle();
-    if (!Delta && wants_g) {  // ⟨S, dS⟩
-      await(Slots::behind, parity);
-    }
-    if constexpr (!Delta)
-      if (!wants_g) release(Slots::before);
+    if constexpr (!Delta && !Gated) release(Slots::before);
     scale_rows(a.in.scale * by_start[0], a.in.scale * by_start[1]);
     await(Slots::keys, parity), await(Slots::queries, parity);
-    if (wants_g) dot_rows(Slots::queries, meets);
+    if (Gated) dot_rows(Slots::queries, meets);
     add_queries(false, a.in.scale);
     float dot = 0;
-    auto dot_states = [&](auto first, const uint8_t* second) {  // 16 bytes at a time
-#pragma unroll 2
-      for (int e = threadIdx.x; e < kHeld / 16; e += 256) {
-        const uint4 one = first(e), two = reinterpret_cast<const uint4*>(second)[e];
-        float x[8], y[8];
-        unpack8<__nv_bfloat16>(one, x), unpack8<__nv_bfloat16>(two, y);
+    auto dot_states = [&](const uint4* first, const uint8_t* second) {
+      uint4 one[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) dot += x[i] * y[i];
+      for (int i = 0; i < 8; ++i) one[i] = first[threadIdx.x + 256 * i];
+      if constexpr (Delta) await(Slots::before, 1);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float x[8], y[8];
+        unpack8<__nv_bfloat16>(one[i], x);
+        unpack8<__nv_bfloat16>(reinterpret_cast<const uint4*>(second)[threadIdx.x + 256 * i], y);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) dot += x[e] * y[e];
       }
     };
-    if constexpr (!Delta)
-      if (wants_g) {
-        dot_states([&](int e) { return reinterpret_cast<const uint4*>(slot(Slots::before))[e]; }, slot(Slots::behind));
-        release(Slots::before);
-      }
+    if constexpr (!Delta && Gated) {
+      await(Slots::behind, parity);
+      dot_states(reinterpret_cast<const uint4*>(slot(Slots::before)), slot(Slots::behind));
+      release(Slots::before);
+    }
     put(a.to.q, a.d_q, a.lined_q, at.q);
 
     if constexpr (!Delta) {
       uint32_t value_p[2][16], key_p[2][16];
-      weigh_keys(true, false, true, w, Slots::d_out, Slots::queries, a.in.scale, key_p[0], value_p[0], across_of[0]);
-      if (w == 0)
-        weigh_keys(false, false, true, 1, Slots::d_out, Slots::queries, a.in.scale, key_p[1], value_p[1], across_of[1]);
-      if (wants_g) sum_across();
+      open_across();
+      weigh_keys(true, false, true, w, Slots::d_out, Slots::queries, a.in.scale, key_p[0], value_p[0], columns);
+      put_across(0);
+      if (w == 0) {
+        weigh_keys(false, false, true, 1, Slots::d_out, Slots::queries, a.in.scale, key_p[1], value_p[1], columns);
+        put_across(1);
+      }
+      close_across();
       await(Slots::behind, parity);
       take(Slots::keys);
       wgmma_fence();
@@ -405,8 +419,11 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       wgmma_commit();
       settle();
       scale_rows(to_end[0], to_end[1]);
+      float met[2] = {};
+      if (Gated) dot_rows(Slots::values, met);
       add_keys(value_p[0], Slots::d_out, w);
       if (w == 0) add_keys(value_p[1], Slots::d_out, 1);
+      release(Slots::d_out), release(Slots::keys);
       put(a.to.v, a.d_v, a.lined_v, at.v);
 
       take(Slots::values);
@@ -415,17 +432,15 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       wgmma_commit();
       settle();
       scale_rows(to_end[0], to_end[1]);
-      float met[2] = {};
-      if (wants_g) dot_rows(Slots::keys, met);
       add_keys(key_p[0], Slots::queries, w);
       if (w == 0) add_keys(key_p[1], Slots::queries, 1);
-      if (wants_g)
+      if (Gated)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float x = warp_sum(meets[r] - less[r], 4), y = warp_sum(met[r], 4);
           if (c0 == 0) own[top + 8 * r] = x, behind[top + 8 * r] = y;
         }
-      for (int i : {Slots::d_out, Slots::values, Slots::keys, Slots::queries, Slots::behind}) release(i);
+      release(Slots::values), release(Slots::queries), release(Slots::behind);
       put(a.to.k, a.d_k, a.lined_k, at.k);
     } else {
       await(Slots::behind, parity);
@@ -441,20 +456,32 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       settle();
       release(Slots::before);
       scale_rows(-by_start[0], -by_start[1]);
-      if (wants_g) dot_rows(Slots::keys, meets);
+      if (Gated) dot_rows(Slots::keys, meets);
       add_queries(true, -1);
-      auto as_keys = [&](bool diagonal, int half, float(&columns)[16]) {
+      auto as_keys = [&](bool diagonal, int half) {
         weigh_keys(diagonal, false, true, half, Slots::d_out, Slots::queries, a.in.scale, p, nullptr, columns);
         add_keys(p, Slots::queries, half);
         weigh_keys(diagonal, true, false, half, Slots::behind, Slots::keys, -1, p, nullptr, columns);
         add_keys(p, Slots::keys, half);
+        put_across(!diagonal);
       };
-      as_keys(true, w, across_of[0]);
-      if (w == 0) as_keys(false, 1, across_of[1]);
-      if (wants_g) sum_across();
+      open_across();
+      as_keys(true, w);
+      if (w == 0) as_keys(false, 1);
+      close_across();
+      if (a.to.v)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int row = threadIdx.x / 16 + 16 * i, piece = threadIdx.x % 16;
+          float x[8];
+          unpack8<__nv_bfloat16>(
+              *reinterpret_cast<const uint4*>(slot(Slots::behind) + piece / 8 * 2 * kPanel + swizzled(row, piece % 8)), x);
+          if (row < rows)
+            store8(a.to.v.template row<float>(at.v + block * kBlock + row), 8 * piece, a.to.v.width - 8 * piece, x);
+        }
       if (a.to.beta) {
         const int row = threadIdx.x / 2;
-        const float beta = row < rows ? some_beta(a.in.beta[at.q + block * kBlock + row]) : 1;
+        const float over = row < rows ? 1 / some_beta(a.in.beta[at.q + block * kBlock + row]) : 1;
         const int panel = threadIdx.x % 2 * 2 * kPanel;
         float sum = 0;
 #pragma unroll
@@ -464,11 +491,15 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
           unpack8<__nv_bfloat16>(*reinterpret_cast<const uint4*>(slot(Slots::behind) + of), x);
           unpack8<__nv_bfloat16>(*reinterpret_cast<const uint4*>(slot(Slots::values) + of), y);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sum += x[i] / beta * (y[i] / beta);
+          for (int i = 0; i < 8; ++i) sum += x[i] * over * (y[i] * over);
         }
         sum += __shfl_xor_sync(~0u, sum, 1);
         if (row < rows && threadIdx.x % 2 == 0) a.to.beta[at.q + block * kBlock + row] = sum;
       }
+      release(Slots::d_out), release(Slots::queries), release(Slots::behind);
+      if constexpr (Gated)
+        dot_states(reinterpret_cast<const uint4*>(a.states + (at.first + block) * kHeld), slot(Slots::before));
+      else release(Slots::keys);
       take(Slots::values);
       await(Slots::before, 1);
       float state[64];
@@ -484,10 +515,9 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
         state[i] = acc[i] + x;
         acc[i] = x;
       }
-      if (wants_g) {
+      if (Gated) {
         dot_rows(Slots::keys, met);
-        const uint4* before = reinterpret_cast<const uint4*>(a.states + (at.first + block) * kHeld);
-        dot_states([&](int e) { return before[e]; }, slot(Slots::before));
+        release(Slots::keys);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float x = warp_sum(meets[r] - less[r], 4), y = warp_sum(met[r], 4);
@@ -496,11 +526,11 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       }
 #pragma unroll
       for (int i = 0; i < 64; ++i) acc[i] = state[i];
-      for (int i = 0; i < Slots::count; ++i) release(i);
+      release(Slots::before), release(Slots::values);
       put(a.to.k, a.d_k, a.lined_k, at.k);
     }
 
-    if (wants_g) {
+    if constexpr (Gated) {
       dot = warp_sum(dot);
       if (lane == 0) dots[4 * w + warp] = dot;
       named_sync(1, 256);
@@ -508,7 +538,7 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
         float sum = 0, x[4], y[4];
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum += dots[i];
-        sum *= scalar ? decayed(end, {0, 0}) : 1;
+        sum *= decayed(end, {0, 0});
         float rows_sum = 0, keys_sum = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -528,19 +558,19 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = 4 * lane + i;
-          if (row < rows)
+          if (a.to.g && row < rows)
             *a.to.g.template row<float>(at.q + block * kBlock + row) = sum + (x[i] + (rows_sum - own_rows)) +
                                                                        (y[i] + (keys_sum - own_keys));
         }
       }
     }
-    release(Slots::count);
+    if (Gated) release(Slots::count);
   }
   if (tid == 0) bulk_wait_read();
 }
 
 /// Grid: blocks of a segment that are worked on at a time, segments.
-template <bool Delta>
+template <bool Delta, bool Gated>
 __global__ void __launch_bounds__(384, 1) blocks_kernel(const __grid_constant__ Back a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -556,11 +586,11 @@ __global__ void __launch_bounds__(384, 1) blocks_kernel(const __grid_constant__ 
   if (uniform(threadIdx.x / 128) == 2) {
     registers_down<40>();
     if (threadIdx.x == 256) bring_blocks<Delta>(a, at, memory, full, empty);
-    else if (threadIdx.x >= 288 && threadIdx.x < 320)
+    else if (Gated && threadIdx.x >= 288 && threadIdx.x < 320)
       sum_blocks(a, at, memory, full + Slots::count, empty + Slots::count);
   } else {
     registers_up<232>();
-    differentiate<Delta>(a, at, memory, full, empty);
+    differentiate<Delta, Gated>(a, at, memory, full, empty);
   }
 #endif
 }

@@ -16,6 +16,15 @@
 namespace heed::cuda {
 namespace {
 
+/// Stores four 8 × 8 tiles of 16 bits, each transposed: what load_transposed reads.
+__device__ __forceinline__ void store_transposed(uint32_t row, const uint32_t* tiles) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(tiles[0]),
+               "r"(tiles[1]), "r"(tiles[2]), "r"(tiles[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 constexpr int kBlock = 128;        // rows of a block of gradients
 constexpr int kHeld = 4 * kPanel;  // bytes of 128 rows of 128 bf16: two panels of 128 rows
 
@@ -36,14 +45,14 @@ template <bool Delta>
 struct WalkLayout {
   static constexpr bool delta = Delta;
   static constexpr int channels = Delta ? 128 : 64, wide = channels / 64;  // that a block holds of the state
-  // A stage: what adds to the state (keys, or on the way back queries), values (d_out: f32), then keys on the way back
-  // and T.
+  // A stage: what adds to the state (keys, or on the way back queries), values (d_out: f32, then in its place bf16), then
+  // keys on the way back and T.
   static constexpr int values = wide * kPanel, keys = values + 2 * kPanel, triangle = keys + 2 * kPanel,
                        stage = Delta ? triangle + kPanel : keys, stages = Delta ? 3 : 6;
-  // P, twice; rows on their way out: states or d_v; bf16 of d_out, and of U or d_v.
-  static constexpr int at_pairs = stages * stage, at_rows = at_pairs + (Delta ? 2 * kPanel : 0),
-                       at_narrow = at_rows + 2 * kPanel, at_numbers = at_narrow + 2 * kPanel, numbers = 5 * kChunk * 4,
-                       at_barriers = at_numbers + 2 * numbers, shared = at_barriers + 128;
+  // P, twice; states on their way out (half of it each of two without the delta rule), and twice U or d_v.
+  static constexpr int at_pairs = stages * stage, at_states = at_pairs + (Delta ? 2 * kPanel : 0),
+                       at_rows = at_states + 2 * kPanel, at_numbers = at_rows + (Delta ? 2 * kPanel : 0),
+                       numbers = 5 * kChunk * 4, at_barriers = at_numbers + 2 * numbers, shared = at_barriers + 128;
   static_assert(shared <= 227 * 1024);
 };
 
@@ -78,15 +87,22 @@ template <class W>
 __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8_t* memory, const Barriers& bar) {
   const int tid = threadIdx.x - 128, warp = uniform(tid / 32), lane = tid % 32;
   const bool scalar = a.in.decay == Recur::Decay::Scalar;
-  float g[2] = {}, beta[2] = {}, from_start[2] = {1, 1}, to_end[2] = {1, 1};
+  // Of the next chunk and the one after it: a chunk does not last as long as a load.
+  float g[2] = {}, beta[2] = {}, later_g[2] = {}, later_beta[2] = {}, from_start[2] = {1, 1}, to_end[2] = {1, 1};
   float2 sums[2] = {};
   auto fetch = [&](int t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      g[i] = later_g[i], beta[i] = later_beta[i];
       const int row = at.chunk(t) * kChunk + 2 * lane + i;
       const bool there = t < at.chunks && row < at.n;
-      g[i] = scalar && there ? *a.in.g.template row<float>(at.q + row) : 0;
-      if (W::delta) beta[i] = there ? some_beta(a.in.beta[at.q + row]) : 0;
+      later_g[i] = scalar && there ? *a.in.g.template row<float>(at.q + row) : 0;
+      if (W::delta) later_beta[i] = there ? some_beta(a.in.beta[at.q + row]) : 0;
+    }
+    const int row = at.chunk(t + 6) * kChunk;
+    if (t + 6 < at.chunks && lane == 0) {
+      if (scalar) prefetch(a.in.g.template row<float>(at.q + row));
+      if (W::delta) prefetch(a.in.beta + at.q + row);
     }
   };
   auto make_numbers = [&] {
@@ -100,21 +116,24 @@ __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8
   };
   if (tid == 0)
     for (int t = 0; t < min(W::stages, at.chunks); ++t) load_rows<W>(a, at, memory, bar.full, t);
-  if (warp == 0) fetch(0), make_numbers();
+  if (warp == 0) fetch(0), fetch(1), make_numbers();
   for (int t = 0; t < at.chunks; ++t) {
     const int slot = t % W::stages;
     uint8_t* stage = memory + slot * W::stage;
     float* numbers = reinterpret_cast<float*>(memory + W::at_numbers + t % 2 * W::numbers);
     if (t >= 2) {
       barrier_wait(bar.done + t % 2, uint32_t(t / 2 - 1) & 1);
-      if (tid == 0 && t - 2 + W::stages < at.chunks) load_rows<W>(a, at, memory, bar.full, t - 2 + W::stages);
+      if (tid == 0 && t - 2 + W::stages < at.chunks) {
+        bulk_wait_read();  // what of d_out has left from there
+        load_rows<W>(a, at, memory, bar.full, t - 2 + W::stages);
+      }
     }
     if (warp == 0) {
       *reinterpret_cast<float2*>(numbers + 2 * lane) = {from_start[0], from_start[1]};
       *reinterpret_cast<float2*>(numbers + kChunk + 2 * lane) = {to_end[0], to_end[1]};
       *reinterpret_cast<float2*>(numbers + 2 * kChunk + 2 * lane) = {beta[0], beta[1]};
       *reinterpret_cast<float4*>(numbers + 3 * kChunk + 4 * lane) = {sums[0].x, sums[0].y, sums[1].x, sums[1].y};
-      fetch(t + 1);
+      fetch(t + 2);
     }
     barrier_wait(bar.full + slot, uint32_t(t / W::stages) & 1);
     const int rows = min(kChunk, at.n - at.chunk(t) * kChunk);
@@ -125,9 +144,30 @@ __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8
                                   e % 8 * 16) = {};
       proxy_fence();
     }
+    if (at.back) {  // d_out in bf16
+      const int half = tid / 64, row = tid % 64;
+      uint8_t* panel = stage + W::values;
+      uint4 x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 *from = reinterpret_cast<const float4*>(panel + half * kPanel + swizzled(row, 2 * i)),
+                     *next = reinterpret_cast<const float4*>(panel + half * kPanel + swizzled(row, 2 * i + 1));
+        const float4 y = *from, z = *next;
+        x[i] = {pack_bf16(y.x, y.y), pack_bf16(y.z, y.w), pack_bf16(z.x, z.y), pack_bf16(z.z, z.w)};
+      }
+      named_sync(1, 128);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        *reinterpret_cast<uint4*>(panel + swizzled(row, 4 * half + i)) = row < rows ? x[i] : uint4{0, 0, 0, 0};
+      proxy_fence();
+      named_sync(1, 128);
+      const int j = at.chunk(t);
+      if (tid == 0 && (W::delta || j % 2 == at.channel / 64))
+        bulk_store(a.d_outs + (first_block(a, at.s) + j / 2) * kHeld + at.left / 64 * 2 * kPanel + j % 2 * kPanel,
+                   panel, kPanel);
+    }
     if constexpr (W::delta)
       if (at.back) {
-        named_sync(1, 128);
         float pairs[32];
         const uint64_t keys = descriptor_k(stage + W::keys), queries = descriptor_k(stage);
         wgmma_fence();
@@ -154,6 +194,7 @@ __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8
     if (lane == 0) barrier_arrive(bar.made + t % 2);
     if (warp == 0) make_numbers();
   }
+  if (tid == 0) bulk_wait_read();
 }
 
 /// The warpgroup that walks. Back: from the last chunk to the first, with the gradient of the state.
@@ -174,79 +215,27 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
       state[i] = from && c < a.in.d && v < a.in.d_v ? from[c * stride[1] + v * stride[2]] : 0;
     }
   }
-  // What leaves through shared memory: `write` puts it there, `send` has one thread start copies. Places are such that what
-  // left just before is not written over, but for states of the delta rule on the way back, which lie where d_v does.
-  auto leave = [&](bool first, auto write, auto send) {
-    if (tid == 0) {
-      if (first && W::delta && Backward) bulk_wait_read();
-      else bulk_wait_read<1>();
-    }
-    named_sync(2, 128);
+  // What leaves through shared memory: `write` puts it there, `send` has one thread start copies. A place is written again
+  // only after another leaving, whose barrier says that all before it were read.
+  auto leave = [&](auto write, auto send) {
     write();
     proxy_fence();
+    if (tid == 0) bulk_wait_read();
     named_sync(2, 128);
     if (tid == 0) send();
   };
   const int turned = lane / 16 * 8 + lane % 8, turned_piece = warp * 2 + lane / 8 % 2;  // as load_transposed wants them
-  auto narrow = [&](const uint32_t(&x)[16], int which) {
-    const uint32_t panel = shared_address(memory + W::at_narrow + which * kPanel);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) store_transposed(panel + swizzled(16 * k + turned, turned_piece), x + 4 * k);
-  };
-  auto send_narrow = [&](uint8_t* to, int j, int which) {
-    bulk_store(to + (block0 + j / 2) * kHeld + at.left / 64 * 2 * kPanel + j % 2 * kPanel,
-               memory + W::at_narrow + which * kPanel, kPanel);
-  };
-
   for (int t = 0; t < at.chunks; ++t) {
     const int slot = t % W::stages, j = at.chunk(t);
     const uint8_t* stage = memory + slot * W::stage;
     const float* numbers = reinterpret_cast<const float*>(memory + W::at_numbers + t % 2 * W::numbers);
-    const uint64_t rows = descriptor_mn(stage, kPanel), triangle_k = descriptor_k(stage + W::triangle),
-                   triangle_mn = descriptor_mn(stage + W::triangle, kPanel);
+    const uint64_t rows = descriptor_mn(stage, kPanel), keys = descriptor_mn(stage + W::keys, kPanel);
     barrier_wait(bar.full + slot, uint32_t(t / W::stages) & 1);
     barrier_wait(bar.made + t % 2, uint32_t(t / 2) & 1);
     const bool kept = Backward ? j % 2 == 1 || t == 0 : j % 2 == 0;
-    uint32_t high[N / 4];
-    if (W::delta || kept) {
-#pragma unroll
-      for (int i = 0; i < N / 4; ++i) high[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
-    }
-    uint8_t* kept_at = memory + W::at_rows + (W::delta ? 0 : j / 2 % 2 * kPanel);
-    if (kept)
-      leave(
-          true,
-          [&] {
-            const uint32_t to = shared_address(kept_at);
-#pragma unroll
-            for (int k = 0; k < N / 16; ++k)
-              store_tiles(to + k / 4 * kPanel + swizzled(16 * warp + lane / 8 % 2 * 8 + lane % 8, k % 4 * 2 + lane / 16),
-                          high + 4 * k);
-          },
-          [&] {
-            uint8_t* to = (Backward ? a.d_states : a.states) + (block0 + j / 2) * kHeld + at.left * 128;
-            for (int i = 0; i < W::wide; ++i)
-              bulk_store(to + (at.channel / 64 + i) * 2 * kPanel, kept_at + i * kPanel, kPanel);
-          });
+    uint32_t high[N / 4], value[16], last[16];
     float known[32], given[32];
-    if constexpr (W::delta) {
-      pin(high);
-      wgmma_fence();
-      product<N / 16, false, false>(known, high, nullptr, descriptor_k(stage + (Backward ? W::keys : 0)), 0, true, AlongK());
-      wgmma_commit();
-    }
-    uint32_t value[16], last[16];
-    if constexpr (Backward) {
-      const uint8_t* panel = stage + W::values + warp / 2 * kPanel;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int row = i / 2 * 8 + c0, v = warp % 2 * 16 + lane / 4 + i % 2 * 8;
-        const float2 by = *reinterpret_cast<const float2*>(numbers + row);
-        const float x = *reinterpret_cast<const float*>(panel + swizzled(row, v / 4) + v % 4 * 4),
-                    y = *reinterpret_cast<const float*>(panel + swizzled(row + 1, v / 4) + v % 4 * 4);
-        value[i] = pack_bf16(x, y), last[i] = pack_bf16(a.in.scale * by.x * x, a.in.scale * by.y * y);
-      }
-    } else {
+    {
       const uint32_t panel = shared_address(stage + W::values);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -256,23 +245,57 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
         for (int i = 0; i < 4; ++i) value[4 * k + i] = x[i];
       }
     }
-    if constexpr (Backward && W::delta) {
-      pin(value);
-      wgmma_fence();
-      product<4, false, false>(given, value, nullptr, descriptor_mn(memory + W::at_pairs + t % 2 * kPanel, kPanel), 0,
-                               true, AcrossK<64>());
-      wgmma_commit();
+    if (W::delta || kept) {
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) high[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
     }
-    if constexpr (Backward)
-      if (W::delta || j % 2 == at.channel / 64)
-        leave(false, [&] { narrow(value, 0); }, [&] { send_narrow(a.d_outs, j, 0); });
+    if (a.in.decay == Recur::Decay::Scalar) {
+      const float through = numbers[kChunk - 1];
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) state[i] *= through;
+    }
+    pin(state);
+    // Columns of the accumulators are rows of the chunk: number `which` of those of value[i].
     auto columns = [&](int which, int i) {
       return *reinterpret_cast<const float2*>(numbers + which * kChunk + i / 2 * 8 + c0);
     };
+    auto scaled = [&](int which, float by) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 x = columns(which, i);
+        last[i] = pack_bf16(by * x.x * __uint_as_float(value[i] << 16), by * x.y * __uint_as_float(value[i] & 0xffff0000u));
+      }
+    };
+    if constexpr (W::delta) {
+      pin(high), pin(value);
+      wgmma_fence();
+      product<N / 16, false, false>(known, high, nullptr, descriptor_k(stage + (Backward ? W::keys : 0)), 0, true, AlongK());
+      if constexpr (Backward)
+        product<4, false, false>(given, value, nullptr, descriptor_mn(memory + W::at_pairs + t % 2 * kPanel, kPanel), 0,
+                                 true, AcrossK<64>());
+      wgmma_commit();
+    }
+    if (kept)
+      leave(
+          [&] {
+            const uint32_t to = shared_address(memory + W::at_states + (W::delta ? 0 : j / 2 % 2 * kPanel));
+#pragma unroll
+            for (int k = 0; k < N / 16; ++k)
+              store_tiles(to + k / 4 * kPanel + swizzled(16 * warp + lane / 8 % 2 * 8 + lane % 8, k % 4 * 2 + lane / 16),
+                          high + 4 * k);
+          },
+          [&] {
+            uint8_t* to = (Backward ? a.d_states : a.states) + (block0 + j / 2) * kHeld + at.left * 128;
+            const uint8_t* from = memory + W::at_states + (W::delta ? 0 : j / 2 % 2 * kPanel);
+            for (int i = 0; i < W::wide; ++i)
+              bulk_store(to + (at.channel / 64 + i) * 2 * kPanel, from + i * kPanel, kPanel);
+          });
+    if constexpr (Backward) scaled(0, a.in.scale);
+    else if constexpr (!W::delta) scaled(1, 1);
     if constexpr (W::delta) {
       wgmma_wait<0>();
-      pin(known), pin(high);
-      if constexpr (Backward) pin(given), pin(value);
+      pin(known), pin(high), pin(value);
+      if constexpr (Backward) pin(given);
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         if constexpr (Backward) {
@@ -285,82 +308,57 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
         }
       }
       pin(value);
+      if constexpr (Backward) pin(last);
       wgmma_fence();
-      if constexpr (Backward) product<4, false, false>(known, value, nullptr, triangle_mn, 0, true, AcrossK<64>());
-      else product<4, false, false>(known, value, nullptr, triangle_k, 0, true, AlongK());
+      if constexpr (Backward)
+        product<4, false, false>(known, value, nullptr, descriptor_mn(stage + W::triangle, kPanel), 0, true, AcrossK<64>());
+      else product<4, false, false>(known, value, nullptr, descriptor_k(stage + W::triangle), 0, true, AlongK());
       wgmma_commit();
       wgmma_wait<0>();
       pin(known), pin(value);
-    }
-    uint32_t less[16];  // what the delta rule takes from the gradient
-    if constexpr (W::delta && Backward) {
+      if constexpr (Backward) {
+        wgmma_fence();
+        product<4, false, false>(state, last, nullptr, rows, 0, false, AcrossK<N>());
+        wgmma_commit();
+      }
+      uint32_t to_state[16];  // U to the end of the chunk, or what the delta rule takes from the gradient
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const float2 by = columns(0, i), beta = columns(2, i);
-        known[2 * i] *= beta.x, known[2 * i + 1] *= beta.y;
-        value[i] = pack_bf16(known[2 * i], known[2 * i + 1]);
-        less[i] = pack_bf16(-by.x * known[2 * i], -by.y * known[2 * i + 1]);
+        const float2 by = columns(Backward ? 0 : 1, i);
+        if constexpr (Backward) {
+          const float2 beta = columns(2, i);
+          known[2 * i] *= -beta.x, known[2 * i + 1] *= -beta.y;
+        }
+        to_state[i] = pack_bf16(by.x * known[2 * i], by.y * known[2 * i + 1]);
+        value[i] = pack_bf16(known[2 * i], known[2 * i + 1]) ^ (Backward ? 0x80008000u : 0);
       }
-    } else if constexpr (W::delta) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float2 by = columns(1, i);
-        value[i] = pack_bf16(known[2 * i], known[2 * i + 1]);
-        last[i] = pack_bf16(by.x * known[2 * i], by.y * known[2 * i + 1]);
-      }
-    } else if constexpr (!Backward) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float2 by = columns(1, i);
-        last[i] = pack_bf16(by.x * __uint_as_float(value[i] << 16), by.y * __uint_as_float(value[i] & 0xffff0000u));
-      }
-    }
-    const float through = numbers[kChunk - 1];
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) state[i] *= through;
-    pin(state), pin(last);
-    if constexpr (W::delta && Backward) pin(less);
-    wgmma_fence();
-    product<4, false, false>(state, last, nullptr, rows, 0, false, AcrossK<N>());
-    if constexpr (W::delta && Backward)
-      product<4, false, false>(state, less, nullptr, descriptor_mn(stage + W::keys, kPanel), 0, false, AcrossK<N>());
-    wgmma_commit();
-    if constexpr (W::delta) {
-      const int row0 = j * kChunk;
-      const bool whole = a.lined_v && row0 + kChunk <= at.n;
-      uint8_t* to = memory + W::at_rows;
-      const int place = Backward ? 1 : t % 2;
+      pin(to_state);
+      if constexpr (!Backward) pin(state);
+      wgmma_fence();
+      product<4, false, false>(state, to_state, nullptr, Backward ? keys : rows, 0, false, AcrossK<N>());
+      wgmma_commit();
+      uint8_t* place = memory + W::at_rows + t % 2 * kPanel;
       leave(
-          false,
           [&] {
-            narrow(value, place);
-            if constexpr (Backward) {
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const int row = c0 + i % 2, v = warp % 2 * 16 + lane / 4 + i / 2 * 8;
-                float* at_row = reinterpret_cast<float*>(to + warp / 2 * kPanel + swizzled(row, v / 4) + v % 4 * 4);
-#pragma unroll
-                for (int eight = 0; eight < 8; ++eight) at_row[eight * 256] = known[4 * eight + i];
-              }
-            }
+            for (int k = 0; k < 4; ++k)
+              store_transposed(shared_address(place) + swizzled(16 * k + turned, turned_piece), value + 4 * k);
           },
           [&] {
-            send_narrow(Backward ? a.d_values : a.values, j, place);
-            if (Backward && a.to.v && whole)
-              for (int half = 0; half < 2; ++half)
-                tma_store(to + half * kPanel, &a.d_v, at.left + 32 * half, int(at.v) + row0);
+            bulk_store((Backward ? a.d_values : a.values) + (block0 + j / 2) * kHeld + at.left / 64 * 2 * kPanel + j % 2 * kPanel,
+                       place, kPanel);
           });
-      if (Backward && a.to.v && !whole) {
-        const int v = tid % 64;
-        for (int row = tid / 64; row < kChunk && at.left + v < a.in.d_v; row += 2)
-          if (row0 + row < at.n)
-            a.to.v.template row<float>(at.v + row0 + row)[at.left + v] = *reinterpret_cast<const float*>(
-                to + v / 32 * kPanel + swizzled(row, v % 32 / 4) + v % 4 * 4);
-      }
+      wgmma_wait<0>();
+      pin(to_state);
+    } else {
+      pin(last);
+      wgmma_fence();
+      product<4, false, false>(state, last, nullptr, rows, 0, false, AcrossK<N>());
+      wgmma_commit();
+      wgmma_wait<0>();
     }
-    wgmma_wait<0>();
-    pin(state), pin(last);
-    if constexpr (W::delta && Backward) pin(less);
+    pin(state);
+    if constexpr (Backward || !W::delta) pin(last);
     __syncwarp();
     if (lane == 0) barrier_arrive(bar.done + t % 2);
   }

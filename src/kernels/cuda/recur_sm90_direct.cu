@@ -78,7 +78,7 @@ bool direct_job(Direct& a, const RecurView& in, const RecurOut& to, int64_t rows
   a.decays = reinterpret_cast<float*>(at), at += size.decays;
   a.forgets = reinterpret_cast<float*>(at);
   a.out_lined = reinterpret_cast<uintptr_t>(to.out) % 16 == 0 && to.out_stride % 4 == 0 &&
-                sm90::make_f32_map(a.out, to.out, rows, in.d_v, to.out_stride, 32);
+                f32_map(a.out, to.out, rows, in.d_v, to.out_stride, 32);
   auto map = [&](CUtensorMap& map, const Matrix& m) {
     return sm90::make_map(map, static_cast<const __nv_bfloat16*>(m.data), rows, m.width, m.stride, kChunk);
   };

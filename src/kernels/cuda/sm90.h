@@ -265,13 +265,6 @@ __device__ __forceinline__ void store_tiles(uint32_t row, const uint32_t* tiles)
                : "memory");
 }
 
-/// The same, each tile transposed: what load_transposed reads.
-__device__ __forceinline__ void store_transposed(uint32_t row, const uint32_t* tiles) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(tiles[0]),
-               "r"(tiles[1]), "r"(tiles[2]), "r"(tiles[3])
-               : "memory");
-}
-
 /// Four numbers to shared memory.
 __device__ __forceinline__ void store_four(uint32_t to, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");

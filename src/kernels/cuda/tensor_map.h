@@ -30,13 +30,4 @@ inline bool make_map(CUtensorMap& map, const __nv_bfloat16* data, int64_t rows, 
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-/// A map of f32 rows in boxes of 32 columns × `box` rows. What lies outside is read as zeros and not written.
-inline bool make_f32_map(CUtensorMap& map, const float* data, int64_t rows, int64_t width, int64_t stride, int box) {
-  const cuuint64_t sizes[2] = {cuuint64_t(width), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride * 4)};
-  const cuuint32_t boxes[2] = {32, cuuint32_t(box)}, steps[2] = {1, 1};
-  return encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, const_cast<float*>(data), sizes, strides, boxes, steps,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 }  // namespace heed::sm90
