@@ -1,4 +1,4 @@
-// Starts the gradient's chunked form: inverses of the delta rule, the two walks, gradients of blocks of rows.
+// Starts the gradient's chunked form: numbers of rows and inverses of the delta rule, the two walks, gradients of blocks of rows.
 #include <utility>
 
 #include "kernels/cuda/recur_backward_sm90_blocks.cuh"
@@ -7,16 +7,17 @@ namespace heed::cuda {
 namespace {
 
 struct BackwardSizes {
-  int64_t held, inverse, norms;  // bytes: of one array of blocks
+  int64_t held, inverse, norms, numbers;  // bytes; held: of one array of blocks
   bool delta;
-  int64_t total() const { return (delta ? 5 : 3) * held + inverse + norms; }
+  int64_t total() const { return (delta ? 5 : 3) * held + inverse + norms + numbers; }
 };
 
 BackwardSizes backward_sizes(const RecurView& in, int64_t rows) {
   const bool delta = in.correction == Recur::Correction::Delta;
   const int64_t chunks = rows / kChunk + in.qs.count + 1;
+  const bool numbers = delta || in.decay == Recur::Decay::Scalar;
   return {(rows / kBlock + in.qs.count + 1) * kHeld, delta ? chunks * 2 * kPanel : 0,
-          delta ? ceil_div(chunks, 64) * 256 : 0, delta};
+          delta ? ceil_div(chunks, 64) * 256 : 0, numbers ? chunks * kNumbers * 4 : 0, delta};
 }
 
 /// Whether the copy engine can read and write rows of f32.
@@ -32,7 +33,8 @@ bool backward_job(Back& a, const RecurView& in, const RecurBackward& to, int64_t
   a.states = next(size.held), a.d_states = next(size.held), a.d_outs = next(size.held);
   a.values = a.d_values = nullptr;
   if (size.delta) a.values = next(size.held), a.d_values = next(size.held);
-  a.inverse = next(size.inverse);
+  a.inverse = next(size.inverse), next(size.norms);
+  a.numbers = size.numbers ? reinterpret_cast<float*>(next(size.numbers)) : nullptr;
   auto map = [&](CUtensorMap& map, const Matrix& m) {
     return sm90::make_map(map, static_cast<const __nv_bfloat16*>(m.data), rows, m.width, m.stride, kChunk);
   };
@@ -51,7 +53,7 @@ cudaError_t start(K kernel, dim3 grid, int threads, int shared, const auto& a, c
   return cudaGetLastError();
 }
 
-/// Step 0: inverses; 1: walks; 2: gradients of blocks.
+/// Step 0: numbers of rows and inverses; 1: walks; 2: gradients of blocks.
 cudaError_t backward_step(const Back& a, int step, int64_t rows, int64_t bound, cudaStream_t stream) {
   const bool delta = a.in.correction == Recur::Correction::Delta;
   const unsigned segments = unsigned(a.in.qs.count);
@@ -59,15 +61,16 @@ cudaError_t backward_step(const Back& a, int step, int64_t rows, int64_t bound, 
     return dim3(unsigned(std::min(std::max<int64_t>(1, most / segments), ceil_div(bound, items))), segments);
   };
   if (step == 0) {
-    if (!delta) return cudaSuccess;
+    if (a.numbers) numbers_kernel<<<blocks(4 * 132, 8 * kChunk), 256, 0, stream>>>(a);
+    if (!delta) return cudaGetLastError();
     Direct of{};
     of.in = a.in, of.k = a.k, of.inverse = const_cast<uint8_t*>(a.inverse);
     of.norms = reinterpret_cast<float*>(of.inverse + backward_sizes(a.in, rows).inverse);
     return start(inverse_kernel<128>, blocks(4 * 132, kChunk), 128, int(sizeof(InverseShared<128>)), of, stream);
   }
   if (step == 1)
-    return delta ? start(walk_kernel<WalkLayout<true>>, dim3(4, segments), 256, WalkLayout<true>::shared, a, stream)
-                 : start(walk_kernel<WalkLayout<false>>, dim3(8, segments), 256, WalkLayout<false>::shared, a, stream);
+    return delta ? start(walk_kernel<WalkLayout<true>>, dim3(4, segments), 384, WalkLayout<true>::shared, a, stream)
+                 : start(walk_kernel<WalkLayout<false>>, dim3(8, segments), 384, WalkLayout<false>::shared, a, stream);
   const dim3 grid = blocks(132, kBlock);
   auto run = [&](auto kernel) { return start(kernel, grid, 384, Slots::shared, a, stream); };
   if (a.in.decay == Recur::Decay::Scalar || a.to.g)

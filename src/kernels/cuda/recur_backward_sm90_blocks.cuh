@@ -267,9 +267,9 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
     };
     // Keys in rows: factor times decay of `values · rows of from` at and behind the diagonal (unless strict), an A operand;
     // and its share of d_g, with what `keys · rows of met` is. Without the delta rule that is an A operand too (`also`).
-    float less[2] = {};
-    auto weigh_keys = [&](bool diagonal, bool strict, bool first, int half, int from, int met, float factor,
-                          uint32_t(&to)[16], uint32_t* also, float(&columns)[16]) {
+    float less[2] = {}, columns[16] = {};
+    auto weigh_keys = [&](bool diagonal, bool strict, int half, int from, int met, float factor, uint32_t(&to)[16],
+                          uint32_t* also) {
       float other[32];
       const bool meets = also || Gated;
       wgmma_fence();
@@ -279,28 +279,27 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       wgmma_wait<0>();
       pin(pairs);
       if (meets) pin(other);
-      float decay[2][2] = {{1, 1}, {1, 1}};
-      const int seen = diagonal ? 16 * warp + lane / 4 : -1;  // columns at and behind it
+      const int seen = diagonal ? 16 * warp + lane / 4 : -64, first = seen + strict;  // columns behind it, and from here on
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
+        float decay[2][2] = {{factor, factor}, {factor, factor}};
         if constexpr (Gated) {
           const float4 of = *reinterpret_cast<const float4*>(sums + 64 * half + 8 * t + c0);
 #pragma unroll
           for (int r = 0; r < 2; ++r)
-            decay[r][0] = decayed({of.x, of.y}, sum_of[r]), decay[r][1] = decayed({of.z, of.w}, sum_of[r]);
+            decay[r][0] *= decayed({of.x, of.y}, sum_of[r]), decay[r][1] *= decayed({of.z, of.w}, sum_of[r]);
         }
-        if (first) columns[2 * t] = columns[2 * t + 1] = 0;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float x[2], y[2];
+          float x[2], y[2] = {};
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int column = 8 * t + c0 + e, row = seen + 8 * r;
-            const float by = (strict ? column > row : column >= row) || !diagonal ? factor * decay[r][e] : 0;
-            x[e] = by != 0 ? by * pairs[4 * t + 2 * r + e] : 0;
-            y[e] = also && by != 0 ? by * other[4 * t + 2 * r + e] : 0;
-            if (Gated) {
-              const float both = column > row || !diagonal ? x[e] * other[4 * t + 2 * r + e] : 0;
+            const int column = 8 * t + c0 + e, i = 4 * t + 2 * r + e;
+            const bool there = column >= first + 8 * r;
+            x[e] = there ? decay[r][e] * pairs[i] : 0;
+            if (also) y[e] = there ? decay[r][e] * other[i] : 0;
+            if constexpr (Gated) {
+              const float both = column > seen + 8 * r ? x[e] * other[i] : 0;
               less[r] += both, columns[2 * t + e] += both;
             }
           }
@@ -341,7 +340,6 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       pin(x);
     };
     // Column sums of the pairs' shares of d_g: [2][4 warps][64] in staging, then summed in order of warps.
-    float columns[16];
     float* partial = reinterpret_cast<float*>(staging);
     auto open_across = [&] {
       if (!Gated) return;
@@ -358,24 +356,25 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       if (tid < 64 || w == 0) across[w * kBlock + tid] = (from[0] + from[64]) + (from[128] + from[192]);
     };
 
-    // Gradients of queries.
+    // What this warpgroup's rows meet as queries: of d_out, or with the delta rule of d_v with keys as queries.
     float meets[2] = {};
-    take(Slots::d_out);
-    await(Slots::before, Delta ? 0 : parity);
-    wgmma_fence();
-    scores(pairs, Slots::values, w);
-    wgmma_commit();
-    meet(acc, Slots::before);
-    wgmma_commit();
-    wgmma_wait<1>();
-    pin(pairs);
-    weigh(true, false, w, a.in.scale);
-    settle();
-    if constexpr (!Delta && !Gated) release(Slots::before);
-    scale_rows(a.in.scale * by_start[0], a.in.scale * by_start[1]);
-    await(Slots::keys, parity), await(Slots::queries, parity);
-    if (Gated) dot_rows(Slots::queries, meets);
-    add_queries(false, a.in.scale);
+    auto as_queries = [&](bool strict, int from, int as, float factor) {
+      await(from, parity);
+      take(from);
+      wgmma_fence();
+      scores(pairs, Slots::values, w);
+      wgmma_commit();
+      meet(acc, Slots::before);
+      wgmma_commit();
+      wgmma_wait<1>();
+      pin(pairs);
+      weigh(true, strict, w, factor);
+      settle();
+      scale_rows(factor * by_start[0], factor * by_start[1]);
+      await(as, parity);
+      if (Gated) dot_rows(as, meets);
+      add_queries(strict, factor);
+    };
     float dot = 0;
     auto dot_states = [&](const uint4* first, const uint8_t* second) {
       uint4 one[8];
@@ -391,24 +390,35 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
         for (int e = 0; e < 8; ++e) dot += x[e] * y[e];
       }
     };
-    if constexpr (!Delta && Gated) {
-      await(Slots::behind, parity);
-      dot_states(reinterpret_cast<const uint4*>(slot(Slots::before)), slot(Slots::behind));
+    await(Slots::keys, parity);
+    await(Slots::before, Delta ? 0 : parity);
+    if constexpr (Delta) {  // one body for both: less code than the instruction cache holds
+#pragma unroll 1
+      for (int pass = 0; pass < 2; ++pass) {
+        as_queries(pass, pass ? Slots::behind : Slots::d_out, pass ? Slots::keys : Slots::queries, pass ? -1 : a.in.scale);
+        if (pass == 0) put(a.to.q, a.d_q, a.lined_q, at.q);
+      }
       release(Slots::before);
+    } else {
+      as_queries(false, Slots::d_out, Slots::queries, a.in.scale);
+      await(Slots::behind, parity);
+      if (Gated) dot_states(reinterpret_cast<const uint4*>(slot(Slots::before)), slot(Slots::behind));
+      release(Slots::before);
+      put(a.to.q, a.d_q, a.lined_q, at.q);
     }
-    put(a.to.q, a.d_q, a.lined_q, at.q);
 
     if constexpr (!Delta) {
       uint32_t value_p[2][16], key_p[2][16];
       open_across();
-      weigh_keys(true, false, true, w, Slots::d_out, Slots::queries, a.in.scale, key_p[0], value_p[0], columns);
+      weigh_keys(true, false, w, Slots::d_out, Slots::queries, a.in.scale, key_p[0], value_p[0]);
       put_across(0);
       if (w == 0) {
-        weigh_keys(false, false, true, 1, Slots::d_out, Slots::queries, a.in.scale, key_p[1], value_p[1], columns);
+#pragma unroll
+        for (float& x : columns) x = 0;
+        weigh_keys(false, false, 1, Slots::d_out, Slots::queries, a.in.scale, key_p[1], value_p[1]);
         put_across(1);
       }
       close_across();
-      await(Slots::behind, parity);
       take(Slots::keys);
       wgmma_fence();
       {
@@ -443,31 +453,19 @@ __device__ __forceinline__ void differentiate(const Back& a, const Spread128& at
       release(Slots::values), release(Slots::queries), release(Slots::behind);
       put(a.to.k, a.d_k, a.lined_k, at.k);
     } else {
-      await(Slots::behind, parity);
-      take(Slots::behind);
-      wgmma_fence();
-      scores(pairs, Slots::values, w);
-      wgmma_commit();
-      meet(acc, Slots::before);
-      wgmma_commit();
-      wgmma_wait<1>();
-      pin(pairs);
-      weigh(true, true, w, -1);
-      settle();
-      release(Slots::before);
-      scale_rows(-by_start[0], -by_start[1]);
-      if (Gated) dot_rows(Slots::keys, meets);
-      add_queries(true, -1);
-      auto as_keys = [&](bool diagonal, int half) {
-        weigh_keys(diagonal, false, true, half, Slots::d_out, Slots::queries, a.in.scale, p, nullptr, columns);
-        add_keys(p, Slots::queries, half);
-        weigh_keys(diagonal, true, false, half, Slots::behind, Slots::keys, -1, p, nullptr, columns);
-        add_keys(p, Slots::keys, half);
-        put_across(!diagonal);
-      };
       open_across();
-      as_keys(true, w);
-      if (w == 0) as_keys(false, 1);
+#pragma unroll 1
+      for (int half = w; half < 2; ++half) {
+#pragma unroll
+        for (float& x : columns) x = 0;
+#pragma unroll 1
+        for (int pass = 0; pass < 2; ++pass) {
+          const int from = pass ? Slots::behind : Slots::d_out, met = pass ? Slots::keys : Slots::queries;
+          weigh_keys(half == w, pass, half, from, met, pass ? -1 : a.in.scale, p, nullptr);
+          add_keys(p, met, half);
+        }
+        put_across(half != w);
+      }
       close_across();
       if (a.to.v)
 #pragma unroll

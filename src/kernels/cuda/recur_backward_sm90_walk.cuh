@@ -1,7 +1,7 @@
 // First step of recur_backward_sm90.cu: states before each block of 128 rows and gradients of states behind it, by two
 // walks that know nothing of each other, one from the first chunk of 64 rows to the last and one back. With the delta rule
 // they also leave what rows add to the state (U) and d_v. A warpgroup holds 64 columns of a state, transposed as in
-// recur_sm90_direct.cuh, another loads chunks and makes what does not depend on the state.
+// recur_sm90_direct.cuh, another makes what does not depend on the state, a thread loads.
 //
 // Of a chunk, with G the sums of its log decays, S the state before it and dS the gradient of the state behind it:
 //   U = T β (V − e^G K S),                     S ← e^G_end S + (e^(G_end − G) K)^T U
@@ -23,10 +23,19 @@ __device__ __forceinline__ void store_transposed(uint32_t row, const uint32_t* t
                : "memory");
 }
 
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+/// Has the L2 cache read what tma_load and bulk_load will want.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 
 constexpr int kBlock = 128;        // rows of a block of gradients
 constexpr int kHeld = 4 * kPanel;  // bytes of 128 rows of 128 bf16: two panels of 128 rows
+
+constexpr int kNumbers = 5 * kChunk;  // of a chunk's rows: e^G, e^(G_end − G), β; G in log2, high and low
 
 struct Back {
   CUtensorMap q, k, v, d_out, d_q, d_k, d_v;
@@ -35,6 +44,7 @@ struct Back {
   // kHeld bytes for each block (first_block). States and their gradients have rows for columns of v.
   uint8_t *states, *d_states, *d_outs, *values, *d_values;
   const uint8_t* inverse;          // of each chunk (first_chunk): T, high and low
+  float* numbers;                  // of each chunk, where there is a decay or β: kNumbers of them
   bool lined_q, lined_k, lined_v;  // the copy engine can write the gradient
 };
 
@@ -44,7 +54,7 @@ __device__ __forceinline__ int64_t first_block(const Back& a, int s) { return a.
 template <bool Delta>
 struct WalkLayout {
   static constexpr bool delta = Delta;
-  static constexpr int channels = Delta ? 128 : 64, wide = channels / 64;  // that a block holds of the state
+  static constexpr int channels = Delta ? 128 : 64, wide = channels / 64, ahead = 5;  // that a block holds of the state
   // A stage: what adds to the state (keys, or on the way back queries), values (d_out: f32, then in its place bf16), then
   // keys on the way back and T.
   static constexpr int values = wide * kPanel, keys = values + 2 * kPanel, triangle = keys + 2 * kPanel,
@@ -52,7 +62,7 @@ struct WalkLayout {
   // P, twice; states on their way out (half of it each of two without the delta rule), and twice U or d_v.
   static constexpr int at_pairs = stages * stage, at_states = at_pairs + (Delta ? 2 * kPanel : 0),
                        at_rows = at_states + 2 * kPanel, at_numbers = at_rows + (Delta ? 2 * kPanel : 0),
-                       numbers = 5 * kChunk * 4, at_barriers = at_numbers + 2 * numbers, shared = at_barriers + 128;
+                       at_barriers = at_numbers + stages * kNumbers * 4, shared = at_barriers + 192;
   static_assert(shared <= 227 * 1024);
 };
 
@@ -63,78 +73,99 @@ struct Walker {
   __device__ __forceinline__ int chunk(int t) const { return back ? chunks - 1 - t : t; }
 };
 
+/// Calls body(place in a stage, map, column, row) for what of chunk t is brought by tensor maps.
+template <class W, class Body>
+__device__ __forceinline__ void each_box(const Back& a, const Walker& at, int t, Body body) {
+  const int row = at.chunk(t) * kChunk;
+  for (int i = 0; i < W::wide; ++i)
+    body(i * kPanel, at.back ? &a.q : &a.k, at.channel + 64 * i, int(at.back ? at.q : at.k) + row);
+  if (at.back)
+    for (int half = 0; half < 2; ++half)
+      body(W::values + half * kPanel, &a.d_out, at.left + 32 * half, int(at.q) + row);
+  else body(W::values, &a.v, at.left, int(at.v) + row);
+  if (W::delta && at.back)
+    for (int i = 0; i < 2; ++i) body(W::keys + i * kPanel, &a.k, 64 * i, int(at.k) + row);
+}
+
+/// Has chunk t brought, and the L2 cache read one that is wanted later: a stage or two do not hide the memory's latency.
 template <class W>
 __device__ __forceinline__ void load_rows(const Back& a, const Walker& at, uint8_t* memory, uint64_t* full, int t) {
   uint8_t* stage = memory + t % W::stages * W::stage;
   full += t % W::stages;
-  const int row = at.chunk(t) * kChunk;
-  barrier_expect(full, uint32_t(W::wide + (at.back ? 2 : 1) + (W::delta ? (at.back ? 3 : 1) : 0)) * kPanel);
-  for (int i = 0; i < W::wide; ++i)
-    tma_load(stage + i * kPanel, at.back ? &a.q : &a.k, full, at.channel + 64 * i, int(at.back ? at.q : at.k) + row);
-  if (at.back)
-    for (int half = 0; half < 2; ++half)
-      tma_load(stage + W::values + half * kPanel, &a.d_out, full, at.left + 32 * half, int(at.q) + row);
-  else tma_load(stage + W::values, &a.v, full, at.left, int(at.v) + row);
-  if constexpr (W::delta) {
-    if (at.back)
-      for (int i = 0; i < 2; ++i) tma_load(stage + W::keys + i * kPanel, &a.k, full, 64 * i, int(at.k) + row);
-    bulk_load(stage + W::triangle, a.inverse + (at.q / kChunk + at.s + at.chunk(t)) * (2 * kPanel), kPanel, full);
-  }
+  const int64_t chunk0 = at.q / kChunk + at.s;
+  barrier_expect(full, uint32_t(W::wide + (at.back ? 2 : 1) + (W::delta ? (at.back ? 3 : 1) : 0)) * kPanel +
+                           (a.numbers ? kNumbers * 4 : 0));
+  each_box<W>(a, at, t, [&](int place, const CUtensorMap* map, int column, int row) {
+    tma_load(stage + place, map, full, column, row);
+  });
+  if (W::delta) bulk_load(stage + W::triangle, a.inverse + (chunk0 + at.chunk(t)) * (2 * kPanel), kPanel, full);
+  if (a.numbers)
+    bulk_load(memory + W::at_numbers + t % W::stages * kNumbers * 4, a.numbers + (chunk0 + at.chunk(t)) * kNumbers,
+              kNumbers * 4, full);
+  // Where few blocks leave the memory time, of what slices share each asks for a part.
+  t += W::ahead;
+  if (!W::delta || gridDim.x * gridDim.y > 132 || t >= at.chunks) return;
+  each_box<W>(a, at, t, [&](int place, const CUtensorMap* map, int column, int row) {
+    if (place < W::values ? at.left == 0 : place < W::keys || at.left > 0) tma_prefetch(map, column, row);
+  });
+  if (at.left > 0) bulk_prefetch(a.inverse + (chunk0 + at.chunk(t)) * (2 * kPanel), kPanel);
 }
 
-/// The warpgroup that loads chunks and makes numbers of rows, and P on the way back of the delta rule.
+/// What of rows depends on decays and β alone. A warp a chunk.
+__global__ void __launch_bounds__(256) numbers_kernel(const __grid_constant__ Back a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
+  const int s = blockIdx.y, n = a.in.qs.length(s), lane = threadIdx.x % 32;
+  const int64_t q = a.in.qs.begin(s);
+  const bool scalar = a.in.decay == Recur::Decay::Scalar;
+  for (int j = blockIdx.x * 8 + threadIdx.x / 32; j * kChunk < n; j += gridDim.x * 8) {
+    double sum[2];
+    float beta[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = j * kChunk + 2 * lane + i;
+      sum[i] = scalar && row < n ? fmaxf(*a.in.g.template row<float>(q + row), -1000.0f) : 0;
+      beta[i] = a.in.beta && row < n ? some_beta(a.in.beta[q + row]) : 0;
+    }
+    sum_decays(sum);
+    const float2 sums[2] = {in_two(sum[0]), in_two(sum[1])},
+                 end = {__shfl_sync(~0u, sums[1].x, 31), __shfl_sync(~0u, sums[1].y, 31)};
+    float* to = a.numbers + (q / kChunk + s + j) * kNumbers + 2 * lane;
+    *reinterpret_cast<float2*>(to) = {decayed(sums[0], {0, 0}), decayed(sums[1], {0, 0})};
+    *reinterpret_cast<float2*>(to + kChunk) = {decayed(end, sums[0]), decayed(end, sums[1])};
+    *reinterpret_cast<float2*>(to + 2 * kChunk) = {beta[0], beta[1]};
+    *reinterpret_cast<float4*>(to + 3 * kChunk + 2 * lane) = {sums[0].x, sums[0].y, sums[1].x, sums[1].y};
+  }
+#endif
+}
+
+/// One thread has chunks brought, and on the way back sends bf16 of d_out away.
+template <class W>
+__device__ __forceinline__ void bring_walk(const Back& a, const Walker& at, uint8_t* memory, const Barriers& bar) {
+  for (int t = 0; t < min(W::stages, at.chunks); ++t) load_rows<W>(a, at, memory, bar.full, t);
+  for (int t = 0; t < at.chunks; ++t) {
+    const int slot = t % W::stages, j = at.chunk(t);
+    if (at.back && (W::delta || j % 2 == at.channel / 64)) {
+      barrier_wait(bar.made + slot, uint32_t(t / W::stages) & 1);
+      bulk_store(a.d_outs + (first_block(a, at.s) + j / 2) * kHeld + at.left / 64 * 2 * kPanel + j % 2 * kPanel,
+                 memory + slot * W::stage + W::values, kPanel);
+    }
+    if (t + W::stages >= at.chunks) continue;
+    barrier_wait(bar.done + slot, uint32_t(t / W::stages) & 1);
+    bulk_wait_read();
+    load_rows<W>(a, at, memory, bar.full, t + W::stages);
+  }
+  bulk_wait_read();
+}
+
+/// The warpgroup that rounds d_out and makes P on the way back, of the delta rule.
 template <class W>
 __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8_t* memory, const Barriers& bar) {
   const int tid = threadIdx.x - 128, warp = uniform(tid / 32), lane = tid % 32;
-  const bool scalar = a.in.decay == Recur::Decay::Scalar;
-  // Of the next chunk and the one after it: a chunk does not last as long as a load.
-  float g[2] = {}, beta[2] = {}, later_g[2] = {}, later_beta[2] = {}, from_start[2] = {1, 1}, to_end[2] = {1, 1};
-  float2 sums[2] = {};
-  auto fetch = [&](int t) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      g[i] = later_g[i], beta[i] = later_beta[i];
-      const int row = at.chunk(t) * kChunk + 2 * lane + i;
-      const bool there = t < at.chunks && row < at.n;
-      later_g[i] = scalar && there ? *a.in.g.template row<float>(at.q + row) : 0;
-      if (W::delta) later_beta[i] = there ? some_beta(a.in.beta[at.q + row]) : 0;
-    }
-    const int row = at.chunk(t + 6) * kChunk;
-    if (t + 6 < at.chunks && lane == 0) {
-      if (scalar) prefetch(a.in.g.template row<float>(at.q + row));
-      if (W::delta) prefetch(a.in.beta + at.q + row);
-    }
-  };
-  auto make_numbers = [&] {
-    if (!scalar) return;
-    double sum[2] = {fmaxf(g[0], -1000.0f), fmaxf(g[1], -1000.0f)};
-    sum_decays(sum);
-    sums[0] = in_two(sum[0]), sums[1] = in_two(sum[1]);
-    const float2 last = {__shfl_sync(~0u, sums[1].x, 31), __shfl_sync(~0u, sums[1].y, 31)};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) from_start[i] = decayed(sums[i], {0, 0}), to_end[i] = decayed(last, sums[i]);
-  };
-  if (tid == 0)
-    for (int t = 0; t < min(W::stages, at.chunks); ++t) load_rows<W>(a, at, memory, bar.full, t);
-  if (warp == 0) fetch(0), fetch(1), make_numbers();
   for (int t = 0; t < at.chunks; ++t) {
     const int slot = t % W::stages;
     uint8_t* stage = memory + slot * W::stage;
-    float* numbers = reinterpret_cast<float*>(memory + W::at_numbers + t % 2 * W::numbers);
-    if (t >= 2) {
-      barrier_wait(bar.done + t % 2, uint32_t(t / 2 - 1) & 1);
-      if (tid == 0 && t - 2 + W::stages < at.chunks) {
-        bulk_wait_read();  // what of d_out has left from there
-        load_rows<W>(a, at, memory, bar.full, t - 2 + W::stages);
-      }
-    }
-    if (warp == 0) {
-      *reinterpret_cast<float2*>(numbers + 2 * lane) = {from_start[0], from_start[1]};
-      *reinterpret_cast<float2*>(numbers + kChunk + 2 * lane) = {to_end[0], to_end[1]};
-      *reinterpret_cast<float2*>(numbers + 2 * kChunk + 2 * lane) = {beta[0], beta[1]};
-      *reinterpret_cast<float4*>(numbers + 3 * kChunk + 4 * lane) = {sums[0].x, sums[0].y, sums[1].x, sums[1].y};
-      fetch(t + 2);
-    }
+    if (W::delta && at.back && t >= 2)  // where P was
+      barrier_wait(bar.done + (t - 2) % W::stages, uint32_t((t - 2) / W::stages) & 1);
     barrier_wait(bar.full + slot, uint32_t(t / W::stages) & 1);
     const int rows = min(kChunk, at.n - at.chunk(t) * kChunk);
     if (rows < kChunk) {  // rows of others, or of nobody
@@ -160,11 +191,7 @@ __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8
       for (int i = 0; i < 4; ++i)
         *reinterpret_cast<uint4*>(panel + swizzled(row, 4 * half + i)) = row < rows ? x[i] : uint4{0, 0, 0, 0};
       proxy_fence();
-      named_sync(1, 128);
-      const int j = at.chunk(t);
-      if (tid == 0 && (W::delta || j % 2 == at.channel / 64))
-        bulk_store(a.d_outs + (first_block(a, at.s) + j / 2) * kHeld + at.left / 64 * 2 * kPanel + j % 2 * kPanel,
-                   panel, kPanel);
+      if (W::delta) named_sync(1, 128);
     }
     if constexpr (W::delta)
       if (at.back) {
@@ -179,7 +206,8 @@ __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8
         wgmma_commit();
         wgmma_wait<0>();
         pin(pairs);
-        if (scalar) decay_pairs(pairs, reinterpret_cast<const float2*>(numbers + 3 * kChunk));
+        if (a.in.decay == Recur::Decay::Scalar)
+          decay_pairs(pairs, reinterpret_cast<const float2*>(memory + W::at_numbers + (slot * kNumbers + 3 * kChunk) * 4));
         const int top = 16 * warp + lane / 4, c0 = lane % 4 * 2;
         uint8_t* to = memory + W::at_pairs + t % 2 * kPanel;
 #pragma unroll
@@ -191,10 +219,8 @@ __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8
       }
     proxy_fence();
     __syncwarp();
-    if (lane == 0) barrier_arrive(bar.made + t % 2);
-    if (warp == 0) make_numbers();
+    if (lane == 0) barrier_arrive(bar.made + slot);
   }
-  if (tid == 0) bulk_wait_read();
 }
 
 /// The warpgroup that walks. Back: from the last chunk to the first, with the gradient of the state.
@@ -228,10 +254,10 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
   for (int t = 0; t < at.chunks; ++t) {
     const int slot = t % W::stages, j = at.chunk(t);
     const uint8_t* stage = memory + slot * W::stage;
-    const float* numbers = reinterpret_cast<const float*>(memory + W::at_numbers + t % 2 * W::numbers);
+    const float* numbers = reinterpret_cast<const float*>(memory + W::at_numbers) + slot * kNumbers;
     const uint64_t rows = descriptor_mn(stage, kPanel), keys = descriptor_mn(stage + W::keys, kPanel);
     barrier_wait(bar.full + slot, uint32_t(t / W::stages) & 1);
-    barrier_wait(bar.made + t % 2, uint32_t(t / 2) & 1);
+    barrier_wait(bar.made + slot, uint32_t(t / W::stages) & 1);
     const bool kept = Backward ? j % 2 == 1 || t == 0 : j % 2 == 0;
     uint32_t high[N / 4], value[16], last[16];
     float known[32], given[32];
@@ -262,7 +288,7 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
     auto scaled = [&](int which, float by) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const float2 x = columns(which, i);
+        const float2 x = a.numbers ? columns(which, i) : float2{1, 1};
         last[i] = pack_bf16(by * x.x * __uint_as_float(value[i] << 16), by * x.y * __uint_as_float(value[i] & 0xffff0000u));
       }
     };
@@ -360,7 +386,7 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
     pin(state);
     if constexpr (Backward || !W::delta) pin(last);
     __syncwarp();
-    if (lane == 0) barrier_arrive(bar.done + t % 2);
+    if (lane == 0) barrier_arrive(bar.done + slot);
   }
   if (tid == 0) bulk_wait_read();
   if (Backward && a.to.state) {
@@ -375,24 +401,33 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
 
 /// Grid: the two ways × two slices of columns × slices of channels, segments.
 template <class W>
-__global__ void __launch_bounds__(256, 1) walk_kernel(const __grid_constant__ Back a) {
+__global__ void __launch_bounds__(384, 1) walk_kernel(const __grid_constant__ Back a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   extern __shared__ __align__(1024) uint8_t memory[];
   uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + W::at_barriers);
-  const Barriers bar{barriers, barriers + 8, barriers + 10, nullptr};
+  const Barriers bar{barriers, barriers + 8, barriers + 16, nullptr};
   Walker at;
   at.s = blockIdx.y, at.n = a.in.qs.length(at.s), at.chunks = (at.n + kChunk - 1) / kChunk;
   at.back = blockIdx.x % 2 == 0, at.left = blockIdx.x / 2 % 2 * 64, at.channel = blockIdx.x / 4 * 64;
   at.q = a.in.qs.begin(at.s), at.k = a.in.ks.begin(at.s), at.v = a.in.vs.begin(at.s);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < W::stages; ++i) barrier_init(bar.full + i, 1);
-    for (int i = 0; i < 2; ++i) barrier_init(bar.made + i, 4), barrier_init(bar.done + i, 4);
+    for (int i = 0; i < W::stages; ++i)
+      barrier_init(bar.full + i, 1), barrier_init(bar.made + i, 4), barrier_init(bar.done + i, 4);
     barrier_init_fence();
   }
   __syncthreads();
-  if (uniform(threadIdx.x / 128) == 1) make_walk<W>(a, at, memory, bar);
-  else if (at.back) walk_state<W, true>(a, at, memory, bar);
-  else walk_state<W, false>(a, at, memory, bar);
+  const int group = uniform(threadIdx.x / 128);
+  if (group == 2) {
+    registers_down<40>();
+    if (threadIdx.x == 256) bring_walk<W>(a, at, memory, bar);
+  } else if (group == 1) {
+    registers_down<160>();
+    make_walk<W>(a, at, memory, bar);
+  } else {
+    registers_up<240>();
+    if (at.back) walk_state<W, true>(a, at, memory, bar);
+    else walk_state<W, false>(a, at, memory, bar);
+  }
 #endif
 }
 
