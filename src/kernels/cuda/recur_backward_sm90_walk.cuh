@@ -23,15 +23,6 @@ __device__ __forceinline__ void store_transposed(uint32_t row, const uint32_t* t
                : "memory");
 }
 
-/// Has the L2 cache read what tma_load and bulk_load will want.
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
-               : "memory");
-}
-__device__ __forceinline__ void bulk_prefetch(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 constexpr int kBlock = 128;        // rows of a block of gradients
 constexpr int kHeld = 4 * kPanel;  // bytes of 128 rows of 128 bf16: two panels of 128 rows
 
@@ -54,7 +45,7 @@ __device__ __forceinline__ int64_t first_block(const Back& a, int s) { return a.
 template <bool Delta>
 struct WalkLayout {
   static constexpr bool delta = Delta;
-  static constexpr int channels = Delta ? 128 : 64, wide = channels / 64, ahead = 5;  // that a block holds of the state
+  static constexpr int channels = Delta ? 128 : 64, wide = channels / 64;  // that a block holds of the state
   // A stage: what adds to the state (keys, or on the way back queries), values (d_out: f32, then in its place bf16), then
   // keys on the way back and T.
   static constexpr int values = wide * kPanel, keys = values + 2 * kPanel, triangle = keys + 2 * kPanel,
@@ -73,42 +64,27 @@ struct Walker {
   __device__ __forceinline__ int chunk(int t) const { return back ? chunks - 1 - t : t; }
 };
 
-/// Calls body(place in a stage, map, column, row) for what of chunk t is brought by tensor maps.
-template <class W, class Body>
-__device__ __forceinline__ void each_box(const Back& a, const Walker& at, int t, Body body) {
-  const int row = at.chunk(t) * kChunk;
-  for (int i = 0; i < W::wide; ++i)
-    body(i * kPanel, at.back ? &a.q : &a.k, at.channel + 64 * i, int(at.back ? at.q : at.k) + row);
-  if (at.back)
-    for (int half = 0; half < 2; ++half)
-      body(W::values + half * kPanel, &a.d_out, at.left + 32 * half, int(at.q) + row);
-  else body(W::values, &a.v, at.left, int(at.v) + row);
-  if (W::delta && at.back)
-    for (int i = 0; i < 2; ++i) body(W::keys + i * kPanel, &a.k, 64 * i, int(at.k) + row);
-}
-
-/// Has chunk t brought, and the L2 cache read one that is wanted later: a stage or two do not hide the memory's latency.
 template <class W>
 __device__ __forceinline__ void load_rows(const Back& a, const Walker& at, uint8_t* memory, uint64_t* full, int t) {
   uint8_t* stage = memory + t % W::stages * W::stage;
   full += t % W::stages;
-  const int64_t chunk0 = at.q / kChunk + at.s;
+  const int row = at.chunk(t) * kChunk;
+  const int64_t chunk = at.q / kChunk + at.s + at.chunk(t);  // first_chunk
   barrier_expect(full, uint32_t(W::wide + (at.back ? 2 : 1) + (W::delta ? (at.back ? 3 : 1) : 0)) * kPanel +
                            (a.numbers ? kNumbers * 4 : 0));
-  each_box<W>(a, at, t, [&](int place, const CUtensorMap* map, int column, int row) {
-    tma_load(stage + place, map, full, column, row);
-  });
-  if (W::delta) bulk_load(stage + W::triangle, a.inverse + (chunk0 + at.chunk(t)) * (2 * kPanel), kPanel, full);
+  for (int i = 0; i < W::wide; ++i)
+    tma_load(stage + i * kPanel, at.back ? &a.q : &a.k, full, at.channel + 64 * i, int(at.back ? at.q : at.k) + row);
+  if (at.back)
+    for (int half = 0; half < 2; ++half)
+      tma_load(stage + W::values + half * kPanel, &a.d_out, full, at.left + 32 * half, int(at.q) + row);
+  else tma_load(stage + W::values, &a.v, full, at.left, int(at.v) + row);
+  if constexpr (W::delta) {
+    if (at.back)
+      for (int i = 0; i < 2; ++i) tma_load(stage + W::keys + i * kPanel, &a.k, full, 64 * i, int(at.k) + row);
+    bulk_load(stage + W::triangle, a.inverse + chunk * (2 * kPanel), kPanel, full);
+  }
   if (a.numbers)
-    bulk_load(memory + W::at_numbers + t % W::stages * kNumbers * 4, a.numbers + (chunk0 + at.chunk(t)) * kNumbers,
-              kNumbers * 4, full);
-  // Where few blocks leave the memory time, of what slices share each asks for a part.
-  t += W::ahead;
-  if (!W::delta || gridDim.x * gridDim.y > 132 || t >= at.chunks) return;
-  each_box<W>(a, at, t, [&](int place, const CUtensorMap* map, int column, int row) {
-    if (place < W::values ? at.left == 0 : place < W::keys || at.left > 0) tma_prefetch(map, column, row);
-  });
-  if (at.left > 0) bulk_prefetch(a.inverse + (chunk0 + at.chunk(t)) * (2 * kPanel), kPanel);
+    bulk_load(memory + W::at_numbers + t % W::stages * kNumbers * 4, a.numbers + chunk * kNumbers, kNumbers * 4, full);
 }
 
 /// What of rows depends on decays and β alone. A warp a chunk.
