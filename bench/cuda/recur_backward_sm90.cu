@@ -210,11 +210,11 @@ int main(int argc, char** argv) {
     bool fine = true;
     for (Correction correction : {Correction::None, Correction::Delta})
       for (Decay decay : {Decay::None, Decay::Scalar}) {
-        auto run = [&](const char* name, std::vector<int> lengths, int d, int d_v, double strongest = 1, bool states = true) {
+        auto run = [&](const char* name, std::vector<int> lengths, int d, int d_v, double strongest = 1, bool given = true) {
           Case c;
           c.name = name, c.decay = decay, c.correction = correction, c.lengths = std::move(lengths), c.d = d, c.d_v = d_v;
-          c.strongest = strongest, c.from_state = states, c.gap = d == 64 ? 3 : 0;
-          fine &= check(c, states);
+          c.strongest = strongest, c.from_state = given, c.gap = d == 64 ? 3 : 0;
+          fine &= check(c, given);
         };
         run("one chunk", {64}, 128, 128);
         run("one block", {128}, 128, 128, 1, false);

@@ -1,4 +1,5 @@
-// Starts the gradient's chunked form: numbers of rows and inverses of the delta rule, the two walks, gradients of blocks of rows.
+// Starts the gradient's chunked form: numbers of rows and inverses of the delta rule, the two walks, gradients of blocks of
+// rows.
 #include <utility>
 
 #include "kernels/cuda/recur_backward_sm90_blocks.cuh"

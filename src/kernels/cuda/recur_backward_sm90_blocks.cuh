@@ -25,14 +25,14 @@ struct Slots {  // kHeld bytes each
   static_assert(shared <= 227 * 1024);
 };
 
-struct Spread128 {
+struct BlocksOf {
   int s, n, blocks;
   int64_t q, k, v, first;  // first: of blocks in scratch memory
 };
 
 /// One thread has blocks brought, in the order in which their places come free.
 template <bool Delta>
-__device__ __forceinline__ void bring_blocks(const Back& a, const Spread128& at, uint8_t* memory, uint64_t* full,
+__device__ __forceinline__ void bring_blocks(const Back& a, const BlocksOf& at, uint8_t* memory, uint64_t* full,
                                              uint64_t* empty) {
   int nth = 0;
   for (int block = blockIdx.x; block < at.blocks; block += gridDim.x, ++nth) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void bring_blocks(const Back& a, const Spread128& at,
 }
 
 /// A warp makes the sums of log decays of each block's rows, a lane those of four.
-__device__ __forceinline__ void sum_blocks(const Back& a, const Spread128& at, uint8_t* memory, uint64_t* full,
+__device__ __forceinline__ void sum_blocks(const Back& a, const BlocksOf& at, uint8_t* memory, uint64_t* full,
                                            uint64_t* empty) {
   const int lane = threadIdx.x % 32;
   const bool scalar = a.in.decay == Recur::Decay::Scalar;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void add_rows_up(const float (&x)[16], float* to) {
 
 /// The warpgroups that compute. Gated: there is a decay, or its gradient is wanted.
 template <bool Delta, bool Gated>
-__device__ __forceinline__ void differentiate(const Back& a, const Spread128& at, uint8_t* memory, uint64_t* full,
+__device__ __forceinline__ void differentiate(const Back& a, const BlocksOf& at, uint8_t* memory, uint64_t* full,
                                               uint64_t* empty) {
   const int w = uniform(threadIdx.x / 128), tid = threadIdx.x % 128, warp = uniform(tid / 32), lane = tid % 32,
             c0 = lane % 4 * 2, top = 64 * w + 16 * warp + lane / 4;
@@ -573,7 +573,7 @@ __global__ void __launch_bounds__(384, 1) blocks_kernel(const __grid_constant__ 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the build also makes PTX for GPUs that lack all this; nothing starts it there
   extern __shared__ __align__(1024) uint8_t memory[];
   uint64_t *full = reinterpret_cast<uint64_t*>(memory + Slots::at_barriers), *empty = full + Slots::count + 1;
-  Spread128 at;
+  BlocksOf at;
   at.s = blockIdx.y, at.n = a.in.qs.length(at.s), at.blocks = (at.n + kBlock - 1) / kBlock, at.first = first_block(a, at.s);
   at.q = a.in.qs.begin(at.s), at.k = a.in.ks.begin(at.s), at.v = a.in.vs.begin(at.s);
   if (threadIdx.x == 0) {

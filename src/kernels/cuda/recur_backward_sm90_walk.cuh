@@ -347,8 +347,8 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
               store_transposed(shared_address(place) + swizzled(16 * k + turned, turned_piece), value + 4 * k);
           },
           [&] {
-            bulk_store((Backward ? a.d_values : a.values) + (block0 + j / 2) * kHeld + at.left / 64 * 2 * kPanel + j % 2 * kPanel,
-                       place, kPanel);
+            uint8_t* to = (Backward ? a.d_values : a.values) + (block0 + j / 2) * kHeld;
+            bulk_store(to + at.left / 64 * 2 * kPanel + j % 2 * kPanel, place, kPanel);
           });
       wgmma_wait<0>();
       pin(to_state);
