@@ -1,20 +1,14 @@
-// The recurrence's gradient: states are kept at every 64th row and made anew between, then rows are walked backward. A
-// block a segment; warp w holds rows w, w + 16, … of the state, a lane every 32nd column.
-#include "kernels/cuda/recur.cuh"
+// The recurrence's gradient: which form takes a call, and the plain one: states are kept at every 64th row and made anew
+// between, then rows are walked backward. A block a segment; warp w holds rows w, w + 16, … of the state, a lane every
+// 32nd column.
+#include "kernels/cuda/recur_backward_sm90.h"
 
 namespace heed::cuda {
 namespace {
 
 constexpr int kWarps = 16, kThreads = kWarps * 32, kChunk = 64, kMostD = 256, kMostColumns = 512;
 
-struct Backward {
-  Matrix d_out;
-  const float* d_state;
-  int64_t d_state_stride[3];
-  Matrix q, k, v, g, a, b;  // gradients; empty: not wanted
-  float* beta;
-  float* state;
-  int64_t state_stride[3];
+struct Backward : RecurBackward {
   bool g_vector;
   float* starts;  // [Σ chunks, d, d_v]
   float* chunk;   // [segments, kChunk + 1, d, d_v]
@@ -208,7 +202,7 @@ void recur_backward(Queue& queue, const RecurInputs& in, const Recur& how, Tenso
   const bool vector = how.decay == Recur::Decay::Vector;
   if (vector) check_tensor(where, "gradient of g", grads.g, {rows, a.d}, true);
   else check_tensor(where, "gradient of g", grads.g, {rows}, true);
-  Scratch scratch(queue.scratch);
+  Scratch scope(queue.scratch);
   auto states = [&](int64_t count) {
     return queue.scratch.take(Dtype::F32, {std::max<int64_t>(1, count), a.d, a.d_v}).as<float>();
   };
@@ -226,6 +220,11 @@ void recur_backward(Queue& queue, const RecurInputs& in, const Recur& how, Tenso
   for (size_t axis = 0; axis < 3; ++axis) {
     to.d_state_stride[axis] = d_state ? d_state.stride[axis] : 0;
     to.state_stride[axis] = grads.state ? grads.state.stride[axis] : 0;
+  }
+  if (recur_backward_sm90_fits(a, to, rows, in.q.bound) && hopper()) {
+    const Tensor scratch = queue.scratch.take(Dtype::U8, {recur_backward_sm90_scratch(a, rows)});
+    check(recur_backward_sm90(a, to, rows, in.q.bound, scratch.data, cuda::stream(queue)), where);
+    return;
   }
   to.g_vector = vector;
   to.starts = states(rows / kChunk + 2 * segments_of + 1);

@@ -12,15 +12,6 @@ struct DirectSizes {
   int64_t total() const { return inverse + norms + local + transit + decays + forgets; }
 };
 
-/// A map of f32 rows, written in boxes of 32 columns × 32 rows.
-bool out_map(CUtensorMap& map, float* data, int64_t rows, int64_t width, int64_t stride) {
-  const cuuint64_t sizes[2] = {cuuint64_t(width), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride * 4)};
-  const cuuint32_t boxes[2] = {32, 32}, steps[2] = {1, 1};
-  return sm90::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, data, sizes, strides, boxes, steps,
-                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 /// Channels that the forms have.
 int padded(const RecurView& in) { return in.d <= 64 && in.decay != Recur::Decay::Vector ? 64 : 128; }
 
@@ -87,7 +78,7 @@ bool direct_job(Direct& a, const RecurView& in, const RecurOut& to, int64_t rows
   a.decays = reinterpret_cast<float*>(at), at += size.decays;
   a.forgets = reinterpret_cast<float*>(at);
   a.out_lined = reinterpret_cast<uintptr_t>(to.out) % 16 == 0 && to.out_stride % 4 == 0 &&
-                out_map(a.out, to.out, rows, in.d_v, to.out_stride);
+                f32_map(a.out, to.out, rows, in.d_v, to.out_stride, 32);
   auto map = [&](CUtensorMap& map, const Matrix& m) {
     return sm90::make_map(map, static_cast<const __nv_bfloat16*>(m.data), rows, m.width, m.stride, kChunk);
   };

@@ -9,6 +9,15 @@
 namespace heed::cuda {
 namespace {
 
+/// A map of f32 rows in boxes of 32 columns × `box` rows. What lies outside is read as zeros and not written.
+inline bool f32_map(CUtensorMap& map, const float* data, int64_t rows, int64_t width, int64_t stride, int box) {
+  const cuuint64_t sizes[2] = {cuuint64_t(width), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride * 4)};
+  const cuuint32_t boxes[2] = {32, cuuint32_t(box)}, steps[2] = {1, 1};
+  return sm90::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, const_cast<float*>(data), sizes, strides, boxes,
+                              steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 struct Direct {
   CUtensorMap q, k, v, out;
   RecurView in;

@@ -6,6 +6,9 @@
 namespace heed::cuda {
 namespace {
 
+/// β; where it is zero a number that changes nothing, so that what was multiplied by it can be had back (the gradient's use).
+__device__ __forceinline__ float some_beta(float beta) { return beta == 0 ? 1e-20f : beta; }
+
 /// A and B fragments of bf16 panels: 16 × 16 numbers from (row, column) on.
 __device__ __forceinline__ void take_a(uint32_t (&x)[4], uint32_t panel, int row, int column) {
   const int lane = threadIdx.x % 32;
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(128, 4) inverse_kernel(const __grid_constant__
       for (int i = 0; i < 2; ++i) {
         const int row = 2 * lane + i;
         g[i] = scalar && row < rows ? fmaxf(*a.in.g.template row<float>(row0 + row), -1000.0f) : 0;
-        sh.beta[row] = row < rows ? a.in.beta[row0 + row] : 0;
+        sh.beta[row] = row < rows ? some_beta(a.in.beta[row0 + row]) : 0;
       }
       sum_decays(g);
       sh.sums[2 * lane] = in_two(g[0]), sh.sums[2 * lane + 1] = in_two(g[1]);
