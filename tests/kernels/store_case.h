@@ -10,6 +10,7 @@ namespace heed::test {
 enum class Kinds {
   Plain,  // no quantised ones
   Alike,  // plain, and one layout for all pages
+  Codes,  // whole numbers with a scale, and with a zero or without
   Sketches,
   Any,
 };
