@@ -1,10 +1,11 @@
 // What decoding one token costs its kernels, beside the machine's read bandwidth and the cost of a parallel region, all
 // measured in the same process:
 //
-//     bench_decode [threads] [megabytes of K and V] [q8: only what is named so]
+//     bench_decode [threads] [megabytes of K and V, in bf16] [q8: only what is named so] [d, 128]
 //
-// attend_store reads pages of d = 128 for groups of 1, 3, 4 and 8 query heads, in order and in random order; matmul multiplies
-// one token with matrices too large for the caches. Best of several runs, as GB/s of pages or weights.
+// attend_store reads pages for groups of 1, 3, 4 and 8 query heads, in order and in random order; matmul multiplies one
+// token with matrices too large for the caches. Best of several runs, as GB/s of pages (and millions of entries a second) or
+// weights.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -60,8 +61,8 @@ struct Stored {
   Pages pages;
   double bytes = 0;
 
-  Stored(int64_t kv_heads, int64_t entries, int d, PageType type, bool shuffled) {
-    layout = page_layout(d, d, type, type, false, false, columns);
+  Stored(int64_t kv_heads, int64_t entries, int d, PageType k, PageType v, bool shuffled) {
+    layout = page_layout(d, d, k, v, false, false, columns);
     const int64_t each = (entries + kPage - 1) / kPage, count = kv_heads * each, step = layout.bytes + 64;
     memory = Buffer(Dtype::U8, {count * step});
     table = Buffer(Dtype::U64, {kv_heads, each});
@@ -81,26 +82,34 @@ struct Stored {
     pages.kv_heads = kv_heads, pages.length_bound = entries;
     pages.layouts = {layout};
     pages.columns = &columns;
-    bytes = double(kv_heads * entries) / kPage * double(type.bytes(d) * 2);
+    bytes = double(kv_heads * entries) / kPage * double(k.bytes(d) + v.bytes(d));
   }
 };
 
-void attention(const Kernels& run, int64_t megabytes, const std::string& only) {
+PageType signed_codes(PageType::Kind kind) {
+  PageType out;
+  out.kind = kind, out.codes = PageType::Codes::Signed;
+  return out;
+}
+
+void attention(const Kernels& run, int64_t megabytes, const std::string& only, int d) {
   using Kind = PageType::Kind;
-  const int d = 128;
   const int64_t kv_heads = 4, entries = (megabytes << 20) / (4 * d * kv_heads) / kPage * kPage;
   const struct {
     const char* name;
-    PageType type;
+    PageType k, v;
     bool shuffled;
-  } kinds[] = {{"bf16", {}, false},
-               {"bf16, random pages", {}, true},
-               {"q8", {.kind = Kind::Q8}, false},
-               {"q4", {.kind = Kind::Q4}, false},
-               {"q2 by channel", {.kind = Kind::Q2, .axis = PageType::Axis::Channel}, false}};
+  } kinds[] = {{"bf16", {}, {}, false},
+               {"bf16, random pages", {}, {}, true},
+               {"q8", {.kind = Kind::Q8}, {.kind = Kind::Q8}, false},
+               {"q4", {.kind = Kind::Q4}, {.kind = Kind::Q4}, false},
+               {"kv-q8", signed_codes(Kind::Q8), signed_codes(Kind::Q8), false},
+               {"kv-q4", signed_codes(Kind::Q4), signed_codes(Kind::Q4), false},
+               {"kivi", {.kind = Kind::Q2, .axis = PageType::Axis::Channel}, {.kind = Kind::Q2}, false},
+               {"kivi(bits=4)", {.kind = Kind::Q4, .axis = PageType::Axis::Channel}, {.kind = Kind::Q4}, false}};
   for (const auto& kind : kinds) {
     if (!only.empty() && only != kind.name) continue;
-    const Stored store(kv_heads, entries, d, kind.type, kind.shuffled);
+    const Stored store(kv_heads, entries, d, kind.k, kind.v, kind.shuffled);
     std::printf("attend_store, %ld entries x %ld heads, %-18s", long(entries), long(kv_heads), kind.name);
     for (int64_t group : {1, 3, 4, 8}) {
       const int64_t h = kv_heads * group;
@@ -111,9 +120,10 @@ void attention(const Kernels& run, int64_t megabytes, const std::string& only) {
       for (int64_t i = 0; i <= h; ++i) offsets->as<int64_t>()[i] = i;
       const Ragged rows{.values = q, .offsets = offsets, .ends = {}, .heads = h, .bound = h};
       const double seconds = best(8, [&] { run.attend_store(queue, rows, store.pages, Read(), Mods(), out, lse); });
-      std::printf("  g%ld %6.1f", long(group), store.bytes / seconds * 1e-9);
+      std::printf("  g%ld %5.1f (%5.1f)", long(group), store.bytes / seconds * 1e-9,
+                  double(kv_heads * entries) / seconds * 1e-6);
     }
-    std::printf("  GB/s\n");
+    std::printf("  GB/s (M entries/s)\n");
   }
 }
 
@@ -182,6 +192,6 @@ int main(int argc, char** argv) {
   std::printf("%s, %d threads, reading %ld MB: %.1f GB/s\n", run.name.c_str(), threads(), long(megabytes), read_rate(memory));
   small(run);
   const std::string only = argc > 3 ? argv[3] : "";
-  attention(run, megabytes, only);
+  attention(run, megabytes, only, argc > 4 ? std::atoi(argv[4]) : 128);
   products(run, memory, only);
 }

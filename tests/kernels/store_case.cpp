@@ -11,6 +11,14 @@ constexpr int64_t guard = 128;
 PageType random_type(Random& random, Kinds kinds) {
   using Kind = PageType::Kind;
   PageType out;
+  if (kinds == Kinds::Codes) {
+    out.kind = pick(random, {Kind::Q8, Kind::Q4, Kind::Q2});
+    out.axis = pick(random, {PageType::Axis::Token, PageType::Axis::Token, PageType::Axis::Channel});
+    const bool by_entry = out.axis == PageType::Axis::Token;
+    out.group = by_entry ? pick(random, {32, 64, 256}) : pick(random, {8, 16, 32, 64});
+    if (by_entry) out.codes = pick(random, {PageType::Codes::Range, PageType::Codes::Signed});
+    return out;
+  }
   out.kind = kinds == Kinds::Sketches ? Kind::Q1
              : kinds == Kinds::Bf16   ? Kind::BF16
              : kinds != Kinds::Any

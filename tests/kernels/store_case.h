@@ -11,6 +11,7 @@ enum class Kinds {
   Plain,  // no quantised ones
   Alike,  // plain, and one layout for all pages
   Bf16,   // that of a model's cache: GPUs have kernels of their own for it
+  Codes,  // whole numbers with a scale, and with a zero or without
   Sketches,
   Any,
 };

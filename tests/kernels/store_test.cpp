@@ -734,6 +734,39 @@ void attend_store_equals_reference(const Kernels& run, Random random) {
   }
 }
 
+/// Codes may be multiplied as they are, with queries and weights of 16 bits: closer than bf16.
+void attend_store_of_codes_equals_reference(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(60) && !testing::Test::HasFailure(); ++i) {
+    const FilledStore from(random, oracle(), Kinds::Codes, run.v_transposed);
+    const StoreCase& store = *from.store;
+    store.randomise_bias(random);
+    const int64_t h = store.g * pick<int64_t>(random, {1, 2, 3, 4, 5, 8});
+    const RaggedData q = normal_ragged(random, Dtype::F32, std::vector<int64_t>(size_t(h * store.sequences), 1), h,
+                                       store.d, Layout::any(random));
+    std::vector<int64_t> k_head;
+    for (int64_t head = 0; head < h; ++head) k_head.push_back(head * store.g / h);
+    const PlanData plan = random_plan(random, pick(random, {Plan::Form::Dense, Plan::Form::Blocks, Plan::Form::Tokens}),
+                                      Plan::Scope::KvHead, 8, pick(random, {1, 16, 64}), 1, q, from.k, k_head);
+    Read read;
+    read.plan = plan.plan;
+    Mods mods;
+    const Poisoned q_pos = row_numbers(q, Dtype::I32, 0, [] { return 300.0; });
+    mods.q_pos = q_pos;
+    if (chance(random, 0.3)) mods.window = 1 + random.below(400);
+    SCOPED_TRACE("case " + std::to_string(i) + ": heads " + std::to_string(h) + ", form " +
+                 std::to_string(int(plan.plan.form)) + ", window " + std::to_string(mods.window) + ", " + store.text());
+    Queue queue;
+    const Poisoned out(Dtype::F32, {q.values->size[0], store.d_v}), lse(Dtype::F32, {q.values->size[0]}),
+        got = out.twin(), got_lse = lse.twin();
+    oracle().attend_store(queue, q, store.pages, read, mods, out, lse);
+    run.attend_store(queue, q, store.pages, read, mods, got, got_lse);
+    const double logit = longest_row(q.values) * longest_row(from.k.values) / std::sqrt(double(store.d)),
+                 rounded = 0x1p-16 * largest(q.values) * longest_row(from.k.values) * 2;
+    expect_close("out", out, got, attend_out(0x1p-12, logit, std::max(1.0, largest(from.v.values)), rounded));
+    expect_close("lse", lse, got_lse, attend_lse(0x1p-14, logit, rounded));
+  }
+}
+
 /// Attention over a store equals attention over the panels that were written to it, but for the rounding of its pages.
 void attend_store_equals_panel(const Kernels& run, Random random) {
   for (int i = 0; i < cases(20) && !testing::Test::HasFailure(); ++i) {
@@ -773,6 +806,7 @@ std::vector<Check> store_checks() {
           {Reference, "page_choose", page_choose_equals_reference},
           {Reference, "observe_runs", observe_runs_equals_observe},
           {Reference, "attend_store", attend_store_equals_reference},
+          {Reference, "attend_store_of_codes", attend_store_of_codes_equals_reference},
           {Property, "attend_store_is_attend", attend_store_equals_panel}};
 }
 

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <vector>
 
-#include "kernels/cpu/convert.h"
-#include "kernels/cpu/page_rows.h"
-#include "kernels/cpu/page_side.h"
+#include "kernels/cpu/decode_codes.h"
+#include "kernels/cpu/decode_entries.h"
 #include "kernels/cpu/tile_tasks.h"
 #include "kernels/cpu/walk.h"
 #include "kernels/cpu/workers.h"
@@ -14,76 +14,13 @@
 namespace heed::HEED_ISA {
 namespace {
 
-constexpr int kRows = 8;
+constexpr int kRows = kDecodeRows;
 // Query rows and value pairs whose sums fit the registers beside an entry.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int kRowBlock = 2, kValuePairs = 2;
 #else
 constexpr int kRowBlock = 4, kValuePairs = 2;
 #endif
-
-/// Up to 64 entries of one layout that are met together.
-struct Entries {
-  int count = 0;
-  const PageLayout* layout = nullptr;
-  float position_low = 0;
-  const char *k[kPage], *v[kPage];
-  const float *k_scale[kPage], *k_low[kPage], *v_scale[kPage], *v_low[kPage];  // of quantised sides
-  alignas(64) int32_t key[kPage];
-  alignas(64) int32_t position[kPage];  // with a window
-  alignas(64) float bias[kPage];        // with a bias
-};
-
-/// Scales and lows of quantised entries as f32: a row for each entry, or for each run of entries that share one.
-struct ScaleRows {
-  float* memory;
-  int64_t used = 0;
-  const char* last = nullptr;  // the page and run that the last row is of
-  int last_run = -1;
-
-  static int64_t width(const PageType& type, int d) {
-    if (!type.quantised()) return 0;
-    return type.axis == PageType::Axis::Channel ? d : (d + type.group - 1) / type.group;
-  }
-  /// Floats for 64 entries.
-  static int64_t floats(const PageType& type, int d) { return 2 * kPage * ((width(type, d) + 15) / 16 * 16); }
-
-  void clear() { used = 0, last = nullptr; }
-
-  /// Entries first … first + count of a side; pointers for each go to scale and low.
-  void add(const PageSide& side, int first, int count, const float** scale, const float** low) {
-    const int64_t n = width(*side.type, side.width);
-    if (side.type->axis == PageType::Axis::Token) {
-      float *s = memory + used, *l = s + count * n;
-      convert_row(side.scales() + first * n, count * n, s);
-      if (side.type->zeros()) convert_row(side.zeros() + first * n, count * n, l);
-      else
-        for (int64_t i = 0; i < count * n; ++i) l[i] = side.type->point(0) * s[i];
-      used += 2 * count * n;
-      for (int i = 0; i < count; ++i) scale[i] = s + i * n, low[i] = l + i * n;
-      return;
-    }
-    for (int i = 0; i < count; ++i) {
-      const int run = (first + i) / side.type->group;
-      if (side.data != last || run != last_run) {
-        order(side, side.scales() + run * n, memory + used);
-        order(side, side.zeros() + run * n, memory + used + n);
-        used += 2 * n, last = side.data, last_run = run;
-      }
-      scale[i] = memory + used - 2 * n, low[i] = memory + used - n;
-    }
-  }
-
-  /// Channels in the order in which the codes of a pair are read.
-  static void order(const PageSide& side, const f16* from, float* to) {
-    if (side.type->kind == PageType::Kind::Q8) return convert_row(from, side.width, to);
-    for (int c = 0; c < side.width; c += kPair)
-      for (int i = 0; i < kLanes; ++i) {
-        to[c + i] = float(from[c + 2 * i]);
-        to[c + kLanes + i] = float(from[c + 2 * i + 1]);
-      }
-  }
-};
 
 /// The query rows of a KV head, and what their logits are.
 struct Shared {
@@ -115,8 +52,9 @@ HEED_INLINE void prefetch(const char* row, int64_t c) {
 }
 int64_t row_bytes(const PageType& type, int width) { return int64_t(width) * type.bits() / 8; }
 
-/// s [R][kPage] = dots of query rows q [R][step] (in Row's order) with the entries. With Fetch the keys of `next` are asked for
-/// on the way, a line for each that is read: all at once they would fill the buffers that this batch's loads need too.
+/// s [R][kScoreRow] = dots of query rows q [R][step] (in Row's order) with the entries. With Fetch the keys of `next` are
+/// asked for on the way, a line for each that is read: all at once they would fill the buffers that this batch's loads need
+/// too.
 template <class Row, int R, bool Fetch>
 void dots(const Entries& e, const Entries& next, int d, int shift, const float* q, int64_t step, float* s) {
   for (int j = 0; j < e.count; j += kLanes) {
@@ -125,9 +63,12 @@ void dots(const Entries& e, const Entries& next, int d, int shift, const float* 
       const char *row[4], *coming[4];
       const float *scales[4], *lows[4];
       for (int i = 0; i < 4; ++i) {
-        const int at = std::min(j + 4 * block + i, e.count - 1);  // past the end: the last entry again
-        row[i] = e.k[at], coming[i] = next.k[std::min(j + 4 * block + i, next.count - 1)];
-        if constexpr (Row::quantised) scales[i] = e.k_scale[at], lows[i] = e.k_low[at];
+        const int at = j + 4 * block + i;
+        row[i] = e.k[at], coming[i] = next.k[at];
+        if constexpr (Row::quantised) {
+          const int there = std::min(at, e.count - 1);
+          scales[i] = e.k_scale[there], lows[i] = e.k_low[there];
+        }
       }
       F sum[R][4];
       for (int r = 0; r < R; ++r)
@@ -147,11 +88,11 @@ void dots(const Entries& e, const Entries& next, int d, int shift, const float* 
       }
       for (int r = 0; r < R; ++r) fours[r][block] = sum_quads(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
-    for (int r = 0; r < R; ++r) store(s + r * kPage + j, sum_fours(fours[r]));
+    for (int r = 0; r < R; ++r) store(s + r * kScoreRow + j, sum_fours(fours[r]));
   }
 }
 
-/// out [R][d_v] = out · keep[r] + Σ p [R][kPage] · values, `Pairs` pairs of vectors at once.
+/// out [R][d_v] = out · keep[r] + Σ p [R][kScoreRow] · values, `Pairs` pairs of vectors at once.
 template <class Row, int R, int Pairs, bool Fetch>
 HEED_INLINE void add_values(const Entries& e, const Entries& next, int64_t c, int shift, const float* p,
                             const float* keep, int d_v, float* out) {
@@ -161,12 +102,12 @@ HEED_INLINE void add_values(const Entries& e, const Entries& next, int64_t c, in
   for (int j = 0; j < e.count; ++j)
     for (int u = 0; u < Pairs; ++u) {
       const int64_t at = c + u * kPair, scale = Row::by_channel ? at : (at / kPair) >> shift;
-      if constexpr (Fetch) prefetch<Row>(next.v[std::min(j, next.count - 1)], at);
+      if constexpr (Fetch) prefetch<Row>(next.v[j], at);
       F a, b;
       Row::load(e.v[j], at, Row::quantised ? e.v_scale[j] + scale : nullptr,
                 Row::quantised ? e.v_low[j] + scale : nullptr, a, b);
       for (int r = 0; r < R; ++r) {
-        const F weight = set(p[r * kPage + j]);
+        const F weight = set(p[r * kScoreRow + j]);
         sum[r][2 * u] = fma(weight, a, sum[r][2 * u]);
         sum[r][2 * u + 1] = fma(weight, b, sum[r][2 * u + 1]);
       }
@@ -209,8 +150,10 @@ void over_rows(int rows, bool fetch, Fn&& f) {
 class Decode {
  public:
   Decode(Queue& queue, const Ragged& q, const Pages& pages, const Plan& plan, const Mods& mods)
-      : queue_(queue), q_(q), pages_(pages), plan_(plan), mods_(mods), d_(pages.layouts[0].d),
-        d_v_(pages.layouts[0].d_v) {}
+      : queue_(queue), q_(q), pages_(pages), plan_(plan), mods_(mods), d_(pages.layouts[0].d), d_v_(pages.layouts[0].d_v) {
+    for (const PageLayout& layout : pages.layouts)
+      has_codes_ |= CodeReader::reads_keys(layout.k, d_) || CodeReader::reads_values(layout.v, d_v_);
+  }
 
   /// Cuts the work into pieces; false when a KV head has too many rows.
   bool plan() {
@@ -234,11 +177,13 @@ class Decode {
     left_ = queue_.scratch.take(Dtype::I64, {std::max<int64_t>(int64_t(shared_.size()), 1)}).as<int64_t>();
     for (size_t i = 0; i < shared_.size(); ++i) left_[i] = shared_[i].pieces;
     const int64_t floats = 2 * kRows * d_ + 2 * (k_scales + v_scales);
+    const int64_t code_bytes = has_codes_ ? CodeReader::bytes(d_, d_v_) : 0;
     parallel_with(
-        queue_, floats * int64_t(sizeof(float)), int64_t(pieces_.size()),
+        queue_, code_bytes + floats * int64_t(sizeof(float)), int64_t(pieces_.size()),
         [&](char* memory, int64_t i) {
-          auto* numbers = reinterpret_cast<float*>(memory);
-          Worker worker{numbers, numbers + kRows * d_, {}};
+          auto* numbers = reinterpret_cast<float*>(memory + code_bytes);
+          Worker worker{numbers, numbers + kRows * d_, {}, {}};
+          if (has_codes_) worker.codes.emplace(memory, d_, d_v_);
           float* scales = numbers + 2 * kRows * d_;
           for (Batch& batch : worker.batch) {
             batch.k_scales.memory = scales, batch.v_scales.memory = scales + k_scales;
@@ -253,10 +198,29 @@ class Decode {
   struct Batch {
     Entries entries;
     ScaleRows k_scales, v_scales;
+
+    /// Scales for reading entries as rows of f32.
+    void open_keys() {
+      Entries& e = entries;
+      k_scales.clear();
+      for (int i = 0; i < e.parts; ++i) {
+        const auto [page, first, at, count] = e.part[i];
+        k_scales.add(PageSide::keys(*e.layout, page), first, count, e.k_scale + at, e.k_low + at);
+      }
+    }
+    void open_values() {
+      Entries& e = entries;
+      v_scales.clear();
+      for (int i = 0; i < e.parts; ++i) {
+        const auto [page, first, at, count] = e.part[i];
+        v_scales.add(PageSide::values(*e.layout, page), first, count, e.v_scale + at, e.v_low + at);
+      }
+    }
   };
   struct Worker {
     float *q, *q_paired;  // [rows][d], in order and as pairs of even and odd channels
     Batch batch[2];
+    std::optional<CodeReader> codes;
   };
 
   const int32_t* positions(int64_t segment, int64_t page) const {
@@ -294,8 +258,8 @@ class Decode {
       unit = plan_.form == Plan::Form::Blocks ? plan_.k_tile : 1;
     }
     // Pieces follow from the shapes alone, never from the number of threads: of 32,768 numbers (64 KB in 16 bits, some 10 µs
-    // of one core), unless that would be more than 128 pieces to merge.
-    const int64_t few = std::max<int64_t>((int64_t(32) << 10) / (d_ + d_v_) / kPage, 1);
+    // of one core), twice as many codes, unless that would be more than 128 pieces to merge.
+    const int64_t few = std::max<int64_t>((int64_t(has_codes_ ? 64 : 32) << 10) / (d_ + d_v_) / kPage, 1);
     const int64_t all = (end - begin) * unit, step = std::max(few, (all / 128 + kPage - 1) / kPage) * kPage / unit;
     int64_t at = begin;
     do {
@@ -309,10 +273,8 @@ class Decode {
   /// The next entries of the walk that lie in one layout.
   bool gather(const Shared& s, Walk& walk, Run& run, Batch& batch) const {
     Entries& e = batch.entries;
-    e.count = 0;
+    e.count = e.parts = 0;
     e.position_low = kInfinity;
-    batch.k_scales.clear();
-    batch.v_scales.clear();
     while (e.count < kPage) {
       if (run.count == 0 && !walk.next(kPage, run)) break;
       const int64_t number = run.first / kPage;
@@ -328,10 +290,7 @@ class Decode {
         e.v[at + i] = page + layout.v_at + (first + i) * v_bytes;
         e.key[at + i] = int32_t(run.first + i);
       }
-      if (layout.k.quantised())
-        batch.k_scales.add(PageSide::keys(layout, page), first, count, e.k_scale + at, e.k_low + at);
-      if (layout.v.quantised())
-        batch.v_scales.add(PageSide::values(layout, page), first, count, e.v_scale + at, e.v_low + at);
+      e.part[e.parts++] = {page, first, at, count};
       if (mods_.window > 0) {
         const auto* from = reinterpret_cast<const int32_t*>(page + layout.position_at) + first;
         for (int i = 0; i < count; ++i) {
@@ -346,7 +305,10 @@ class Decode {
       run.first += count;
       run.count -= count;
     }
-    return e.count > 0;
+    if (e.count == 0) return false;
+    std::fill(e.k + e.count, e.k + kPage + 16, e.k[e.count - 1]);
+    std::fill(e.v + e.count, e.v + kPage, e.v[e.count - 1]);
+    return true;
   }
 
   void work(Worker& worker, int64_t i) {
@@ -354,8 +316,8 @@ class Decode {
     const Shared& s = shared_[size_t(piece.shared)];
     const Softmax state = state_of(i, s);
     std::fill_n(state.out, int64_t(s.rows) * d_v_, 0.0f);
-    std::fill_n(state.high, s.rows, -kInfinity);
-    std::fill_n(state.sum, s.rows, 0.0f);
+    std::fill_n(state.high, 16, -kInfinity);
+    std::fill_n(state.sum, 16, 0.0f);
     if (piece.begin < piece.end && !skipped(s)) attend(worker, piece, s, state);
     if (std::atomic_ref<int64_t>(left_[piece.shared]).fetch_sub(1, std::memory_order_acq_rel) == 1) finish(s);
   }
@@ -390,24 +352,35 @@ class Decode {
           paired[c + kLanes + lane] = q[c + 2 * lane + 1];
         }
     }
-    alignas(64) float scores[kRows * kPage], keep[kRows];
+    if (worker.codes) worker.codes->open(worker.q, s.rows);
+    alignas(64) float scores[kRows * kScoreRow], keep[16], worth[16];
     for (int i = 0;; i ^= 1) {
-      const Entries& e = worker.batch[i].entries;
+      Batch& batch = worker.batch[i];
+      const Entries& e = batch.entries;
       const Entries* next = gather(s, walk, run, worker.batch[i ^ 1]) ? &worker.batch[i ^ 1].entries : nullptr;
       const Entries& coming = next ? *next : e;
-      with_rows(e.layout->k, [&]<class Row>() {
-        const float* q = Row::interleaved ? worker.q_paired : worker.q;
-        over_rows(s.rows, next, [&]<int R, bool Fetch>(int r) {
-          dots<Row, R, Fetch>(e, coming, d_, shift(e.layout->k), q + int64_t(r) * d_, d_, scores + r * kPage);
+      const PageType &k = e.layout->k, &v = e.layout->v;
+      if (!CodeReader::reads_keys(k, d_) || !worker.codes->scores(e, next, scores)) {
+        if (k.quantised()) batch.open_keys();
+        with_rows(k, [&]<class Row>() {
+          const float* q = Row::interleaved ? worker.q_paired : worker.q;
+          over_rows(s.rows, next, [&]<int R, bool Fetch>(int r) {
+            dots<Row, R, Fetch>(e, coming, d_, shift(k), q + int64_t(r) * d_, d_, scores + r * kScoreRow);
+          });
         });
-      });
-      weigh(s, e, scores, state, keep);
-      with_rows(e.layout->v, [&]<class Row>() {
-        over_rows(s.rows, next, [&]<int R, bool Fetch>(int r) {
-          values<Row, R, Fetch>(e, coming, d_v_, shift(e.layout->v), scores + r * kPage, keep + r,
-                                state.out + int64_t(r) * d_v_);
+      }
+      const bool codes = CodeReader::reads_values(v, d_v_);
+      weigh(s, e, codes, scores, state, keep, worth);
+      if (codes) {
+        worker.codes->values(e, next, scores, keep, worth, state.out);
+      } else {
+        if (v.quantised()) batch.open_values();
+        with_rows(v, [&]<class Row>() {
+          over_rows(s.rows, next, [&]<int R, bool Fetch>(int r) {
+            values<Row, R, Fetch>(e, coming, d_v_, shift(v), scores + r * kScoreRow, keep + r, state.out + int64_t(r) * d_v_);
+          });
         });
-      });
+      }
       if (!next) return;
     }
   }
@@ -419,13 +392,15 @@ class Decode {
     return out;
   }
 
-  /// Dots → weights; keep: what each row's earlier sums are worth now.
-  void weigh(const Shared& s, const Entries& e, float* scores, Softmax state, float* keep) const {
+  /// Dots → weights, of the row's highest logit so far, or `apart`: of the highest of these, zeros behind the last. keep:
+  /// what each row's earlier sums are worth now; worth: what these weights are.
+  void weigh(const Shared& s, const Entries& e, bool apart, float* scores, Softmax state, float* keep, float* worth) const {
     const bool causal = plan_.causal && float(e.key[e.count - 1]) > s.limit_low;
     const bool window = mods_.window > 0 && s.position_high - e.position_low >= float(mods_.window);
     const F hidden = set(-kInfinity);
+    alignas(64) float sums[16] = {}, tops[16] = {};
     for (int r = 0; r < s.rows; ++r) {
-      float* x = scores + r * kPage;
+      float* x = scores + r * kScoreRow;
       F top = hidden;
       for (int j = 0; j < e.count; j += kLanes) {
         F logit = load(x + j) * set(s.factor[r]);
@@ -439,16 +414,26 @@ class Decode {
         store(x + j, logit);
         top = max(top, logit);
       }
-      const float before = state.high[r], high = std::max(before, hmax(top)), shift = high > -kInfinity ? high : 0;
+      tops[r] = hmax(top);
+      const float high = apart ? tops[r] : std::max(state.high[r], tops[r]), shift = high > -kInfinity ? high : 0;
       F sum = zero();
-      for (int j = 0; j < e.count; j += kLanes) {
+      int j = 0;
+      for (; j < e.count; j += kLanes) {
         const F weight = exp2(load(x + j) - set(shift));
         sum = sum + weight;
         store(x + j, weight);
       }
-      keep[r] = before == high ? 1 : std::exp2(before - shift);
-      state.high[r] = high;
-      state.sum[r] = state.sum[r] * keep[r] + hsum(sum);
+      for (; apart && j < kPage; j += kLanes) store(x + j, zero());
+      sums[r] = hsum(sum);
+    }
+    for (int r = 0; r < s.rows; r += kLanes) {
+      const F before = load(state.high + r), mine = load(tops + r), high = max(before, mine),
+              shift = where(less(hidden, high), high, zero());
+      const F kept = exp2(before - shift), now = apart ? exp2(mine - shift) : set(1);
+      store(keep + r, kept);
+      store(worth + r, now);
+      store(state.high + r, high);
+      store(state.sum + r, fma(load(state.sum + r), kept, now * load(sums + r)));
     }
   }
 
@@ -489,7 +474,7 @@ class Decode {
   const Plan& plan_;
   const Mods& mods_;
   const int d_, d_v_;
-  bool has_bias_ = false;
+  bool has_bias_ = false, has_codes_ = false;
   std::vector<Shared> shared_;
   std::vector<SharedRange> pieces_;
   Tensor out_, lse_, states_;

@@ -1,5 +1,6 @@
 // attend_store for the few query rows of a decode step: each KV head's entries are read once, where they lie, for all
-// rows that share them, and unpacked in registers. Bound by memory in 16 bits.
+// rows that share them, and unpacked in registers, or (decode_codes.h) multiplied as the codes they are. Bound by memory in
+// 16 bits.
 #pragma once
 #include "kernels/kernels.h"
 

@@ -1,0 +1,84 @@
+// What one step of decode reads: up to 64 entries of a KV head, wherever their pages lie.
+#pragma once
+#include <algorithm>
+
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/page_rows.h"
+#include "kernels/cpu/page_side.h"
+
+namespace heed::HEED_ISA {
+
+inline constexpr int kDecodeRows = 8;  // query rows that share a KV head
+/// From a row of scores to the next: what works on 16 entries at a time may reach past the last.
+inline constexpr int kScoreRow = kPage + 16;
+
+/// Up to 64 entries of one layout that are met together.
+struct Entries {
+  /// Neighbours in a page, from entry `at` of these on.
+  struct Part {
+    char* page;
+    int first, at, count;
+  };
+  int count = 0, parts = 0;
+  Part part[kPage];
+  const PageLayout* layout = nullptr;
+  float position_low = 0;
+  const char *k[kPage + 16], *v[kPage];                                        // behind the last: that one again
+  const float *k_scale[kPage], *k_low[kPage], *v_scale[kPage], *v_low[kPage];  // of quantised sides read as rows of f32
+  alignas(64) int32_t key[kPage];
+  alignas(64) int32_t position[kPage];  // with a window
+  alignas(64) float bias[kPage];        // with a bias
+};
+
+/// Scales and lows of quantised entries as f32: a row for each entry, or for each run of entries that share one.
+struct ScaleRows {
+  float* memory;
+  int64_t used = 0;
+  const char* last = nullptr;  // the page and run that the last row is of
+  int last_run = -1;
+
+  static int64_t width(const PageType& type, int d) {
+    if (!type.quantised()) return 0;
+    return type.axis == PageType::Axis::Channel ? d : (d + type.group - 1) / type.group;
+  }
+  /// Floats for 64 entries.
+  static int64_t floats(const PageType& type, int d) { return 2 * kPage * ((width(type, d) + 15) / 16 * 16); }
+
+  void clear() { used = 0, last = nullptr; }
+
+  /// Entries first … first + count of a side; pointers for each go to scale and low.
+  void add(const PageSide& side, int first, int count, const float** scale, const float** low) {
+    const int64_t n = width(*side.type, side.width);
+    if (side.type->axis == PageType::Axis::Token) {
+      float *s = memory + used, *l = s + count * n;
+      convert_row(side.scales() + first * n, count * n, s);
+      if (side.type->zeros()) convert_row(side.zeros() + first * n, count * n, l);
+      else
+        for (int64_t i = 0; i < count * n; ++i) l[i] = side.type->point(0) * s[i];
+      used += 2 * count * n;
+      for (int i = 0; i < count; ++i) scale[i] = s + i * n, low[i] = l + i * n;
+      return;
+    }
+    for (int i = 0; i < count; ++i) {
+      const int run = (first + i) / side.type->group;
+      if (side.data != last || run != last_run) {
+        order(side, side.scales() + run * n, memory + used);
+        order(side, side.zeros() + run * n, memory + used + n);
+        used += 2 * n, last = side.data, last_run = run;
+      }
+      scale[i] = memory + used - 2 * n, low[i] = memory + used - n;
+    }
+  }
+
+  /// Channels in the order in which the codes of a pair are read.
+  static void order(const PageSide& side, const f16* from, float* to) {
+    if (side.type->kind == PageType::Kind::Q8) return convert_row(from, side.width, to);
+    for (int c = 0; c < side.width; c += kPair)
+      for (int i = 0; i < kLanes; ++i) {
+        to[c + i] = float(from[c + 2 * i]);
+        to[c + kLanes + i] = float(from[c + 2 * i + 1]);
+      }
+  }
+};
+
+}  // namespace heed::HEED_ISA
