@@ -95,7 +95,7 @@ if compiled release release all; then
     say "test: --backend cuda: $(build/heed info | sed -n 's/^gpu *//p')"
     exit 2
   fi
-  HEED_CASES=${HEED_CASES:-0.5} meanwhile suites release release
+  HEED_CASES=${HEED_CASES:-0.4} meanwhile suites release release
 fi
 
 if [ $quick = no ]; then
@@ -111,8 +111,8 @@ if [ $quick = no ]; then
   done
   if compiled sanitizers fuzz "${targets[@]}"; then meanwhile sanitized sanitizers; fi
 
-  # Data races: what shares memory between threads.
-  if compiled threads tsan tests; then HEED_CASES=0.03 meanwhile suites threads tsan; fi
+  # Data races: what shares memory between threads (all code points in turn share none and take 14 s).
+  if compiled threads tsan tests; then GTEST_FILTER='-Utf8.*' HEED_CASES=0.03 meanwhile suites threads tsan; fi
 
   # Arm kernels, emulated: about fifty times slower than this machine, so a thirtieth of the cases.
   if compiled arm aarch64 tests; then HEED_CASES=0.03 meanwhile suites arm aarch64; fi
