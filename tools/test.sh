@@ -60,12 +60,12 @@ compiled() {
   build_tree "$@" || { note "$stage-build" failed; return 1; }
 }
 
-# The sanitizers' tests, then each fuzz target: its kept inputs and a few seconds of new ones. Reference kernels take some ten
+# The sanitizers' tests, and meanwhile each fuzz target: its kept inputs and a few seconds of new ones. Reference kernels take ten
 # times as long here and have tests of their own, so of the mechanisms' six settings one runs, the best table with groups of 3:
 # others walk the same memory, and the sixth, in guarded memory, looks for what the sanitizers see anyhow. Every
 # mechanism runs in sessions with a small budget, on the best table too; identities in sessions and evictions beside a mask,
-# recomputed by reference kernels, are left to the release tests, and so are recurrences and segments of which the number alone is
-# what is tested (two minutes), and what compares numbers with other programs' or a decomposition's (one and a half).
+# recomputed by reference kernels, are left to the release tests. So are recurrences and segments where the number alone is what
+# is tested (two minutes of work), and comparisons with other programs' numbers or with a decomposition's (one and a half).
 sanitized() {
   local left_out='*RealModel*:*GreedyTest.*:Recording.*:Guarded.*:*EveryIdentity*:*EqualsTheUntilMask*:All/Golden.*:Xkv.*:*LongAndShort*:*.*_many'
   # Fuzzing meanwhile: one behind the other, it was the last to end by a minute.

@@ -289,13 +289,19 @@ TEST(Guarded, SessionsGiveWhatTheyGiveInOrdinaryMemory) {
   }
 }
 
+SessionOptions guarded_options(const std::string& spec, bool record) {
+  guarded_kernels();  // known by its name from here on
+  SessionOptions o;
+  o.attention = spec, o.backend = "guarded", o.record = record;
+  o.k.kind = o.v.kind = PageType::Kind::F32;
+  return o;
+}
+
 /// Decoding in all the ways in which a recording may come to its end: an idle sequence, a second prompt, a fork, a
 /// truncation.
 std::vector<float> course(const std::shared_ptr<const Model>& model, const std::string& spec, bool record) {
-  guarded_kernels();
-  SessionOptions o;
-  o.attention = spec, o.sequences = 2, o.backend = "guarded", o.record = record;
-  o.k.kind = o.v.kind = PageType::Kind::F32;
+  SessionOptions o = guarded_options(spec, record);
+  o.sequences = 2;
   Session session(model, o);
   std::vector<float> out;
   auto take = [&](const Tensor& t) { out.insert(out.end(), t.as<float>(), t.as<float>() + t.numel()); };
@@ -364,11 +370,7 @@ TEST(Recording, OutgrownBoundsAreRecordedAnew) {
     std::vector<float> got[2];
     int64_t count = 0;
     for (bool record : {false, true}) {
-      SessionOptions o;
-      o.attention = spec, o.backend = "guarded", o.record = record;
-      o.k.kind = o.v.kind = PageType::Kind::F32;
-      guarded_kernels();
-      Session session(model, o);
+      Session session(model, guarded_options(spec, record));
       session.prefill(text(3, 9));
       const int64_t before = replays();
       for (int32_t i = 0; i < 300; ++i) {
@@ -389,11 +391,7 @@ TEST(Recording, ForksAreRecordedFromTheirSecondTokenOn) {
     SCOPED_TRACE(spec);
     std::vector<float> got[2];
     for (bool record : {false, true}) {
-      SessionOptions o;
-      o.attention = spec, o.backend = "guarded", o.record = record;
-      o.k.kind = o.v.kind = PageType::Kind::F32;
-      guarded_kernels();
-      Session session(model, o);
+      Session session(model, guarded_options(spec, record));
       session.prefill(text(70, 9));
       const auto decode = [&](Session& s, int32_t seed) {
         for (int32_t i = 0; i < 6; ++i) {

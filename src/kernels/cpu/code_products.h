@@ -17,7 +17,8 @@
 #include <array>
 #include <bit>
 
-#include "kernels/cpu/product_tile.h"
+#include "kernels/cpu/tile_registers.h"
+#include "kernels/cpu/transpose_words.h"
 
 namespace heed::HEED_ISA {
 
@@ -41,42 +42,10 @@ HEED_INLINE __m512i four_at(const void* p) {
 
 #if defined(__AMX_INT8__)
 
-template <int T>
-HEED_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(T));
-}
-template <int T>
-HEED_INLINE void tile_load(const void* p, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
-}
-template <int T>
-HEED_INLINE void tile_store(void* p, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
-}
-/// Sum += a · b of unsigned (u) and signed (s) bytes.
-template <int Sum, int A, int B>
-HEED_INLINE void tile_dot_us() {
-  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
-}
-template <int Sum, int A, int B>
-HEED_INLINE void tile_dot_su() {
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
-}
-
-/// Tile registers: 0–3 and 7 have 16 rows of 64 bytes, 4 and 6 codes of a step, 5 a step of Q.
-class CodeRegisters {
- public:
-  CodeRegisters() {
-    alignas(64) struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 32, 64, 32, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 8, 16, 16};
-    } config;
-    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
-  }
-  ~CodeRegisters() { asm volatile("tilerelease" ::: "memory"); }
-  CodeRegisters(const CodeRegisters&) = delete;
-  CodeRegisters& operator=(const CodeRegisters&) = delete;
+/// 0–3 and 7 have 16 rows of 64 bytes, 4 and 6 codes of a step, 5 a step of Q.
+struct CodeRegisters : TileRegisters {
+  CodeRegisters()
+      : TileRegisters(TileShapes{.row_bytes = {64, 64, 64, 64, 32, 64, 32, 64}, .rows = {16, 16, 16, 16, 16, 8, 16, 16}}) {}
 };
 
 /// c = first + codes · Q of one group: 16 rows of codes, `stride` bytes apart, of so many steps. `first`: [16] or null.

@@ -200,20 +200,15 @@ class Decode {
     ScaleRows k_scales, v_scales;
 
     /// Scales for reading entries as rows of f32.
-    void open_keys() {
-      Entries& e = entries;
-      k_scales.clear();
-      for (int i = 0; i < e.parts; ++i) {
-        const auto [page, first, at, count] = e.part[i];
-        k_scales.add(PageSide::keys(*e.layout, page), first, count, e.k_scale + at, e.k_low + at);
-      }
-    }
-    void open_values() {
-      Entries& e = entries;
-      v_scales.clear();
-      for (int i = 0; i < e.parts; ++i) {
-        const auto [page, first, at, count] = e.part[i];
-        v_scales.add(PageSide::values(*e.layout, page), first, count, e.v_scale + at, e.v_low + at);
+    void open_keys() { open(k_scales, PageSide::keys, entries.k_scale, entries.k_low); }
+    void open_values() { open(v_scales, PageSide::values, entries.v_scale, entries.v_low); }
+
+   private:
+    void open(ScaleRows& rows, PageSide (*side)(const PageLayout&, char*), const float** scale, const float** low) const {
+      rows.clear();
+      for (int i = 0; i < entries.parts; ++i) {
+        const auto [page, first, at, count] = entries.part[i];
+        rows.add(side(*entries.layout, page), first, count, scale + at, low + at);
       }
     }
   };

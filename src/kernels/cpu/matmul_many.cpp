@@ -24,14 +24,14 @@ class ProductColumns {
     const Product& product;
     int64_t row;
   };
+  /// g < count().
   Group operator[](int64_t g) const {
     if (in_turn_) return {products_[size_t(g % 2)], g / 2 * kGroup};
-    for (const Product& p : products_) {
-      const int64_t groups = ceil_div(p.w.rows, kGroup);
-      if (g < groups) return {p, g * kGroup};
+    for (size_t i = 0;; ++i) {
+      const int64_t groups = ceil_div(products_[i].w.rows, kGroup);
+      if (g < groups) return {products_[i], g * kGroup};
       g -= groups;
     }
-    throw Error(Code::Invalid, "matmul", "no such group of rows");
   }
   int64_t count() const { return count_; }
 

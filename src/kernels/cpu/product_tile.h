@@ -16,7 +16,7 @@
 //                    c[tokens][n · 16] (+)= x[tokens][words] · w[n][words][16]; x and w point to the first word of the part, w_group
 //                    words from one group's panel to the next; tokens: a multiple of granule
 #pragma once
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/tile_registers.h"
 
 namespace heed::HEED_ISA {
 
@@ -78,20 +78,11 @@ struct MatrixTile {
     return token / 16 * 16 * depth + word / 16 * 256 + token % 16 * 16 + word % 16;
   }
 
-  /// Tile registers of one worker: 0–3 sums, 4–5 activations, 6–7 weights, each 16 rows of 64 bytes.
-  class Registers {
-   public:
-    Registers() {
-      alignas(64) struct {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      } config;
-      asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+  /// 0–3 sums, 4–5 activations, 6–7 weights.
+  struct Registers : TileRegisters {
+    Registers()
+        : TileRegisters(TileShapes{.row_bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}}) {
     }
-    ~Registers() { asm volatile("tilerelease" ::: "memory"); }
-    Registers(const Registers&) = delete;
-    Registers& operator=(const Registers&) = delete;
   };
 
   template <int Groups>
@@ -106,43 +97,31 @@ struct MatrixTile {
   HEED_INLINE static void multiply(const Number* w, int64_t w_group, const Number* x, int64_t x_depth, int64_t words,
                                    float* c, int64_t c_stride, bool first) {
     const int64_t c_bytes = c_stride * 4, line = 64;
-    float *c0 = c, *c1 = c + 16 * c_stride;
-    if (first) {
-      asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
-    } else {
-      asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(c0), "r"(c_bytes) : "memory");
-      if constexpr (Groups == 2) asm volatile("tileloadd 64(%0,%1,1), %%tmm1" ::"r"(c0), "r"(c_bytes) : "memory");
-      if constexpr (Sixteens == 2) asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(c1), "r"(c_bytes) : "memory");
-      if constexpr (Sixteens == 2 && Groups == 2)
-        asm volatile("tileloadd 64(%0,%1,1), %%tmm3" ::"r"(c1), "r"(c_bytes) : "memory");
-    }
+    // Calls f.template operator()<register>(where) for the sums there are.
+    const auto each_sum = [&](auto&& f) {
+      f.template operator()<0>(c);
+      if constexpr (Groups == 2) f.template operator()<1>(c + kGroup);
+      if constexpr (Sixteens == 2) f.template operator()<2>(c + 16 * c_stride);
+      if constexpr (Sixteens == 2 && Groups == 2) f.template operator()<3>(c + 16 * c_stride + kGroup);
+    };
+    if (first) each_sum([]<int T>(float*) { tile_zero<T>(); });
+    else each_sum([&]<int T>(float* sum) { tile_load<T>(sum, c_bytes); });
     const Number *x0 = x, *x1 = x + 16 * x_depth * pair, *w0 = w, *w1 = w + w_group * pair;
     for (int64_t i = 0; i < words; i += 16, x0 += 512, x1 += 512, w0 += 512, w1 += 512) {
-      asm volatile(
-          "tileloadd (%0,%2,1), %%tmm4\n\t"
-          "tileloadd (%1,%2,1), %%tmm6\n\t"
-          "tdpbf16ps %%tmm6, %%tmm4, %%tmm0" ::"r"(x0),
-          "r"(w0), "r"(line)
-          : "memory");
-      if constexpr (Groups == 2)
-        asm volatile(
-            "tileloadd (%0,%1,1), %%tmm7\n\t"
-            "tdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::"r"(w1),
-            "r"(line)
-            : "memory");
-      if constexpr (Sixteens == 2)
-        asm volatile(
-            "tileloadd (%0,%1,1), %%tmm5\n\t"
-            "tdpbf16ps %%tmm6, %%tmm5, %%tmm2" ::"r"(x1),
-            "r"(line)
-            : "memory");
-      if constexpr (Sixteens == 2 && Groups == 2) asm volatile("tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::: "memory");
+      tile_load<4>(x0, line);
+      tile_load<6>(w0, line);
+      tile_dot_bf16<0, 4, 6>();
+      if constexpr (Groups == 2) {
+        tile_load<7>(w1, line);
+        tile_dot_bf16<1, 4, 7>();
+      }
+      if constexpr (Sixteens == 2) {
+        tile_load<5>(x1, line);
+        tile_dot_bf16<2, 5, 6>();
+      }
+      if constexpr (Sixteens == 2 && Groups == 2) tile_dot_bf16<3, 5, 7>();
     }
-    asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(c0), "r"(c_bytes) : "memory");
-    if constexpr (Groups == 2) asm volatile("tilestored %%tmm1, 64(%0,%1,1)" ::"r"(c0), "r"(c_bytes) : "memory");
-    if constexpr (Sixteens == 2) asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(c1), "r"(c_bytes) : "memory");
-    if constexpr (Sixteens == 2 && Groups == 2)
-      asm volatile("tilestored %%tmm3, 64(%0,%1,1)" ::"r"(c1), "r"(c_bytes) : "memory");
+    each_sum([&]<int T>(float* sum) { tile_store<T>(sum, c_bytes); });
   }
 };
 using BestTile = MatrixTile;
