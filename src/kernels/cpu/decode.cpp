@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/decode_codes.h"
 #include "kernels/cpu/decode_entries.h"
+#include "kernels/cpu/decode_pairs.h"
 #include "kernels/cpu/tile_tasks.h"
 #include "kernels/cpu/walk.h"
 #include "kernels/cpu/workers.h"

@@ -48,10 +48,10 @@ struct CodeRoom {
 class CodeReader : CodeRoom {
  public:
   static bool reads_keys(const PageType& type, int d) {
-    return reads(type, d) && (type.axis == PageType::Axis::Token || type.group >= 16);
+    return reads_codes(type, d, kCodeStep) && (type.axis == PageType::Axis::Token || type.group >= 16);
   }
   static bool reads_values(const PageType& type, int d_v) {
-    return reads(type, d_v) && type.axis == PageType::Axis::Token;
+    return reads_codes(type, d_v, kCodeStep) && type.axis == PageType::Axis::Token;
   }
 
   static int64_t bytes(int d, int d_v) { return CodeRoom(nullptr, d, d_v).bytes; }
@@ -62,7 +62,7 @@ class CodeReader : CodeRoom {
 
   /// scores [rows][kScoreRow] of a batch's entries; false where a few entries share their scales, so that it would not pay.
   bool scores(const Entries& e, const Entries* next, float* scores) {
-    return with_bits(e.layout->k, [&]<int Bits>() {
+    return with_code_bits(e.layout->k, [&]<int Bits>() {
       if (e.layout->k.axis == PageType::Axis::Channel) return scores_by_channel<Bits>(e, next, scores);
       scores_by_entry<Bits>(e, next, scores);
       return true;
@@ -71,28 +71,13 @@ class CodeReader : CodeRoom {
 
   /// out [rows][d_v] = out · keep + worth · Σ p · values, for p [rows][kScoreRow] of at most 1, zeros behind the entries.
   void values(const Entries& e, const Entries* next, const float* p, const float* keep, const float* worth, float* out) {
-    with_bits(e.layout->v, [&]<int Bits>() {
+    with_code_bits(e.layout->v, [&]<int Bits>() {
       add_values<Bits>(e, next, p, keep, worth, out);
       return true;
     });
   }
 
  private:
-  static bool reads(const PageType& type, int width) {
-    using Codes = PageType::Codes;
-    return type.quantised() && (type.codes == Codes::Range || type.codes == Codes::Signed) && width % kCodeStep == 0 &&
-           (type.axis == PageType::Axis::Channel || type.group % kCodeStep == 0);
-  }
-
-  template <class Fn>
-  static bool with_bits(const PageType& type, Fn&& f) {
-    switch (type.kind) {
-      case PageType::Kind::Q8: return f.template operator()<8>();
-      case PageType::Kind::Q4: return f.template operator()<4>();
-      default: return f.template operator()<2>();
-    }
-  }
-
   /// x [rows][d] as bytes: columns_ [high and low of each row][d], units and, if asked for, sums of each step's numbers.
   template <bool Sums>
   void split(const float* x) {
@@ -580,19 +565,6 @@ class CodeReader : CodeRoom {
   const float* query_ = nullptr;
   const PageType* packed_ = nullptr;  // for which the query rows are packed
   float unit_[kDecodeRows];
-};
-
-#else
-
-/// Where there are no such products, pages are read as rows of f32.
-struct CodeReader {
-  CodeReader(char*, int, int) {}
-  static bool reads_keys(const PageType&, int) { return false; }
-  static bool reads_values(const PageType&, int) { return false; }
-  static int64_t bytes(int, int) { return 0; }
-  void open(const float*, int) {}
-  bool scores(const Entries&, const Entries*, float*) { return false; }
-  void values(const Entries&, const Entries*, const float*, const float*, const float*, float*) {}
 };
 
 #endif

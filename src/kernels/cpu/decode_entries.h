@@ -30,6 +30,22 @@ struct Entries {
   alignas(64) float bias[kPage];        // with a bias
 };
 
+/// Whether codes of a side can be multiplied as they are, `step` channels at a time.
+inline bool reads_codes(const PageType& type, int width, int step) {
+  using Codes = PageType::Codes;
+  return type.quantised() && (type.codes == Codes::Range || type.codes == Codes::Signed) && width % step == 0 &&
+         (type.axis == PageType::Axis::Channel || type.group % step == 0);
+}
+/// f.template operator()<bits of a code>().
+template <class Fn>
+bool with_code_bits(const PageType& type, Fn&& f) {
+  switch (type.kind) {
+    case PageType::Kind::Q8: return f.template operator()<8>();
+    case PageType::Kind::Q4: return f.template operator()<4>();
+    default: return f.template operator()<2>();
+  }
+}
+
 /// Scales and lows of quantised entries as f32: a row for each entry, or for each run of entries that share one.
 struct ScaleRows {
   float* memory;

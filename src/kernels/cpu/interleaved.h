@@ -2,6 +2,8 @@
 // is loaded for all rows at once, and sums need no adding up across lanes. The operations are those of codes.h, so that
 // quants.h says once how a format's codes lie.
 #pragma once
+#include <algorithm>
+
 #include "kernels/cpu/codes.h"
 #include "kernels/quant.h"
 
@@ -62,6 +64,17 @@ HEED_INLINE RowCodes add_fifth(RowCodes c, Word bits) {
       0x10000000, 0x10000010, 0x10001000, 0x10001010, 0x10100000, 0x10100010, 0x10101000, 0x10101010};
   for (int j = 0; j < 8; ++j)
     c.word[j] |= Word(_mm512_permutexvar_epi32(__m512i(bits >> 4 * j), _mm512_load_si512(spread)));
+#elif defined(__x86_64__)
+  // Each byte of bits four times; then each its own bit.
+  for (int i = 0; i < 4; ++i) {
+    const __m128i from = _mm_add_epi8(_mm_setr_epi32(0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c),
+                                      _mm_set1_epi8(char(i)));
+    const __m256i spread = _mm256_shuffle_epi8(__m256i(bits), _mm256_broadcastsi128_si256(from));
+    for (int half = 0; half < 2; ++half) {
+      const __m256i bit = _mm256_set1_epi32(half ? int(0x80402010) : 0x08040201);
+      c.word[2 * i + half] |= Word(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit)) & 0x10101010u;
+    }
+  }
 #else
   // A product puts bit k of four at bit 8 k + 4, and others where the mask takes them off.
   for (int j = 0; j < 8; ++j) c.word[j] |= ((bits >> 4 * j & 15) * 0x02040810u) & 0x10101010u;
@@ -81,38 +94,73 @@ HEED_INLINE RowCodes look_up(const int8_t table[16], RowCodes c) {
   return c;
 }
 
-/// sums + the products of a word's codes (0 … 127, or Signed: then with kSignedBias added) and four activations.
+HEED_INLINE uint32_t four_activations(const int8_t* x) {
+  uint32_t four;
+  std::memcpy(&four, x, 4);
+  return four;
+}
+
+#if defined(__x86_64__) && !defined(__AVX512VNNI__)
+/// Products of a word's codes and four activations, two by two, in 16 bits.
 template <bool Signed>
-HEED_INLINE Ints add_dot(Ints sums, Word w, const int8_t* activations) {
-  int32_t four;
-  std::memcpy(&four, activations, 4);
-#if defined(__AVX512VNNI__)
-  if constexpr (Signed) w ^= 0x80808080u;
-  return Ints(_mm512_dpbusd_epi32(__m512i(sums), __m512i(w), _mm512_set1_epi32(four)));
-#elif defined(__AVX512BW__)
-  __m512i x = _mm512_set1_epi32(four), codes = __m512i(w);
+HEED_INLINE auto pair_products(Word w, const int8_t* activations) {
+#if defined(__AVX512BW__)
+  __m512i x = _mm512_set1_epi32(int(four_activations(activations))), codes = __m512i(w);
   if constexpr (Signed) {
     x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), x);
     codes = _mm512_abs_epi8(codes);
   }
-  return sums + Ints(_mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
-#elif defined(__x86_64__)
-  __m256i x = _mm256_set1_epi32(four), codes = __m256i(w);
+  return _mm512_maddubs_epi16(codes, x);
+#else
+  __m256i x = _mm256_set1_epi32(int(four_activations(activations))), codes = __m256i(w);
   if constexpr (Signed) {
     x = _mm256_sign_epi8(x, codes);
     codes = _mm256_abs_epi8(codes);
   }
-  return sums + Ints(_mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+  return _mm256_maddubs_epi16(codes, x);
+#endif
+}
+#if defined(__AVX512BW__)
+HEED_INLINE __m512i add_halves(__m512i a, __m512i b) { return _mm512_add_epi16(a, b); }
+HEED_INLINE Ints sum_halves(__m512i a) { return Ints(_mm512_madd_epi16(a, _mm512_set1_epi16(1))); }
 #else
-  const int8x16_t a = int8x16_t(w), b = vreinterpretq_s8_s32(vdupq_n_s32(four));
+HEED_INLINE __m256i add_halves(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
+HEED_INLINE Ints sum_halves(__m256i a) { return Ints(_mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
+#endif
+#endif
+
+/// Sums over `Count` words of the products of their codes (0 … Top, or Signed: then with kSignedBias added) and activations.
+template <int Count, int Top, bool Signed>
+HEED_INLINE Ints dot_words(const Word* w, const int8_t* activations) {
+  Ints sum = {};
+#if defined(__AVX512VNNI__)
+  for (int j = 0; j < Count; ++j) {
+    const Word codes = Signed ? w[j] ^ 0x80808080u : w[j];
+    sum = Ints(_mm512_dpbusd_epi32(__m512i(sum), __m512i(codes),
+                                   _mm512_set1_epi32(int(four_activations(activations + 4 * j)))));
+  }
+#elif defined(__x86_64__)
+  // Two products of at most 127 Top each: so many fit 16 bits before they are widened.
+  constexpr int most = std::max(1, 32767 / (2 * 127 * Top));
+  for (int j = 0; j < Count; j += most) {
+    auto halves = pair_products<Signed>(w[j], activations + 4 * j);
+    for (int i = j + 1; i < std::min(j + most, Count); ++i)
+      halves = add_halves(halves, pair_products<Signed>(w[i], activations + 4 * i));
+    sum += sum_halves(halves);
+  }
+#else
+  for (int j = 0; j < Count; ++j) {
+    const int8x16_t a = int8x16_t(w[j]), b = vreinterpretq_s8_u32(vdupq_n_u32(four_activations(activations + 4 * j)));
 #if defined(__ARM_FEATURE_DOTPROD)
-  return Ints(vdotq_s32(int32x4_t(sums), a, b));
+    sum = Ints(vdotq_s32(int32x4_t(sum), a, b));
 #else
-  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b))),
-                  high = vpaddlq_s16(vmull_s8(vget_high_s8(a), vget_high_s8(b)));
-  return sums + Ints(vpaddq_s32(low, high));
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b))),
+                    high = vpaddlq_s16(vmull_s8(vget_high_s8(a), vget_high_s8(b)));
+    sum += Ints(vpaddq_s32(low, high));
 #endif
+  }
 #endif
+  return sum;
 }
 
 HEED_INLINE F to_float(Ints x) { return F(__builtin_convertvector(x, float __attribute__((vector_size(4 * kLanes))))); }

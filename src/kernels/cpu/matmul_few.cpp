@@ -150,14 +150,12 @@ void sixteen_times_tokens(const char* rows, int64_t width, const Rounded* x, F (
         const RowCodes codes = Q::template codes<i>(column);
         for (int t = 0; t < Tokens; ++t) {
           const int8_t* in = x[t].codes + b * per_block + 32 * i;
-          Ints sums[2] = {};  // of codes 0 … 15 and 16 … 31
-          for (int j = 0; j < 8; ++j) sums[j / 4] = add_dot<Q::is_signed>(sums[j / 4], codes.word[j], in + 4 * j);
           constexpr int here = 32 / Q::group;
-          if constexpr (here == 1) sums[0] += sums[1];
           for (int h = 0; h < here; ++h) {
             const int g = i * here + h;
             const int64_t at = b * groups + g;
-            acc[t][p] = fma(to_float(sums[h]), scale[g] * set(x[t].scale[at]), acc[t][p]);
+            const Ints sum = dot_words<Q::group / 4, Q::top, Q::is_signed>(codes.word + 4 * h, in + 16 * h);
+            acc[t][p] = fma(to_float(sum), scale[g] * set(x[t].scale[at]), acc[t][p]);
             if constexpr (Q::has_low || shift != 0)
               lows[t][p] = fma(Q::has_low ? low[g] : scale[g], set(x[t].sum[at]), lows[t][p]);
           }

@@ -5,6 +5,7 @@
 //   Block            the block as the file holds it
 //   group            weights that share a scale
 //   is_signed        codes are signed bytes
+//   top              the largest code, or its largest absolute value
 //   offset           low = −offset · scale, unless
 //   has_low          scales() writes it
 //   codes<i>(block)  codes 32 i … 32 i + 31 of the block, or of a column of blocks
@@ -17,7 +18,7 @@ namespace heed::HEED_ISA {
 template <Dtype D> struct Quant;
 
 struct QuantOf32 {
-  static constexpr int group = 32, offset = 0;
+  static constexpr int group = 32, offset = 0, top = 15;
   static constexpr bool is_signed = false, has_low = false;
 };
 
@@ -54,7 +55,7 @@ HEED_INLINE uint32_t load_bits(const uint8_t p[4]) {
 template <>
 struct Quant<Dtype::Q5_0> : QuantOf32 {
   using Block = BlockQ5_0;
-  static constexpr int offset = 16;
+  static constexpr int offset = 16, top = 31;
   template <int, class B> HEED_INLINE static auto codes(const B& b) {
     return add_fifth(load_halves(b.qs), load_bits(b.qh));
   }
@@ -65,6 +66,7 @@ struct Quant<Dtype::Q5_0> : QuantOf32 {
 template <>
 struct Quant<Dtype::Q5_1> : QuantOf32 {
   using Block = BlockQ5_1;
+  static constexpr int top = 31;
   static constexpr bool has_low = true;
   template <int, class B> HEED_INLINE static auto codes(const B& b) {
     return add_fifth(load_halves(b.qs), load_bits(b.qh));
@@ -82,6 +84,7 @@ struct Quant<Dtype::Q5_1> : QuantOf32 {
 template <>
 struct Quant<Dtype::Q8_0> : QuantOf32 {
   using Block = BlockQ8_0;
+  static constexpr int top = 128;
   static constexpr bool is_signed = true;
   template <int, class B> HEED_INLINE static auto codes(const B& b) { return load_codes(b.qs); }
   HEED_INLINE static void scales(const Block& b, float* scale, float*) { *scale = float(b.d); }
@@ -91,6 +94,7 @@ struct Quant<Dtype::Q8_0> : QuantOf32 {
 template <>
 struct Quant<Dtype::IQ4_NL> : QuantOf32 {
   using Block = BlockIQ4_NL;
+  static constexpr int top = 128;
   static constexpr bool is_signed = true;
   template <int, class B> HEED_INLINE static auto codes(const B& b) {
     return look_up(iq4_nl_values, load_halves(b.qs));
@@ -102,7 +106,7 @@ struct Quant<Dtype::IQ4_NL> : QuantOf32 {
 template <>
 struct Quant<Dtype::Q2_K> {
   using Block = BlockQ2_K;
-  static constexpr int group = 16, offset = 0;
+  static constexpr int group = 16, offset = 0, top = 3;
   static constexpr bool is_signed = false, has_low = true;
   template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     return field<2 * (i % 4)>(load_codes(b.qs + 32 * (i / 4)), 3);
@@ -128,7 +132,7 @@ struct Quant<Dtype::Q2_K> {
 template <>
 struct Quant<Dtype::Q3_K> {
   using Block = BlockQ3_K;
-  static constexpr int group = 16, offset = 4;
+  static constexpr int group = 16, offset = 4, top = 7;
   static constexpr bool is_signed = false, has_low = false;
   template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     return join<2>(field<2 * (i % 4)>(load_codes(b.qs + 32 * (i / 4)), 3), field<i>(load_codes(b.hmask), 1));
@@ -182,6 +186,7 @@ struct Quant<Dtype::Q4_K> : QuantOf32 {
 template <>
 struct Quant<Dtype::Q5_K> : QuantOf32 {
   using Block = BlockQ5_K;
+  static constexpr int top = 31;
   static constexpr bool has_low = true;
   template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     return join<4>(field<4 * (i % 2)>(load_codes(b.qs + 32 * (i / 2)), 15), field<i>(load_codes(b.qh), 1));
@@ -195,7 +200,7 @@ struct Quant<Dtype::Q5_K> : QuantOf32 {
 template <>
 struct Quant<Dtype::Q6_K> {
   using Block = BlockQ6_K;
-  static constexpr int group = 16, offset = 32;
+  static constexpr int group = 16, offset = 32, top = 63;
   static constexpr bool is_signed = false, has_low = false;
   template <int i, class B> HEED_INLINE static auto codes(const B& b) {
     constexpr int half = i / 4, part = i % 4;
