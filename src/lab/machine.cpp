@@ -16,36 +16,44 @@
 namespace heed {
 namespace {
 
-// Ten accumulators hide the latency of a multiply-add (4 cycles, two a cycle) on every core so far. The empty asm keeps
-// the compiler from seeing that the results are not needed.
+// Ten accumulators hide the latency of a multiply-add (4 cycles, two a cycle) on every core so far. They have names, since an
+// array of them stays in memory when little is optimised. The empty asm keeps the compiler from seeing that the results are not
+// needed.
 constexpr int kChains = 10;
 constexpr int64_t kRounds = 2'000'000;
 
-#define HEED_CHAINS(STEP)                                                                    \
-  for (int64_t round = 0; round < rounds; ++round) {                                         \
-    for (int c = 0; c < kChains; ++c) STEP;                                                  \
-    asm volatile("" : "+v"(sum[0]), "+v"(sum[1]), "+v"(sum[2]), "+v"(sum[3]), "+v"(sum[4])); \
-    asm volatile("" : "+v"(sum[5]), "+v"(sum[6]), "+v"(sum[7]), "+v"(sum[8]), "+v"(sum[9])); \
+#define HEED_CHAINS(Vector, step)                                                                                       \
+  Vector s0 = {}, s1 = {}, s2 = {}, s3 = {}, s4 = {}, s5 = {}, s6 = {}, s7 = {}, s8 = {}, s9 = {};                      \
+  for (int64_t round = 0; round < rounds; ++round) {                                                                    \
+    s0 = step(s0), s1 = step(s1), s2 = step(s2), s3 = step(s3), s4 = step(s4);                                          \
+    s5 = step(s5), s6 = step(s6), s7 = step(s7), s8 = step(s8), s9 = step(s9);                                          \
+    asm volatile(""                                                                                                     \
+                 : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7), "+v"(s8), "+v"(s9)); \
   }
 
 #if defined(__x86_64__)
 __attribute__((target("avx2,fma"))) void chains_avx2(int64_t rounds) {
-  __m256 sum[kChains] = {}, a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
+  __m256 a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
   asm volatile("" : "+v"(a), "+v"(b));
-  HEED_CHAINS(sum[c] = _mm256_fmadd_ps(a, b, sum[c]))
+#define HEED_STEP(x) _mm256_fmadd_ps(a, b, x)
+  HEED_CHAINS(__m256, HEED_STEP)
+#undef HEED_STEP
 }
 __attribute__((target("avx512f"))) void chains_avx512(int64_t rounds) {
-  __m512 sum[kChains] = {}, a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
+  __m512 a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
   asm volatile("" : "+v"(a), "+v"(b));
-  HEED_CHAINS(sum[c] = _mm512_fmadd_ps(a, b, sum[c]))
+#define HEED_STEP(x) _mm512_fmadd_ps(a, b, x)
+  HEED_CHAINS(__m512, HEED_STEP)
+#undef HEED_STEP
 }
 __attribute__((target("avx512f,avx512bf16"))) void chains_bf16(int64_t rounds) {
-  __m512 sum[kChains] = {};
   __m512i ones = _mm512_set1_epi16(0x3f00);
   asm volatile("" : "+v"(ones));
   __m512bh pairs;
   std::memcpy(&pairs, &ones, sizeof pairs);
-  HEED_CHAINS(sum[c] = _mm512_dpbf16_ps(sum[c], pairs, pairs))
+#define HEED_STEP(x) _mm512_dpbf16_ps(x, pairs, pairs)
+  HEED_CHAINS(__m512, HEED_STEP)
+#undef HEED_STEP
 }
 #elif defined(__aarch64__)
 void chains_neon(int64_t rounds) {
