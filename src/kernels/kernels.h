@@ -39,7 +39,7 @@ struct Rope {
   bool neox = true;
 };
 
-/// Sigmoid: P = σ(logit) without a denominator; parts add; lse = log Σ P.
+/// Sigmoid: P = σ(logit) without a denominator; parts add; lse = log Σ P, −∞ where f32 has no number so small as Σ P.
 enum class WeightFunction : uint8_t { Softmax, Sigmoid };
 
 /// What changes a logit or an output: logit = softcap(scale · temperature · q·k) + biases. An empty tensor is absent.

@@ -415,7 +415,11 @@ HEED_INLINE __m512i pair_bf16(F even, F odd) {
 using Words = __m512i;
 HEED_INLINE Words load_words(const int16_t* p) { return _mm512_loadu_si512(p); }
 HEED_INLINE Words set_word(int32_t word) { return _mm512_set1_epi32(word); }
-HEED_INLINE Words add_pairs(Words sum, Words a, Words b) { return _mm512_dpwssd_epi32(sum, a, b); }
+/// Not the intrinsic: g++ 12 keeps its sums in memory (24 of them, each stored in every step).
+HEED_INLINE Words add_pairs(Words sum, Words a, Words b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
 HEED_INLINE F to_float(Words x) { return _mm512_cvtepi32_ps(x); }
 HEED_INLINE void store_integers(int16_t* p, F x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
