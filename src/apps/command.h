@@ -22,6 +22,7 @@ struct Command {
 std::unique_ptr<Command> run_command();
 std::unique_ptr<Command> compare_command();
 std::unique_ptr<Command> eval_command();
+std::unique_ptr<Command> pairs_command();
 std::unique_ptr<Command> trace_command();
 std::unique_ptr<Command> apply_command();
 std::unique_ptr<Command> tokenize_command();

@@ -19,6 +19,7 @@ constexpr Named commands[] = {
     {"run", "continue a text, with the attention of your choice", run_command},
     {"compare", "what each mechanism costs in quality and saves in time and memory", compare_command},
     {"eval", "measure a model and a mechanism: perplexity, divergence, RULER, LongBench, needles", eval_command},
+    {"pairs", "whether each planner, keep policy and reader works beside each other", pairs_command},
     {"trace", "what a mechanism kept, read and lost on a text, as arrays", trace_command},
     {"apply", "one mechanism on tensors, without a model", apply_command},
     {"tokenize", "text to token ids", tokenize_command},

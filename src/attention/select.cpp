@@ -181,7 +181,8 @@ Tensor divide(const Allocation& a, std::span<const Ragged> scores, Tensor counts
   int64_t entries = 0, most = 1;
   for (int64_t l = 0; l < layers; ++l) {
     compute(queue, length_of(scores[size_t(l)], index()), members_of(lengths, l));
-    compute(queue, min(load(counts.select(0, l), index()), length_of(scores[size_t(l)], index())), members_of(granted, l));
+    // Not bounded by what a member has: a pool that was divided before lends what one cannot take to the others.
+    compute(queue, load(counts.select(0, l), index()), members_of(granted, l));
     entries += scores[size_t(l)].bound;
     most = std::max(most, scores[size_t(l)].bound);
   }
@@ -204,7 +205,10 @@ Tensor divide(const Allocation& a, std::span<const Ragged> scores, Tensor counts
   const int64_t capacity = std::max<int64_t>(1, pool == Pool::All ? entries : most);
   const Tensor chosen = queue.scratch.take(Dtype::I32, {pools * capacity}), count = queue.scratch.take(Dtype::I32, {pools});
   Select best;
-  best.count = compute(queue, Dtype::I32, {pools}, load(grants, (index() + 1) * members) - load(grants, index() * members));
+  const auto of_pool = [&](const Tensor& begins) {
+    return load(begins, (index() + 1) * members) - load(begins, index() * members);
+  };
+  best.count = compute(queue, Dtype::I32, {pools}, min(of_pool(grants), of_pool(starts)));
   queue.run->select(queue, pooled, best, capacity, chosen, count);
   // How many of the chosen lie before the end of each member.
   const Num in = floor_div(index(), members);

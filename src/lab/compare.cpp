@@ -13,12 +13,6 @@
 namespace heed {
 namespace {
 
-double mean_of(const std::vector<std::vector<double>>& values) {
-  double sum = 0, count = 0;
-  for (const auto& row : values) sum += std::accumulate(row.begin(), row.end(), 0.0), count += double(row.size());
-  return count > 0 ? sum / count : 0;
-}
-
 /// What dense measured, against which the others stand.
 struct Baseline {
   std::shared_ptr<DenseMass> mass;
@@ -61,8 +55,8 @@ class Bench {
     row.ppl = std::exp(mean(losses));
     row.kld_mean = mean(kld), row.kld_p99 = quantile(kld, 0.99);
     row.top1_agree = double(same) / double(std::max<size_t>(1, kld.size()));
-    row.density_prefill = mean_of(session.density());
-    const double entries = held_, reads = mean_of(session.read_tokens());
+    row.density_prefill = mean_of_all(session.density());
+    const double entries = held_, reads = mean_of_all(session.read_tokens());
     if (dense) base_.entries = entries, base_.reads = reads, base_.bytes = double(row.kv_bytes), measured_ = true;
     row.kv_share = base_.bytes > 0 ? double(row.kv_bytes) / base_.bytes : 1;
     row.density_kept = base_.entries > 0 ? entries / base_.entries : 1;

@@ -14,16 +14,6 @@
 namespace heed {
 namespace {
 
-constexpr const char* kKey[] = {"model", "attention", "kv",    "chunk", "text",    "task",
-                                "query", "length",    "depth", "seed",  "example", "index"};
-
-std::string identity(const SampleFile::Json& from) {
-  std::string out;
-  for (const char* field : kKey)
-    out += from.contains(field) ? from[field].dump(-1, ' ', false, SampleFile::Json::error_handler_t::replace) + "\n" : "\n";
-  return out;
-}
-
 bool is_sample(const SampleFile::Json& line) {
   const auto text = [&](const char* field) { return line.contains(field) && line[field].is_string(); };
   const auto number = [&](const char* field) {
@@ -37,7 +27,22 @@ bool is_sample(const SampleFile::Json& line) {
 
 }  // namespace
 
-SampleFile::SampleFile(const std::string& path) : path_(path) {
+const SampleFile::Form& SampleFile::eval_samples() {
+  static const Form form = {
+      "sample of `heed eval`",
+      {"model", "attention", "kv", "chunk", "text", "task", "query", "length", "depth", "seed", "example", "index"},
+      is_sample};
+  return form;
+}
+
+std::string SampleFile::identity(const Json& line) const {
+  std::string out;
+  for (const char* field : form_->key)
+    out += line.contains(field) ? line[field].dump(-1, ' ', false, Json::error_handler_t::replace) + "\n" : "\n";
+  return out;
+}
+
+SampleFile::SampleFile(const std::string& path, const Form& form) : path_(path), form_(&form) {
   if (path_.empty()) return;
   auto text = read_file(path_);
   if (!text && text.error().code == Code::NotFound) return;
@@ -53,8 +58,8 @@ SampleFile::SampleFile(const std::string& path) : path_(path) {
       throw Error(Code::Invalid, path_ + ":" + std::to_string(number), "the line has no end",
                   "remove the file or name another");
     }
-    if (!is_sample(line))
-      throw Error(Code::Invalid, path_ + ":" + std::to_string(number), "it is no sample of `heed eval`",
+    if (!form.valid(line))
+      throw Error(Code::Invalid, path_ + ":" + std::to_string(number), std::string("it is no ") + form.what,
                   "remove the file or name another");
     done_[identity(line)] = line;
     at = end + 1;

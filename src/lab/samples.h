@@ -3,6 +3,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 namespace heed {
 
@@ -13,9 +14,17 @@ class SampleFile {
  public:
   using Json = nlohmann::ordered_json;
 
+  /// What lines of a file are.
+  struct Form {
+    const char* what;              // "sample of `heed eval`"
+    std::vector<const char*> key;  // the fields that make a line the one asked for
+    bool (*valid)(const Json& line);
+  };
+  static const Form& eval_samples();
+
   /// No file: nothing is kept. A last line without its end (the program was killed) is cut off. Throws Error(Invalid)
-  /// for a line that is no sample, with its number, and Error(Io).
-  explicit SampleFile(const std::string& path);
+  /// for a line that is not of that form, with its number, and Error(Io).
+  explicit SampleFile(const std::string& path, const Form& form = eval_samples());
 
   /// The finished sample with this key, or null. All fields of `key` must be in a line and equal.
   const Json* find(const Json& key) const;
@@ -23,7 +32,10 @@ class SampleFile {
   void add(const Json& key, const Json& result);
 
  private:
+  std::string identity(const Json& line) const;
+
   std::string path_;
+  const Form* form_;
   std::map<std::string, Json> done_;  // by identity()
 };
 

@@ -105,4 +105,10 @@ double mean(std::span<const double> values) {
   return values.empty() ? 0 : std::accumulate(values.begin(), values.end(), 0.0) / double(values.size());
 }
 
+double mean_of_all(const std::vector<std::vector<double>>& rows) {
+  double sum = 0, count = 0;
+  for (const auto& row : rows) sum += std::accumulate(row.begin(), row.end(), 0.0), count += double(row.size());
+  return count > 0 ? sum / count : 0;
+}
+
 }  // namespace heed

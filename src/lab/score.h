@@ -41,5 +41,7 @@ class Distributions {
 /// The value below which `share` of the values lie, between neighbours by their distance; 0 of none.
 double quantile(std::vector<double> values, double share);
 double mean(std::span<const double> values);
+/// Over every number of every row.
+double mean_of_all(const std::vector<std::vector<double>>& rows);
 
 }  // namespace heed

@@ -39,6 +39,27 @@ TEST_F(OnModel, TokenizeGivesIdsAndPieces) {
   EXPECT_EQ(special["ids"].size(), 2u);
 }
 
+TEST_F(OnModel, PairsAreSharedOutAndNotRunTwice) {
+  const auto pairs = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> all = {"pairs", "-m",      model_, "-f",       text_, "-c",
+                                    "64",    "--score", "8",    "--budget", "50%", "--json"};
+    all.insert(all.end(), more.begin(), more.end());
+    return heed(all);
+  };
+  const std::vector<std::string> some = {"--with", "quest", "--shard", "2/20", "--rows", path("rows.jsonl")};
+  const Outcome first = pairs(some);
+  ASSERT_EQ(first.status, 0) << first.err;
+  const auto at = first.json()["budgets"][0];
+  EXPECT_GT(at["ran"], 0);
+  EXPECT_EQ(at["failed"], 0);
+  EXPECT_EQ(at["ran"].get<int>() + at["refused"].get<int>(), at["pairs"]);
+  for (const auto& row : at["rows"])
+    EXPECT_NE(row["attention"].get<std::string>().find("quest(budget=50%)"), std::string::npos);
+  EXPECT_EQ(pairs(some).out, first.out) << "with the seconds of the first time";
+  for (const char* shard : {"0/3", "4/3", "3", "1/2x"}) EXPECT_EQ(pairs({"--shard", shard}).status, 2) << shard;
+  EXPECT_EQ(pairs({"--with", "quests"}).status, 2);
+}
+
 TEST_F(OnModel, RunIsDeterministicAndKeepsToItsStreams) {
   const std::vector<std::string> arguments = {"run", "-m", model_, "-f",           text_,   "-p",
                                               "the", "-n", "12",   "--ignore-eos", "--json"};

@@ -12,8 +12,8 @@ TEST_F(Usage, EveryCommandHasHelpWithExamples) {
   const Outcome all = heed({"--help"});
   EXPECT_EQ(all.status, 0);
   EXPECT_EQ(heed({}).out, all.out);
-  for (const char* command :
-       {"run", "compare", "eval", "trace", "apply", "tokenize", "list", "info", "heads", "calibrate", "bench"}) {
+  for (const char* command : {"run", "compare", "eval", "pairs", "trace", "apply", "tokenize", "list", "info", "heads",
+                              "calibrate", "bench"}) {
     EXPECT_NE(all.out.find(std::string("\n  ") + command), std::string::npos) << command;
     const Outcome one = heed({command, "--help"});
     EXPECT_EQ(one.status, 0);

@@ -388,6 +388,18 @@ TEST_P(Reads, ClusterKvReadsClustersInOrderOfTheirCentroids) {
   }
 }
 
+TEST_P(Reads, LtriReadsTheLatestWhereAShareHasNoRoomForMore) {
+  const Case c(shape(9, 150), 17);
+  for (const auto& [sinks, local, first] : {std::tuple{4, 26, 4}, {4, 28, 2}, {9, 100, 0}}) {
+    std::vector<int32_t> expected(30);
+    std::iota(expected.begin(), expected.begin() + first, 0);
+    std::iota(expected.begin() + first, expected.end(), 120 + first);
+    const std::string spec = "ltri_llm(budget=20%,sinks=" + std::to_string(sinks) + ",local=" + std::to_string(local) +
+                             ")";
+    for (const auto& tokens : read(c, spec, backend())) EXPECT_EQ(tokens, expected) << spec;
+  }
+}
+
 // Spans cut out of the weights that queries pay in the same stretch, worth the mean logit of their keys.
 TEST_P(Reads, LtriReadsTheSpansOfTheLargestMeanLogit) {
   for (const auto& [n, m, stretch, longest, baseline, budget, sinks, local] : {std::tuple{150, 150, 32, 8, 0.02, 50, 4, 10},

@@ -24,6 +24,35 @@ Rows weights(const LayerView& at, int64_t head, int64_t first) {
   return out;
 }
 
+// Heads that hold unequally many entries, some fewer than an even share, have the whole budget between them all the same.
+TEST(Sessions, ADividedBudgetIsThereBehindTheNextChunkToo) {
+  const auto model = tiny_model(6, 2);
+  for (const auto& [spec, layer_by_layer] : {std::pair{"kvzip(budget=50%,sinks=1)", false},
+                                             {"kvcompose(budget=50%,structured=false)", false},
+                                             {"kvzip(budget=50%,sinks=1,share=layer)", true},
+                                             {"adakv(knorm(budget=50%),port=true)", true}}) {
+    SessionOptions o;
+    o.attention = spec, o.backend = backend_or("cpu"), o.k.kind = o.v.kind = PageType::Kind::F32;
+    Session session(model, o);
+    session.prefill(text(200, 1));
+    bool uneven = false;
+    for (const int more : {24, 8}) {
+      const auto length = [&](int l, int kv) { return session.store().layer(l).length(kv); };
+      for (int l : {0, 2, 3})
+        uneven = uneven || std::min(length(l, 0), length(l, 1)) + more < int64_t(session.tokens().size() + more) / 2;
+      session.prefill(text(more, 2));
+      int64_t sum = 0;
+      for (int l : {0, 2, 3}) {
+        const int64_t own = length(l, 0) + length(l, 1);
+        if (layer_by_layer) { EXPECT_EQ(own, int64_t(session.tokens().size())) << spec << " layer " << l; }
+        sum += own;
+      }
+      EXPECT_EQ(sum, 3 * int64_t(session.tokens().size())) << spec;
+    }
+    EXPECT_TRUE(uneven) << spec;
+  }
+}
+
 TEST(Sessions, CakeDividesABudgetBetweenLayers) {
   for (const auto& [h, g] : {std::pair{6, 2}, {3, 3}})
     for (const auto& [budget, tau1, tau2] : {std::tuple{24, 1.6, 0.4}, {24, 1.0, 4.0}, {60, 1.0, 1.0}}) {

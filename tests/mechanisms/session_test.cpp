@@ -202,6 +202,13 @@ TEST(Sessions, SmallBudgetsChangeLogitsAndStayFinite) {
   }
 }
 
+// The layer that is named has a sliding window, and selects for one that looks back further.
+TEST(Sessions, TidalDecodeSelectsWhereAllIsSeen) {
+  const auto model = tiny_model(6, 2);
+  const auto selected = logits(model, "tidal-decode(budget=1.0,selection=1,correction=9)", 0);
+  EXPECT_LT(distance(logits(model, "dense", 0), selected), 1e-5);
+}
+
 TEST(Sessions, AForkGoesOnAsTheOriginalDoes) {
   const auto model = tiny_model(6, 2);
   for (const char* spec : {"tidal-decode(budget=9,selection=1,correction=2)",

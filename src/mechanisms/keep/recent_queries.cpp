@@ -49,6 +49,8 @@ Ragged RecentQueries::logits(const LayerView& at) const {
   how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each, how.logits = true;
   Mods mods = at.mods;
   mods.q_pos = *held.position;
+  // What a plan or a read gave to this step's rows is not known of earlier ones.
+  mods.gain = mods.temperature = mods.row_factor = mods.key_factor = {};
   Plan all;
   all.causal = at.plan.causal;
   const Ragged columns = at.per_entry(group * rows_);

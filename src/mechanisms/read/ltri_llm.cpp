@@ -14,8 +14,9 @@ namespace {
 // model's own attention paid, in stretches that spans do not cross, the mean over the query heads of a KV head; no two
 // spans overlap, and what lies between two is one; a span is known by the mean of its keys, so that it is worth the mean
 // logit of its entries; the heads of a group decide together, those of other groups and earlier steps have no vote; the
-// last span that the budget reaches is read in part. Prompts are read densely, and what is generated stands in spans of
-// `longest`.
+// last span that the budget reaches is read in part; a share of a short text that has no room for all of the first and the
+// latest entries is filled with the latest before the first. Prompts are read densely, and what is generated stands in
+// spans of `longest`.
 struct LtriLlm final : Mechanism {
   Budget budget;
   int sinks, local, stretch, longest, first_dense;
@@ -63,10 +64,13 @@ struct LtriLlm final : Mechanism {
     compute(queue, begins, pick(known < 0, mod(load(where.values, index()), longest) == 0, known), begins.values);
     Observe how;
     how.rows = Observe::Rows::Last, how.heads = Observe::Heads::GroupMean, how.logits = true;
-    const Ragged liked = force(queue, span_means(queue, begins, at.observe(at.q, how)), sinks, local);
+    const Ragged liked = span_means(queue, begins, at.observe(at.q, how));
+    const Tensor most = compute(queue, Dtype::I32, {liked.segments()}, granted(budget, length_of(liked, index())));
+    const Num room = load(most, segment()), latest = min(local, room), first = min(sinks, room - latest);
+    compute(queue, liked, pick(place() < first || place() >= length() - latest, kInfinity, load(liked.values, index())),
+            liked.values);
     return best_blocks(
-        at, Plan::Scope::KvHead, liked, 1, [&](const Num& head) { return granted(budget, length_of(liked, head)); },
-        at.store->longest());
+        at, Plan::Scope::KvHead, liked, 1, [&](const Num& head) { return load(most, head); }, at.store->longest());
   }
 };
 

@@ -9,7 +9,8 @@ namespace {
 
 // TidalDecode (Yang et al., 2024): one early layer finds each head's best keys, one later layer finds them anew, and all
 // other layers read what the last of these found. The newest token is always read and counts in the budget, as in the
-// authors' kernels (their evaluation code lets it compete). A fraction is of the entries held.
+// authors' kernels (their evaluation code lets it compete). A fraction is of the entries held. A layer with a sliding window
+// cannot choose what it does not see: the next one without does.
 struct TidalDecode final : Mechanism {
   Budget budget;
   int selection, correction;
@@ -18,7 +19,8 @@ struct TidalDecode final : Mechanism {
     using M = TidalDecode;
     return {
         budget_param(&M::budget, "1024", "entries read by each query head"),
-        param(&M::selection, "selection", 2, 0, 1 << 20, "layer that selects; those before it are dense"),
+        param(&M::selection, "selection", 2, 0, 1 << 20,
+              "layer that selects, or the next without a sliding window; those before it are dense"),
         param(&M::correction, "correction", 13, 0, 1 << 20,
               "later layer that selects anew (13 suits 32 layers); none if the model has no such layer"),
     };
@@ -31,12 +33,19 @@ struct TidalDecode final : Mechanism {
   }
   std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<HeldRead>(); }
 
+  /// The first layer from this one on that has no window; the number of layers if there is none.
+  static int seeing_all(const ModelInfo& model, int layer) {
+    while (layer < model.layers && model.window(layer) > 0) ++layer;
+    return layer;
+  }
+
   Read read(LayerView& at) const override {
     auto& held = static_cast<HeldRead&>(*at.state_held());
+    const int first = seeing_all(at.model, selection);
     // A model too shallow to hand selections on selects in every layer and reads what it selected.
-    const bool shallow = at.model.layers <= selection + 1;
-    if (!shallow && at.layer < selection) return {};
-    const bool selects = shallow || at.layer == selection || at.layer == correction;
+    const bool shallow = at.model.layers <= first + 1;
+    if (!shallow && at.layer < first) return {};
+    const bool selects = shallow || at.layer == first || at.layer == seeing_all(at.model, correction);
     if (selects) held.hold(at.queue, choice(at));
     return (selects && !shallow) || at.mods.window > 0 ? Read{} : held.read(at.queue);
   }
