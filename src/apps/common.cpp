@@ -42,7 +42,7 @@ void ModelFlags::declare(CLI::App& app, bool required) {
       ->type_name("TYPE")
       ->capture_default_str();
   app.add_option("--ubatch,--ubatch-size", ubatch,
-                 "-ub: rows worked on at once; bounds memory, not meaning (0: what suits the backend, 1024 or 4096)")
+                 "-ub: rows worked on at once; bounds memory, not meaning (0: what suits the backend, 1024 or 8192)")
       ->type_name("N")
       ->check(CLI::Range(int64_t(0), int64_t(1) << 20))
       ->capture_default_str();

@@ -212,23 +212,36 @@ void LayerStore::widen(Queue& queue, int64_t pages) {
   view_.table = table_, view_.layout = layout_;
 }
 
-void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor positions, std::span<const int64_t> rows) {
-  require(k.segments() == segments() && v.segments() == segments(), "LayerStore::append",
-          std::to_string(k.segments()) + " segments for a layer of " + std::to_string(segments()));
+/// Every segment s is to have rows[s] more entries.
+void LayerStore::grow(Queue& queue, std::span<const int64_t> rows) {
   const int64_t before = page_bound();
   int64_t total = 0;
-  bool all = true;  // every segment grows
-  for (int64_t s = 0; s < segments_; ++s) {
-    const int64_t count = rows.empty() ? k.length(s) : rows[size_t(s / shape_.kv_heads)];
-    length_[size_t(s)] += count, total += count;
-    all &= count > 0;
-  }
-  if (total == 0) return;
+  for (int64_t s = 0; s < segments_; ++s) length_[size_t(s)] += rows[size_t(s)], total += rows[size_t(s)];
   if (together_ >= 0) together_ += total;
   if (promised_ < 0) promise(queue, 0, page_bound() - before + (tails_shared_ ? segments_ : 0));
   promised_ = -1;
   widen(queue, pages_for(longest()));
   changed_bounds();
+}
+
+bool LayerStore::append_heads(Queue& queue, float eps, const Heads& q, const Heads& k, const Heads& v, Tensor positions) {
+  if (!queue.run->append_heads || tails_shared_) return false;
+  grow(queue, std::vector<int64_t>(size_t(segments_), 1));
+  view_.shared = false;
+  queue.run->append_heads(queue, eps, q, k, v, view_, positions);
+  changed(queue);
+  return true;
+}
+
+void LayerStore::append(Queue& queue, const Ragged& k, const Ragged& v, Tensor positions, std::span<const int64_t> rows) {
+  require(k.segments() == segments() && v.segments() == segments(), "LayerStore::append",
+          std::to_string(k.segments()) + " segments for a layer of " + std::to_string(segments()));
+  std::vector<int64_t> more;
+  for (int64_t s = 0; s < segments_; ++s)
+    more.push_back(rows.empty() ? k.length(s) : rows[size_t(s / shape_.kv_heads)]);
+  if (*std::max_element(more.begin(), more.end()) == 0) return;
+  const bool all = *std::min_element(more.begin(), more.end()) > 0;  // every segment grows
+  grow(queue, more);
   Scratch scope(queue.scratch);
   const Tensor first = queue.scratch.take(Dtype::I32, {segments_});
   view_.shared = tails_shared_;

@@ -89,6 +89,10 @@ class LayerStore {
   /// sequence; left out, k's offsets are looked at, which must then be of the host.
   void append(Queue&, const Ragged& k, const Ragged& v, Tensor positions, std::span<const int64_t> rows = {});
 
+  /// One token of every sequence: Kernels::append_heads. False, having done nothing, where there is no such, or a fork may
+  /// hold the last pages too.
+  bool append_heads(Queue&, float eps, const Heads& q, const Heads& k, const Heads& v, Tensor positions);
+
   /// Keeps entries index[s · capacity + i], i < count[s] (ascending), of each segment; pages left over are given back.
   /// most: no segment keeps more than most[s], and all of the layer together no more than `together`; left out, bounds
   /// stay as they are.
@@ -136,7 +140,8 @@ class LayerStore {
   void let_go(Queue&, Tensor lengths, std::span<const int64_t> most, int64_t together);
   void changed_bounds();  // behind bounds, supplies or layouts that changed on the host
   void use_points(int layout, const PagePoints& points);
-  void changed(Queue&);  // behind a kernel that changed lengths
+  void changed(Queue&);                              // behind a kernel that changed lengths
+  void grow(Queue&, std::span<const int64_t> rows);  // bounds, pages and tables for so many more entries of each segment
 
   Store* store_;
   int group_;
@@ -205,6 +210,8 @@ class Store {
   void sync();
   int64_t bytes();
   int64_t entries() const;
+  /// I32 [Σ segments], layer by layer: the entries of each.
+  Tensor lengths() const { return lengths_; }
   /// The number of a column by its name, or −1.
   int column(const std::string& name) const;
 

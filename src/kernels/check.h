@@ -12,6 +12,9 @@ void check_attention(const char* where, const Ragged& q, const Ragged& k, const 
 void check_tensor(const char* where, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
                   bool optional = false, Dtype type = Dtype::F32);
 
+/// The type that rows between two products must have: BF16 when they do, else F32.
+inline Dtype row_type(const Tensor& t) { return t.type == Dtype::BF16 ? Dtype::BF16 : Dtype::F32; }
+
 /// A read that turns plain keys has a rope, and its places are numbers for the pages' segments; a null read turns nothing.
 void check_read(const char* where, const Pages& pages, const Read* read);
 

@@ -272,6 +272,13 @@ enum class Activation : uint8_t { Silu, GeluTanh };
 /// One of several matrices that multiply the same rows.
 struct Linear {
   Tensor w, bias, y;  // as matmul has them; bias may be empty
+  bool add = false;   // to what y holds
+};
+
+/// An RMS norm of rows before they are multiplied, as rms_norm has it.
+struct Norm {
+  Tensor weight;
+  float eps = 0;
 };
 
 /// Rows of heads on their way from token-major to head-major.
@@ -289,8 +296,9 @@ struct Kernels {
   bool v_transposed = false;             // the page layout this backend wants for V
   const Memory* memory = &cpu_memory();  // where every tensor that a kernel sees must lie
   int64_t tile_rows = 512;               // tokens of a prompt whose products are best done at once
-  int plan_rows = 64;                    // queries of a tile, 64 or 128, for which a plan of blocks is fastest
-  bool plan_sequences = false;           // whether planners had best look at all heads of a sequence at once
+  Dtype prompt_rows = Dtype::F32;  // F32 or BF16: what matmul_glu and merge_heads had best write of a prompt's tokens
+  int plan_rows = 64;              // queries of a tile, 64 or 128, for which a plan of blocks is fastest
+  bool plan_sequences = false;     // whether planners had best look at all heads of a sequence at once
 
   /// out [rows, d_v], lse [rows]; with plan.parts > 1: out [parts, rows, d_v], lse [parts, rows]. lse may be empty.
   /// Milakov & Gimelshein 2018 (online softmax); Dao 2023 (tiling).
@@ -417,13 +425,16 @@ struct Kernels {
   void (*page_choose)(Queue&, const Ragged& q, const Pages&, const PageChoice&, int64_t capacity, Tensor index,
                       Tensor count, Tensor rowptr);
 
-  /// y [T, out] (+)= x [T, in] · w[out, in]^T + bias[out]. w: any Dtype, rows contiguous; x, y F32; bias may be empty.
+  /// y [T, out] (+)= x [T, in] · w[out, in]^T + bias[out]. w: any Dtype, rows contiguous; x F32 or BF16; y F32; bias may be
+  /// empty.
   void (*matmul)(Queue&, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y);
-  /// y = x · w^T + bias of each (q, k and v): what is done to x is done once, and a decode step begins one parallel region
-  /// instead of three.
-  void (*matmul_each)(Queue&, std::span<const Linear> each, Tensor x);
-  /// y [T, out] = act(x · gate^T) · (x · up^T), elementwise; gate and up [out, in]. y may not be x.
-  void (*matmul_glu)(Queue&, Tensor gate, Tensor up, Tensor x, Activation, Tensor y);
+  /// y (+)= x · w^T + bias of each (q, k and v), x (then F32) normed before where `norm` is not null: what is done to x is done once, and
+  /// a decode step begins one parallel region instead of three. Matrices are weights: nothing that is under way on the queue
+  /// writes them.
+  void (*matmul_each)(Queue&, std::span<const Linear> each, Tensor x, const Norm* norm);
+  /// y [T, out] = act(x · gate^T) · (x · up^T), elementwise; gate and up [out, in], weights; x as in matmul_each; y F32 or BF16,
+  /// not x.
+  void (*matmul_glu)(Queue&, Tensor gate, Tensor up, Tensor x, const Norm* norm, Activation, Tensor y);
   /// Rows ids (I32 [T]) of w [vocabulary, width] → y F32 [T, width], times scale.
   void (*embed)(Queue&, Tensor w, Tensor ids, float scale, Tensor y);
   /// y = x / √(mean x² + eps) · weight over the last dimension; x, y [T, width] (y may be x); an empty weight is 1.
@@ -431,8 +442,13 @@ struct Kernels {
   /// Each x to head-major, sequence s being rows first[s] … first[s + 1] (I64): its norm, then its rotation. Queries, keys
   /// and values of a layer are one call.
   void (*split_heads)(Queue&, Tensor first, float eps, std::span<const Heads> each);
-  /// The way back: in head-major (F32) → y F32 [T, heads · d_v].
+  /// The way back: in head-major (F32) → y F32 or BF16 [T, heads · d_v].
   void (*merge_heads)(Queue&, const Ragged& in, Tensor first, Tensor y);
+  /// What split_heads, page_grow and page_write make of one token of every sequence: q goes to head-major rows; k and v (their
+  /// `out` is not looked at) become the last entries of their segments, at positions (I32 [segments]). Not for pages that
+  /// are shared. Null: these three one after another.
+  void (*append_heads)(Queue&, float eps, const Heads& q, const Heads& k, const Heads& v, const Pages&,
+                       Tensor positions) = nullptr;
   /// y = act(gate) · up, elementwise; y may be gate.
   void (*glu)(Queue&, Tensor gate, Tensor up, Activation, Tensor y);
   /// y += x.

@@ -76,7 +76,7 @@ void finish_backward(Queue& queue, const ModelWeights& weights, const Architectu
     run.rms_norm(queue, middle, w.ffn_norm, eps, normed);
     const Tensor gate = rows(inner), up = rows(inner), d_gate = rows(inner), d_up = rows(inner);
     const Linear both[] = {{w.gate, {}, gate}, {w.up, {}, up}};
-    run.matmul_each(queue, std::span(both), normed);
+    run.matmul_each(queue, std::span(both), normed, nullptr);
     // Backward: the feed-forward part,
     Tensor d_down = d_rows;
     if (w.ffn_post_norm) {

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "attention/rotation.h"
+#include "kernels/host_memory.h"
 #include "mechanisms/registry.h"
 #include "model/session_impl.h"
 #include "model/transformer.h"
@@ -288,6 +289,7 @@ Tensor Session::Impl::forward(Batch& batch) {
     layer(batch, l, x);
     if (progress && batch.phase != Phase::Decode) progress(l + 1, m.layers);
   }
+  if (batch.phase == Phase::Decode && counts_at_end(batch)) count_all_reads();
   return x;
 }
 
@@ -330,7 +332,8 @@ bool Session::Impl::replay(const Batch& batch, std::span<const int32_t> ids, std
   queue.upload(Tensor(step_input.data(), Dtype::I32, {2, sequences}), fed);
   queue.replay(found->work);
   store->replayed(found->evicts);
-  if (!logits_out || logits_out->size[0] != sequences) logits_out = Buffer(Dtype::F32, {sequences, info().vocabulary});
+  if (!logits_out || logits_out->size[0] != sequences)
+    logits_out = Buffer(Dtype::F32, {sequences, info().vocabulary}, host_memory(queue.device));
   queue.read_back(logits_there, logits_out->data);
   return true;
 }
@@ -365,7 +368,7 @@ void Session::Impl::emit(Batch& batch, Tensor x, Logits want, const std::functio
   }
   Scratch scope(queue.scratch);
   if (!logits_out || logits_out->size[0] != options.sequences)
-    logits_out = Buffer(Dtype::F32, {options.sequences, vocabulary});
+    logits_out = Buffer(Dtype::F32, {options.sequences, vocabulary}, host_memory(queue.device));
   const Tensor last = queue.scratch.take(Dtype::F32, {options.sequences, info().hidden});
   queue.fill(last, 0);
   for (int64_t s = 0, row = 0; s < options.sequences; ++s) {

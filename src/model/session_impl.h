@@ -115,6 +115,8 @@ struct Session::Impl {
   void evict_all(int p, Phase phase);
   void emit(Batch& batch, Tensor x, Logits want, const std::function<void(int64_t, Tensor)>& visit);
   void count_reads(LayerView& view);
+  bool counts_at_end(const Batch& batch) const;
+  void count_all_reads();
   void count_shares(const Batch& batch, LayerView& view);
   Ragged head_major(const Batch& batch, Dtype type, int64_t heads, int64_t width);
   void make_logits(Tensor x, Tensor host);

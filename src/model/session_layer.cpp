@@ -54,16 +54,24 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   Scratch scope(queue.scratch);
   LayerView view = view_of(batch, l, x);
 
-  Tensor q_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.h) * m.d});
-  Tensor k_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.g) * m.d});
-  Tensor v_rows = queue.scratch.take(Dtype::F32, {total, int64_t(m.g) * m.d_v});
+  // Queries, keys and values of a token side by side: products that are one where a backend makes it so.
+  const int64_t q_width = int64_t(m.h) * m.d, k_width = int64_t(m.g) * m.d, v_width = int64_t(m.g) * m.d_v;
+  const Tensor all_rows = queue.scratch.take(Dtype::F32, {total, q_width + k_width + v_width});
+  const auto columns = [&](int64_t first, int64_t width) { return all_rows.slice(1, first, first + width); };
+  const Tensor q_rows = columns(0, q_width), k_rows = columns(q_width, k_width),
+               v_rows = columns(q_width + k_width, v_width);
   {
     Clock clock(times.products);
     project(queue, *weights, architecture(), l, x, options.ubatch, q_rows, k_rows, v_rows, adapter);
   }
   std::optional<Clock> clock(std::in_place, times.rest);
-  Tensor q_heads = q_rows.reshape({total, m.h, m.d}), k_heads = k_rows.reshape({total, m.g, m.d}),
-         v_heads = v_rows.reshape({total, m.g, m.d_v});
+  const auto by_head = [](Tensor rows, int64_t heads, int64_t width) {
+    rows.rank = 3;
+    rows.size[1] = heads, rows.size[2] = width, rows.stride[1] = width, rows.stride[2] = 1;
+    return rows;
+  };
+  const Tensor q_heads = by_head(q_rows, m.h, m.d), k_heads = by_head(k_rows, m.g, m.d),
+               v_heads = by_head(v_rows, m.g, m.d_v);
   const float eps = architecture().norm_eps;
   const Rope* rope = m.rope(l);
   const bool plain_keys = store->options().plain_keys && rope;
@@ -95,19 +103,27 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     changes.push_back({splits.back().out, &matrix, out});
   };
 
-  view.q = head_major(batch, Dtype::F32, m.h, m.d);
-  split(q_heads, w.q_norm, rope, query_at, basis.k, view.q);
+  // Nobody but attention looks at a prompt's queries, which it rounds to the type of its keys.
+  const Dtype k_type = panel_type(store->options().k), v_type = panel_type(store->options().v);
+  const bool looked_at = parts() > 0 || tap || tapes;
+  view.q = head_major(batch, decoding || looked_at || k_type != Dtype::BF16 ? Dtype::F32 : row_type(queue, total, w.q),
+                      m.h, m.d);
+  // One token each: all of it at once.
+  const bool one_each = decoding && std::all_of(batch.count.begin(), batch.count.end(), [](int64_t n) { return n == 1; });
+  const bool appended = one_each && !plain_keys && !basis.k && !basis.v &&
+                        entries.append_heads(queue, eps, {q_heads, w.q_norm, rope, query_at, view.q},
+                                             {k_heads, w.k_norm, rope, read_at, {}}, {.x = v_heads}, batch.kv_pos);
+  if (!appended) split(q_heads, w.q_norm, rope, query_at, basis.k, view.q);
   if (plain_keys) {
     view.plain_q = head_major(batch, Dtype::F32, m.h, m.d);
     splits.push_back({q_heads, w.q_norm, nullptr, {}, view.plain_q});
   }
 
   // New keys and values, in the panel behind the old ones or, while decoding, on their own.
-  const Dtype k_type = panel_type(store->options().k), v_type = panel_type(store->options().v);
   Ragged k_new, v_new;
   Tensor new_positions = batch.kv_pos;
   if (decoding) {
-    k_new = head_major(batch, k_type, m.g, m.d), v_new = head_major(batch, v_type, m.g, m.d_v);
+    if (!appended) k_new = head_major(batch, k_type, m.g, m.d), v_new = head_major(batch, v_type, m.g, m.d_v);
   } else {
     const int64_t all = entries.segments(), rows = entries.entries() + total * m.g;
     for (int64_t s = 0; s < all; ++s) view.key_rows.push_back(entries.length(s) + batch.count[size_t(s / m.g)]);
@@ -136,18 +152,20 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
     }
     compute(queue, k_new, load(batch.positions, load(batch.first, floor_div(segment(), m.g)) + place()), new_positions);
   }
-  split(v_heads, {}, nullptr, {}, basis.v, v_new);
-  Ragged kept = k_new;
-  if (plain_keys) {  // the same rows, unrotated
-    kept.values = queue.scratch.take(k_type, {k_new.values.size[0], m.d});
-    splits.push_back({k_heads, w.k_norm, nullptr, {}, kept});
-    if (!decoding) splits.push_back({k_heads, w.k_norm, rope, read_at, k_new});
-  } else {
-    split(k_heads, w.k_norm, rope, read_at, basis.k, k_new);
+  if (!appended) {
+    split(v_heads, {}, nullptr, {}, basis.v, v_new);
+    Ragged kept = k_new;
+    if (plain_keys) {  // the same rows, unrotated
+      kept.values = queue.scratch.take(k_type, {k_new.values.size[0], m.d});
+      splits.push_back({k_heads, w.k_norm, nullptr, {}, kept});
+      if (!decoding) splits.push_back({k_heads, w.k_norm, rope, read_at, k_new});
+    } else {
+      split(k_heads, w.k_norm, rope, read_at, basis.k, k_new);
+    }
+    run.split_heads(queue, batch.first, eps, splits);
+    for (const Change& change : changes) change_basis(queue, change.from, *change.matrix, change.to);
+    entries.append(queue, kept, v_new, new_positions, batch.count);
   }
-  run.split_heads(queue, batch.first, eps, splits);
-  for (const Change& change : changes) change_basis(queue, change.from, *change.matrix, change.to);
-  entries.append(queue, kept, v_new, new_positions, batch.count);
 
   view.out = queue.scratch.take(Dtype::F32, {total * m.h, m.d_v});
   view.lse = queue.scratch.take(Dtype::F32, {total * m.h});
@@ -170,7 +188,7 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   // Of one token a sequence, rows of heads already lie as the token's row.
   Tensor merged = out.values.reshape({total, int64_t(m.h) * m.d_v});
   if (std::any_of(batch.count.begin(), batch.count.end(), [](int64_t n) { return n > 1; })) {
-    merged = queue.scratch.take(Dtype::F32, {total, int64_t(m.h) * m.d_v});
+    merged = queue.scratch.take(row_type(queue, total, w.o), {total, int64_t(m.h) * m.d_v});
     run.merge_heads(queue, out, batch.first, merged);
   }
   finish(queue, *weights, architecture(), l, merged, options.ubatch, x, adapter);
@@ -195,7 +213,7 @@ void Session::Impl::attend(Batch& batch, LayerView& view) {
     }
     Clock clock(times.attend);
     run.attend_store(queue, view.q, view.store->pages(), view.read, view.mods, view.out, view.lse);
-    count_reads(view);
+    if (!counts_at_end(batch)) count_reads(view);
   } else {
     if (planner >= 0 && batch.phase != Phase::Replay) {
       Clock clock(times.plan);
@@ -236,6 +254,22 @@ void Session::Impl::count_shares(const Batch& batch, LayerView& view) {
   count_density(queue, view.plan, view.q, {.panel = &view.k, .pages = nullptr, .read = nullptr}, view.mods, pairs);
   const Num possible = load(pairs, view.model.h + index());
   compute(queue, load(sum, index()) + pick(possible > 0, load(pairs, index()) / possible, 1) * worth, sum);
+}
+
+/// Whether what a decode step reads are the lengths that all layers have when it is over.
+bool Session::Impl::counts_at_end(const Batch& batch) const {
+  bool windows = false;
+  for (int64_t window : info().windows) windows |= window > 0;
+  return parts() == 0 && !windows && options.sequences <= 4 && batch.total == options.sequences &&
+         batch.layers == info().layers;
+}
+
+void Session::Impl::count_all_reads() {
+  const ModelInfo& m = info();
+  Num sum = load(reads, index() * m.h + channel());
+  for (int64_t s = 0; s < options.sequences; ++s)
+    sum = sum + load(store->lengths(), (index() * options.sequences + s) * m.g + floor_div(channel(), m.group()));
+  compute(queue, sum, reads);
 }
 
 void Session::Impl::count_reads(LayerView& view) {

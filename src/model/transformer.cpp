@@ -24,12 +24,13 @@ void project(Queue& queue, const ModelWeights& weights, const Architecture& arch
   const LayerWeights& w = weights.layers[size_t(layer)];
   each_tile(x.size[0], tile, [&](int64_t a, int64_t b) {
     Scratch scope(queue.scratch);
-    Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
-    run.rms_norm(queue, x.slice(0, a, b), w.attn_norm, architecture.norm_eps, normed);
+    const Norm norm{w.attn_norm, architecture.norm_eps};
     const Linear each[] = {
         {w.q, w.q_bias, q.slice(0, a, b)}, {w.k, w.k_bias, k.slice(0, a, b)}, {w.v, w.v_bias, v.slice(0, a, b)}};
-    run.matmul_each(queue, std::span(each), normed);
-    if (!adapter) return;
+    if (!adapter) return run.matmul_each(queue, std::span(each), x.slice(0, a, b), &norm);
+    Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
+    run.rms_norm(queue, x.slice(0, a, b), norm.weight, norm.eps, normed);
+    run.matmul_each(queue, std::span(each), normed, nullptr);
     adapt(queue, adapter->q, normed, each[0].y), adapt(queue, adapter->k, normed, each[1].y);
     adapt(queue, adapter->v, normed, each[2].y);
   });
@@ -46,7 +47,8 @@ void finish(Queue& queue, const ModelWeights& weights, const Architecture& archi
   auto add_product = [&](Tensor weight, Tensor input, Tensor bias, Tensor post_norm, Tensor residual,
                          const Adapter::Pair& pair) {
     if (!post_norm) {
-      run.matmul(queue, weight, input, bias, true, residual);
+      const Linear sum{weight, bias, residual, true};
+      run.matmul_each(queue, std::span(&sum, 1), input, nullptr);
       return adapt(queue, pair, input, residual);
     }
     Tensor y = queue.scratch.take(Dtype::F32, {residual.size[0], residual.size[1]});
@@ -59,17 +61,19 @@ void finish(Queue& queue, const ModelWeights& weights, const Architecture& archi
     Scratch inner(queue.scratch);
     Tensor rows = x.slice(0, a, b);
     add_product(w.o, attention.slice(0, a, b), w.o_bias, w.attn_post_norm, rows, change.o);
-    Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
-    Tensor gate = queue.scratch.take(Dtype::F32, {b - a, w.gate.size[0]});
-    run.rms_norm(queue, rows, w.ffn_norm, eps, normed);
-    if (change.gate.a || change.up.a) {
+    const bool changed = change.gate.a || change.up.a;
+    Tensor gate = queue.scratch.take(changed ? Dtype::F32 : row_type(queue, b - a, w.down), {b - a, w.gate.size[0]});
+    if (changed) {
+      Tensor normed = queue.scratch.take(Dtype::F32, {b - a, x.size[1]});
+      run.rms_norm(queue, rows, w.ffn_norm, eps, normed);
       const Tensor up = queue.scratch.take(Dtype::F32, {b - a, w.up.size[0]});
       const Linear both[] = {{w.gate, {}, gate}, {w.up, {}, up}};
-      run.matmul_each(queue, std::span(both), normed);
+      run.matmul_each(queue, std::span(both), normed, nullptr);
       adapt(queue, change.gate, normed, gate), adapt(queue, change.up, normed, up);
       run.glu(queue, gate, up, architecture.activation, gate);
     } else {
-      run.matmul_glu(queue, w.gate, w.up, normed, architecture.activation, gate);
+      const Norm norm{w.ffn_norm, eps};
+      run.matmul_glu(queue, w.gate, w.up, rows, &norm, architecture.activation, gate);
     }
     add_product(w.down, gate, {}, w.ffn_post_norm, rows, change.down);
   });
@@ -77,10 +81,9 @@ void finish(Queue& queue, const ModelWeights& weights, const Architecture& archi
 
 void logits(Queue& queue, const ModelWeights& weights, const Architecture& architecture, Tensor x, Tensor y) {
   const Kernels& run = *queue.run;
-  Scratch scope(queue.scratch);
-  Tensor normed = queue.scratch.take(Dtype::F32, {x.size[0], x.size[1]});
-  run.rms_norm(queue, x, weights.final_norm, architecture.norm_eps, normed);
-  run.matmul(queue, weights.output, normed, {}, false, y);
+  const Norm norm{weights.final_norm, architecture.norm_eps};
+  const Linear output{weights.output, {}, y};
+  run.matmul_each(queue, std::span(&output, 1), x, &norm);
   if (const float cap = architecture.final_softcap; cap > 0) compute(queue, cap * tanh(load(y, index()) / cap), y);
 }
 

@@ -96,7 +96,8 @@ void matmul_equals_reference(const Kernels& run, Random random) {
                     tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 70});
       Weights w(random, type, outputs, inputs);
       const Poisoned x = filled(
-          Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+          chance(random, 0.7) ? Dtype::F32 : Dtype::BF16, {tokens, inputs}, [&] { return random.normal(); },
+          random.below(2), random.below(2) * 3);
       const Poisoned bias = filled(Dtype::F32, {outputs}, [&] { return random.normal(); }, random.below(2));
       const bool biased = chance(random, 0.5), accumulate = chance(random, 0.5);
       Poisoned want(Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
@@ -115,6 +116,22 @@ void matmul_equals_reference(const Kernels& run, Random random) {
       expect_close("y", want, got, product(type, rms, largest(x), w.norm(), double(inputs)));
     }
 }
+
+/// A norm of x before the products, or none, and x as they then read it.
+struct Normed {
+  Poisoned weight, rows;
+  Norm norm;
+  bool wanted;
+  Normed(Random& random, const Tensor& x)
+      : weight(filled(
+            Dtype::F32, {x.size[1]}, [&] { return random.normal(); }, random.below(2))),
+        rows(Dtype::F32, {x.size[0], x.size[1]}), norm{weight, 1e-5f}, wanted(chance(random, 0.5)) {
+    Queue queue;
+    if (wanted) oracle().rms_norm(queue, x, norm.weight, norm.eps, rows);
+    else copy(x, rows.view());
+  }
+  const Norm* given() const { return wanted ? &norm : nullptr; }
+};
 
 /// Weights spread around zero, as trained ones are, in formats that say nothing of it.
 void centre(Dtype type, void* at) {
@@ -226,19 +243,27 @@ void matmul_each_equals_reference(const Kernels& run, Random random) {
       want.emplace_back(Dtype::F32, std::initializer_list<int64_t>{tokens, outputs}, random.below(2), random.below(2) * 3);
       got.push_back(want.back().twin());
       const Tensor held = chance(random, 0.5) ? bias.back().view() : Tensor();
-      oracles.push_back({w.back().view, held, want.back()});
-      runs.push_back({w.back().as_given(run, random), held, got.back()});
+      const bool add = chance(random, 0.3);
+      if (add)
+        each(want.back(), [&](auto index) {
+          const double before = random.normal();
+          set(want.back(), index, before);
+          set(got.back(), index, before);
+        });
+      oracles.push_back({w.back().view, held, want.back(), add});
+      runs.push_back({w.back().as_given(run, random), held, got.back(), add});
     }
     const Poisoned x = filled(
         Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
     SCOPED_TRACE(std::to_string(count) + " matrices, " + std::to_string(inputs) + " inputs, " + std::to_string(tokens) +
                  " tokens");
     Queue queue;
-    oracle().matmul_each(queue, oracles, x);
-    run.matmul_each(queue, runs, x);
-    const double rms = tokens ? longest_row(x) / std::sqrt(double(inputs)) : 0;
+    const Normed normed(random, x);
+    oracle().matmul_each(queue, oracles, x, normed.given());
+    run.matmul_each(queue, runs, x, normed.given());
+    const double rms = tokens ? longest_row(normed.rows) / std::sqrt(double(inputs)) : 0;
     for (size_t m = 0; m < size_t(count); ++m)
-      expect_close("y", want[m], got[m], product(w[m].view.type, rms, largest(x), w[m].norm(), double(inputs)));
+      expect_close("y", want[m], got[m], product(w[m].view.type, rms, largest(normed.rows), w[m].norm(), double(inputs)));
   }
 }
 
@@ -250,21 +275,26 @@ void matmul_glu_equals_reference(const Kernels& run, Random random) {
     Weights gate(random, any_type(random), outputs, inputs), up(random, any_type(random), outputs, inputs);
     const Poisoned x = filled(
         Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
-    Poisoned want(Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
+    const bool narrow = chance(random, 0.4);
+    Poisoned want(narrow ? Dtype::BF16 : Dtype::F32, {tokens, outputs}, random.below(2), random.below(2) * 3),
+        got = want.twin();
     const Activation activation = chance(random, 0.5) ? Activation::Silu : Activation::GeluTanh;
+    const Normed normed(random, x);
     SCOPED_TRACE(std::string(info(gate.view.type).name) + " and " + info(up.view.type).name + " " + gate.view.shape() +
-                 ", " + std::to_string(tokens) + " tokens");
+                 ", " + std::to_string(tokens) + " tokens" + (narrow ? " to bf16" : ""));
     Queue queue;
-    oracle().matmul_glu(queue, gate.view, up.view, x, activation, want);
-    run.matmul_glu(queue, gate.as_given(run, random), up.as_given(run, random), x, activation, got);
+    oracle().matmul_glu(queue, gate.view, up.view, x, normed.given(), activation, want);
+    run.matmul_glu(queue, gate.as_given(run, random), up.as_given(run, random), x, normed.given(), activation, got);
     // act is at most as large as its argument and grows by at most 1.13 of it.
-    Poisoned g = want.twin(), u = want.twin();
-    oracle().matmul(queue, gate.view, x, {}, false, g);
-    oracle().matmul(queue, up.view, x, {}, false, u);
-    const double rms = tokens ? longest_row(x) / std::sqrt(double(inputs)) : 0;
-    const auto error = [&](const Weights& w) { return product(w.view.type, rms, largest(x), w.norm(), double(inputs)); };
-    expect_close("y", want, got,
-                 1.13 * error(gate) * (largest(u) + error(up)) + largest(g) * (error(up) + 0x1p-18 * largest(u)));
+    Poisoned g(Dtype::F32, {tokens, outputs}), u = g.twin();
+    oracle().matmul(queue, gate.view, normed.rows, {}, false, g);
+    oracle().matmul(queue, up.view, normed.rows, {}, false, u);
+    const double rms = tokens ? longest_row(normed.rows) / std::sqrt(double(inputs)) : 0, unit = narrow ? 0x1p-8 : 0x1p-20;
+    const auto error = [&](const Weights& w, double most) {
+      return product(w.view.type, rms, largest(normed.rows), w.norm(), double(inputs)) + unit * most;
+    };
+    const double gates = error(gate, largest(g)), ups = error(up, largest(u));
+    expect_close("y", want, got, 1.13 * gates * (largest(u) + ups) + largest(g) * (ups + (0x1p-18 + 2 * unit) * largest(u)));
   }
 }
 
@@ -322,7 +352,7 @@ struct Tokens {
   Buffer offsets;
   Tokens(Random& random, int64_t heads) {
     for (int64_t s = 1 + random.below(3); s > 0; --s) {
-      const int64_t n = chance(random, 0.2) ? 0 : 1 + random.below(20);
+      const int64_t n = chance(random, 0.2) ? 0 : 1 + random.below(chance(random, 0.3) ? 100 : 20);
       first.push_back(first.back() + n);
       segments.insert(segments.end(), size_t(heads), n);
     }
@@ -382,7 +412,8 @@ void merge_heads_equals_reference(const Kernels& run, Random random) {
     const int64_t heads = pick<int64_t>(random, {1, 3, 8}), d = pick<int64_t>(random, {5, 64, 80, 128});
     const Tokens tokens(random, heads);
     const RaggedData in = normal_ragged(random, Dtype::F32, tokens.segments, heads, d, Layout::any(random));
-    const Poisoned want(Dtype::F32, {tokens.first.back(), heads * d}, random.below(2), random.below(2) * 3),
+    const Poisoned want(chance(random, 0.5) ? Dtype::F32 : Dtype::BF16, {tokens.first.back(), heads * d},
+                        random.below(2), random.below(2) * 3),
         got = want.twin();
     Queue queue;
     oracle().merge_heads(queue, in, tokens.offsets, want);

@@ -59,6 +59,7 @@ class Visit {
       *t = (*this)(*t);
     return m;
   }
+  Norm operator()(const Norm* norm) { return norm ? Norm{(*this)(norm->weight), norm->eps} : Norm(); }
   const Rope* operator()(const Rope* rope) {
     if (!rope) return nullptr;
     ropes_.push_back(std::make_unique<Rope>(*rope));
@@ -279,16 +280,18 @@ Kernels coat() {
     gpu().matmul(on.queue, on(w), on(x), on(bias), accumulate, on(y));
     on.leave();
   };
-  t.matmul_each = [](Queue&, std::span<const Linear> each, Tensor x) {
+  t.matmul_each = [](Queue&, std::span<const Linear> each, Tensor x, const Norm* norm) {
     Visit on;
     std::vector<Linear> there;
-    for (const Linear& linear : each) there.push_back({on(linear.w), on(linear.bias), on(linear.y)});
-    gpu().matmul_each(on.queue, there, on(x));
+    for (const Linear& linear : each) there.push_back({on(linear.w), on(linear.bias), on(linear.y), linear.add});
+    const Norm by = on(norm);
+    gpu().matmul_each(on.queue, there, on(x), norm ? &by : nullptr);
     on.leave();
   };
-  t.matmul_glu = [](Queue&, Tensor gate, Tensor up, Tensor x, Activation activation, Tensor y) {
+  t.matmul_glu = [](Queue&, Tensor gate, Tensor up, Tensor x, const Norm* norm, Activation activation, Tensor y) {
     Visit on;
-    gpu().matmul_glu(on.queue, on(gate), on(up), on(x), activation, on(y));
+    const Norm by = on(norm);
+    gpu().matmul_glu(on.queue, on(gate), on(up), on(x), norm ? &by : nullptr, activation, on(y));
     on.leave();
   };
   t.combine = [](Queue&, Tensor x, Tensor y, Combine how, float factor, Tensor out) {

@@ -79,6 +79,41 @@ struct Side {
     // page_write looks at lengths before the new rows or after them: either bounds what is held.
     run.page_write(queue, pages[store], keys, keys, numbers(positions), first);
   }
+  /// One token of every sequence, its rows of heads [sequences, heads, kD]; what becomes of its queries.
+  std::vector<float> append_token(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
+                                  const std::vector<float>& norm, const Rope* rope, const std::vector<int32_t>& at) {
+    const int64_t sequences = kSegments / 2, h = int64_t(q.size()) / sequences / kD;
+    const auto heads = [&](const std::vector<float>& x, int64_t count) {
+      return numbers(x).reshape({sequences, count, kD});
+    };
+    const auto rows = [&](int64_t count) {
+      std::vector<int64_t> offsets;
+      for (int64_t i = 0; i <= sequences * count; ++i) offsets.push_back(i);
+      return Ragged{zeros(Dtype::F32, {sequences * count, kD}), numbers(offsets), {}, count, sequences * count};
+    };
+    Rope turn;
+    if (rope)
+      turn = *rope,
+      turn.inv_freq = numbers(std::vector<float>(rope->inv_freq.as<float>(), rope->inv_freq.as<float>() + rope->dims / 2));
+    std::vector<int32_t> each;  // a position for each segment
+    for (int32_t position : at) each.insert(each.end(), 2, position);
+    const Tensor positions = numbers(at), by = norm.empty() ? Tensor() : numbers(norm);
+    const Heads parts[] = {{heads(q, h), by, rope ? &turn : nullptr, positions, rows(h)},
+                           {heads(k, 2), by, rope ? &turn : nullptr, positions, rows(2)},
+                           {.x = heads(v, 2), .out = rows(2)}};
+    if (run.append_heads) {
+      Pages own = pages[0];
+      own.shared = false;
+      run.append_heads(queue, 1e-5f, parts[0], parts[1], parts[2], own, numbers(each));
+    } else {
+      run.split_heads(queue, numbers(std::vector<int64_t>{0, 1, 2}), 1e-5f, std::span(parts));
+      const Tensor first = zeros(Dtype::I32, {kSegments});
+      run.page_grow(queue, pages[0], parts[1].out, first);
+      run.page_write(queue, pages[0], parts[1].out, parts[2].out, numbers(each), first);
+    }
+    const Buffer out = queue.read_back(parts[0].out.values);
+    return {out->as<float>(), out->as<float>() + out->numel()};
+  }
   void fork() {
     for (auto [from, to] : {std::pair{&pages[0].table, &pages[1].table},
                             {&pages[0].layout, &pages[1].layout},
@@ -184,6 +219,46 @@ TEST_P(PageLists, StepsEqualTheOracles) {
       both([&](Side& side) { side.run.page_shrink(side.queue, side.pages[store], side.zeros(Dtype::I32, {kSegments})); });
     compare("emptied", 0);
     EXPECT_EQ(got.shape().back(), kSupply);
+  }
+}
+
+TEST_P(PageLists, TokensOfAllSequencesEqualTheOracles) {
+  Random random(47);
+  for (int i = 0; i < cases(20); ++i) {
+    Side want(reference_kernels()), got(*GetParam());
+    want.queue.run = &reference_kernels();
+    const auto normals = [&](int64_t count) {
+      std::vector<float> out(static_cast<size_t>(count));
+      for (float& x : out) x = float(random.normal());
+      return out;
+    };
+    // Segments that are empty, full to the end of a page, or end anywhere.
+    std::vector<int64_t> offsets{0};
+    for (int64_t s = 0; s < kSegments; ++s)
+      offsets.push_back(offsets.back() + pick<int64_t>(random, {0, 63, 64, 1 + random.below(200)}));
+    const std::vector<float> old = normals(std::max<int64_t>(1, offsets.back()) * kD);
+    const std::vector<int32_t> places(size_t(std::max<int64_t>(1, offsets.back())), 7);
+    for (Side* side : {&want, &got}) side->append(0, offsets, old, places);
+    const int64_t group = pick<int64_t>(random, {1, 3, 8});
+    const std::vector<float> norm = chance(random, 0.5) ? normals(kD) : std::vector<float>(),
+                             inv_freq{1, 0.3f, 0.1f, 0.03f, 0.01f, 0.003f, 0.001f, 3e-4f};
+    Rope rope;
+    rope.dims = 2 * int(inv_freq.size()), rope.neox = chance(random, 0.5);
+    rope.inv_freq = Tensor(const_cast<float*>(inv_freq.data()), Dtype::F32, {rope.dims / 2});
+    const Rope* turn = chance(random, 0.7) ? &rope : nullptr;
+    for (int32_t step = 0; step < 3; ++step) {
+      const std::vector<float> q = normals(2 * 2 * group * kD), k = normals(4 * kD), v = normals(4 * kD);
+      const std::vector<int32_t> at{100 + step, 30 * step};
+      const std::vector<float> a = want.append_token(q, k, v, norm, turn, at), b = got.append_token(q, k, v, norm, turn, at);
+      ASSERT_EQ(a.size(), b.size());
+      for (size_t j = 0; j < a.size(); ++j) ASSERT_NEAR(a[j], b[j], 1e-4) << "query " << j / kD << " in case " << i;
+      EXPECT_EQ(want.shape(), got.shape());
+      const std::vector<float> held = want.contents(0), holds = got.contents(0);
+      ASSERT_EQ(held.size(), holds.size());
+      // Keys and values are bf16: the last bit may fall the other way.
+      for (size_t j = 0; j < held.size(); ++j)
+        ASSERT_NEAR(held[j], holds[j], 1e-3 + 0x1p-7 * std::abs(double(held[j]))) << "number " << j << " in case " << i;
+    }
   }
 }
 

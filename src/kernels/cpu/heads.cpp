@@ -140,20 +140,24 @@ void merge_heads(Queue&, const Ragged& in, Tensor first, Tensor y) {
   constexpr const char* where = "merge_heads";
   const int64_t sequences = first.size[0] - 1, heads = in.heads, d = in.values.rank > 1 ? in.values.size[1] : 1;
   check_tensor(where, "first", first, {sequences + 1}, false, Dtype::I64);
-  check_tensor(where, "y", y, {y.size[0], heads * d});
+  check_tensor(where, "y", y, {y.size[0], heads * d}, false, row_type(y));
   require(in.segments() == sequences * heads, where, "in has a segment for each sequence and head");
   if (sequences == 0) return;
   const int64_t start = first.at<int64_t>(0), count = first.at<int64_t>(sequences) - start;
-  with_float(where, in.values.type, [&]<class T>(T) {
+  const auto merge = [&]<class From, class To>(From, To) {
     over_parts(count, heads * d * 8, [&](int64_t begin, int64_t end) {
       over_tokens(first, start + begin, start + end, [&](int64_t t, int64_t s, int64_t i) {
         for (int64_t head = 0; head < heads; ++head) {
-          const T* from = in.values.as<T>() + (in.begin(s * heads + head) + i) * in.values.stride[0];
-          float* to = y.as<float>() + t * y.stride[0] + head * d;
+          const From* from = in.values.as<From>() + (in.begin(s * heads + head) + i) * in.values.stride[0];
+          To* to = y.as<To>() + t * y.stride[0] + head * d;
           over_lanes(d, [&](int64_t c, auto part) { part.put(to + c, part.get(from + c)); });
         }
       });
     });
+  };
+  with_float(where, in.values.type, [&]<class From>(From from) {
+    if (y.type == Dtype::BF16) merge(from, bf16{});
+    else merge(from, float{});
   });
 }
 

@@ -87,6 +87,7 @@ struct AttendStore {
   int k_tile = 0, plan_heads = 1;
   const int64_t* rowptr = nullptr;
   const int32_t *count = nullptr, *index = nullptr;
+  int* arrived = nullptr;  // 512 zeros, which the kernel leaves as zeros; null: in scratch, cleared by a launch of their own
 };
 
 bool attend_store_fits(const AttendStore&);

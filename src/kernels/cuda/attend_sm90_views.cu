@@ -143,6 +143,7 @@ bool attend_store_sm90(Queue& queue, const Ragged& q, const Pages& pages, const 
     a.rowptr = plan.rowptr.as<int64_t>(), a.count = plan.count.as<int32_t>(), a.index = plan.index.as<int32_t>();
   }
   if (!sm90::attend_store_fits(a)) return false;
+  a.arrived = counters(queue);
   Scratch scope(queue.scratch);
   check(sm90::attend_store_launch(a, queue.scratch.take(Dtype::U8, {sm90::attend_store_scratch(a)}).data,
                                   static_cast<cudaStream_t>(queue.stream)),

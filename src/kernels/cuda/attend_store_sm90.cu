@@ -138,6 +138,34 @@ template <int kWarps> __device__ __forceinline__ int sum_before(int2 (&scan)[kWa
   return before + all - own;
 }
 
+constexpr int kAhead = 2;  // pages of a block's own that it asks for
+
+/// Keys and values that the block will read first go to the L2 cache while the kernels before end. Full pages stay where they are
+/// whatever these do, and what is asked for in vain does no harm; lengths and table are read past L1, which would keep them.
+template <int D, int DV>
+__device__ __forceinline__ void ask_ahead(const AttendStore& a) {
+  const int lists = a.sequences * a.kv_heads, lane = threadIdx.x % 32;
+  if (a.k_tile > 0 || a.window > 0 || lists > 32 || threadIdx.x >= 32) return;
+  int all = lane < lists ? __ldcg(a.length + lane) / 64 : 0;
+  const int own = all;
+  for (int step = 1; step < 32; step *= 2) {
+    const int x = __shfl_up_sync(~0u, all, step);
+    if (lane >= step) all += x;
+  }
+  const int total = __shfl_sync(~0u, all, 31);
+  const auto cut = [&](unsigned b) { return int(int64_t(total) * b / gridDim.x); };
+  const int last = min(cut(blockIdx.x + 1), cut(blockIdx.x) + kAhead);
+  for (int page = cut(blockIdx.x); page < last; ++page) {
+    const int list = __ffs(int(__ballot_sync(~0u, all > page))) - 1, before = __shfl_sync(~0u, all - own, list);
+    if (lane >= 2) continue;
+    const uint64_t at = __ldcg(reinterpret_cast<const unsigned long long*>(a.table) + list * a.capacity + page - before) +
+                        uint64_t(lane == 0 ? a.k_at : a.v_at);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(64 * 2 * (lane == 0 ? D : DV)) : "memory");
+#endif
+  }
+}
+
 __global__ void clear_kernel(int* arrived, int count) {
   cuda::await();
   if (int(threadIdx.x) < count) arrived[threadIdx.x] = 0;
@@ -147,6 +175,7 @@ __global__ void clear_kernel(int* arrived, int count) {
 template <int D, int DV, int kWarps, int PerSm, bool kGathers>
 __global__ void __launch_bounds__(32 * kWarps, PerSm)
     attend_store_kernel(const AttendStore a, Partial<DV>* partials, int* arrived) {
+  ask_ahead<D, DV>(a);
   cuda::await();
   extern __shared__ uint8_t raw[];
   Memory<DV, kWarps>& sh = *reinterpret_cast<Memory<DV, kWarps>*>(raw);
@@ -498,6 +527,7 @@ __global__ void __launch_bounds__(32 * kWarps, PerSm)
       __syncthreads();
       if (sh.last) {
         __threadfence();
+        if (thread == 0) arrived[b0] = 0;
         // Loads of many shares side by side: each takes over a microsecond to come from where another multiprocessor wrote it.
         float* factor = &sh.warps[0].o[0][0];  // [shares][columns]
         float* top = factor + kMostBlocks * kColumns;
@@ -551,7 +581,7 @@ template <int D, int DV, int kWarps, int PerSm, bool kGathers>
 cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t stream) {
   const int blocks = std::min(PerSm * cuda::multiprocessors(), kMostBlocks);
   static_assert(kMostBlocks * kColumns + 2 * kColumns + 4 * 32 * kWarps <= kWarps * kColumns * DV);
-  int* arrived = static_cast<int*>(scratch);
+  int* arrived = a.arrived ? a.arrived : static_cast<int*>(scratch);
   const int64_t skip = (int64_t(blocks) * 4 + 255) / 256 * 256;
   Partial<DV>* partials = reinterpret_cast<Partial<DV>*>(static_cast<char*>(scratch) + skip);
   static const cudaError_t ready = cudaFuncSetAttribute(attend_store_kernel<D, DV, kWarps, PerSm, kGathers>,
@@ -564,7 +594,8 @@ cudaError_t launch_store(const AttendStore& a, void* scratch, cudaStream_t strea
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t how{};
   how.gridDim = dim3(1), how.blockDim = dim3(kMostBlocks), how.stream = stream, how.attrs = &early, how.numAttrs = 1;
-  if (const cudaError_t e = cudaLaunchKernelEx(&how, clear_kernel, arrived, blocks); e != cudaSuccess) return e;
+  if (!a.arrived)
+    if (const cudaError_t e = cudaLaunchKernelEx(&how, clear_kernel, arrived, blocks); e != cudaSuccess) return e;
   how.gridDim = dim3(unsigned(blocks)), how.blockDim = dim3(32 * kWarps);
   how.dynamicSmemBytes = sizeof(Memory<DV, kWarps>);
   return cudaLaunchKernelEx(&how, attend_store_kernel<D, DV, kWarps, PerSm, kGathers>, a, partials, arrived);

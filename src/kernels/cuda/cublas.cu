@@ -57,7 +57,7 @@ struct Way {
   cublasLtMatmulAlgo_t algorithm{};
 };
 
-using Key = std::tuple<int, int, int, int64_t, int64_t, int64_t, unsigned>;
+using Key = std::tuple<int, int, int, int64_t, int64_t, int64_t, Dtype, unsigned>;
 
 uint32_t alignment(const void* p) {
   const uint64_t address = reinterpret_cast<uint64_t>(p);
@@ -72,11 +72,12 @@ Way find_way(const Library& lib, const Panel& p) {
   lib.desc_set(out.desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed);
   if (lib.layout_create(&out.w, CUDA_R_16BF, p.width, p.outputs, p.w_stride) != CUBLAS_STATUS_SUCCESS ||
       lib.layout_create(&out.x, CUDA_R_16BF, p.width, p.tokens, p.x_stride) != CUBLAS_STATUS_SUCCESS ||
-      lib.layout_create(&out.y, CUDA_R_32F, p.outputs, p.tokens, p.y_stride) != CUBLAS_STATUS_SUCCESS)
+      lib.layout_create(&out.y, p.y.type == Dtype::BF16 ? CUDA_R_16BF : CUDA_R_32F, p.outputs, p.tokens, p.y.stride) !=
+          CUBLAS_STATUS_SUCCESS)
     return out;
   cublasLtMatmulPreference_t wish;
   if (lib.preference_create(&wish) != CUBLAS_STATUS_SUCCESS) return out;
-  const uint32_t at[] = {alignment(p.w), alignment(p.x), alignment(p.y)};
+  const uint32_t at[] = {alignment(p.w), alignment(p.x), alignment(p.y.data)};
   lib.preference_set(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kWorkspace, sizeof kWorkspace);
   lib.preference_set(wish, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &at[0], sizeof at[0]);
   lib.preference_set(wish, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &at[1], sizeof at[1]);
@@ -98,11 +99,11 @@ bool multiply_with_cublas(Queue& queue, const Panel& p) {
   if (!lib.handle) return false;
   static std::mutex mutex;
   static std::map<Key, Way> ways;
-  const unsigned aligned = alignment(p.w) << 20 | alignment(p.x) << 10 | alignment(p.y);
+  const unsigned aligned = alignment(p.w) << 20 | alignment(p.x) << 10 | alignment(p.y.data);
   Way way;
   {
     const std::lock_guard lock(mutex);
-    const Key key{p.tokens, p.outputs, p.width, p.x_stride, p.w_stride, p.y_stride, aligned};
+    const Key key{p.tokens, p.outputs, p.width, p.x_stride, p.w_stride, p.y.stride, p.y.type, aligned};
     auto at = ways.find(key);
     if (at == ways.end()) at = ways.emplace(key, find_way(lib, p)).first;
     way = at->second;
@@ -111,8 +112,8 @@ bool multiply_with_cublas(Queue& queue, const Panel& p) {
   Scratch scratch(queue.scratch);
   void* workspace = queue.scratch.take(Dtype::U8, {int64_t(kWorkspace)}).data;
   const float one = 1, before = p.add ? 1 : 0;
-  return lib.matmul(lib.handle, way.desc, &one, p.w, way.w, p.x, way.x, &before, p.y, way.y, p.y, way.y, &way.algorithm,
-                    workspace, kWorkspace, stream(queue)) == CUBLAS_STATUS_SUCCESS;
+  return lib.matmul(lib.handle, way.desc, &one, p.w, way.w, p.x, way.x, &before, p.y.data, way.y, p.y.data, way.y,
+                    &way.algorithm, workspace, kWorkspace, stream(queue)) == CUBLAS_STATUS_SUCCESS;
 }
 
 }  // namespace heed::cuda

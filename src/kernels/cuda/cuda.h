@@ -44,6 +44,7 @@ Function<decltype(Kernels::embed)> embed;
 Function<decltype(Kernels::rms_norm)> rms_norm;
 Function<decltype(Kernels::split_heads)> split_heads;
 Function<decltype(Kernels::merge_heads)> merge_heads;
+Function<decltype(Kernels::append_heads)> append_heads;
 Function<decltype(Kernels::glu)> glu;
 Function<decltype(Kernels::add)> add;
 Function<decltype(Kernels::dequantise)> dequantise;

@@ -18,6 +18,9 @@ constexpr float kInfinity = __builtin_huge_valf();
 /// Throws what the driver said about `where`.
 void check(cudaError_t status, const char* where);
 cudaStream_t stream(Queue& queue);
+/// Numbers beside every stream that are 0 before and behind each of its kernels (memory.cu).
+constexpr int kCounters = 512;
+int* counters(const Queue& queue);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -154,12 +157,37 @@ __device__ inline void store8(float* data, int64_t at, int count, const float (&
     if (i < count) p[i] = x[i];
 }
 
+/// Eight numbers of a row of F32 or BF16 from column c on; of those past its width none.
+__device__ inline void store8(const Matrix& to, int64_t row, int c, const float (&x)[8]) {
+  const int64_t at = row * to.stride + c;
+  if (to.type == Dtype::F32) return store8(static_cast<float*>(to.data), at, to.width - c, x);
+  __nv_bfloat16* p = static_cast<__nv_bfloat16*>(to.data) + at;
+  if (to.width - c >= 8 && reinterpret_cast<uint64_t>(p) % 16 == 0) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < to.width - c) p[i] = from_float<__nv_bfloat16>(x[i]);
+}
+
 /// Calls body(row, first column) for every eight columns of [rows, width], shared out over the grid.
 template <class Body>
 __device__ inline void each_eight(int64_t rows, int width, Body body) {
-  const int groups = (width + 7) / 8;
-  const int64_t count = rows * groups;
-  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < count; e += int64_t(gridDim.x) * blockDim.x)
+  const unsigned groups = unsigned(width + 7) / 8;
+  const int64_t count = rows * groups, step = int64_t(gridDim.x) * blockDim.x;
+  if (count + step < int64_t(1) << 32) {  // 64-bit divisions take longer than all else
+    for (unsigned e = blockIdx.x * blockDim.x + threadIdx.x; e < count; e += unsigned(step))
+      body(int64_t(e / groups), int(e % groups) * 8);
+    return;
+  }
+  for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < count; e += step)
     body(e / groups, int(e % groups) * 8);
 }
 /// Blocks of 256 threads for each_eight.
@@ -216,7 +244,7 @@ __device__ inline int sequence_of(const int64_t* first, int sequences, int64_t t
 }
 
 __device__ inline float activate(Activation how, float x) {
-  if (how == Activation::Silu) return x / (1 + expf(-x));
+  if (how == Activation::Silu) return __fdividef(x, 1 + expf(-x));
   return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));  // √(2/π)
 }
 

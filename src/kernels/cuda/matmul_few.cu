@@ -15,12 +15,12 @@ struct Few {
     const float* bias;
     Matrix y;
     int outputs;
+    bool add;
   } part[kMostParts];  // matrices of one type, whose outputs lie one behind another in the grid
   Matrix x;
-  const int8_t* codes;  // [tokens, inputs]
-  const float* scales;  // [tokens, inputs / 32]
-  const float* sums;    // [tokens, inputs / 16]: Σ scale · code
-  bool accumulate;
+  const int8_t* codes;         // [tokens, inputs]
+  const float* scales;         // [tokens, inputs / 32]
+  const float* sums;           // [tokens, inputs / 16]: Σ scale · code
   int first, tokens, outputs;  // tokens first … first + tokens; outputs of all parts
 
   /// The part that an output belongs to, and its number there.
@@ -50,7 +50,7 @@ __global__ void quantise_kernel(Matrix x, int64_t runs, int per_row, int8_t* cod
 
 __device__ inline void finish(const Few& a, const Few::Part& part, int out, int t, float sum) {
   float* y = part.y.row<float>(a.first + t) + out;
-  *y = sum + (part.bias ? part.bias[out] : 0.0f) + (a.accumulate ? *y : 0.0f);
+  *y = sum + (part.bias ? part.bias[out] : 0.0f) + (part.add ? *y : 0.0f);
 }
 
 template <Dtype kType, int kTokens>
@@ -142,7 +142,8 @@ void few_plain(Queue& queue, Few& a, dim3 grid) {
 void few(Queue& queue, Few a, std::span<const Linear> each, int64_t tokens) {
   const Dtype type = each[0].w.type;
   for (size_t i = 0; i < each.size(); ++i) {
-    a.part[i] = {weight_view("matmul", each[i].w), each[i].bias.as<float>(), matrix(each[i].y), int(each[i].w.size[0])};
+    a.part[i] = {weight_view("matmul", each[i].w), each[i].bias.as<float>(), matrix(each[i].y), int(each[i].w.size[0]),
+                 each[i].add};
     a.outputs += a.part[i].outputs;
   }
   const dim3 grid(unsigned(ceil_div(a.outputs, kWarps)));
@@ -161,12 +162,17 @@ void few(Queue& queue, Few a, std::span<const Linear> each, int64_t tokens) {
 
 }  // namespace
 
-void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, bool accumulate) {
+void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, const How& how) {
   Scratch scratch(queue.scratch);
   const int64_t inputs = x.size[1], tokens = x.size[0];
   Few a{};
-  a.x = matrix(x);
-  a.accumulate = accumulate;
+  const auto norm = [&] {
+    if (a.x) return;
+    a.x = matrix(x);
+    if (!how.norm) return;
+    const Tensor normed = queue.scratch.take(Dtype::F32, {tokens, inputs});
+    norm_rows(queue, "matmul", x, how.norm->weight, how.norm->eps, a.x = matrix(normed));
+  };
   const auto round = [&] {
     const int64_t runs = tokens * inputs / 32;
     int8_t* codes = queue.scratch.take(Dtype::I8, {tokens * inputs}).as<int8_t>();
@@ -182,7 +188,8 @@ void matmul_few(Queue& queue, std::span<const Linear> each, const Tensor& x, boo
     const Dtype type = each[i].w.type;
     for (end = i + 1; end < each.size() && end - i < kMostParts && each[end].w.type == type;) ++end;
     const auto same = each.subspan(i, end - i);
-    if (tokens == 1 && matmul_one(queue, same, x, accumulate, nullptr)) continue;
+    if (tokens == 1 && matmul_one(queue, same, x, how)) continue;
+    norm();
     if (is_block(type) && !a.codes) round();
     few(queue, a, same, tokens);
   }

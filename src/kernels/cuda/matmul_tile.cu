@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(128) tiles_kernel(const __grid_constant__ Pane
   for (int e = threadIdx.x; e < kTile * kTile; e += blockDim.x) {
     const int r = e / kTile, c = e % kTile;
     if (first + r >= p.tokens || out + c >= p.outputs) continue;
-    float& to = p.y[(first + r) * p.y_stride + out + c];
-    to = sums[r][c] + (p.add ? to : 0.0f);
+    p.y.set(first + r, out + c, sums[r][c] + (p.add ? p.y.get(first + r, out + c) : 0.0f));
   }
 }
 

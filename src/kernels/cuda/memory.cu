@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/host_memory.h"
 
 namespace heed::cuda {
 
@@ -70,6 +71,7 @@ class Staging {
 struct Stages {
   std::mutex mutex;
   std::unordered_map<void*, Staging> of;
+  std::unordered_map<void*, int*> counters;
 };
 /// Never destroyed: at exit the driver may be gone before statics are.
 Stages& stages() {
@@ -101,6 +103,11 @@ void* allocate(int64_t bytes) {
 void* open_stream() {
   cudaStream_t out;
   check(cudaStreamCreateWithFlags(&out, cudaStreamNonBlocking), "cuda stream");
+  void* counters = nullptr;
+  check(cudaMalloc(&counters, kCounters * sizeof(int)), "cuda stream");
+  check(cudaMemsetAsync(counters, 0, kCounters * sizeof(int), out), "cuda stream");
+  const std::lock_guard lock(stages().mutex);
+  stages().counters[out] = static_cast<int*>(counters);
   return out;
 }
 
@@ -110,6 +117,8 @@ void close_stream(void* stream) noexcept {
   {
     const std::lock_guard lock(stages().mutex);
     stages().of.erase(stream);
+    cudaFree(stages().counters[stream]);
+    stages().counters.erase(stream);
   }
   cudaStreamDestroy(static_cast<cudaStream_t>(stream));
 }
@@ -244,6 +253,11 @@ void commit(void* at, int64_t bytes) {
 
 }  // namespace
 
+int* counters(const Queue& queue) {
+  const std::lock_guard lock(stages().mutex);
+  return stages().counters.at(queue.stream);
+}
+
 const Memory& memory() {
   static const Memory made = [] {
     Memory m;
@@ -274,3 +288,22 @@ const Memory& memory() {
 }
 
 }  // namespace heed::cuda
+
+namespace heed {
+
+const Memory& host_memory(Device device) {
+  if (device != Device::Cuda) return cpu_memory();
+  static const Memory pinned = [] {
+    Memory m = cpu_memory();
+    m.allocate = [](int64_t bytes) {
+      void* out = nullptr;
+      cuda::check(cudaMallocHost(&out, size_t(std::max<int64_t>(bytes, 1))), "cuda host memory");
+      return out;
+    };
+    m.release = [](void* p) noexcept { cudaFreeHost(p); };
+    return m;
+  }();
+  return pinned;
+}
+
+}  // namespace heed

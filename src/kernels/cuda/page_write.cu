@@ -3,6 +3,25 @@
 namespace heed::cuda {
 namespace {
 
+/// Rows of the page's own 16 bits or 32, in pieces of 16 bytes; false where they do not lie so.
+__device__ inline bool put_rows(const SideView& side, char* page, int begin, int count, const Matrix& from, int64_t row) {
+  const bool same = (side.kind == PageType::Kind::BF16 && from.type == Dtype::BF16) ||
+                    (side.kind == PageType::Kind::F16 && from.type == Dtype::F16) ||
+                    (side.kind == PageType::Kind::F32 && from.type == Dtype::F32);
+  const int64_t bytes = side.kind == PageType::Kind::F32 ? 4 : 2, row_bytes = side.width * bytes;
+  char* to = page + side.at + begin * row_bytes;
+  const char* at = static_cast<const char*>(from.data) + row * from.stride * bytes;
+  const auto whole = [](uint64_t x) { return x % 16 == 0; };
+  if (!same || side.pair || !whole(row_bytes) || !whole(uint64_t(from.stride * bytes)) ||
+      !whole(reinterpret_cast<uint64_t>(to)) || !whole(reinterpret_cast<uint64_t>(at)))
+    return false;
+  const int pieces = int(row_bytes / 16);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count * pieces; i += blockDim.x)
+    reinterpret_cast<uint4*>(to)[i] = *reinterpret_cast<const uint4*>(at + i / pieces * from.stride * bytes + i % pieces * 16);
+  return true;
+}
+
 /// Grid: pages (strided), segments.
 __global__ void page_write_kernel(const __grid_constant__ PagesView pages, Matrix k, Segments ks, Matrix v, Segments vs,
                                   const int32_t* positions, const int32_t* first) {
@@ -14,8 +33,10 @@ __global__ void page_write_kernel(const __grid_constant__ PagesView pages, Matri
     const int from = max(begin, p * kPage), count = min(end, (p + 1) * kPage) - from, in_page = from - p * kPage;
     const int64_t k_row = ks.begin(s) + from - begin, v_row = vs.begin(s) + from - begin;
     auto none = [](int) { return false; };
-    put(l.k, page, in_page, count, [&](int e, int c) { return k.get(k_row + e, c); }, none);
-    put(l.v, page, in_page, count, [&](int e, int c) { return v.get(v_row + e, c); }, none);
+    if (!put_rows(l.k, page, in_page, count, k, k_row))
+      put(l.k, page, in_page, count, [&](int e, int c) { return k.get(k_row + e, c); }, none);
+    if (!put_rows(l.v, page, in_page, count, v, v_row))
+      put(l.v, page, in_page, count, [&](int e, int c) { return v.get(v_row + e, c); }, none);
     for (int e = threadIdx.x; e < count; e += blockDim.x) {
       position_at(l, page, in_page + e) = positions[k_row + e];
       if (l.bias_at >= 0) bias_at(l, page, in_page + e) = 0;

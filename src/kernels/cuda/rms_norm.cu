@@ -1,4 +1,4 @@
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/matmul.cuh"
 
 namespace heed::cuda {
 namespace {
@@ -20,25 +20,28 @@ __global__ void rms_norm_kernel(Matrix x, const float* weight, float eps, Matrix
     for (int i = 0; i < 8; ++i) squares += more[i] * more[i];
   }
   const float factor = 1 / sqrtf(block_sum(squares) / float(width) + eps);
-  for (int c = first; c < width; c += step) {
+  for (int c = first; c < y.width; c += step) {
     if (c > first) load(c, kept);
     float by[8] = {1, 1, 1, 1, 1, 1, 1, 1};
     if (weight) load8(weight, Dtype::F32, c, width - c, by);
 #pragma unroll
     for (int i = 0; i < 8; ++i) kept[i] *= factor * by[i];
-    store8(static_cast<float*>(y.data), row * y.stride + c, width - c, kept);
+    store8(y, row, c, kept);
   }
 }
 
 }  // namespace
 
+void norm_rows(Queue& queue, const char* where, const Tensor& x, const Tensor& weight, float eps, const Matrix& to) {
+  check_tensor(where, "x", x, {x.size[0], x.size[1]});
+  check_tensor(where, "weight", weight, {x.size[1]}, true);
+  const int threads = int(std::clamp<int64_t>(ceil_div(to.width, 256) * 32, 32, 1024));
+  launch_early(queue, where, rms_norm_kernel, dim3(unsigned(x.size[0])), threads, 0, matrix(x), weight.as<float>(), eps, to);
+}
+
 void rms_norm(Queue& queue, Tensor x, Tensor weight, float eps, Tensor y) {
-  check_tensor("rms_norm", "x", x, {x.size[0], x.size[1]});
   check_tensor("rms_norm", "y", y, {x.size[0], x.size[1]});
-  check_tensor("rms_norm", "weight", weight, {x.size[1]}, true);
-  const int threads = int(std::clamp<int64_t>(ceil_div(x.size[1], 256) * 32, 32, 1024));
-  launch_early(queue, "rms_norm", rms_norm_kernel, dim3(unsigned(x.size[0])), threads, 0, matrix(x), weight.as<float>(),
-               eps, matrix(y));
+  norm_rows(queue, "rms_norm", x, weight, eps, matrix(y));
 }
 
 }  // namespace heed::cuda

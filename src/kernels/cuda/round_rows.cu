@@ -7,13 +7,7 @@ __global__ void to_bf16_kernel(Matrix from, int64_t rows, Matrix to) {
   each_eight(rows, to.width, [&](int64_t row, int c) {
     float x[8];
     load8(from.data, from.type, row * from.stride + c, from.width - c, x);
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-    *reinterpret_cast<uint4*>(to.row<__nv_bfloat16>(row) + c) = make_uint4(words[0], words[1], words[2], words[3]);
+    store8(to, row, c, x);
   });
 }
 

@@ -68,7 +68,8 @@ const Kernels* cuda_kernels() {
     Kernels t{};
     t.name = "cuda";
     t.memory = &cuda::memory();
-    t.tile_rows = 4096;  // weights are unpacked for each tile
+    t.tile_rows = 8192;  // weights are unpacked for each tile
+    t.prompt_rows = Dtype::BF16;
     if (cuda::hopper()) t.plan_rows = 128;
     t.plan_sequences = true;  // a KV head's segments fill a few multiprocessors
     t.attend = cuda::attend;
@@ -102,6 +103,7 @@ const Kernels* cuda_kernels() {
     t.rms_norm = cuda::rms_norm;
     t.split_heads = cuda::split_heads;
     t.merge_heads = cuda::merge_heads;
+    t.append_heads = cuda::append_heads;
     t.glu = cuda::glu;
     t.add = cuda::add;
     t.dequantise = cuda::dequantise;

@@ -28,6 +28,48 @@ __global__ void unpack_plain_kernel(const __grid_constant__ Unpacking a) {
   }
 }
 
+/// A run of 32 as 16 pairs of bf16.
+template <Dtype kType>
+__device__ inline void round_run(const Run& run, float scale, uint4 (&to)[4]) {
+  uint32_t words[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(value_of<kType>(run, 2 * i) * scale,
+                                                      value_of<kType>(run, 2 * i + 1) * scale);
+    words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+}
+
+constexpr int kPanelWarps = 8;
+
+/// A panel whose rows lie end to end. A lane's run are four pieces of 16 bytes; they change lanes in shared memory, so that a
+/// warp's stores are 512 bytes in a row.
+template <Dtype kType>
+__global__ void __launch_bounds__(32 * kPanelWarps) unpack_panel_kernel(const __grid_constant__ Unpacking a) {
+  __shared__ uint4 pieces[kPanelWarps][4 * 32];
+  uint4* const own = pieces[threadIdx.x / 32];
+  const unsigned runs = unsigned(a.w.width / 32), count = unsigned(a.rows) * runs, lane = threadIdx.x % 32;
+  uint4* const to = static_cast<uint4*>(a.to.data);
+  for (unsigned from = blockIdx.x * blockDim.x + threadIdx.x - lane; from < count; from += gridDim.x * blockDim.x) {
+    const unsigned e = from + lane;
+    if (e < count) {
+      uint4 values[4];
+      round_run<kType>(run_of<kType>(a.w.blocks + (a.first + e / runs) * a.w.row_bytes, e % runs), a.scale, values);
+#pragma unroll
+      for (unsigned j = 0; j < 4; ++j) own[4 * lane + (j ^ (lane / 2 % 4))] = values[j];
+    }
+    __syncwarp();
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned piece = 32 * i + lane, run = piece / 4;
+      if (from + run < count) to[int64_t(from) * 4 + piece] = own[4 * run + (piece % 4 ^ (run / 2 % 4))];
+    }
+    __syncwarp();
+  }
+}
+
 /// One thread a run of 32.
 template <Dtype kType>
 __global__ void unpack_blocks_kernel(const __grid_constant__ Unpacking a) {
@@ -42,17 +84,11 @@ __global__ void unpack_blocks_kernel(const __grid_constant__ Unpacking a) {
     }
     const Run run = run_of<kType>(a.w.blocks + source * a.w.row_bytes, r);
     if (a.to.type == Dtype::BF16) {  // scratch panels: aligned
-      uint32_t words[16];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(value_of<kType>(run, 2 * i) * a.scale,
-                                                          value_of<kType>(run, 2 * i + 1) * a.scale);
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      }
+      uint4 values[4];
+      round_run<kType>(run, a.scale, values);
       uint4* out = reinterpret_cast<uint4*>(a.to.row<__nv_bfloat16>(row) + 32 * r);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        out[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+      for (int i = 0; i < 4; ++i) out[i] = values[i];
     } else {
 #pragma unroll
       for (int i = 0; i < 32; ++i) a.to.set(row, 32 * r + i, value_of<kType>(run, i) * a.scale);
@@ -81,8 +117,14 @@ void unpack_rows(Queue& queue, const char* where, const Tensor& w, const int32_t
     launch(queue, where, unpack_plain_kernel, blocks_for(ceil_div(rows * to.width, 256), 1), 256, 0, a);
     return;
   }
+  const int64_t runs = rows * (w.size[1] / 32);
+  const bool panel = !ids && to.type == Dtype::BF16 && to.stride == w.size[1] && to.width == w.size[1] &&
+                     runs < int64_t(1) << 31;
   with_block_type(w.type, [&]<Dtype kType>() {
-    launch(queue, where, unpack_blocks_kernel<kType>, blocks_for(ceil_div(rows * (w.size[1] / 32), 128), 1), 128, 0, a);
+    if (panel)
+      launch(queue, where, unpack_panel_kernel<kType>, blocks_for(ceil_div(runs, 32 * kPanelWarps), 1),
+             32 * kPanelWarps, 0, a);
+    else launch(queue, where, unpack_blocks_kernel<kType>, blocks_for(ceil_div(runs, 128), 1), 128, 0, a);
   });
 }
 

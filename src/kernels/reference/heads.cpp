@@ -48,7 +48,7 @@ void merge_heads(Queue&, const Ragged& in, Tensor first, Tensor y) {
   constexpr const char* where = "merge_heads";
   const int64_t sequences = first.size[0] - 1, heads = in.heads, d_v = width(in.values);
   check_tensor(where, "first", first, {sequences + 1}, false, Dtype::I64);
-  check_tensor(where, "y", y, {y.size[0], heads * d_v});
+  check_tensor(where, "y", y, {y.size[0], heads * d_v}, false, row_type(y));
   require(in.segments() == sequences * heads, where, "in has a segment for each sequence and head");
   for (int64_t s = 0; s < sequences; ++s)
     for (int64_t t = first.at<int64_t>(s); t < first.at<int64_t>(s + 1); ++t)

@@ -25,37 +25,50 @@ void check_weights(const char* where, const Tensor& w) {
   require(!w.interleaved, where, "the reference reads rows as files hold them");
 }
 
+/// x as the products of matmul_each read it, in scratch where there is a norm.
+Tensor normed(Queue& queue, Tensor x, const Norm* norm) {
+  if (!norm) return x;
+  const Tensor out = queue.scratch.take(Dtype::F32, {x.size[0], x.size[1]});
+  rms_norm(queue, x, norm->weight, norm->eps, out);
+  return out;
+}
+
 }  // namespace
 
 void matmul(Queue&, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y) {
   constexpr const char* where = "matmul";
   check_weights(where, w);
   const int64_t outputs = w.size[0], inputs = w.size[1], tokens = x.size[0];
-  check_tensor(where, "x", x, {tokens, inputs});
+  check_tensor(where, "x", x, {tokens, inputs}, false, row_type(x));
   check_tensor(where, "bias", bias, {outputs}, true);
   check_tensor(where, "y", y, {tokens, outputs});
   parallel_for(outputs, [&](int64_t o) {
     const std::vector<float> weight = weights(w, o);
     for (int64_t t = 0; t < tokens; ++t) {
-      const float* at = x.as<float>() + t * x.stride[0];
       double sum = bias ? number(bias, o) : 0;
-      for (int64_t i = 0; i < inputs; ++i) sum += double(at[i]) * double(weight[size_t(i)]);
+      for (int64_t i = 0; i < inputs; ++i) sum += number(x, t, i) * double(weight[size_t(i)]);
       if (accumulate) sum += number(y, t, o);
       store(y, offset(y, t, o), sum);
     }
   });
 }
 
-void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x) {
-  for (const Linear& linear : each) matmul(queue, linear.w, x, linear.bias, false, linear.y);
+void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x, const Norm* norm) {
+  const Scratch scratch(queue.scratch);
+  x = normed(queue, x, norm);
+  for (const Linear& linear : each) matmul(queue, linear.w, x, linear.bias, linear.add, linear.y);
 }
 
-void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, Activation activation, Tensor y) {
+void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, const Norm* norm, Activation activation, Tensor y) {
   const Scratch scratch(queue.scratch);
-  const Tensor other = queue.scratch.take(Dtype::F32, {y.size[0], y.size[1]});
-  matmul(queue, gate, x, {}, false, y);
+  x = normed(queue, x, norm);
+  const Tensor one = queue.scratch.take(Dtype::F32, {y.size[0], y.size[1]}),
+               other = queue.scratch.take(Dtype::F32, {y.size[0], y.size[1]});
+  matmul(queue, gate, x, {}, false, one);
   matmul(queue, up, x, {}, false, other);
-  glu(queue, y, other, activation, y);
+  glu(queue, one, other, activation, one);
+  check_tensor("matmul_glu", "y", y, {one.size[0], one.size[1]}, false, row_type(y));
+  for (int64_t t = 0; t < y.size[0]; ++t) set_row(y, t, row(one, t));
 }
 
 void embed(Queue&, Tensor w, Tensor ids, float scale, Tensor y) {
