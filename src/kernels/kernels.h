@@ -428,9 +428,9 @@ struct Kernels {
   /// y [T, out] (+)= x [T, in] · w[out, in]^T + bias[out]. w: any Dtype, rows contiguous; x F32 or BF16; y F32; bias may be
   /// empty.
   void (*matmul)(Queue&, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y);
-  /// y (+)= x · w^T + bias of each (q, k and v), x (then F32) normed before where `norm` is not null: what is done to x is done once, and
-  /// a decode step begins one parallel region instead of three. Matrices are weights: nothing that is under way on the queue
-  /// writes them.
+  /// y (+)= x · w^T + bias of each (q, k and v), x (then F32) normed before where `norm` is not null: what is done to x is done
+  /// once, and a decode step begins one parallel region instead of three. Matrices are weights: nothing that is under way on the
+  /// queue writes them.
   void (*matmul_each)(Queue&, std::span<const Linear> each, Tensor x, const Norm* norm);
   /// y [T, out] = act(x · gate^T) · (x · up^T), elementwise; gate and up [out, in], weights; x as in matmul_each; y F32 or BF16,
   /// not x.
