@@ -44,40 +44,14 @@ struct CodeRoom {
   int8_t* w_ = nullptr;
 };
 
-/// The query rows of a piece, and what they meet.
-class CodeReader : CodeRoom {
+class CodeReader : CodeRoom, public CodeRows<CodeReader, kCodeStep> {
  public:
-  static bool reads_keys(const PageType& type, int d) {
-    return reads_codes(type, d, kCodeStep) && (type.axis == PageType::Axis::Token || type.group >= 16);
-  }
-  static bool reads_values(const PageType& type, int d_v) {
-    return reads_codes(type, d_v, kCodeStep) && type.axis == PageType::Axis::Token;
-  }
-
   static int64_t bytes(int d, int d_v) { return CodeRoom(nullptr, d, d_v).bytes; }
-  CodeReader(char* memory, int d, int d_v) : CodeRoom(memory, d, d_v), d_(d), d_v_(d_v) {}
-
-  /// The query rows of a piece, [rows][d].
-  void open(const float* q, int rows) { query_ = q, rows_ = rows, packed_ = nullptr; }
-
-  /// scores [rows][kScoreRow] of a batch's entries; false where a few entries share their scales, so that it would not pay.
-  bool scores(const Entries& e, const Entries* next, float* scores) {
-    return with_code_bits(e.layout->k, [&]<int Bits>() {
-      if (e.layout->k.axis == PageType::Axis::Channel) return scores_by_channel<Bits>(e, next, scores);
-      scores_by_entry<Bits>(e, next, scores);
-      return true;
-    });
-  }
-
-  /// out [rows][d_v] = out · keep + worth · Σ p · values, for p [rows][kScoreRow] of at most 1, zeros behind the entries.
-  void values(const Entries& e, const Entries* next, const float* p, const float* keep, const float* worth, float* out) {
-    with_code_bits(e.layout->v, [&]<int Bits>() {
-      add_values<Bits>(e, next, p, keep, worth, out);
-      return true;
-    });
-  }
+  CodeReader(char* memory, int d, int d_v) : CodeRoom(memory, d, d_v), CodeRows(d, d_v) {}
 
  private:
+  friend class CodeRows<CodeReader, kCodeStep>;
+
   /// x [rows][d] as bytes: columns_ [high and low of each row][d], units and, if asked for, sums of each step's numbers.
   template <bool Sums>
   void split(const float* x) {
@@ -134,7 +108,7 @@ class CodeReader : CodeRoom {
   };
   /// Codes of entries j … j + 16 (j may be any), a byte each: where they lie, or in one of two places of their own.
   template <int Bits>
-  Sixteen open(const Entries& e, int j, int place) {
+  Sixteen open_codes_of(const Entries& e, int j, int place) {
     const int64_t d = d_, stride = (d + 63) / 64 * 64;
     if constexpr (Bits == 8) {
       if (e.parts == 1 && e.part[0].first + j + 16 <= kPage && reinterpret_cast<uintptr_t>(e.k[0]) % 32 == 0)
@@ -321,7 +295,7 @@ class CodeReader : CodeRoom {
     const F unit = column_units();
     const auto all = [&]<int G>() {  // groups; 0: any number
       const int count = G == 0 ? groups : G;
-      in_turns((e.count + 15) / 16, [&](int i) { opened[i % 2] = open<Bits>(e, 16 * i, i % 2); },
+      in_turns((e.count + 15) / 16, [&](int i) { opened[i % 2] = open_codes_of<Bits>(e, 16 * i, i % 2); },
                [&](int i) {
                  key_products(opened[i % 2].codes, opened[i % 2].stride, q_, steps, per_group,
                               Zeros ? nullptr : q_less_, c + i % 2 * c_size);
@@ -431,7 +405,7 @@ class CodeReader : CodeRoom {
     const F low = load(base), unit = column_units();
     int32_t* const c = c_;
     Sixteen opened[2];
-    in_turns((count + 15) / 16, [&](int k) { opened[k % 2] = open<Bits>(e, first + 16 * k, k % 2); },
+    in_turns((count + 15) / 16, [&](int k) { opened[k % 2] = open_codes_of<Bits>(e, first + 16 * k, k % 2); },
              [&](int k) {
                key_products(opened[k % 2].codes, opened[k % 2].stride, q_, steps, steps, nullptr, c + k % 2 * 16 * kColumns);
                for (int n = 0; n < 4; ++n) ask();
@@ -560,11 +534,6 @@ class CodeReader : CodeRoom {
   }
 
   const CodeRegisters registers_;
-  const int d_, d_v_;
-  int rows_ = 0;
-  const float* query_ = nullptr;
-  const PageType* packed_ = nullptr;  // for which the query rows are packed
-  float unit_[kDecodeRows];
 };
 
 #endif

@@ -30,12 +30,6 @@ struct Entries {
   alignas(64) float bias[kPage];        // with a bias
 };
 
-/// Whether codes of a side can be multiplied as they are, `step` channels at a time.
-inline bool reads_codes(const PageType& type, int width, int step) {
-  using Codes = PageType::Codes;
-  return type.quantised() && (type.codes == Codes::Range || type.codes == Codes::Signed) && width % step == 0 &&
-         (type.axis == PageType::Axis::Channel || type.group % step == 0);
-}
 /// f.template operator()<bits of a code>().
 template <class Fn>
 bool with_code_bits(const PageType& type, Fn&& f) {
@@ -45,6 +39,56 @@ bool with_code_bits(const PageType& type, Fn&& f) {
     default: return f.template operator()<2>();
   }
 }
+
+/// The query rows of a piece, and what they meet where codes are multiplied as they are, `Step` channels at a time. A Reader has
+/// scores_by_entry<bits>, scores_by_channel<bits> and add_values<bits>, and bytes(d, d_v) of a worker's memory.
+template <class Reader, int Step>
+class CodeRows {
+ public:
+  static bool reads_keys(const PageType& type, int d) {
+    return reads(type, d) && (type.axis == PageType::Axis::Token || type.group >= 16);
+  }
+  static bool reads_values(const PageType& type, int d_v) {
+    return reads(type, d_v) && type.axis == PageType::Axis::Token;
+  }
+
+  /// The query rows of a piece, [rows][d].
+  void open(const float* q, int rows) { query_ = q, rows_ = rows, packed_ = nullptr; }
+
+  /// scores [rows][kScoreRow] of a batch's entries; false where a few entries share their scales, so that it would not pay.
+  bool scores(const Entries& e, const Entries* next, float* scores) {
+    return with_code_bits(e.layout->k, [&]<int Bits>() {
+      if (e.layout->k.axis == PageType::Axis::Channel) return self().template scores_by_channel<Bits>(e, next, scores);
+      self().template scores_by_entry<Bits>(e, next, scores);
+      return true;
+    });
+  }
+
+  /// out [rows][d_v] = out · keep + worth · Σ p · values, for p [rows][kScoreRow] of at most 1, zeros behind the entries.
+  void values(const Entries& e, const Entries* next, const float* p, const float* keep, const float* worth, float* out) {
+    with_code_bits(e.layout->v, [&]<int Bits>() {
+      self().template add_values<Bits>(e, next, p, keep, worth, out);
+      return true;
+    });
+  }
+
+ protected:
+  CodeRows(int d, int d_v) : d_(d), d_v_(d_v) {}
+
+  const int d_, d_v_;
+  int rows_ = 0;
+  const float* query_ = nullptr;
+  const PageType* packed_ = nullptr;  // for which the query rows are rounded
+  float unit_[kDecodeRows];           // of a rounded row
+
+ private:
+  static bool reads(const PageType& type, int width) {
+    using Codes = PageType::Codes;
+    return type.quantised() && (type.codes == Codes::Range || type.codes == Codes::Signed) && width % Step == 0 &&
+           (type.axis == PageType::Axis::Channel || type.group % Step == 0);
+  }
+  Reader& self() { return static_cast<Reader&>(*this); }
+};
 
 /// Scales and lows of quantised entries as f32: a row for each entry, or for each run of entries that share one.
 struct ScaleRows {

@@ -49,55 +49,32 @@ HEED_INLINE void in_order(F (&x)[4]) {
   }
 }
 
-/// The query rows of a piece, and what they meet.
-class CodeReader {
+inline constexpr int kCodeStep = 32;
+
+class CodeReader : public CodeRows<CodeReader, kCodeStep> {
  public:
-  static bool reads_keys(const PageType& type, int d) {
-    return reads_codes(type, d, kStep) && (type.axis == PageType::Axis::Token || type.group >= 16);
-  }
-  static bool reads_values(const PageType& type, int d_v) {
-    return reads_codes(type, d_v, kStep) && type.axis == PageType::Axis::Token;
-  }
-
-  /// Of a worker's memory.
   static int64_t bytes(int d, int d_v) { return Room(nullptr, d, d_v).bytes; }
-  CodeReader(char* memory, int d, int d_v) : room_(memory, d, d_v), d_(d), d_v_(d_v) {}
-
-  /// The query rows of a piece, [rows][d].
-  void open(const float* q, int rows) { query_ = q, rows_ = rows, packed_ = nullptr; }
-
-  /// scores [rows][kScoreRow] of a batch's entries; false where a few entries share their scales, so that it would not pay.
-  bool scores(const Entries& e, const Entries* next, float* scores) {
-    return with_code_bits(e.layout->k, [&]<int Bits>() {
-      if (e.layout->k.axis == PageType::Axis::Channel) return scores_by_channel<Bits>(e, next, scores);
-      scores_by_entry<Bits>(e, next, scores);
-      return true;
-    });
-  }
-
-  /// out [rows][d_v] = out · keep + worth · Σ p · values, for p [rows][kScoreRow] of at most 1, zeros behind the entries.
-  void values(const Entries& e, const Entries* next, const float* p, const float* keep, const float* worth, float* out) {
-    with_code_bits(e.layout->v, [&]<int Bits>() {
-      add_values<Bits>(e, next, p, keep, worth, out);
-      return true;
-    });
-  }
+  CodeReader(char* memory, int d, int d_v) : CodeRows(d, d_v), room_(memory, d, d_v) {}
 
  private:
-  static constexpr int kStep = 32, kBlock = 2;  // query rows whose sums fit the registers beside codes
+  friend class CodeRows<CodeReader, kCodeStep>;
+
+  static constexpr int kBlock = 2;  // query rows whose sums fit the registers beside codes
   static constexpr float kMost = 32767;
 
   struct Room {
     int64_t bytes = 0;
-    int16_t *q, *weights;                            // [rows][d], [rows][64]
-    float *turned, *q_sums;                          // [d], [rows][groups rounded up to vectors]
-    float *scale, *low, *turned_scale, *turned_low;  // [64][groups], [groups][64]
+    int16_t *q = nullptr, *weights = nullptr;              // [rows][d], [rows][64]
+    float *turned = nullptr, *q_sums = nullptr;            // [d], [rows][groups rounded up to vectors]
+    float *scale = nullptr, *low = nullptr;                // [64][groups]
+    float *turned_scale = nullptr, *turned_low = nullptr;  // [groups][64]
+    /// memory null: only `bytes` is set.
     Room(char* memory, int d, int d_v) {
       const auto take = [&]<class T>(T*& to, int64_t count) {
-        to = reinterpret_cast<T*>(memory + bytes);
+        if (memory) to = reinterpret_cast<T*>(memory + bytes);
         bytes += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
       };
-      const int64_t widest = std::max(d, d_v), steps = widest / kStep, all = std::max(kPage * steps, widest) + kLanes;
+      const int64_t widest = std::max(d, d_v), steps = widest / kCodeStep, all = std::max(kPage * steps, widest) + kLanes;
       take(q, kDecodeRows * int64_t(d)), take(weights, kDecodeRows * int64_t(kPage)), take(turned, widest);
       take(q_sums, kDecodeRows * (steps + kLanes)), take(scale, all), take(low, all), take(turned_scale, all),
           take(turned_low, all);
@@ -112,10 +89,10 @@ class CodeReader {
     const float most = hmax(top);
     const F by = set(most > 0 ? kMost / most : 0);
     int16_t* to = room_.q + int64_t(r) * d_;
-    for (int c = 0; c < d_; c += kStep, to += kStep) {
-      alignas(32) float numbers[kStep];
-      for (int i = 0; i < kStep; ++i) numbers[i] = x[c + channel_at<Bits>(i)];
-      for (int i = 0; i < kStep; i += kLanes) store_integers(to + i, load(numbers + i) * by);
+    for (int c = 0; c < d_; c += kCodeStep, to += kCodeStep) {
+      alignas(32) float numbers[kCodeStep];
+      for (int i = 0; i < kCodeStep; ++i) numbers[i] = x[c + channel_at<Bits>(i)];
+      for (int i = 0; i < kCodeStep; i += kLanes) store_integers(to + i, load(numbers + i) * by);
     }
     unit_[r] = most * (1 / kMost);
   }
@@ -142,7 +119,7 @@ class CodeReader {
           const float* scale = scales + entry * groups;
           for (int64_t c = 0; c < d; ++scale) {
             Words dot[R];
-            const int64_t end = Stepwise ? c + kStep : std::min(c + per_group, d);
+            const int64_t end = Stepwise ? c + kCodeStep : std::min(c + per_group, d);
 #pragma GCC unroll 2
             for (int r = 0; r < R; ++r) dot[r] = set_word(0);
             do {
@@ -151,9 +128,9 @@ class CodeReader {
 #pragma GCC unroll 2
               for (int r = 0; r < R; ++r) {
                 const int16_t* x = q + r * d + c;
-                dot[r] = add_pairs(add_pairs(dot[r], a, load_words(x)), b, load_words(x + kStep / 2));
+                dot[r] = add_pairs(add_pairs(dot[r], a, load_words(x)), b, load_words(x + kCodeStep / 2));
               }
-              c += kStep;
+              c += kCodeStep;
             } while (!Stepwise && c < end);
             const F by = set(*scale);
 #pragma GCC unroll 2
@@ -215,7 +192,7 @@ class CodeReader {
         for (int g = 0; g < groups; ++g) {
           const int64_t begin = int64_t(r) * d_ + g * per_group, end = int64_t(r) * d_ + std::min((g + 1) * per_group, d_);
           Words sum = set_word(0);
-          for (int64_t c = begin; c < end; c += kStep / 2)
+          for (int64_t c = begin; c < end; c += kCodeStep / 2)
             sum = add_pairs(sum, load_words(room_.q + c), set_word(0x00010001));
           sums[g] = half * hsum(to_float(sum));
         }
@@ -237,7 +214,7 @@ class CodeReader {
             },
             [&](int r, F sums) { return sums * set(unit_[r]); }, scores);
       };
-      if (per_group == kStep) all.template operator()<true>();
+      if (per_group == kCodeStep) all.template operator()<true>();
       else all.template operator()<false>();
     });
   }
@@ -346,7 +323,7 @@ class CodeReader {
         unit[r] = worth[r] * most * (1 / kMost);
         lows[r] = zeros ? worth[r] * hsum(sum) : -half * hsum(whole) * unit[r];
       }
-      for (int c = g * group; c < std::min((g + 1) * group, d_v); c += kStep)
+      for (int c = g * group; c < std::min((g + 1) * group, d_v); c += kCodeStep)
         over_blocks([&]<int R>(int r0) {
           F sums[R][4];
           if (next && c == 0 && r0 == 0) sum_values<Bits, R, true>(e, next, 0, r0, sums);
@@ -363,11 +340,6 @@ class CodeReader {
   }
 
   Room room_;
-  const int d_, d_v_;
-  int rows_ = 0;
-  const float* query_ = nullptr;
-  const PageType* packed_ = nullptr;  // for which the query rows are rounded
-  float unit_[kDecodeRows];
 };
 
 #elif !defined(HEED_CODE_PRODUCTS)
