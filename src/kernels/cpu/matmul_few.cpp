@@ -53,33 +53,27 @@ int64_t part_of(int64_t width) {
   return ((width + parts - 1) / parts + 255) / 256 * 256;
 }
 
-/// Row · token for Tokens tokens at once, `part` columns (a multiple of 256, at most kPart<D>) at a time; result[t] is overwritten.
-template <Dtype D, int Tokens>
-void row_times_tokens(const char* row, int64_t width, int64_t part, const Rounded* x, float* result) {
+/// Row · token, `part` columns (a multiple of 256, at most kPart<D>) at a time. For rows as files hold them, which are few once
+/// weights lie side by side: one token at a time, so that this is compiled once for a format.
+template <Dtype D>
+float row_times_token(const char* row, int64_t width, int64_t part, const Rounded& x) {
   using Q = Quant<D>;
   using Block = typename Q::Block;
   constexpr int per_block = info(D).block, units = per_block / 32, groups = per_block / Q::group;
-  // With one token a single chain of sums would wait for its own latency.
-  constexpr int chains = Tokens == 1 ? 4 : Tokens == 2 ? 2 : 1;
+  constexpr int chains = 4;  // a single chain of sums would wait for its own latency
   constexpr int shift = Q::offset + (Q::is_signed ? kSignedBias : 0);
-  float scale[kPart<D> / Q::group + 16], low[kPart<D> / Q::group + 16], both[Tokens][kPart<D> / Q::group + 16];
-  Acc acc[Tokens][chains];
-  Acc lows[Tokens];
-  for (int t = 0; t < Tokens; ++t) {
-    lows[t] = no_sum();
-    for (Acc& a : acc[t]) a = no_sum();
-  }
+  float scale[kPart<D> / Q::group + 16], low[kPart<D> / Q::group + 16], both[kPart<D> / Q::group + 16];
+  Acc acc[chains], lows = no_sum();
+  for (Acc& a : acc) a = no_sum();
   const Block* blocks = reinterpret_cast<const Block*>(row);
   for (int64_t begin = 0; begin < width; begin += part) {
     const int64_t n = std::min(part, width - begin) / per_block, n_groups = n * groups, g0 = begin / Q::group;
     // Scales of kSums groups from g on, the first `done` of which have been here before.
     const auto prepare = [&](int64_t g, Acc s, Acc l, int done) {
-      for (int t = 0; t < Tokens; ++t) {
-        store_sums(both[t] + g, s * load_sums(x[t].scale + g0 + g));
-        if constexpr (Q::has_low || shift != 0) {
-          const Acc sum = without_first(load_sums(x[t].sum + g0 + g), done);
-          lows[t] = add_product(lows[t], Q::has_low ? l : s, sum);
-        }
+      store_sums(both + g, s * load_sums(x.scale + g0 + g));
+      if constexpr (Q::has_low || shift != 0) {
+        const Acc sum = without_first(load_sums(x.sum + g0 + g), done);
+        lows = add_product(lows, Q::has_low ? l : s, sum);
       }
     };
     if (units == 1 && n >= kSums) {
@@ -100,11 +94,9 @@ void row_times_tokens(const char* row, int64_t width, int64_t part, const Rounde
     }
     const auto unit = [&]<int i, int chain>(int64_t b) {
       const Codes w = Q::template codes<i>(blocks[b]);
-      for (int t = 0; t < Tokens; ++t) {
-        Acc& sum = acc[t][chain % chains];
-        const Sums s = dot<Q::is_signed>(w, load_codes(x[t].codes + begin + b * per_block + 32 * i));
-        sum = accumulate<Q::group>(sum, s, both[t] + b * groups + i * (32 / Q::group));
-      }
+      const Sums s = dot<Q::is_signed>(w, load_codes(x.codes + begin + b * per_block + 32 * i));
+      Acc& sum = acc[chain % chains];
+      sum = accumulate<Q::group>(sum, s, both + b * groups + i * (32 / Q::group));
     };
     int64_t b = 0;
     if constexpr (units == 1) {
@@ -122,17 +114,16 @@ void row_times_tokens(const char* row, int64_t width, int64_t part, const Rounde
     }
     blocks += n;
   }
-  for (int t = 0; t < Tokens; ++t) {
-    Acc sum = acc[t][0];
-    for (int c = 1; c < chains; ++c) sum = sum + acc[t][c];
-    if constexpr (Q::has_low) sum = sum + lows[t];
-    result[t] = total(sum);
-    if constexpr (!Q::has_low && shift != 0) result[t] -= float(shift) * total(lows[t]);
-  }
+  Acc sum = acc[0];
+  for (int c = 1; c < chains; ++c) sum = sum + acc[c];
+  if constexpr (Q::has_low) sum = sum + lows;
+  float result = total(sum);
+  if constexpr (!Q::has_low && shift != 0) result -= float(shift) * total(lows);
+  return result;
 }
 
 /// Sixteen rows side by side · tokens: a scale of every row in one vector, and nothing to add up across lanes. Where
-/// row_times_tokens is bound by its own work on scales and sums, this is bound by memory (docs/performance.md).
+/// row_times_token is bound by its own work on scales and sums, this is bound by memory (docs/performance.md).
 template <Dtype D, int Tokens>
 void sixteen_times_tokens(const char* rows, int64_t width, const Rounded* x, F (*result)[kSideBySide / kLanes]) {
   using Q = Quant<D>;
@@ -254,11 +245,7 @@ class Inputs {
           for (int v = 0; v < kSideBySide / kLanes; ++v) p.put(t + i, r + v * kLanes, result[i][v]);
       });
     for (; r < end; ++r)
-      over_tokens(tokens_, [&]<int n>(int64_t t) {
-        float result[n];
-        row_times_tokens<D, n>(p.w.at(r, 0), p.w.width, part, x + t, result);
-        for (int i = 0; i < n; ++i) p.put(t + i, r, result[i]);
-      });
+      for (int64_t t = 0; t < tokens_; ++t) p.put(t, r, row_times_token<D>(p.w.at(r, 0), p.w.width, part, x[t]));
   }
 
   template <class T>

@@ -41,6 +41,12 @@ class ProductColumns {
   int64_t count_ = 0;
 };
 
+/// Words that so many numbers of k are padded to; at least some, so that sums over nothing are zeros.
+template <class Tile>
+int64_t words_of(int64_t numbers) {
+  return ceil_div(std::max<int64_t>(numbers, 1), Tile::align) * Tile::align / Tile::pair;
+}
+
 /// begin … begin + numbers of k of tokens first … first + tokens, and of the weights of a round of groups.
 template <class Tile>
 struct Piece {
@@ -57,12 +63,17 @@ struct Piece {
 
   /// Token `token` of x, or zeros where there is none.
   void pack(const Product& p, int64_t token) const {
-    const float* from = p.x_row(std::min(first + token, p.tokens() - 1)) + begin;
     const int64_t there = token < tokens ? numbers : 0;
-    const int64_t all = padded_numbers<Tile>(numbers);
-    for (int64_t word = 0, at = 0; word < depth; word += Tile::unit_words, at += Tile::unit)
-      Tile::pack(from + std::min(at, there), std::clamp<int64_t>(there - at, 0, Tile::unit),
-                 std::min<int64_t>(Tile::unit, all - at), x_at(token, word));
+    for (int64_t word = 0; word < depth; word += 16) {
+      const int64_t all = std::min<int64_t>(16, depth - word) * Tile::pair,
+                    n = std::clamp<int64_t>(there - word * Tile::pair, 0, all);
+      typename Tile::Number* to = x_at(token, word);
+      if (n > 0) {
+        const float* from = p.x_row(first + token) + begin + word * Tile::pair;
+        over_lanes(n, [&](int64_t i, auto part) { part.put(to + i, part.get(from + i)); });
+      }
+      std::fill(to + n, to + all, typename Tile::Number(0));
+    }
   }
 };
 
@@ -112,8 +123,8 @@ struct Finish {
 template <class Tile>
 void multiply_tile(const Piece<Tile>& piece, int64_t token, int64_t tokens, int64_t group, int64_t groups,
                    int64_t first_column, const Finish& finish, float* sums) {
-  const int64_t stride = groups * kGroup, units = ceil_div(piece.depth, Tile::unit_words),
-                step = ceil_div(units, ceil_div(units * Tile::unit, Tile::part)) * Tile::unit_words;
+  const int64_t stride = groups * kGroup, parts = ceil_div(piece.depth * Tile::pair, Tile::part),
+                step = ceil_div(ceil_div(piece.depth, parts), 16) * 16;
   for (int64_t word = 0; word < piece.depth; word += step) {
     const int64_t words = std::min(step, piece.depth - word);
     for (int64_t t = 0; t < tokens; t += Tile::tokens) {
@@ -182,7 +193,7 @@ void multiply(Arena& arena, std::span<const Product> products, const Activation*
                 return;
               }
               const auto [p, row] = columns[round + i - packed];
-              unpack_sixteen(p.w, row, begin, piece.numbers, padded_numbers<Tile>(piece.numbers), piece.panel(i - packed));
+              unpack_sixteen(p.w, row, begin, piece.numbers, piece.depth * Tile::pair, piece.panel(i - packed));
             },
             Deal::Stretches);
 
@@ -217,7 +228,7 @@ bool multiply_many(Arena& arena, std::span<const Product> products, const Activa
   for (const Product& p : products)
     if (whole(p) != precise) return false;
   if (glu && products[0].w.width > kPieceNumbers) return false;
-  if (precise) multiply<FloatTile>(arena, products, glu);
+  if (precise) multiply<VectorTile<float>>(arena, products, glu);
   else multiply<BestTile>(arena, products, glu);
   return true;
 }

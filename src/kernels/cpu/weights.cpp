@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "kernels/cpu/product_tile.h"
 #include "kernels/cpu/quants.h"
 #include "kernels/cpu/transpose_words.h"
 
@@ -135,7 +134,7 @@ HEED_INLINE void put_pair(float* word, F even, F odd) {
   store(word, even);
   store(word + kSideBySide, odd);
 }
-#if defined(__AMX_BF16__)
+#if defined(HEED_BF16_DOT)
 HEED_INLINE void put_pair(bf16* word, F even, F odd) { _mm512_storeu_si512(word, pair_bf16(even, odd)); }
 #endif
 
@@ -204,32 +203,9 @@ void unpack_sixteen_any(const Weights& w, int64_t row, int64_t begin, int64_t co
 void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, float* panel) {
   unpack_sixteen_any(w, row, begin, count, padded, panel);
 }
-#if defined(__AMX_BF16__)
+#if defined(HEED_BF16_DOT)
 void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, bf16* panel) {
   unpack_sixteen_any(w, row, begin, count, padded, panel);
-}
-#elif defined(HEED_PAIR_DOT)
-void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, int16_t* panel) {
-  constexpr int64_t most = 256;  // which every type's blocks divide: 16 KB of the first cache
-  alignas(64) float numbers[most * kSideBySide];
-  for (int64_t at = 0; at < padded; at += most) {
-    const int64_t all = std::min(most, padded - at);
-    unpack_sixteen_any(w, row, begin + std::min(at, count), std::clamp<int64_t>(count - at, 0, all), all, numbers);
-    for (int64_t first = 0; first < all; first += PairTile::unit) {
-      const int64_t n = std::min<int64_t>(PairTile::unit, all - first);
-      for (int v = 0; v < kSideBySide; v += kLanes) {
-        const float* from = numbers + first * kSideBySide + v;
-        PairTile::Scales rows;
-        for (int64_t i = 0; i < n; ++i) rows.see(load(from + i * kSideBySide));
-        store(reinterpret_cast<float*>(panel + v * PairTile::pair), rows.scale());
-        const F inverse = rows.inverse();
-        for (int64_t i = 0; i < n; i += 2)
-          store_pairs(panel + (kSideBySide * (1 + i / 2) + v) * PairTile::pair, load(from + i * kSideBySide) * inverse,
-                      load(from + (i + 1) * kSideBySide) * inverse);
-      }
-      panel += words_of<PairTile>(n) * kSideBySide * PairTile::pair;
-    }
-  }
 }
 #endif
 

@@ -33,14 +33,11 @@ struct Weights {
 /// block.
 void unpack(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, float* out, int64_t stride);
 
-/// Values begin … begin + count of rows row … row + 15 as a panel of a tile (product_tile.h): in f32, rounded to bf16, or as
-/// integers with scales; with zeros for rows that there are not and up to `padded` numbers, a multiple of the tile's align. row is
-/// a multiple of 16; begin and count as above.
+/// Values begin … begin + count of rows row … row + 15, in f32 or rounded to bf16, as a panel (product_tile.h), with zeros for
+/// rows that there are not and up to `padded` numbers, a multiple of a word's. row is a multiple of 16; begin and count as above.
 void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, float* panel);
-#if defined(__AMX_BF16__)
+#if defined(HEED_BF16_DOT)
 void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, bf16* panel);
-#elif defined(HEED_PAIR_DOT)
-void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, int16_t* panel);
 #endif
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
