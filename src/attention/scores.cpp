@@ -159,9 +159,7 @@ Ragged unit_rows(Queue& queue, const Ragged& x) {
 }
 
 Tensor ones(Queue& queue, int64_t rows, int64_t width) {
-  const Tensor out = width > 0 ? queue.scratch.take(Dtype::F32, {rows, width}) : queue.scratch.take(Dtype::F32, {rows});
-  queue.run->combine(queue, out, {}, Combine::Power, 0, out);  // whatever lies there: x⁰ = 1, of NaN too
-  return out;
+  return width > 0 ? compute(queue, Dtype::F32, {rows, width}, 1) : compute(queue, Dtype::F32, {rows}, 1);
 }
 
 Ragged queries_behind(const LayerView& at) {

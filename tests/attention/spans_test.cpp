@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
+#include "attention/scores.h"
 #include "backends.h"
 #include "base/random.h"
 
@@ -22,6 +24,23 @@ class Spans : public testing::TestWithParam<const char*> {
   Queue queue;
 };
 INSTANTIATE_TEST_SUITE_P(All, Spans, testing::Values("reference", "guarded"));
+
+// A signalling NaN to the power of 0 is no 1.
+TEST(Ones, AreOnesWhateverLayThere) {
+  constexpr int64_t n = 300;
+  const std::vector<uint32_t> signalling(size_t(n), 0x7f800123u);
+  for (const Kernels* run : cpu_kernels()) {
+    Queue queue;
+    queue.run = run;
+    {
+      const Scratch scratch(queue.scratch);
+      std::memcpy(queue.scratch.take(Dtype::F32, {n}).data, signalling.data(), size_t(n) * 4);
+    }
+    const Scratch scratch(queue.scratch);
+    const auto made = ones(queue, n).span<const float>();
+    EXPECT_EQ(std::vector<float>(made.begin(), made.end()), std::vector<float>(size_t(n), 1.0f)) << run->name;
+  }
+}
 
 /// Maps of the last part short, numbers on and before the diagonal alone.
 Buffer maps(int64_t tokens, int stretch, uint64_t seed) {

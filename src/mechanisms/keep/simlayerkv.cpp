@@ -26,8 +26,8 @@ struct SimLayerKV final : KeepPolicy {
 
   /// 1 for the first `first` and the last `last` entries, else 0.
   static Ragged ends(const LayerView& at, int64_t first, int64_t last) {
-    Ragged marks = at.per_entry();
-    marks = combine(at.queue, combine(at.queue, marks, Combine::Power, 0), Combine::Multiply, 0);
+    const Ragged marks = at.per_entry();
+    compute(at.queue, marks, 0, marks.values);
     return combine(at.queue, force(at.queue, marks, first, last), Combine::AtLeast);
   }
 
