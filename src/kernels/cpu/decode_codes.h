@@ -327,37 +327,12 @@ class CodeReader : CodeRoom, public CodeRows<CodeReader, kCodeStep> {
 
   template <int Bits>
   bool scores_by_channel(const Entries& e, const Entries* next, float* scores) {
-    const int group = e.layout->k.group, d = d_;
-    int runs = 0;
-    for (int i = 0; i < e.parts; ++i)
-      runs += (e.part[i].first + e.part[i].count - 1) / group - e.part[i].first / group + 1;
-    if (runs * 8 > e.count) return false;
-    packed_ = nullptr;
     Ask ask(next, true, kPage / 4);
-    for (int i = 0; i < e.parts; ++i) {
-      const Entries::Part& part = e.part[i];
-      const PageSide side = PageSide::keys(*e.layout, part.page);
-      for (int from = part.first, last = part.first + part.count; from < last;) {
-        const int run = from / group, until = std::min(last, (run + 1) * group);
-        alignas(64) float base[kColumns] = {};
-        convert_row(side.scales() + run * d, d, scale_), convert_row(side.zeros() + run * d, d, low_);
-        const float *s = scale_, *m = low_;
-        for (int r = 0; r < rows_; ++r) {
-          const float* q = query_ + int64_t(r) * d;
-          float* turned = turned_ + int64_t(r) * d;
-          F sum = zero();
-          for (int c = 0; c < d; c += kLanes) {
-            store(turned + c, load(q + c) * load(s + c));
-            sum = fma(load(q + c), load(m + c), sum);
-          }
-          base[r] = hsum(sum);
-        }
-        split<false>(turned_);
-        run_scores<Bits>(e, ask, part.at + from - part.first, until - from, base, scores);
-        from = until;
-      }
-    }
-    return true;
+    return over_runs(e, scale_, low_, turned_, [&](int first, int count, const float* base) {
+      packed_ = nullptr;
+      split<false>(turned_);
+      run_scores<Bits>(e, ask, first, count, base, scores);
+    });
   }
 
   /// Of `count` entries from `first` on, whose scales are in the query rows.

@@ -75,6 +75,40 @@ class CodeRows {
  protected:
   CodeRows(int d, int d_v) : d_(d), d_v_(d_v) {}
 
+  /// Keys by channel: for each run of entries that share scales, whose room is scale and low [d], the query rows times these
+  /// (scaled [rows][d]) and visit(first entry, count, base), base [16] being rows · low, zeros behind. False, nothing visited,
+  /// where runs are short.
+  template <class Visit>
+  bool over_runs(const Entries& e, float* scale, float* low, float* scaled, Visit&& visit) const {
+    const int group = e.layout->k.group, d = d_;
+    int runs = 0;
+    for (int i = 0; i < e.parts; ++i)
+      runs += (e.part[i].first + e.part[i].count - 1) / group - e.part[i].first / group + 1;
+    if (runs * 8 > e.count) return false;
+    for (int i = 0; i < e.parts; ++i) {
+      const Entries::Part& part = e.part[i];
+      const PageSide side = PageSide::keys(*e.layout, part.page);
+      for (int from = part.first, last = part.first + part.count; from < last;) {
+        const int run = from / group, until = std::min(last, (run + 1) * group);
+        alignas(64) float base[2 * kDecodeRows] = {};
+        convert_row(side.scales() + run * d, d, scale), convert_row(side.zeros() + run * d, d, low);
+        for (int r = 0; r < rows_; ++r) {
+          const float* q = query_ + int64_t(r) * d;
+          float* to = scaled + int64_t(r) * d;
+          F sum = zero();
+          for (int c = 0; c < d; c += kLanes) {
+            store(to + c, load(q + c) * load(scale + c));
+            sum = fma(load(q + c), load(low + c), sum);
+          }
+          base[r] = hsum(sum);
+        }
+        visit(part.at + from - part.first, until - from, base);
+        from = until;
+      }
+    }
+    return true;
+  }
+
   const int d_, d_v_;
   int rows_ = 0;
   const float* query_ = nullptr;

@@ -65,7 +65,7 @@ class CodeReader : public CodeRows<CodeReader, kCodeStep> {
   struct Room {
     int64_t bytes = 0;
     int16_t *q = nullptr, *weights = nullptr;              // [rows][d], [rows][64]
-    float *turned = nullptr, *q_sums = nullptr;            // [d], [rows][groups rounded up to vectors]
+    float *turned = nullptr, *q_sums = nullptr;            // [rows][d], [rows][groups rounded up to vectors]
     float *scale = nullptr, *low = nullptr;                // [64][groups]
     float *turned_scale = nullptr, *turned_low = nullptr;  // [groups][64]
     /// memory null: only `bytes` is set.
@@ -75,7 +75,7 @@ class CodeReader : public CodeRows<CodeReader, kCodeStep> {
         bytes += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
       };
       const int64_t widest = std::max(d, d_v), steps = widest / kCodeStep, all = std::max(kPage * steps, widest) + kLanes;
-      take(q, kDecodeRows * int64_t(d)), take(weights, kDecodeRows * int64_t(kPage)), take(turned, widest);
+      take(q, kDecodeRows * int64_t(d)), take(weights, kDecodeRows * int64_t(kPage)), take(turned, kDecodeRows * widest);
       take(q_sums, kDecodeRows * (steps + kLanes)), take(scale, all), take(low, all), take(turned_scale, all),
           take(turned_low, all);
     }
@@ -151,17 +151,15 @@ class CodeReader : public CodeRows<CodeReader, kCodeStep> {
     if (r < rows_) f.template operator()<1>(r);
   }
 
-  /// Scales, or zeros, of a batch's entries: [entries][groups].
-  template <class Side, class From>
-  static void open_halves(const Entries& e, int groups, Side&& side, From&& from, float* to) {
+  /// Scales, and zeros where there are any, of a batch's entries: [entries][groups].
+  void open_scales(const Entries& e, const PageType& type, int groups, PageSide (*side)(const PageLayout&, char*)) const {
     for (int i = 0; i < e.parts; ++i) {
       const Entries::Part& part = e.part[i];
-      convert_row(from(side(*e.layout, part.page)) + part.first * groups, part.count * groups, to + part.at * groups);
+      const PageSide from = side(*e.layout, part.page);
+      const int first = part.first * groups, count = part.count * groups, at = part.at * groups;
+      convert_row(from.scales() + first, count, room_.scale + at);
+      if (type.zeros()) convert_row(from.zeros() + first, count, room_.low + at);
     }
-  }
-  void open_scales(const Entries& e, const PageType& type, int groups, PageSide (*side)(const PageLayout&, char*)) const {
-    open_halves(e, groups, side, [](const PageSide& s) { return s.scales(); }, room_.scale);
-    if (type.zeros()) open_halves(e, groups, side, [](const PageSide& s) { return s.zeros(); }, room_.low);
   }
 
   /// [count][groups] → [groups][64], zeros behind the last.
@@ -221,42 +219,19 @@ class CodeReader : public CodeRows<CodeReader, kCodeStep> {
 
   template <int Bits>
   bool scores_by_channel(const Entries& e, const Entries* next, float* scores) {
-    const int group = e.layout->k.group, d = d_;
-    int runs = 0;
-    for (int i = 0; i < e.parts; ++i)
-      runs += (e.part[i].first + e.part[i].count - 1) / group - e.part[i].first / group + 1;
-    if (runs * 8 > e.count) return false;
-    packed_ = nullptr;
-    for (int i = 0; i < e.parts; ++i) {
-      const Entries::Part& part = e.part[i];
-      const PageSide side = PageSide::keys(*e.layout, part.page);
-      for (int from = part.first, last = part.first + part.count; from < last;) {
-        const int run = from / group, until = std::min(last, (run + 1) * group);
-        float base[kDecodeRows];
-        convert_row(side.scales() + run * d, d, room_.scale), convert_row(side.zeros() + run * d, d, room_.low);
-        for (int r = 0; r < rows_; ++r) {
-          const float* q = query_ + int64_t(r) * d;
-          F sum = zero();
-          for (int c = 0; c < d; c += kLanes) {
-            store(room_.turned + c, load(q + c) * load(room_.scale + c));
-            sum = fma(load(q + c), load(room_.low + c), sum);
-          }
-          base[r] = hsum(sum);
-          round_row<Bits>(room_.turned, r);
-        }
-        over_blocks([&]<int R>(int r0) {
-          const float one = 1;
-          dots<Bits, R, false>(
-              e, next, part.at + from - part.first, until - from, r0, d, &one, 0,
-              [](int, F(&sum)[R]) {
-                for (F& x : sum) x = zero();
-              },
-              [&](int r, F sums) { return fma(sums, set(unit_[r]), set(base[r])); }, scores);
-        });
-        from = until;
-      }
-    }
-    return true;
+    return over_runs(e, room_.scale, room_.low, room_.turned, [&](int first, int count, const float* base) {
+      packed_ = nullptr;
+      for (int r = 0; r < rows_; ++r) round_row<Bits>(room_.turned + int64_t(r) * d_, r);
+      over_blocks([&]<int R>(int r0) {
+        const float one = 1;
+        dots<Bits, R, false>(
+            e, next, first, count, r0, d_, &one, 0,
+            [](int, F(&sum)[R]) {
+              for (F& x : sum) x = zero();
+            },
+            [&](int r, F sums) { return fma(sums, set(unit_[r]), set(base[r])); }, scores);
+      });
+    });
   }
 
   /// The 32 sums of a step over all entries, for `R` rows of weights from r0 on.
