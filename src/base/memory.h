@@ -39,6 +39,7 @@ struct Memory {
   void (*unreserve)(void* at, int64_t bytes) noexcept = nullptr;
   void (*commit)(void* at, int64_t bytes) = nullptr;
   void (*decommit)(void* at, int64_t bytes) noexcept = nullptr;
+  const Memory* host = nullptr;  // of the host, which `download` fills fastest; null where any is as good
 };
 
 const Memory& cpu_memory();

@@ -111,6 +111,8 @@ struct Queue {
   /// Copies a contiguous device tensor to host memory and waits for it: the only host wait there is.
   void read_back(const Tensor& from, void* host);
   Buffer read_back(const Tensor& from);
+  /// Where read_back writes fastest.
+  const Memory& host_memory() const { return memory->host ? *memory->host : cpu_memory(); }
 
  private:
   struct Uploads {

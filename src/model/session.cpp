@@ -3,7 +3,6 @@
 #include <atomic>
 
 #include "attention/rotation.h"
-#include "kernels/host_memory.h"
 #include "mechanisms/registry.h"
 #include "model/session_impl.h"
 #include "model/transformer.h"
@@ -333,7 +332,7 @@ bool Session::Impl::replay(const Batch& batch, std::span<const int32_t> ids, std
   queue.replay(found->work);
   store->replayed(found->evicts);
   if (!logits_out || logits_out->size[0] != sequences)
-    logits_out = Buffer(Dtype::F32, {sequences, info().vocabulary}, host_memory(queue.device));
+    logits_out = Buffer(Dtype::F32, {sequences, info().vocabulary}, queue.host_memory());
   queue.read_back(logits_there, logits_out->data);
   return true;
 }
@@ -368,7 +367,7 @@ void Session::Impl::emit(Batch& batch, Tensor x, Logits want, const std::functio
   }
   Scratch scope(queue.scratch);
   if (!logits_out || logits_out->size[0] != options.sequences)
-    logits_out = Buffer(Dtype::F32, {options.sequences, vocabulary}, host_memory(queue.device));
+    logits_out = Buffer(Dtype::F32, {options.sequences, vocabulary}, queue.host_memory());
   const Tensor last = queue.scratch.take(Dtype::F32, {options.sequences, info().hidden});
   queue.fill(last, 0);
   for (int64_t s = 0, row = 0; s < options.sequences; ++s) {

@@ -7,7 +7,6 @@
 #include <unordered_map>
 
 #include "kernels/cuda/device.cuh"
-#include "kernels/host_memory.h"
 
 namespace heed::cuda {
 
@@ -251,6 +250,21 @@ void commit(void* at, int64_t bytes) {
   throw Error(Code::Device, "cuda memory", "memory that was mapped could not be opened");
 }
 
+// Without pinned memory a copy to the host goes through the driver's own.
+const Memory& pinned() {
+  static const Memory made = [] {
+    Memory m = cpu_memory();
+    m.allocate = [](int64_t bytes) {
+      void* out = nullptr;
+      check(cudaMallocHost(&out, size_t(std::max<int64_t>(bytes, 1))), "cuda host memory");
+      return out;
+    };
+    m.release = [](void* p) noexcept { cudaFreeHost(p); };
+    return m;
+  }();
+  return made;
+}
+
 }  // namespace
 
 int* counters(const Queue& queue) {
@@ -282,28 +296,10 @@ const Memory& memory() {
     m.end_recording = end_recording;
     m.replay = replay;
     m.drop_recording = drop_recording;
+    m.host = &pinned();
     return m;
   }();
   return made;
 }
 
 }  // namespace heed::cuda
-
-namespace heed {
-
-const Memory& host_memory(Device device) {
-  if (device != Device::Cuda) return cpu_memory();
-  static const Memory pinned = [] {
-    Memory m = cpu_memory();
-    m.allocate = [](int64_t bytes) {
-      void* out = nullptr;
-      cuda::check(cudaMallocHost(&out, size_t(std::max<int64_t>(bytes, 1))), "cuda host memory");
-      return out;
-    };
-    m.release = [](void* p) noexcept { cudaFreeHost(p); };
-    return m;
-  }();
-  return pinned;
-}
-
-}  // namespace heed
