@@ -174,7 +174,7 @@ void small(const Kernels& run) {
     for (int i = 0; i < 100; ++i) run.matmul(queue, gate.slice(0, 0, width), x, {}, false, y.view().slice(1, 0, width));
   });
   const double both = best(20, [&] {
-    for (int i = 0; i < 100; ++i) run.matmul_glu(queue, gate, up, x, Activation::Silu, y);
+    for (int i = 0; i < 100; ++i) run.matmul_glu(queue, gate, up, x, nullptr, Activation::Silu, y);
   });
   std::printf("an empty region %.2f us; Q4_1 576 x 576 %.2f us; gate and up, 1536 x 576 each, %.2f us\n", region * 1e3,
               product * 1e4, both * 1e4);

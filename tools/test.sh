@@ -72,7 +72,7 @@ sanitized() {
   fuzzed >"$results/fuzz.log" 2>&1 &
   local fuzzing=$!
   GTEST_FILTER="-$left_out:Settings/*/0:Settings/*/1:Settings/*/2:Settings/*/4:Settings/*/5" HEED_CASES=0.1 \
-    HEED_BACKEND=${HEED_BACKEND:-cpu} \
+    HEED_BACKEND=${HEED_BACKEND:-avx2} \
     suites "$1" fuzz -j 2 -E '^(apps|lab)$'
   wait $fuzzing
   cat "$results/fuzz.log"

@@ -1,5 +1,6 @@
 #include "apps/bench_kernels.h"
 
+#include <algorithm>
 #include <iostream>
 
 #include "base/threads.h"
@@ -10,12 +11,14 @@
 namespace heed::apps {
 namespace {
 
-/// The arithmetic limit that a kernel of this table stands against.
-double limit(const MachineLimits& limits, const std::string& table, bool bf16) {
-  if (table == "neon") return limits.peak("neon f32");
-  if (table == "avx2") return limits.peak("avx2 f32");
-  if (bf16 && table != "avx512" && limits.peak("avx512 bf16") > 0) return limits.peak("avx512 bf16");
-  return limits.peak("avx512 f32");
+/// The arithmetic limit that a kernel of this table stands against: the fastest of what it may multiply.
+double limit(const MachineLimits& limits, const Kernels& table, const KernelCase& c) {
+  if (table.name == "neon") return limits.peak("neon f32");
+  const std::string vectors = table.name.starts_with("avx2") ? "avx2 " : "avx512 ";
+  double most = limits.peak(vectors + "f32");
+  if (c.bf16 && table.rounds) most = std::max(most, limits.peak(vectors + "bf16"));
+  if (c.kernel == "matmul" && table.rounds) most = std::max(most, limits.peak(vectors + "int16"));
+  return most;
 }
 
 }  // namespace
@@ -31,14 +34,17 @@ int bench_kernels(const std::string& prefix, const std::string& name, int count,
   const DeviceLimits of_device = device ? device_limits(*tables.front()) : DeviceLimits();
   Json rows = Json::array();
   bool any = false;
-  for (const Kernels* table : tables)
+  for (size_t t = 0; t < tables.size(); ++t) {
+    const Kernels* table = tables[t];
+    const bool like_next = t + 1 < tables.size() && table->attend == tables[t + 1]->attend;  // but for its products
     for (const KernelCase& c : kernel_cases(*table, prefix)) {
+      if (like_next && c.kernel != "matmul") continue;
       any = true;
       if (interrupted()) break;
       progress.at(0.5, table->name + " " + c.kernel);
       const double seconds = time_kernel(c, *table), rate = c.work / seconds * 1e-9;
       const double most = device ? (c.compute ? of_device.product_gflops : of_device.copy_gb_s)
-                                 : (c.compute ? limit(limits, table->name, c.bf16) : limits.read_gb_s);
+                                 : (c.compute ? limit(limits, *table, c) : limits.read_gb_s);
       rows.push_back({{"kernel", c.kernel},
                       {"isa", table->name},
                       {"shape", c.shape},
@@ -48,6 +54,7 @@ int bench_kernels(const std::string& prefix, const std::string& name, int count,
                       {"limit", most},
                       {"share", most > 0 ? rate / most : 0.0}});
     }
+  }
   progress.clear();
   require(any, "bench kernels", "no kernel's name begins with '" + prefix + "'", "leave --kernel out to see all");
 

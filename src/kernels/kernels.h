@@ -292,9 +292,10 @@ struct Heads {
 
 /// The table. Implementations: reference/ (plain loops, the oracle), cpu/ (one instance for each instruction set).
 struct Kernels {
-  std::string name;                      // "reference", "avx2", "avx512", "avx512-bf16", "amx", "neon"
-  bool v_transposed = false;             // the page layout this backend wants for V
+  std::string name;           // "reference", "avx2", "avx2-int16", "avx512", "avx512-bf16", "amx", "neon", "cuda"
+  bool v_transposed = false;  // the page layout this backend wants for V
   const Memory* memory = &cpu_memory();  // where every tensor that a kernel sees must lie
+  bool rounds = false;                   // whether prompts' products round what they multiply, or more than that
   int64_t tile_rows = 512;               // tokens of a prompt whose products are best done at once
   Dtype prompt_rows = Dtype::F32;  // F32 or BF16: what matmul_glu and merge_heads had best write of a prompt's tokens
   int plan_rows = 64;              // queries of a tile, 64 or 128, for which a plan of blocks is fastest

@@ -44,4 +44,10 @@ PlanRows::PlanRows(const Plan& plan, const Ragged& q, int64_t kv_heads)
   }
 }
 
+void PlanRows::check(const Plan& plan, const char* where) const {
+  require(plan.rows() >= starts.back(), where,
+          "the plan has " + std::to_string(plan.rows()) + " rows, the queries have " + std::to_string(starts.back()) +
+              " tiles");
+}
+
 }  // namespace heed

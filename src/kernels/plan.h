@@ -54,6 +54,8 @@ struct PlanRows {
   std::vector<int64_t> starts;  // [sequences · heads + 1]
   int64_t heads = 1;
   PlanRows(const Plan& plan, const Ragged& q, int64_t kv_heads);
+  /// Throws Error(Invalid) where the plan, which is not Dense, has fewer rows.
+  void check(const Plan& plan, const char* where) const;
   /// `query_head` of h; the scope is applied here.
   int64_t row(int64_t sequence, int64_t query_head, int64_t h, int64_t i, int q_tile) const {
     return starts[size_t(sequence * heads + query_head * heads / h)] + i / q_tile;

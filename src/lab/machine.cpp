@@ -39,6 +39,20 @@ __attribute__((target("avx2,fma"))) void chains_avx2(int64_t rounds) {
   HEED_CHAINS(__m256, HEED_STEP)
 #undef HEED_STEP
 }
+__attribute__((target("avx2"))) void chains_avx2_int16(int64_t rounds) {
+  __m256i a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
+  asm volatile("" : "+v"(a), "+v"(b));
+#define HEED_STEP(x) _mm256_add_epi32(x, _mm256_madd_epi16(a, b))
+  HEED_CHAINS(__m256i, HEED_STEP)
+#undef HEED_STEP
+}
+__attribute__((target("avx512f,avx512vnni"))) void chains_int16(int64_t rounds) {
+  __m512i a = _mm512_set1_epi16(3), b = _mm512_set1_epi16(5);
+  asm volatile("" : "+v"(a), "+v"(b));
+#define HEED_STEP(x) _mm512_dpwssd_epi32(x, a, b)
+  HEED_CHAINS(__m512i, HEED_STEP)
+#undef HEED_STEP
+}
 __attribute__((target("avx512f"))) void chains_avx512(int64_t rounds) {
   __m512 a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
   asm volatile("" : "+v"(a), "+v"(b));
@@ -133,10 +147,13 @@ MachineLimits machine_limits() {
   MachineLimits out;
   out.read_gb_s = read_rate();
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     out.peaks.push_back({"avx2 f32", best_gflops(chains_avx2, 16)});
+    out.peaks.push_back({"avx2 int16", best_gflops(chains_avx2_int16, 32)});
+  }
   if (__builtin_cpu_supports("avx512f")) out.peaks.push_back({"avx512 f32", best_gflops(chains_avx512, 32)});
   if (__builtin_cpu_supports("avx512bf16")) out.peaks.push_back({"avx512 bf16", best_gflops(chains_bf16, 64)});
+  if (__builtin_cpu_supports("avx512vnni")) out.peaks.push_back({"avx512 int16", best_gflops(chains_int16, 64)});
 #elif defined(__aarch64__)
   out.peaks.push_back({"neon f32", best_gflops(chains_neon, 8)});
 #endif

@@ -19,7 +19,7 @@ int64_t parameters(const Model& model);
 struct MachineLimits {
   double read_gb_s = 0;  // memory read in order, from a buffer larger than the caches
   struct Peak {
-    std::string name;   // "avx2 f32", "avx512 f32", "avx512 bf16"
+    std::string name;   // "avx2 f32", "avx2 int16", "avx512 f32", "avx512 bf16", "avx512 int16", "neon f32"
     double gflops = 0;  // multiply-adds in registers alone, two operations each
   };
   std::vector<Peak> peaks;  // of the instruction sets this machine has

@@ -228,6 +228,29 @@ void matmul_of_prompts(const Kernels& run, Random random) {
     }
 }
 
+/// Massive activations, which meet weights of 0 here, take nothing from the numbers beside them.
+void matmul_beside_massive(const Kernels& run, Random random) {
+  for (int i = 0; i < cases(20); ++i) {
+    const Dtype type = pick<Dtype>(random, {Dtype::F32, Dtype::F16, Dtype::BF16});
+    const int64_t inputs = pick<int64_t>(random, {40, 128, 200, 576}), tokens = pick<int64_t>(random, {8, 23}), outputs = 70;
+    const Weights w(random, type, outputs, inputs);
+    const Poisoned x = filled(
+        Dtype::F32, {tokens, inputs}, [&] { return random.normal(); }, random.below(2), random.below(2) * 3);
+    const double rms = longest_row(x) / std::sqrt(double(inputs)), most = largest(x);
+    for (int massive = int(random.below(4)); massive >= 0; --massive) {
+      const int64_t column = random.below(inputs), token = random.below(tokens);
+      for (int64_t o = 0; o < outputs; ++o) set(w.view, std::array{o, column}, 0);
+      set(x, std::array{token, column}, (random.below(2) ? 1 : -1) * std::pow(10, 2 + 3 * random.uniform()));
+    }
+    Poisoned want(Dtype::F32, {tokens, outputs}), got = want.twin();
+    Queue queue;
+    oracle().matmul(queue, w.view, x, {}, false, want);
+    run.matmul(queue, w.view, x, {}, false, got);
+    SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape());
+    expect_close("y", want, got, product(type, rms, most, w.norm(), double(inputs)));
+  }
+}
+
 void matmul_each_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
     // Matrices of one input may be of different types, as q, k and v are.
@@ -523,6 +546,7 @@ std::vector<Check> model_checks() {
   return {{Reference, "matmul", matmul_equals_reference},
           {Reference, "matmul_rounding", matmul_rounds_activations_once},
           {Reference, "matmul_prompts", matmul_of_prompts},
+          {Reference, "matmul_beside_massive", matmul_beside_massive},
           {Reference, "matmul_each", matmul_each_equals_reference},
           {Reference, "matmul_glu", matmul_glu_equals_reference},
           {Reference, "embed", embed_equals_reference},

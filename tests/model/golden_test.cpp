@@ -30,8 +30,7 @@ TEST_P(GoldenTest, EqualsLlamaCpp) {
   const double exact = GetParam() == std::string("gemma3") ? 5e-3 : 2e-4;
   std::vector<std::pair<std::string, double>> backends{{"reference", exact}};
   for (const Kernels* table : cpu_kernels())
-    backends.emplace_back(table->name,
-                          table->name.find("bf16") != std::string::npos || table->name == "amx" ? 0.2 : exact + 1e-3);
+    backends.emplace_back(table->name, table->rounds ? 0.2 : exact + 1e-3);
   for (const auto& [backend, bound] : backends) {
     SessionOptions options;
     options.backend = backend;

@@ -118,7 +118,6 @@ TEST_P(GradientsTest, TablesAgree) {
     Session session(model, exact(table->name, 2));
     session.prefill(held, Session::Logits::None);
     const Seen got = look(session, fed);
-    const bool rounds = table->name.find("bf16") != std::string::npos || table->name == "amx";
     for (int l = 0; l < m.layers; ++l)
       for (const auto& [a, b] :
            {std::pair{&expected.outputs, &got.outputs}, {&expected.keys, &got.keys}, {&expected.values, &got.values}}) {
@@ -129,7 +128,7 @@ TEST_P(GradientsTest, TablesAgree) {
           square += std::pow(double(x.as<float>()[i]), 2),
               error += std::pow(double(x.as<float>()[i]) - double(y.as<float>()[i]), 2);
         EXPECT_GT(square, 0);
-        EXPECT_LT(std::sqrt(error / square), rounds ? 0.1 : 1e-3) << table->name << " layer " << l;
+        EXPECT_LT(std::sqrt(error / square), table->rounds ? 0.1 : 1e-3) << table->name << " layer " << l;
       }
   }
 }

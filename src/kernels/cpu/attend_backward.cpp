@@ -308,10 +308,7 @@ void attend_backward(Queue& queue, const Ragged& q, const Ragged& k, const Ragge
                    padded(width_k),
                    padded(width_v),
                    mods.row_factor ? mods.row_factor.size[1] : 0};
-  if (plan.form != Plan::Form::Dense)
-    require(plan.rows() >= g.plan_rows.starts.back(), where,
-            "the plan has " + std::to_string(plan.rows()) + " rows, the queries have " +
-                std::to_string(g.plan_rows.starts.back()) + " tiles");
+  if (plan.form != Plan::Form::Dense) g.plan_rows.check(plan, where);
   for (int64_t s = 0; s < q.segments(); ++s) {
     const int64_t sequence = s / q.heads, head = s % q.heads;
     require(g.key_head(head) >= 0 && g.key_head(head) < k.heads && g.value_head(head) >= 0 && g.value_head(head) < v.heads,

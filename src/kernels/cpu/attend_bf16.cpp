@@ -14,6 +14,7 @@
 
 #include "base/threads.h"
 #include "kernels/cpu/bf16_tiles.h"
+#include "kernels/cpu/products.h"
 
 namespace heed::HEED_ISA {
 
@@ -62,18 +63,16 @@ struct CostedTask {
   int64_t cost;
 };
 
-/// Whether rows of the plan are so short that queries of many of them are gathered.
-bool gathers_queries(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods) {
-  const bool shared = !mods.k_map && !mods.v_map && plan.scope != Plan::Scope::QueryHead;
-  return plan.form == Plan::Form::Blocks && !plan.mask && plan.parts == 1 && plan.k_tile >= 2 * kUnit &&
-         plan.k_tile % kUnit == 0 && plan.q_tile * (shared ? std::max<int64_t>(1, q.heads / k.heads) : 1) < 16;
+/// Whether queries are gathered by the blocks that they read, which are of whole units.
+bool by_row(const Plan& plan, const Ragged& q, const Ragged& k, const Mods& mods) {
+  return plan.k_tile >= 2 * kUnit && plan.k_tile % kUnit == 0 && gathers_queries(plan, q, k.heads, mods);
 }
 
 class AttendBf16 : Bf16Tiles {
  public:
   AttendBf16(Queue& queue, const Ragged& q, const Ragged& k, const Ragged* v, const Plan& plan, const Mods& mods, Outputs to)
-      : Bf16Tiles(queue, q, k, v, plan, mods), to_(to), by_row_(gathers_queries(plan, q, k, mods)),
-        plan_rows_(plan, q, k.heads), d_v_(v ? int(v->values.size[1]) : 0) {}
+      : Bf16Tiles(queue, q, k, v, plan, mods), to_(to), by_row_(by_row(plan, q, k, mods)), plan_rows_(plan, q, k.heads),
+        d_v_(v ? int(v->values.size[1]) : 0) {}
 
   void run() {
     // A row's result does not depend on the tile it lies in, so tiles may be as small as sharing them out asks for. Large
@@ -85,10 +84,7 @@ class AttendBf16 : Bf16Tiles {
     Plan whole;
     whole.causal = plan_.causal;
     tasks_ = tile_tasks(by_row_ ? whole : plan_, q_, source_.heads(), source_.v_heads(), mods_, !by_row_, most_);
-    if (by_row_)
-      require(plan_.rows() >= plan_rows_.starts.back(), "attend",
-              "the plan has " + std::to_string(plan_.rows()) + " rows, the queries have " +
-                  std::to_string(plan_rows_.starts.back()) + " tiles");
+    if (by_row_) plan_rows_.check(plan_, "attend");
     std::vector<CostedTask> pieces;
     for (int64_t t = 0; t < int64_t(tasks_.size()); ++t) {
       const TileTask& task = tasks_[size_t(t)];
@@ -110,7 +106,7 @@ class AttendBf16 : Bf16Tiles {
     std::atomic<int64_t> next{0};
     parallel([&](int worker) {
       if (worker >= workers) return;  // the pool may have grown since it was asked
-      const BestTile::Registers registers;
+      const RoundedTile::Registers registers;
       Worker own;
       own.place(memory + bytes * worker, panels_, most_, gathered_, by_row_);
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < int64_t(pieces.size());)
@@ -370,9 +366,12 @@ class AttendBf16 : Bf16Tiles {
 
 bool takes_bf16(const Ragged& q, const Ragged& k, const Ragged& v, const Plan& plan, const Mods& mods) {
   if (k.values.type != Dtype::BF16 || v.values.type != Dtype::BF16) return false;
+#if !defined(__AMX_BF16__)
+  if (!bf16_dots_pay()) return false;
+#endif
   if (mods.weight != WeightFunction::Softmax || mods.softcap > 0 || mods.key_bias || mods.row_factor) return false;
   const int64_t n = longest(q), group = std::max<int64_t>(1, q.heads / k.heads);
-  if (gathers_queries(plan, q, k, mods)) return n >= 32;
+  if (by_row(plan, q, k, mods)) return n >= 32;
   const bool dense = plan.form == Plan::Form::Dense,
              shared = !mods.k_map && !mods.v_map && (dense || plan.scope != Plan::Scope::QueryHead);
   const int64_t rows = dense ? n : std::min<int64_t>(n, plan.q_tile), lanes = rows * (shared ? group : 1);

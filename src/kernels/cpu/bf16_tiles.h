@@ -70,12 +70,6 @@ inline bool gathers(const Plan& plan) {
   return plan.form == Plan::Form::Tokens || (plan.form == Plan::Form::Blocks && plan.k_tile < kUnit);
 }
 
-inline int64_t longest(const Ragged& x) {
-  int64_t most = 0;
-  for (int64_t s = 0; s < x.segments(); ++s) most = std::max(most, x.length(s));
-  return most;
-}
-
 class Bf16Tiles {
  public:
   /// v null: no values.

@@ -3,19 +3,21 @@
 #pragma once
 #include <type_traits>
 
+#include "kernels/cpu/products.h"
 #include "kernels/kernels.h"
 
 namespace heed::HEED_ISA {
 
-/// The table of this instruction set, made at the first call: nothing of an instruction set that the machine lacks may
-/// run before dispatch.cpp has asked for it.
-const Kernels& table();
+/// The table of this instruction set with such products of prompts, made at the first call: nothing of an instruction set that
+/// the machine lacks may run before dispatch.cpp has asked for it.
+const Kernels& table(Products);
 
 /// Each sets the entries that its file names; an entry nobody sets stays the reference's.
 void fill_attention(Kernels&);  // attention.cpp: attend, attend_store, merge, observe*, page_*, column_*
 void fill_planning(Kernels&);  // planning.cpp: attend_backward, pool, smooth, proxy, reduce, select, scan, combine, spread
-void fill_recurrence(Kernels&);  // recurrence.cpp: recur, recur_backward
-void fill_model(Kernels&);       // model.cpp: matmul, embed, norms, heads, glu, add, dequantise, interleave
+void fill_recurrence(Kernels&);          // recurrence.cpp: recur, recur_backward
+void fill_model(Kernels&);               // model.cpp: embed, norms, heads, glu, add, dequantise, interleave
+void fill_products(Kernels&, Products);  // matmul.cpp: matmul, matmul_each, matmul_glu
 
 template <class Entry>
 using Function = std::remove_pointer_t<Entry>;
@@ -43,9 +45,6 @@ Function<decltype(Kernels::column_read)> column_read;
 Function<decltype(Kernels::column_write)> column_write;
 Function<decltype(Kernels::page_score)> page_score;
 Function<decltype(Kernels::page_choose)> page_choose;
-Function<decltype(Kernels::matmul)> matmul;
-Function<decltype(Kernels::matmul_each)> matmul_each;
-Function<decltype(Kernels::matmul_glu)> matmul_glu;
 Function<decltype(Kernels::embed)> embed;
 Function<decltype(Kernels::rms_norm)> rms_norm;
 Function<decltype(Kernels::split_heads)> split_heads;

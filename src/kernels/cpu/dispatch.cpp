@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "kernels/cpu/products.h"
 #include "kernels/kernels.h"
 
 #if defined(__x86_64__)
@@ -15,16 +16,16 @@ namespace heed {
 #if defined(__x86_64__)
 
 namespace avx2 {
-const Kernels& table();
+const Kernels& table(Products);
 }
 namespace avx512 {
-const Kernels& table();
+const Kernels& table(Products);
 }
 namespace avx512_bf16 {
-const Kernels& table();
+const Kernels& table(Products);
 }
 namespace amx {
-const Kernels& table();
+const Kernels& table(Products);
 }
 
 namespace {
@@ -65,9 +66,14 @@ struct Machine {
 };
 
 }  // namespace
+
+bool bf16_dots_pay() {
+  static const bool pay = Cpuid(0, 0).b != 0x756e6547;  // "Genu": Intel
+  return pay;
+}
 #elif defined(__aarch64__)
 namespace neon {
-const Kernels& table();
+const Kernels& table(Products);
 }
 #endif
 
@@ -77,19 +83,20 @@ std::vector<const Kernels*> cpu_kernels() {
 #if defined(__x86_64__)
     const Machine has;
 #ifdef HEED_HAS_amx
-    if (has.amx) all.push_back(&amx::table());
+    if (has.amx) all.push_back(&amx::table(Products::Rounded));
 #endif
 #ifdef HEED_HAS_avx512_bf16
-    if (has.avx512_bf16) all.push_back(&avx512_bf16::table());
+    if (has.avx512_bf16) all.push_back(&avx512_bf16::table(Products::Rounded));
 #endif
 #ifdef HEED_HAS_avx512
-    if (has.avx512) all.push_back(&avx512::table());
+    if (has.avx512) all.push_back(&avx512::table(Products::Exact));
 #endif
 #ifdef HEED_HAS_avx2
-    if (has.avx2) all.push_back(&avx2::table());
+    if (has.avx2)
+      for (Products kind : {Products::Rounded, Products::Exact}) all.push_back(&avx2::table(kind));
 #endif
 #elif defined(__aarch64__)
-    all.push_back(&neon::table());
+    all.push_back(&neon::table(Products::Exact));
 #endif
     // HEED_ISA=name limits the list to that table and the lesser ones; a name this machine lacks changes nothing.
     if (const char* limit = std::getenv("HEED_ISA")) {

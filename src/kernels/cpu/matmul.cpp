@@ -3,6 +3,7 @@
 #include "kernels/check.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/product_tile.h"
 #include "kernels/cpu/weights.h"
 
 namespace heed::HEED_ISA {
@@ -30,19 +31,19 @@ Product product_of(const char* where, Tensor w, Tensor x, Tensor bias, Tensor y,
   return product;
 }
 
-}  // namespace
-
-void matmul(Queue& queue, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y) {
+template <Products P>
+void multiply(Queue& queue, Tensor w, Tensor x, Tensor bias, bool accumulate, Tensor y) {
   if (!Weights::holds(w.type)) return reference_kernels().matmul(queue, w, x, bias, accumulate, y);
   const Scratch scratch(queue.scratch);
   x = rows_of(queue, x, nullptr);
   const Product product = product_of("matmul", w, x, bias, y, accumulate);
   if (product.tokens() == 0 || product.w.rows == 0) return;
   if (few(x)) multiply_few(queue.scratch, std::span(&product, 1));
-  else multiply_many(queue.scratch, std::span(&product, 1));
+  else multiply_many(P, queue.scratch, std::span(&product, 1));
 }
 
-void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x, const Norm* norm) {
+template <Products P>
+void multiply_each(Queue& queue, std::span<const Linear> each, Tensor x, const Norm* norm) {
   const Scratch scratch(queue.scratch);
   x = rows_of(queue, x, norm);
   std::vector<Product> products;
@@ -52,19 +53,20 @@ void matmul_each(Queue& queue, std::span<const Linear> each, Tensor x, const Nor
   if (products.size() == each.size() && !each.empty()) {
     if (x.size[0] == 0) return;
     if (few(x)) return multiply_few(queue.scratch, products);
-    if (multiply_many(queue.scratch, products)) return;
+    if (multiply_many(P, queue.scratch, products)) return;
   }
-  for (const Linear& linear : each) matmul(queue, linear.w, x, linear.bias, linear.add, linear.y);
+  for (const Linear& linear : each) multiply<P>(queue, linear.w, x, linear.bias, linear.add, linear.y);
 }
 
-void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, const Norm* norm, Activation activation, Tensor y) {
+template <Products P>
+void multiply_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, const Norm* norm, Activation activation, Tensor y) {
   constexpr const char* where = "matmul_glu";
   require(gate.size == up.size, where, "gate and up are of one shape");
   const Scratch scratch(queue.scratch);
   x = rows_of(queue, x, norm);
   if (y.type == Dtype::BF16) {
     const Tensor wide = queue.scratch.take(Dtype::F32, {y.size[0], y.size[1]});
-    matmul_glu(queue, gate, up, x, nullptr, activation, wide);
+    multiply_glu<P>(queue, gate, up, x, nullptr, activation, wide);
     for (int64_t t = 0; t < y.size[0]; ++t)
       convert_row(wide.as<float>() + t * y.size[1], y.size[1], y.as<bf16>() + t * y.stride[0]);
     return;
@@ -74,11 +76,26 @@ void matmul_glu(Queue& queue, Tensor gate, Tensor up, Tensor x, const Norm* norm
     const Product both[] = {product_of(where, gate, x, {}, y, false), product_of(where, up, x, {}, other, false)};
     if (both[0].tokens() == 0) return;
     if (few(x)) return multiply_few(queue.scratch, both[0], both[1], activation);
-    if (multiply_many(queue.scratch, both, &activation)) return;
+    if (multiply_many(P, queue.scratch, both, &activation)) return;
   }
-  matmul(queue, gate, x, {}, false, y);
-  matmul(queue, up, x, {}, false, other);
+  multiply<P>(queue, gate, x, {}, false, y);
+  multiply<P>(queue, up, x, {}, false, other);
   glu(queue, y, other, activation, y);
+}
+
+template <Products P>
+void fill(Kernels& t) {
+  t.matmul = multiply<P>;
+  t.matmul_each = multiply_each<P>;
+  t.matmul_glu = multiply_glu<P>;
+  t.rounds = P == Products::Rounded && kProductsRound;
+}
+
+}  // namespace
+
+void fill_products(Kernels& t, Products kind) {
+  if (kind == Products::Exact) fill<Products::Exact>(t);
+  else fill<Products::Rounded>(t);
 }
 
 }  // namespace heed::HEED_ISA

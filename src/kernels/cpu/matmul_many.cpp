@@ -41,39 +41,51 @@ class ProductColumns {
   int64_t count_ = 0;
 };
 
-/// Words that so many numbers of k are padded to; at least some, so that sums over nothing are zeros.
-template <class Tile>
-int64_t words_of(int64_t numbers) {
-  return ceil_div(std::max<int64_t>(numbers, 1), Tile::align) * Tile::align / Tile::pair;
-}
+/// What a product's pieces lie in, one after the other.
+struct Rooms {
+  Tensor x, panels, apart, apart_counts;
+};
 
 /// begin … begin + numbers of k of tokens first … first + tokens, and of the weights of a round of groups.
 template <class Tile>
 struct Piece {
+  using Number = typename Tile::Number;
   int64_t begin, numbers, depth;  // depth: words of k, padded
   int64_t first, tokens, padded;
-  typename Tile::Number *x, *panels;
+  Number *x, *panels;
+  Apart* apart;
+  int32_t* apart_counts;  // of a token
 
-  Piece(int64_t begin, int64_t numbers, int64_t first, int64_t tokens, Tensor x_room, Tensor panel_room)
+  Piece(int64_t begin, int64_t numbers, int64_t first, int64_t tokens, const Rooms& rooms)
       : begin(begin), numbers(numbers), depth(words_of<Tile>(numbers)), first(first), tokens(tokens),
-        padded(ceil_div(tokens, Tile::granule) * Tile::granule), x(static_cast<typename Tile::Number*>(x_room.data)),
-        panels(static_cast<typename Tile::Number*>(panel_room.data)) {}
+        padded(ceil_div(tokens, Tile::granule) * Tile::granule), x(static_cast<Number*>(rooms.x.data)),
+        panels(static_cast<Number*>(rooms.panels.data)), apart(static_cast<Apart*>(rooms.apart.data)),
+        apart_counts(rooms.apart_counts.as<int32_t>()) {}
   auto* x_at(int64_t token, int64_t word) const { return x + Tile::row_at(token, word, depth) * Tile::pair; }
   auto* panel(int64_t group) const { return panels + group * depth * kGroup * Tile::pair; }
+  /// Room for what stands apart of a token.
+  static int64_t most_apart(int64_t depth) { return ceil_div(depth, Tile::unit_words) * Tile::apart; }
+  Apart* apart_of(int64_t token) const { return apart + token * most_apart(depth); }
 
   /// Token `token` of x, or zeros where there is none.
   void pack(const Product& p, int64_t token) const {
+    const float* from = p.x_row(std::min(first + token, p.tokens() - 1)) + begin;
     const int64_t there = token < tokens ? numbers : 0;
-    for (int64_t word = 0; word < depth; word += 16) {
-      const int64_t all = std::min<int64_t>(16, depth - word) * Tile::pair,
-                    n = std::clamp<int64_t>(there - word * Tile::pair, 0, all);
-      typename Tile::Number* to = x_at(token, word);
-      if (n > 0) {
-        const float* from = p.x_row(first + token) + begin + word * Tile::pair;
-        over_lanes(n, [&](int64_t i, auto part) { part.put(to + i, part.get(from + i)); });
-      }
-      std::fill(to + n, to + all, typename Tile::Number(0));
-    }
+    const int64_t all = padded_numbers<Tile>(numbers);
+    Apart* more = apart_of(token);
+    for (int64_t word = 0, at = 0; word < depth; word += Tile::unit_words, at += Tile::unit)
+      for (int i = Tile::pack(from + std::min(at, there), std::clamp<int64_t>(there - at, 0, Tile::unit),
+                              std::min<int64_t>(Tile::unit, all - at), x_at(token, word), more);
+           i > 0; --i)
+        more++->at += int32_t(at);
+    apart_counts[token] = int32_t(more - apart_of(token));
+  }
+
+  /// The products of what stands apart of a token with `groups` groups, onto its sums.
+  void add_apart(int64_t token, int64_t group, int64_t groups, float* sums) const {
+    if constexpr (Tile::apart > 0)
+      for (const Apart& number : std::span(apart_of(token), size_t(apart_counts[token])))
+        for (int64_t g = 0; g < groups; ++g) Tile::add_apart(panel(group + g), number, sums + g * kGroup);
   }
 };
 
@@ -123,8 +135,8 @@ struct Finish {
 template <class Tile>
 void multiply_tile(const Piece<Tile>& piece, int64_t token, int64_t tokens, int64_t group, int64_t groups,
                    int64_t first_column, const Finish& finish, float* sums) {
-  const int64_t stride = groups * kGroup, parts = ceil_div(piece.depth * Tile::pair, Tile::part),
-                step = ceil_div(ceil_div(piece.depth, parts), 16) * 16;
+  const int64_t stride = groups * kGroup, units = ceil_div(piece.depth, Tile::unit_words),
+                step = ceil_div(units, ceil_div(units * Tile::unit, Tile::part)) * Tile::unit_words;
   for (int64_t word = 0; word < piece.depth; word += step) {
     const int64_t words = std::min(step, piece.depth - word);
     for (int64_t t = 0; t < tokens; t += Tile::tokens) {
@@ -146,6 +158,7 @@ void multiply_tile(const Piece<Tile>& piece, int64_t token, int64_t tokens, int6
           if (width == 4) multiply.template operator()<4>();
       }
       if (word + words < piece.depth) continue;
+      for (int i = 0; i < there; ++i) piece.add_apart(token + t + i, group, groups, sums + (t + i) * stride);
       finish(first_column, groups, piece.first + token + t, std::min<int64_t>(there, piece.tokens - token - t),
              sums + t * stride, stride);
     }
@@ -172,15 +185,16 @@ void multiply(Arena& arena, std::span<const Product> products, const Activation*
   const int64_t most_tokens = std::min(ceil_div(any.tokens(), Tile::tokens) * Tile::tokens,
                                        kPackedTokens / Tile::tokens * Tile::tokens),
                 strips = std::clamp<int64_t>(kTokenBytes / (depth * 4), 64, 256) / Tile::tokens;
-  const Tensor x_room = arena.take(Dtype::F32, {most_tokens * depth}),
-               panel_room = arena.take(Dtype::F32, {round_groups * kGroup * depth});
+  const Rooms rooms{
+      arena.take(Dtype::F32, {most_tokens * depth}), arena.take(Dtype::F32, {round_groups * kGroup * depth}),
+      arena.take(Dtype::F32, {most_tokens * Piece<Tile>::most_apart(depth) * 2}), arena.take(Dtype::I32, {most_tokens})};
   const int64_t sums = strips * Tile::tokens * step * kGroup;
   const Tensor sums_room = arena.take(Dtype::F32, {workers, sums});
 
   for (int64_t first = 0; first < any.tokens(); first += most_tokens)
     for (int64_t begin = 0; begin == 0 || begin < width; begin += piece_numbers) {
       const Piece<Tile> piece(begin, std::min(width - begin, piece_numbers), first,
-                              std::min(most_tokens, any.tokens() - first), x_room, panel_room);
+                              std::min(most_tokens, any.tokens() - first), rooms);
       const Finish finish{columns, glu, begin == 0};
       for (int64_t round = 0; round < columns.count(); round += round_groups) {
         const int64_t groups = std::min(round_groups, columns.count() - round);
@@ -193,7 +207,7 @@ void multiply(Arena& arena, std::span<const Product> products, const Activation*
                 return;
               }
               const auto [p, row] = columns[round + i - packed];
-              unpack_sixteen(p.w, row, begin, piece.numbers, piece.depth * Tile::pair, piece.panel(i - packed));
+              unpack_sixteen(p.w, row, begin, piece.numbers, padded_numbers<Tile>(piece.numbers), piece.panel(i - packed));
             },
             Deal::Stretches);
 
@@ -221,15 +235,18 @@ void multiply(Arena& arena, std::span<const Product> products, const Activation*
 
 }  // namespace
 
-bool multiply_many(Arena& arena, std::span<const Product> products, const Activation* glu) {
+bool multiply_many(Products kind, Arena& arena, std::span<const Product> products, const Activation* glu) {
   // Weights of 16 bits and fewer lose less to bf16 than they already have; f32 ones keep their precision.
   const auto whole = [](const Product& p) { return p.w.type == Dtype::F32; };
   const bool precise = whole(products[0]);
   for (const Product& p : products)
     if (whole(p) != precise) return false;
   if (glu && products[0].w.width > kPieceNumbers) return false;
-  if (precise) multiply<VectorTile<float>>(arena, products, glu);
-  else multiply<BestTile>(arena, products, glu);
+  if (precise || kind == Products::Exact) multiply<NumberTile<float>>(arena, products, glu);
+#if defined(HEED_PAIR_DOT) && defined(HEED_BF16_DOT)
+  else if (bf16_dots_pay()) multiply<NumberTile<bf16>>(arena, products, glu);
+#endif
+  else multiply<RoundedTile>(arena, products, glu);
   return true;
 }
 

@@ -3,9 +3,6 @@
 namespace heed::HEED_ISA {
 
 void fill_model(Kernels& t) {
-  t.matmul = matmul;
-  t.matmul_each = matmul_each;
-  t.matmul_glu = matmul_glu;
   t.embed = embed;
   t.dequantise = dequantise;
   t.interleave = interleave;

@@ -17,7 +17,7 @@ class ObservedBf16::Tiles : Bf16Tiles {
   int64_t bytes(int64_t keys) const { return place(nullptr, keys).end - static_cast<char*>(nullptr); }
 
   void add(char* memory, const TileTask& task, int64_t low, int64_t high, float* columns) const {
-    const BestTile::Registers registers;
+    const RoundedTile::Registers registers;
     const Worker w = place(memory, high - low);
     const KeyView keys = source_.view(task, mods_);
     Queries& of = *w.queries;

@@ -2,16 +2,15 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/products.h"
+
 namespace heed::HEED_ISA {
 
 std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_heads, int64_t v_heads, const Mods& mods,
                                  bool share, int64_t most) {
   const bool dense = plan.form == Plan::Form::Dense;
   const PlanRows plan_rows(plan, q, kv_heads);
-  if (!dense)
-    require(plan.rows() >= plan_rows.starts.back(), "attend",
-            "the plan has " + std::to_string(plan.rows()) + " rows, the queries have " +
-                std::to_string(plan_rows.starts.back()) + " tiles");
+  if (!dense) plan_rows.check(plan, "attend");
   const int64_t h = q.heads, group = std::max<int64_t>(1, h / kv_heads);
   share = share && !mods.k_map && !mods.v_map && v_heads == kv_heads && (dense || plan.scope != Plan::Scope::QueryHead);
   std::vector<TileTask> out;
@@ -40,14 +39,28 @@ std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_h
   return out;
 }
 
-Lanes lanes_of(const TileTask& task, const Ragged& q, int64_t keys, const Mods& mods, bool causal) {
+int64_t longest(const Ragged& x) {
+  int64_t most = 0;
+  for (int64_t s = 0; s < x.segments(); ++s) most = std::max(most, x.length(s));
+  return most;
+}
+
+bool gathers_queries(const Plan& plan, const Ragged& q, int64_t kv_heads, const Mods& mods) {
+  const bool shared = !mods.k_map && !mods.v_map && plan.scope != Plan::Scope::QueryHead;
+  return plan.form == Plan::Form::Blocks && !plan.mask && plan.parts == 1 &&
+         plan.q_tile * (shared ? std::max<int64_t>(1, q.heads / kv_heads) : 1) < 16;
+}
+
+Lanes lanes_of(const TileTask& task, const Ragged& q, int64_t keys, const Mods& mods, bool causal,
+               std::span<const int> chosen) {
   Lanes lanes;
-  lanes.count = int(task.heads * task.rows);
+  lanes.count = chosen.empty() ? int(task.heads * task.rows) : int(chosen.size());
   lanes.width = (lanes.count + kLanes - 1) / kLanes * kLanes;
   const float scale = mods.scale != 0 ? mods.scale : float(1 / std::sqrt(double(q.values.size[1])));
   for (int lane = 0; lane < lanes.width; ++lane) {
     const int64_t at = lane < lanes.count ? lane : 0;
-    const int64_t head = task.head + at / task.rows, i = task.first + at % task.rows,
+    const int64_t head = chosen.empty() ? task.head + at / task.rows : task.head,
+                  i = task.first + (chosen.empty() ? at % task.rows : chosen[size_t(at)]),
                   segment = task.sequence * q.heads + head;
     const int64_t row = q.begin(segment) + i, last = keys - q.length(segment) + i;
     lanes.row[lane] = row;
@@ -90,7 +103,7 @@ LogitRule logit_rule(const Plan& plan, const Mods& mods, const KeyView& keys, bo
 
 bool KeySource::dots(Dtype queries, int d) const {
 #if defined(HEED_BF16_DOT)
-  if (queries != Dtype::BF16 || d % 2) return false;
+  if (queries != Dtype::BF16 || d % 2 || !bf16_dots_pay()) return false;
   if (!pages) return k->values.type == Dtype::BF16 && (!v || v->values.type == Dtype::BF16);
   if (turns.rope) return false;
   for (const PageLayout& layout : pages->layouts)

@@ -1,5 +1,6 @@
 // How the rows of a call are cut into tiles, and the memory its workers need.
 #pragma once
+#include <span>
 #include <vector>
 
 #include "kernels/cpu/key_view.h"
@@ -20,8 +21,17 @@ struct TileTask {
 std::vector<TileTask> tile_tasks(const Plan& plan, const Ragged& q, int64_t kv_heads, int64_t v_heads, const Mods& mods,
                                  bool share, int64_t most = kTile);
 
-/// The lanes of a task. `keys` is the length of its segment.
-Lanes lanes_of(const TileTask& task, const Ragged& q, int64_t keys, const Mods& mods, bool causal);
+/// The longest segment.
+int64_t longest(const Ragged&);
+
+/// Whether tiles of a plan of blocks take so few queries that lie side by side (MoBA: each has a choice of its own) that those
+/// which read a block are gathered instead.
+bool gathers_queries(const Plan& plan, const Ragged& q, int64_t kv_heads, const Mods& mods);
+
+/// The lanes of a task. `keys` is the length of its segment. With `chosen` those of its first head's queries alone that are
+/// named there, counted from task.first.
+Lanes lanes_of(const TileTask& task, const Ragged& q, int64_t keys, const Mods& mods, bool causal,
+               std::span<const int> chosen = {});
 
 /// The keys, low inclusive and high exclusive, that causality and the window leave to some lane.
 struct KeyRange {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/product_tile.h"
 #include "kernels/cpu/quants.h"
 #include "kernels/cpu/transpose_words.h"
 
@@ -206,6 +207,30 @@ void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count,
 #if defined(HEED_BF16_DOT)
 void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, bf16* panel) {
   unpack_sixteen_any(w, row, begin, count, padded, panel);
+}
+#endif
+#if defined(HEED_PAIR_DOT)
+void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, int16_t* panel) {
+  constexpr int64_t most = 256;  // which every type's blocks divide: 16 KB of the first cache
+  alignas(64) float numbers[most * kSideBySide];
+  for (int64_t at = 0; at < padded; at += most) {
+    const int64_t all = std::min(most, padded - at);
+    unpack_sixteen_any(w, row, begin + std::min(at, count), std::clamp<int64_t>(count - at, 0, all), all, numbers);
+    for (int64_t first = 0; first < all; first += IntegerTile::unit) {
+      const int64_t n = std::min<int64_t>(IntegerTile::unit, all - first);
+      for (int v = 0; v < kSideBySide; v += kLanes) {
+        const float* from = numbers + first * kSideBySide + v;
+        IntegerTile::Scales rows;
+        for (int64_t i = 0; i < n; ++i) rows.see(load(from + i * kSideBySide));
+        store(reinterpret_cast<float*>(panel + v * IntegerTile::pair), rows.scale());
+        const F inverse = rows.inverse();
+        for (int64_t i = 0; i < n; i += 2)
+          store_pairs(panel + (kSideBySide * (1 + i / 2) + v) * IntegerTile::pair,
+                      load(from + i * kSideBySide) * inverse, load(from + (i + 1) * kSideBySide) * inverse);
+      }
+      panel += words_of<IntegerTile>(n) * kSideBySide * IntegerTile::pair;
+    }
+  }
 }
 #endif
 

@@ -3,6 +3,7 @@
 #include <span>
 
 #include "base/queue.h"
+#include "kernels/cpu/products.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/kernels.h"
 #include "kernels/quant.h"
@@ -33,11 +34,15 @@ struct Weights {
 /// block.
 void unpack(const Weights& w, int64_t first, int64_t rows, int64_t begin, int64_t count, float* out, int64_t stride);
 
-/// Values begin … begin + count of rows row … row + 15, in f32 or rounded to bf16, as a panel (product_tile.h), with zeros for
-/// rows that there are not and up to `padded` numbers, a multiple of a word's. row is a multiple of 16; begin and count as above.
+/// Values begin … begin + count of rows row … row + 15 as a panel of a tile (product_tile.h): in f32, rounded to bf16, or as
+/// integers with scales; with zeros for rows that there are not and up to `padded` numbers, a multiple of the tile's align. row is
+/// a multiple of 16; begin and count as above.
 void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, float* panel);
 #if defined(HEED_BF16_DOT)
 void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, bf16* panel);
+#endif
+#if defined(HEED_PAIR_DOT)
+void unpack_sixteen(const Weights& w, int64_t row, int64_t begin, int64_t count, int64_t padded, int16_t* panel);
 #endif
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -70,10 +75,9 @@ void multiply_few(Arena& scratch, std::span<const Product> products);
 /// gate.y = act(gate) · up of two products of one shape; up.y is scratch.
 void multiply_few(Arena& scratch, const Product& gate, const Product& up, Activation activation);
 
-/// For many tokens: panels of weights are unpacked to f32, or bf16 where the machine multiplies that faster, and
-/// multiplied in registers. Bound by arithmetic. All products are of the same x; with `glu` they are gate and up, of one shape,
+/// For many tokens: panels of weights are unpacked to what `kind` says (f32 weights: to f32) and multiplied in registers. Bound by arithmetic. All products are of the same x; with `glu` they are gate and up, of one shape,
 /// and gate.y = glu(gate) · up, up.y is not used. False, and nothing done, where they cannot be made together: f32 weights
 /// beside others, glu of rows longer than 4096.
-bool multiply_many(Arena& scratch, std::span<const Product> products, const Activation* glu = nullptr);
+bool multiply_many(Products kind, Arena& scratch, std::span<const Product> products, const Activation* glu = nullptr);
 
 }  // namespace heed::HEED_ISA

@@ -97,6 +97,7 @@ const Kernels* cuda_kernels() {
     t.matmul = cuda::matmul;
     t.matmul_each = cuda::matmul_each;
     t.matmul_glu = cuda::matmul_glu;
+    t.rounds = true;
     t.combine = cuda::combine;
     t.spread = cuda::spread;
     t.embed = cuda::embed;
