@@ -46,43 +46,69 @@ void attend_many_equals_reference(const Kernels& run, Random random) {
   equals_reference(run, random, ask);
 }
 
-/// Key ranges of tiles of 64 rows and more over bf16, with no mods: what a GPU reads in blocks.
-void attend_ranges_equals_reference(const Kernels& run, Random random) {
+/// What plans of one kind are drawn from.
+struct Kind {
+  Plan::Form form;
+  std::vector<int> q_tile, k_tile;
+  std::vector<int64_t> rows;
+  std::vector<Dtype> keys;
+};
+
+void plans_equal_reference(const Kernels& run, Random random, const Kind& kind) {
+  const auto one = [&](const auto& of) { return of[size_t(random.below(int64_t(of.size())))]; };
   for (int i = 0; i < cases(40) && !testing::Test::HasFailure(); ++i) {
     const int64_t g = 1 + random.below(2), h = g * pick<int64_t>(random, {1, 2, 3}),
                   d = pick<int64_t>(random, {64, 128}), sequences = 1 + random.below(2);
     const bool long_text = i == 0 && run.name == "cuda";  // more keys than what a block of threads has bits for
     std::vector<int64_t> q_lengths, k_lengths, k_heads;
     for (int64_t s = 0; s < sequences; ++s) {
-      const int64_t n = long_text ? 70 : pick<int64_t>(random, {1, 64, 100, 128, 200, 300}),
+      const int64_t n = long_text ? 70 : one(kind.rows),
                     m = long_text ? 66000 : n + pick<int64_t>(random, {0, 0, 1, 100, 700});
       q_lengths.insert(q_lengths.end(), size_t(h), n);
       for (int64_t kv = 0; kv < g; ++kv) k_lengths.push_back(chance(random, 0.2) ? random.below(m + 1) : m);
     }
     for (int64_t head = 0; head < h; ++head) k_heads.push_back(head * g / h);
-    const Dtype type = chance(random, 0.5) ? Dtype::F32 : Dtype::BF16;
+    const Dtype type = chance(random, 0.5) ? Dtype::F32 : Dtype::BF16, key_type = one(kind.keys);
     const Layout layout{chance(random, 0.4), 0, 0};
     const RaggedData q = normal_ragged(random, type, q_lengths, h, d, layout),
-                     k = normal_ragged(random, Dtype::BF16, k_lengths, g, d, layout),
-                     v = normal_ragged(random, Dtype::BF16, k_lengths, g, d, layout);
-    const PlanData plan = random_plan(random, Plan::Form::Interval,
-                                      pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}),
-                                      pick(random, {64, 128, 256}), 1, 1, q, k, k_heads);
+                     k = normal_ragged(random, key_type, k_lengths, g, d, layout),
+                     v = normal_ragged(random, key_type, k_lengths, g, d, layout);
+    PlanData plan = random_plan(random, kind.form,
+                                pick(random, {Plan::Scope::QueryHead, Plan::Scope::KvHead, Plan::Scope::Layer}),
+                                one(kind.q_tile), one(kind.k_tile), 1, q, k, k_heads);
+    plan.plan.mask = plan.plan.bits = {};
     Mods mods;
     if (chance(random, 0.2)) mods.window = 1 + random.below(200);
+    const Poisoned sinks = filled(Dtype::F32, {h}, [&] { return random.normal(); });
+    if (chance(random, 0.2)) mods.sink_logits = sinks;
     SCOPED_TRACE("case " + std::to_string(i) + ": " + std::to_string(sequences) + " sequences of " +
                  std::to_string(q_lengths[0]) + " rows, heads " + std::to_string(h) + "/" + std::to_string(g) + ", d " +
-                 std::to_string(d) + ", tiles of " + std::to_string(plan.plan.q_tile));
+                 std::to_string(d) + ", keys of " + info(key_type).name + ", tiles of " +
+                 std::to_string(plan.plan.q_tile) + " and " + std::to_string(plan.plan.k_tile));
     const int64_t rows = q.view.values.size[0];
     const Poisoned out(Dtype::F32, {rows, d}), lse(Dtype::F32, {rows}), got_out = out.twin(), got_lse = lse.twin();
     Queue queue;
     reference_kernels().attend(queue, q, k, v, plan.plan, mods, out, lse);
     run.attend(queue, q, k, v, plan.plan, mods, got_out, got_lse);
     const double logit = longest_row(q.values) * longest_row(k.values) / std::sqrt(double(d)),
-                 rounded = rounded_query(type, Dtype::BF16, logit, double(d));
-    expect_close("out", out, got_out, attend_out(0x1p-7, logit, std::max(1.0, largest(v.values)), rounded));
-    expect_close("lse", lse, got_lse, attend_lse(0x1p-7, logit, rounded));
+                 rounded = rounded_query(type, key_type, logit, double(d)),
+                 unit = key_type == Dtype::F32 ? 0x1p-24 : 0x1p-7;
+    expect_close("out", out, got_out, attend_out(unit, logit, std::max(1.0, largest(v.values)), rounded));
+    expect_close("lse", lse, got_lse, attend_lse(unit, logit, rounded));
   }
+}
+
+/// Key ranges of tiles of 64 rows and more over bf16: what a GPU reads in blocks.
+void attend_ranges_equals_reference(const Kernels& run, Random random) {
+  plans_equal_reference(run, random,
+                        {Plan::Form::Interval, {64, 128, 256}, {1}, {1, 64, 100, 128, 200, 300}, {Dtype::BF16}});
+}
+
+/// Blocks that few queries share: those that read one are gathered.
+void attend_gathers_equals_reference(const Kernels& run, Random random) {
+  plans_equal_reference(
+      run, random,
+      {Plan::Form::Blocks, {1, 2, 5}, {32, 64, 72, 256}, {32, 33, 64, 200, 600}, {Dtype::F32, Dtype::BF16, Dtype::F16}});
 }
 
 /// Tiles are cut for the threads at hand; no bit of a result may show it.
@@ -288,6 +314,7 @@ std::vector<Check> attention_checks() {
   return {{Reference, "attend", attend_equals_reference},
           {Reference, "attend_many", attend_many_equals_reference},
           {Reference, "attend_ranges", attend_ranges_equals_reference},
+          {Reference, "attend_gathers", attend_gathers_equals_reference},
           {Property, "attend_ignores_threads", attend_ignores_threads},
           {Property, "attend_until_is_deletion", until_equals_deletion},
           {Reference, "merge", merge_equals_reference},

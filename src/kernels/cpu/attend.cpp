@@ -3,6 +3,7 @@
 #include <atomic>
 #include <limits>
 
+#include "base/threads.h"
 #include "kernels/check.h"
 #include "kernels/cpu/attend_bf16.h"
 #include "kernels/cpu/cpu.h"
@@ -14,6 +15,9 @@ namespace {
 
 /// Keys of one piece of work when a head has too few rows to share out: decode is split over keys (Flash-Decoding).
 constexpr int64_t kSplit = 1024;
+
+/// Rows of a task whose queries are gathered by what they read.
+constexpr int kGathered = 512;
 
 /// A tile, or the keys of one that a worker takes alone; `pieces` of them are merged, in order, by whoever ends last.
 struct TaskPart {
@@ -27,13 +31,27 @@ struct TaskPart {
 class Attend {
  public:
   Attend(Queue& queue, const Ragged& q, const KeySource& source, const Plan& plan, const Mods& mods, Outputs to)
-      : queue_(queue), q_(q), source_(source), plan_(plan), mods_(mods), to_(to) {}
+      : queue_(queue), q_(q), source_(source), plan_(plan), mods_(mods), to_(to),
+        by_row_(longest(q) >= 32 && plan.k_tile >= 32 && gathers_queries(plan, q, source.heads(), mods)),
+        plan_rows_(plan, q, source.heads()) {}
 
   void run(int d_v) {
     shape_.d = int(q_.values.size[1]);
     shape_.d_v = d_v;
     shape_.factors = mods_.row_factor ? int(mods_.row_factor.size[1]) : 0;
     shape_.dots = source_.dots(q_.values.type, shape_.d);
+    if (by_row_) {
+      plan_rows_.check(plan_, "attend");
+      Plan whole;
+      whole.causal = plan_.causal;
+      shape_.rows = kGathered;
+      // As small as sharing them out asks for: the more rows, the fuller the tiles.
+      const int64_t fair = (q_.values.size[0] / (6 * threads()) + kTile - 1) / kTile * kTile;
+      tasks_ = tile_tasks(whole, q_, source_.heads(), source_.v_heads(), mods_, false,
+                          std::clamp<int64_t>(fair, kTile, kGathered));
+      return parallel_tiles(queue_, shape_, int64_t(tasks_.size()),
+                            [&](Tile& tile, int64_t i) { work_by_row(tile, tasks_[size_t(i)]); });
+    }
     tasks_ = tile_tasks(plan_, q_, source_.heads(), source_.v_heads(), mods_, true);
     cut();
     parallel_tiles(queue_, shape_, int64_t(pieces_.size()),
@@ -106,13 +124,64 @@ class Attend {
     const TileState state = TileState::at(shared ? shared + piece.index * floats : tile.state, shape_.d_v, lanes.width);
     clear(state, shape_.d_v, lanes.width, mods_.weight);
     if (!skipped(lanes)) fill(tile, piece, task, keys, lanes, state);
-    if (!shared) return finish(lanes, piece.part, state);
+    if (!shared) return finish(lanes, piece.part, state, lanes.width);
     if (std::atomic_ref<int64_t>(done_[piece.first_piece]).fetch_add(1, std::memory_order_acq_rel) + 1 < piece.pieces)
       return;
     const TileState all = TileState::at(shared, shape_.d_v, lanes.width);
     for (int64_t i = 1; i < piece.pieces; ++i)
       absorb(all, TileState::at(shared + i * floats, shape_.d_v, lanes.width), shape_.d_v, lanes.width);
-    finish(lanes, piece.part, all);
+    finish(lanes, piece.part, all, lanes.width);
+  }
+
+  /// Of each block of the plan, in ascending order, the queries that read it become lanes of a tile.
+  void work_by_row(Tile& tile, const TileTask& task) {
+    constexpr int32_t none = std::numeric_limits<int32_t>::max();
+    const KeyView keys = source_.view(task, mods_);
+    const TileState states = TileState::at(tile.states, shape_.d_v, kGathered);
+    clear(states, shape_.d_v, kGathered, mods_.weight);
+    const int rows = int(task.rows);
+    // The last key that row 0 sees.
+    const int64_t shown = keys.size() - q_.length(task.sequence * q_.heads + task.head) + task.first;
+    int64_t entry[kGathered];
+    int32_t next[kGathered];
+    const auto advance = [&](int i, bool first) {
+      const int64_t row = plan_rows_.row(task.sequence, task.head, q_.heads, task.first + i, plan_.q_tile);
+      entry[i] = first ? plan_.begin(row) : entry[i] + 1;
+      next[i] = entry[i] < plan_.end(row) ? plan_.index.at<int32_t>(entry[i]) : none;
+      if (next[i] != none && plan_.causal && next[i] * int64_t(plan_.k_tile) > shown + i) next[i] = none;
+    };
+    for (int i = 0; i < rows; ++i) advance(i, true);
+    for (;;) {
+      const int32_t block = *std::min_element(next, next + rows);
+      if (block == none) break;
+      int chosen[kGathered], count = 0;
+      for (int i = 0; i < rows; ++i)
+        if (next[i] == block) chosen[count++] = i, advance(i, false);
+      for (int first = 0; first < count; first += kTile)
+        read_block(tile, task, keys, block, std::span(chosen + first, size_t(std::min(kTile, count - first))), states);
+    }
+    for (int first = 0; first < rows; first += kTile) {
+      TileTask part = task;
+      part.first += first;
+      part.rows = std::min(kTile, rows - first);
+      finish(lanes_of(part, q_, keys.size(), mods_, plan_.causal), 0,
+             {states.out + first, states.high + first, states.sum + first}, kGathered);
+    }
+  }
+
+  void read_block(Tile& tile, const TileTask& task, const KeyView& keys, int32_t block, std::span<const int> chosen,
+                  TileState states) const {
+    const Lanes lanes = lanes_of(task, q_, keys.size(), mods_, plan_.causal, chosen);
+    if (skipped(lanes)) return;
+    Plan whole;
+    whole.causal = plan_.causal;
+    const KeyRange range = visible(lanes, keys, mods_, plan_.causal);
+    const int64_t first = int64_t(block) * plan_.k_tile;
+    Walk walk(whole, 0, -1, std::max(first, range.low), std::min(first + plan_.k_tile, range.high));
+    const TileState state = TileState::at(tile.state, shape_.d_v, lanes.width);
+    clear(state, shape_.d_v, lanes.width, mods_.weight);
+    fill(tile, walk, logit_rule(whole, mods_, keys, plan_.causal), keys, lanes, state);
+    absorb(states, kGathered, chosen.data(), lanes.count, state, lanes.width, shape_.d_v);
   }
 
   void fill(Tile& tile, const TaskPart& piece, const TileTask& task, const KeyView& keys, const Lanes& lanes,
@@ -123,6 +192,10 @@ class Attend {
     if (dense && piece.pieces > 1) range = {piece.begin, piece.end};
     Walk walk(plan_, task.plan_row, plan_.parts > 1 ? piece.part : -1, range.low, range.high);
     if (!dense && piece.pieces > 1) walk.entries(piece.begin, piece.end);
+    fill(tile, walk, rule, keys, lanes, state);
+  }
+
+  void fill(Tile& tile, Walk& walk, const LogitRule& rule, const KeyView& keys, const Lanes& lanes, TileState state) const {
     Chunk chunks[2];
     if (!keys.gather(walk, lanes, mods_, chunks[0])) return;
     pack_queries(tile, lanes, q_.values, mods_.row_factor);
@@ -138,7 +211,8 @@ class Attend {
     }
   }
 
-  void finish(const Lanes& lanes, int part, TileState state) const {
+  /// `width`: of the lanes of `state`.
+  void finish(const Lanes& lanes, int part, TileState state, int width) const {
     for (int lane = 0; lane < lanes.count; ++lane) {
       const int64_t row = lanes.row[lane];
       const float gain = mods_.gain ? mods_.gain.as<float>()[row] : 1;
@@ -149,8 +223,8 @@ class Attend {
         continue;
       }
       if (mods_.sink_logits && part == 0)
-        add_sink(state, shape_.d_v, lanes.width, lane, mods_.sink_logits.as<float>()[lanes.head[lane]]);
-      write_lane(state, shape_.d_v, lanes.width, lane, gain, mods_.weight, out);
+        add_sink(state, shape_.d_v, width, lane, mods_.sink_logits.as<float>()[lanes.head[lane]]);
+      write_lane(state, shape_.d_v, width, lane, gain, mods_.weight, out);
       to_.set_lse(part, row, log_sum(state, lane, mods_.weight));
     }
   }
@@ -165,6 +239,8 @@ class Attend {
   const Plan& plan_;
   const Mods& mods_;
   Outputs to_;
+  bool by_row_;
+  PlanRows plan_rows_;
   TileShape shape_;
   std::vector<TileTask> tasks_;
   std::vector<TaskPart> pieces_;

@@ -18,7 +18,8 @@ int64_t Tile::bytes(const TileShape& shape) {
   const int64_t d = shape.d, d_v = shape.d_v;
   return round_up(d * kTile * 4) + kChunk * kTile * 4 + kChunk / 2 * kTile * 4 + round_up(kChunk * d * 4) +
          round_up(kChunk * d_v * 4) + round_up(int64_t(shape.factors) * kTile * 4) +
-         round_up(TileState::floats(int(d_v), kTile) * 4) + round_up(std::max(d, d_v) * 4);
+         round_up(TileState::floats(int(d_v), kTile) * 4) + round_up(TileState::floats(int(d_v), shape.rows) * 4) +
+         round_up(std::max(d, d_v) * 4);
 }
 
 Tile::Tile(const TileShape& of, char* memory) : shape(of) {
@@ -35,6 +36,7 @@ Tile::Tile(const TileShape& of, char* memory) : shape(of) {
   v_rows = take(kChunk * d_v * 4);
   factors = take(int64_t(of.factors) * kTile * 4);
   state = take(TileState::floats(int(d_v), kTile) * 4);
+  states = take(TileState::floats(int(d_v), of.rows) * 4);
   row = take(std::max(d, d_v) * 4);
 }
 
@@ -209,6 +211,23 @@ void absorb(TileState into, TileState from, int d_v, int width) {
     store(into.sum + w, fma(load(into.sum + w), keep, load(from.sum + w) * take));
     for (int64_t c = 0; c < d_v; ++c)
       store(into.out + c * width + w, fma(load(into.out + c * width + w), keep, load(from.out + c * width + w) * take));
+  }
+}
+
+void absorb(TileState into, int into_width, const int* chosen, int count, TileState from, int from_width, int d_v) {
+  float keep[kTile], take[kTile];
+  for (int i = 0; i < count; ++i) {
+    float &high = into.high[chosen[i]], &sum = into.sum[chosen[i]];
+    const float top = std::max(high, from.high[i]), shift = top > -kInfinity ? top : 0;
+    keep[i] = high == shift ? 1 : std::exp2(high - shift);
+    take[i] = from.high[i] == shift ? 1 : std::exp2(from.high[i] - shift);
+    high = top;
+    sum = sum * keep[i] + from.sum[i] * take[i];
+  }
+  for (int64_t c = 0; c < d_v; ++c) {
+    float* to = into.out + c * into_width;
+    const float* more = from.out + c * from_width;
+    for (int i = 0; i < count; ++i) to[chosen[i]] = to[chosen[i]] * keep[i] + more[i] * take[i];
   }
 }
 

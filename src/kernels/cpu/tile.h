@@ -15,6 +15,7 @@ struct TileShape {
   int d = 0, d_v = 0;
   int factors = 0;    // r of row_factor
   bool dots = false;  // bf16 operands in pairs, by vdpbf16ps
+  int rows = 0;       // whose states a worker keeps beside the tile's own
 };
 
 /// The query rows of a tile. Lanes past count repeat the first one.
@@ -62,8 +63,9 @@ struct Tile {
   float* k_rows;   // [kChunk][d]: keys that had to be converted
   float* v_rows;   // [kChunk][d_v], or pairs [kChunk / 2][d_v]
   float* factors;  // [r][width]
-  float* state;
-  float* row;  // the longer of d and d_v
+  float* state;    // a TileState of kTile lanes
+  float* states;   // one of `rows` lanes
+  float* row;      // the longer of d and d_v
 
   static int64_t bytes(const TileShape& shape);
   Tile(const TileShape& shape, char* memory);
@@ -97,6 +99,9 @@ void absorb(Tile& tile, const Lanes& lanes, const Chunk& chunk, bool made, Weigh
 
 /// Adds the state of other keys.
 void absorb(TileState into, TileState from, int d_v, int width);
+
+/// The same for some lanes of `into`: lane i of the `count` of `from` to lane chosen[i].
+void absorb(TileState into, int into_width, const int* chosen, int count, TileState from, int from_width, int d_v);
 
 /// One more logit (natural) in a lane's sum.
 void add_sink(TileState state, int d_v, int width, int lane, float logit);
