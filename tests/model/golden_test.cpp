@@ -18,7 +18,7 @@ TEST_P(GoldenTest, EqualsLlamaCpp) {
   const std::string base = std::string(HEED_TEST_DATA) + "/tiny/" + GetParam();
   const auto loaded = Model::load(base + ".gguf");
   ASSERT_TRUE(loaded) << loaded.error().text();
-  const auto model = *loaded;
+  const auto& model = *loaded;
   const int vocabulary = model->info().vocabulary;
   std::vector<float> expected(size_t(kTokens * vocabulary));
   std::ifstream file(base + ".logits", std::ios::binary);
@@ -29,8 +29,7 @@ TEST_P(GoldenTest, EqualsLlamaCpp) {
   // llama.cpp looks GELU up in a table of half-precision numbers, which alone moves Gemma's logits by 2e-3.
   const double exact = GetParam() == std::string("gemma3") ? 5e-3 : 2e-4;
   std::vector<std::pair<std::string, double>> backends{{"reference", exact}};
-  for (const Kernels* table : cpu_kernels())
-    backends.emplace_back(table->name, table->rounds ? 0.2 : exact + 1e-3);
+  for (const Kernels* table : cpu_kernels()) backends.emplace_back(table->name, table->rounds ? 0.2 : exact + 1e-3);
   for (const auto& [backend, bound] : backends) {
     SessionOptions options;
     options.backend = backend;

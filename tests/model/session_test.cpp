@@ -222,11 +222,10 @@ struct CacheOracle {
   }
   std::vector<double> turned(std::vector<double> x, int64_t place) const {
     const Rope& rope = *model.info().rope(0);
-    for (int i = 0; i < rope.dims / 2; ++i) {
-      const double angle = double(place) * double(rope.inv_freq.at<float>(i)), a = x[size_t(i)],
-                   b = x[size_t(i + rope.dims / 2)];
-      x[size_t(i)] = a * std::cos(angle) - b * std::sin(angle),
-      x[size_t(i + rope.dims / 2)] = a * std::sin(angle) + b * std::cos(angle);
+    const size_t half = size_t(rope.dims) / 2;
+    for (size_t i = 0; i < half; ++i) {
+      const double angle = double(place) * double(rope.inv_freq.at<float>(int64_t(i))), a = x[i], b = x[i + half];
+      x[i] = a * std::cos(angle) - b * std::sin(angle), x[i + half] = a * std::sin(angle) + b * std::cos(angle);
     }
     return x;
   }

@@ -94,8 +94,10 @@ void score_tile(const Chunk& chunk, const typename Math::Element* q, int width, 
     const int vectors = std::min(kMaxVectors, (width - lane) / kLanes);
     switch (vectors) {
       case 1: score_columns<Math, 1>(chunk, q + lane, width, depth, s + lane); break;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+      default: score_columns<Math, 2>(chunk, q + lane, width, depth, s + lane); break;
+#else
       case 2: score_columns<Math, 2>(chunk, q + lane, width, depth, s + lane); break;
-#if !defined(__AVX2__) || defined(__AVX512F__)
       case 3: score_columns<Math, 3>(chunk, q + lane, width, depth, s + lane); break;
       default: score_columns<Math, 4>(chunk, q + lane, width, depth, s + lane); break;
 #endif
@@ -126,8 +128,10 @@ void value_tile(const typename Math::Element* p, int width, int count, const typ
     const int vectors = std::min(kMaxVectors, (width - lane) / kLanes);
     switch (vectors) {
       case 1: value_columns<Math, 1>(p + lane, width, count, v, step, v_rows, d_v, keep + lane, out + lane); break;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+      default: value_columns<Math, 2>(p + lane, width, count, v, step, v_rows, d_v, keep + lane, out + lane); break;
+#else
       case 2: value_columns<Math, 2>(p + lane, width, count, v, step, v_rows, d_v, keep + lane, out + lane); break;
-#if !defined(__AVX2__) || defined(__AVX512F__)
       case 3: value_columns<Math, 3>(p + lane, width, count, v, step, v_rows, d_v, keep + lane, out + lane); break;
       default: value_columns<Math, 4>(p + lane, width, count, v, step, v_rows, d_v, keep + lane, out + lane); break;
 #endif
