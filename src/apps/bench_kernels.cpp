@@ -16,8 +16,9 @@ double limit(const MachineLimits& limits, const Kernels& table, const KernelCase
   if (table.name == "neon") return limits.peak("neon f32");
   const std::string vectors = table.name.starts_with("avx2") ? "avx2 " : "avx512 ";
   double most = limits.peak(vectors + "f32");
-  if (c.bf16 && table.rounds) most = std::max(most, limits.peak(vectors + "bf16"));
-  if (c.kernel == "matmul" && table.rounds) most = std::max(most, limits.peak(vectors + "int16"));
+  if (!c.bf16 || !table.rounds) return most;
+  most = std::max(most, limits.peak(vectors + "bf16"));
+  return c.kernel == "matmul" ? std::max(most, limits.peak(vectors + "int16")) : most;
   return most;
 }
 

@@ -41,8 +41,12 @@ __attribute__((target("avx2,fma"))) void chains_avx2(int64_t rounds) {
 }
 __attribute__((target("avx2"))) void chains_avx2_int16(int64_t rounds) {
   __m256i a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
-  asm volatile("" : "+v"(a), "+v"(b));
-#define HEED_STEP(x) _mm256_add_epi32(x, _mm256_madd_epi16(a, b))
+  // As if `a` were another each time: the product would leave the loop.
+#define HEED_STEP(x)                              \
+  ({                                              \
+    asm volatile("" : "+v"(a));                   \
+    _mm256_add_epi32(x, _mm256_madd_epi16(a, b)); \
+  })
   HEED_CHAINS(__m256i, HEED_STEP)
 #undef HEED_STEP
 }
