@@ -1,5 +1,7 @@
 #include "base/error.h"
 
+#include <utility>
+
 namespace heed {
 
 std::string Failure::text() const {
@@ -22,6 +24,10 @@ int Failure::exit_status() const {
     case Code::Internal: return 1;
   }
   return 1;
+}
+
+void throw_invalid(const char* where, std::string what, std::string remedy) {
+  throw Error(Code::Invalid, where, std::move(what), std::move(remedy));
 }
 
 }  // namespace heed

@@ -3,6 +3,7 @@
 #include <exception>
 #include <string>
 #include <tl/expected.hpp>
+#include <type_traits>
 
 namespace heed {
 
@@ -57,9 +58,20 @@ T value_or_throw(Result<T> result) {
   if constexpr (!std::is_void_v<T>) return std::move(*result);
 }
 
-/// Throws Code::Invalid unless `ok`: the check of an argument at a public boundary.
+[[noreturn]] void throw_invalid(const char* where, std::string what, std::string remedy);
+
+/// Throws Code::Invalid unless `ok`: the check of an argument at a public boundary. Where it stands in front of every access,
+/// `what` is a function that makes the text: putting a sentence together takes longer than what it guards.
 inline void require(bool ok, const char* where, const std::string& what, const std::string& remedy = {}) {
-  if (!ok) throw Error(Code::Invalid, where, what, remedy);
+  if (!ok) throw_invalid(where, what, remedy);
+}
+inline void require(bool ok, const char* where, const char* what, const char* remedy = "") {
+  if (!ok) throw_invalid(where, what, remedy);
+}
+template <class What>
+  requires std::is_invocable_r_v<std::string, const What&>
+void require(bool ok, const char* where, const What& what, const char* remedy = "") {
+  if (!ok) throw_invalid(where, what(), remedy);
 }
 
 }  // namespace heed

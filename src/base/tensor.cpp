@@ -50,8 +50,9 @@ void* advance(const Tensor& t, int64_t elements) {
 }  // namespace
 
 Tensor Tensor::slice(int axis, int64_t begin, int64_t end) const {
-  require(axis >= 0 && axis < rank && begin >= 0 && begin <= end && end <= size[size_t(axis)], "Tensor::slice",
-          std::to_string(begin) + "…" + std::to_string(end) + " of axis " + std::to_string(axis) + " of " + shape());
+  require(axis >= 0 && axis < rank && begin >= 0 && begin <= end && end <= size[size_t(axis)], "Tensor::slice", [&] {
+    return std::to_string(begin) + "…" + std::to_string(end) + " of axis " + std::to_string(axis) + " of " + shape();
+  });
   Tensor out = *this;
   out.data = advance(*this, begin * stride[size_t(axis)]);
   out.size[size_t(axis)] = end - begin;
@@ -71,7 +72,7 @@ Tensor Tensor::select(int axis, int64_t index) const {
 
 Tensor Tensor::reshape(std::initializer_list<int64_t> sizes) const {
   Tensor out(data, type, sizes, device);
-  require(contiguous() && out.numel() == numel(), "Tensor::reshape", shape() + " to " + out.shape());
+  require(contiguous() && out.numel() == numel(), "Tensor::reshape", [&] { return shape() + " to " + out.shape(); });
   return out;
 }
 
@@ -125,7 +126,7 @@ void store(const Tensor& t, int64_t offset, double x) {
 }  // namespace
 
 void copy(const Tensor& from, const Tensor& to) {
-  require(from.rank == to.rank && from.size == to.size, "copy", from.shape() + " to " + to.shape());
+  require(from.rank == to.rank && from.size == to.size, "copy", [&] { return from.shape() + " to " + to.shape(); });
   const int64_t count = from.numel();
   if (from.type == to.type && from.contiguous() && to.contiguous()) {
     if (count) std::memcpy(to.data, from.data, size_t(from.bytes()));

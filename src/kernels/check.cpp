@@ -4,14 +4,15 @@ namespace heed {
 namespace {
 
 void check_ragged(const char* where, const char* name, const Ragged& r) {
-  require(r.values.rank == 2 && is_float(r.values.type) && (r.values.size[1] <= 1 || r.values.stride[1] == 1), where,
-          std::string(name) + " is F32, BF16 or F16 [rows, width] with contiguous rows, got " + r.values.shape());
+  require(r.values.rank == 2 && is_float(r.values.type) && (r.values.size[1] <= 1 || r.values.stride[1] == 1), where, [&] {
+    return std::string(name) + " is F32, BF16 or F16 [rows, width] with contiguous rows, got " + r.values.shape();
+  });
   require(r.offsets && r.offsets.type == Dtype::I64 && r.offsets.rank == 1 && r.offsets.size[0] >= 1, where,
-          std::string(name) + " needs offsets, I64 [segments + 1]");
+          [&] { return std::string(name) + " needs offsets, I64 [segments + 1]"; });
   require(!r.ends || (r.ends.type == Dtype::I64 && r.ends.size[0] == r.segments()), where,
-          std::string(name) + ": ends are I64 [segments]");
+          [&] { return std::string(name) + ": ends are I64 [segments]"; });
   require(r.heads >= 1 && r.segments() % r.heads == 0, where,
-          std::string(name) + ": its heads do not divide its segments");
+          [&] { return std::string(name) + ": its heads do not divide its segments"; });
 }
 
 }  // namespace
@@ -23,9 +24,10 @@ void check_tensor(const char* where, const char* name, const Tensor& t, std::ini
   bool fits = t.type == type && t.rank == wanted.rank;
   for (int axis = 0; fits && axis < t.rank; ++axis) fits = t.size[size_t(axis)] == wanted.size[size_t(axis)];
   if (fits && t.rank > 0) fits = t.size[size_t(t.rank - 1)] <= 1 || t.stride[size_t(t.rank - 1)] == 1;
-  require(fits, where,
-          std::string(name) + " is " + info(type).name + " " + wanted.shape() + ", got " + info(t.type).name + " " +
-              t.shape());
+  require(fits, where, [&] {
+    return std::string(name) + " is " + info(type).name + " " + wanted.shape() + ", got " + info(t.type).name + " " +
+           t.shape();
+  });
 }
 
 void check_attention(const char* where, const Ragged& q, const Ragged& k, const Ragged& v, const Plan* plan,
@@ -33,8 +35,10 @@ void check_attention(const char* where, const Ragged& q, const Ragged& k, const 
   check_ragged(where, "q", q);
   check_ragged(where, "k", k);
   const int64_t h = q.heads, g = k.heads;
-  require(mods.k_map || h % g == 0, where,
-          std::to_string(g) + " KV heads do not divide " + std::to_string(h) + " query heads", "give k_map and v_map");
+  require(
+      mods.k_map || h % g == 0, where,
+      [&] { return std::to_string(g) + " KV heads do not divide " + std::to_string(h) + " query heads"; },
+      "give k_map and v_map");
   require(q.sequences() == k.sequences(), where, "q and k hold different numbers of sequences");
   require(q.values.size[1] == k.values.size[1], where, "q and k differ in width");
   if (v.values) {
@@ -76,13 +80,13 @@ int check_column(const char* where, const Pages& pages, int column, const Ragged
   int width = 1;
   if (column != kBiasColumn) {
     require(pages.columns && column >= 0 && column < int(pages.columns->size()), where,
-            "the store has no column " + std::to_string(column));
+            [&] { return "the store has no column " + std::to_string(column); });
     const Column& c = (*pages.columns)[size_t(column)];
-    require(c.keeps == Column::Keeps::User, where, "column '" + c.name + "' is kept by the store");
+    require(c.keeps == Column::Keeps::User, where, [&] { return "column '" + c.name + "' is kept by the store"; });
     width = c.width;
   }
   require(values.values.type == Dtype::F32 && (values.values.rank > 1 ? values.values.size[1] : 1) == width, where,
-          "values are F32 [keys, " + std::to_string(width) + "]");
+          [&] { return "values are F32 [keys, " + std::to_string(width) + "]"; });
   return width;
 }
 
@@ -126,7 +130,8 @@ void check_pair(const char* where, const Pages& one, const Pages& two, int layou
 }
 
 void check_combine(const char* where, const Tensor& x, const Tensor& y, const Tensor& out) {
-  require(x.type == Dtype::F32 && (x.rank == 1 || x.rank == 2), where, "x is F32 [rows] or [rows, width], got " + x.shape());
+  require(x.type == Dtype::F32 && (x.rank == 1 || x.rank == 2), where,
+          [&] { return "x is F32 [rows] or [rows, width], got " + x.shape(); });
   const bool wide = x.rank == 2;
   require(x.stride[size_t(x.rank - 1)] == 1 || x.size[size_t(x.rank - 1)] <= 1, where, "x's rows are contiguous");
   if (wide) check_tensor(where, "out", out, {x.size[0], x.size[1]});

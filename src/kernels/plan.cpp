@@ -13,7 +13,7 @@ void check_plan(const Plan& plan, const char* where) {
   }
   const bool interval = plan.form == Plan::Form::Interval, blocks = plan.form == Plan::Form::Blocks;
   require(plan.rowptr && plan.rowptr.type == Dtype::I64 && plan.rowptr.rank == 1 && plan.rowptr.size[0] >= 1, where,
-          "a plan needs rowptr, I64 [rows + 1]");
+          [&] { return "a plan needs rowptr, I64 [rows + 1]"; });
   require(plan.index.type == Dtype::I32 && plan.index.rank == (interval ? 2 : 1) && (!interval || plan.index.size[1] == 2),
           where, interval ? "index of intervals is I32 [nnz, 2]" : "index of blocks and tokens is I32 [nnz]");
   const int64_t nnz = plan.index.size[0];

@@ -123,7 +123,7 @@ void convert(const void* values, int64_t count, float* out) {
 void dequantise_row(Dtype type, const void* blocks, int64_t count, float* out) {
   const int width = info(type).block;
   require(count >= 0 && count % width == 0, "dequantise_row",
-          std::to_string(count) + " values are not whole blocks of " + info(type).name);
+          [&] { return std::to_string(count) + " values are not whole blocks of " + info(type).name; });
   switch (type) {
     case Dtype::F32: std::memcpy(out, blocks, size_t(count) * sizeof(float)); return;
     case Dtype::F16: return convert<f16>(blocks, count, out);
@@ -151,7 +151,7 @@ void dequantise_row(Dtype type, const void* blocks, int64_t count, float* out) {
 void interleave_rows(Dtype type, const void* rows, int64_t count, void* out) {
   const DtypeInfo i = info(type);
   require(i.block > 1 && count >= 0 && count % i.block == 0, "interleave_rows",
-          std::to_string(count) + " values are not whole blocks of " + i.name);
+          [&] { return std::to_string(count) + " values are not whole blocks of " + i.name; });
   const BlockNumbers numbers = block_numbers(type);
   const int64_t row_bytes = count / i.block * i.bytes;
   const auto* from = static_cast<const char*>(rows);

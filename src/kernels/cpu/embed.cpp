@@ -14,7 +14,7 @@ void embed(Queue& queue, Tensor w, Tensor ids, float scale, Tensor y) {
   check_tensor("embed", "y", y, {tokens, width});
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t id = ids.at<int32_t>(t);
-    require(id >= 0 && id < weights.rows, "embed", "there is no token " + std::to_string(id));
+    require(id >= 0 && id < weights.rows, "embed", [&] { return "there is no token " + std::to_string(id); });
   }
   over_parts(tokens, width * 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -39,8 +39,9 @@ void interleave(Queue&, Tensor w, Tensor to) {
   const DtypeInfo i = info(w.type);
   require(w.rank == 2 && is_block(w.type) && w.contiguous() && !w.interleaved && to.interleaved && to.contiguous() &&
               to.size == w.size && to.type == w.type,
-          "interleave",
-          "a matrix " + w.shape() + " of " + i.name + " as files hold it, and an interleaved one of its sizes");
+          "interleave", [&] {
+            return "a matrix " + w.shape() + " of " + i.name + " as files hold it, and an interleaved one of its sizes";
+          });
   const int64_t row_bytes = w.size[1] / i.block * i.bytes, groups = w.size[0] / kSideBySide;
   over_parts(groups, kSideBySide * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {

@@ -21,8 +21,9 @@ int64_t widest(const Pages& pages) {
 }
 
 void check_capacity(const char* where, const Pages& pages, int64_t segment, int64_t entries) {
-  require(entries <= pages.table.size[1] * kPage, where,
-          "segment " + std::to_string(segment) + " has no pages for " + std::to_string(entries) + " entries");
+  require(entries <= pages.table.size[1] * kPage, where, [&] {
+    return "segment " + std::to_string(segment) + " has no pages for " + std::to_string(entries) + " entries";
+  });
 }
 
 void check_side(const char* where, const Pages& pages, const Ragged& x, bool keys) {
@@ -80,7 +81,10 @@ void page_write(Queue& queue, const Pages& pages, const Ragged& k, const Ragged&
       for (const PageType* type : {&layout.k, &layout.v})
         require(
             !type->quantised() || type->axis != PageType::Axis::Channel || begin(s) % type->group == 0, where,
-            "entry " + std::to_string(begin(s)) + " is inside a group of " + std::to_string(type->group) + " entries",
+            [&] {
+              return "entry " + std::to_string(begin(s)) + " is inside a group of " + std::to_string(type->group) +
+                     " entries";
+            },
             "write whole groups");
     }
   }
@@ -243,7 +247,7 @@ void page_move(Queue& queue, const Pages& from, const Pages& to, Tensor index, T
     check_capacity(where, to, s, n);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t e = index.at<int32_t>(s * capacity + i);
-      require(e >= 0 && e < from.table.size[1] * kPage, where, "there is no entry " + std::to_string(e));
+      require(e >= 0 && e < from.table.size[1] * kPage, where, [&] { return "there is no entry " + std::to_string(e); });
     }
   }
   const int64_t width = std::max(widest(from), widest(to));

@@ -21,7 +21,7 @@ std::vector<float> weights(const Tensor& w, int64_t r) {
 
 void check_weights(const char* where, const Tensor& w) {
   require(w.rank == 2 && (w.size[1] <= 1 || w.stride[1] == 1) && w.size[1] % info(w.type).block == 0, where,
-          "weights are [rows, width] with contiguous rows of whole blocks, got " + w.shape());
+          [&] { return "weights are [rows, width] with contiguous rows of whole blocks, got " + w.shape(); });
   require(!w.interleaved, where, "the reference reads rows as files hold them");
 }
 
@@ -77,7 +77,7 @@ void embed(Queue&, Tensor w, Tensor ids, float scale, Tensor y) {
   check_tensor("embed", "y", y, {ids.size[0], w.size[1]});
   for (int64_t t = 0; t < ids.size[0]; ++t) {
     const int64_t id = ids.at<int32_t>(t);
-    require(id >= 0 && id < w.size[0], "embed", "there is no token " + std::to_string(id));
+    require(id >= 0 && id < w.size[0], "embed", [&] { return "there is no token " + std::to_string(id); });
     const std::vector<float> x = weights(w, id);
     for (size_t c = 0; c < x.size(); ++c) store(y, offset(y, t, int64_t(c)), double(x[c]) * double(scale));
   }

@@ -306,9 +306,12 @@ void PageSide::put(int begin, int count, const std::vector<double>& given) const
         quantise({e, 1, c, std::min(type_.group, width_ - c), group_of(e, c)}, begin, values);
     return;
   }
-  require(begin % type_.group == 0, "page_write",
-          "entry " + std::to_string(begin) + " is inside a group of " + std::to_string(type_.group) + " entries",
-          "write whole groups");
+  require(
+      begin % type_.group == 0, "page_write",
+      [&] {
+        return "entry " + std::to_string(begin) + " is inside a group of " + std::to_string(type_.group) + " entries";
+      },
+      "write whole groups");
   if (type_.sketched()) return sketch(begin, count, values);
   for (int e = begin; e < begin + count; e += type_.group)
     for (int c = 0; c < width_; ++c)

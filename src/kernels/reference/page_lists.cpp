@@ -70,7 +70,7 @@ void page_grow(Queue&, const Pages& pages, const Ragged& rows, Tensor first) {
     const int64_t count = rows.length(s), end = length + count;
     if (count == 0) continue;
     require(pages_for(end) <= pages.table.size[1], "page_grow",
-            "the table is too narrow for " + std::to_string(end) + " entries");
+            [&] { return "the table is too narrow for " + std::to_string(end) + " entries"; });
     if (length % kPage != 0) own(pages, s, length / kPage);
     for (int64_t p = pages_for(length); p < pages_for(end); ++p) {
       pages.table.at<uint64_t>(s, p) = reinterpret_cast<uint64_t>(take(pages.supply[0], s, p));

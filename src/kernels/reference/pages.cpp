@@ -35,8 +35,9 @@ void fill_user_columns(const Page& page, int begin, int count) {
 }
 
 void check_capacity(const char* where, const Pages& pages, int64_t segment, int64_t entries) {
-  require(entries <= pages.table.size[1] * kPage, where,
-          "segment " + std::to_string(segment) + " has no pages for " + std::to_string(entries) + " entries");
+  require(entries <= pages.table.size[1] * kPage, where, [&] {
+    return "segment " + std::to_string(segment) + " has no pages for " + std::to_string(entries) + " entries";
+  });
 }
 
 }  // namespace
@@ -109,7 +110,7 @@ void page_move(Queue&, const Pages& from, const Pages& to, Tensor index, Tensor 
     std::vector<Entry> entries;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t e = index.at<int32_t>(s * capacity + i);
-      require(e >= 0 && e < from.table.size[1] * kPage, where, "there is no entry " + std::to_string(e));
+      require(e >= 0 && e < from.table.size[1] * kPage, where, [&] { return "there is no entry " + std::to_string(e); });
       const Page page(from, s, e / kPage);
       const int at = int(e % kPage);
       const PageSide k = page.k(), v = page.v();
