@@ -96,7 +96,7 @@ if compiled release release all; then
     say "test: --backend cuda: $(build/heed info | sed -n 's/^gpu *//p')"
     exit 2
   fi
-  HEED_CASES=${HEED_CASES:-0.4} meanwhile suites release release
+  HEED_CASES=${HEED_CASES:-0.4} meanwhile suites release release -j 2
 fi
 
 if [ $quick = no ]; then
