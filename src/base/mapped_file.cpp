@@ -37,7 +37,7 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
   const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) {
     const Code code = errno == ENOENT || errno == ENOTDIR ? Code::NotFound : Code::Io;
-    return fail(code, path, std::strerror(errno), "check the path and its permissions");
+    return fail(code, path.empty() ? "''" : path, std::strerror(errno), "check the path and its permissions");
   }
   struct stat about{};
   MappedFile mapped;

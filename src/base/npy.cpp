@@ -1,11 +1,7 @@
 #include "base/npy.h"
 
-#include <fcntl.h>
-#include <unistd.h>
 #include <zip.h>
 
-#include <atomic>
-#include <cerrno>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -13,6 +9,7 @@
 
 #include "base/mapped_file.h"
 #include "base/npy_format.h"
+#include "base/whole_file.h"
 
 namespace heed {
 namespace {
@@ -91,33 +88,6 @@ std::map<std::string, Buffer> read_archive(std::span<const std::byte> file, cons
   return out;
 }
 
-/// Writes `parts` to a new file beside `path` and renames it.
-void write_whole(const std::string& path, std::initializer_list<std::span<const char>> parts) {
-  static std::atomic<int> serial;
-  const std::string beside = path + ".new-" + std::to_string(::getpid()) + "-" + std::to_string(serial++);
-  const int file = ::open(beside.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-  bool ok = file >= 0;
-  int reason = errno;
-  for (std::span<const char> rest : parts) {
-    while (ok && !rest.empty()) {
-      const ssize_t written = ::write(file, rest.data(), rest.size());
-      reason = errno;
-      if (written < 0 && reason == EINTR) continue;
-      ok = written >= 0;
-      if (ok) rest = rest.subspan(size_t(written));
-    }
-  }
-  const auto step = [&](int result) {
-    if (ok && result != 0) reason = errno;
-    ok = ok && result == 0;
-  };
-  if (file >= 0) step(::close(file));
-  if (ok) step(::rename(beside.c_str(), path.c_str()));
-  if (ok) return;
-  ::unlink(beside.c_str());
-  throw Error(Code::Io, path, std::strerror(reason), "check the folder, its permissions and the space left");
-}
-
 /// `tensor` itself when contiguous, else a copy that `kept` holds.
 Tensor contiguous(const Tensor& tensor, std::vector<Buffer>& kept) {
   if (tensor.contiguous()) return tensor;
@@ -135,12 +105,13 @@ std::span<const char> data_of(const Tensor& tensor) {
 }
 
 void write_archive(const std::string& path, const std::vector<std::pair<std::string, Tensor>>& arrays, bool compress) {
+  const std::string target = value_or_throw(regular_target(path));  // libzip would put its file in a device's place
   int code = 0;
   std::set<std::string> names;
   std::vector<Buffer> copies;
   std::vector<std::string> headers;
   headers.reserve(arrays.size());  // libzip reads headers and data when it closes the archive: nothing may move
-  Archive archive(zip_open(path.c_str(), ZIP_CREATE | ZIP_TRUNCATE, &code));
+  Archive archive(zip_open(target.c_str(), ZIP_CREATE | ZIP_TRUNCATE, &code));
   if (!archive) {
     zip_error_t error;
     zip_error_init_with_code(&error, code);
@@ -172,7 +143,7 @@ void write_archive(const std::string& path, const std::vector<std::pair<std::str
   if (arrays.empty()) {
     constexpr char kEmpty[22] = {'P', 'K', 5, 6};
     archive.reset();
-    return write_whole(path, {std::span<const char>(kEmpty)});
+    return value_or_throw(write_whole(path, {std::span<const char>(kEmpty)}));
   }
   // Closing writes beside the file and renames.
   if (zip_close(archive.get()) != 0) stop(path, archive);
@@ -209,7 +180,7 @@ Result<void> write_npy(const std::string& path, const Tensor& tensor) {
   return caught(path, [&] {
     std::vector<Buffer> kept;
     const std::string header = npy_header(tensor);
-    write_whole(path, {std::span<const char>(header), data_of(contiguous(tensor, kept))});
+    value_or_throw(write_whole(path, {std::span<const char>(header), data_of(contiguous(tensor, kept))}));
   });
 }
 
