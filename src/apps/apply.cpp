@@ -5,6 +5,7 @@
 #include "apps/command.h"
 #include "base/npy.h"
 #include "base/threads.h"
+#include "base/whole_file.h"
 
 namespace heed::apps {
 namespace {
@@ -39,6 +40,8 @@ class Apply final : public Command {
 
   int run() override {
     set_threads(threads_);
+    value_or_throw(regular_target(out_));
+    check_outputs({out_});
     ApplyInput input;
     const auto load = [&](const std::string& path) -> Tensor {
       return held_.emplace_back(value_or_throw(read_npy(path)));

@@ -77,17 +77,17 @@ class BenchCommand final : public Command {
     app.add_option("-p,--n-prompt", prompts_, "prompt lengths; 0: none")
         ->delimiter(',')
         ->type_name("LIST")
-        ->check(CLI::NonNegativeNumber)
+        ->check(at_least(0))
         ->capture_default_str();
     app.add_option("-n,--n-gen", generates_, "numbers of generated tokens; 0: none")
         ->delimiter(',')
         ->type_name("LIST")
-        ->check(CLI::NonNegativeNumber)
+        ->check(at_least(0))
         ->capture_default_str();
     app.add_option("-d,--n-depth", depths_, "tokens already in the cache")
         ->delimiter(',')
         ->type_name("LIST")
-        ->check(CLI::NonNegativeNumber)
+        ->check(at_least(0))
         ->capture_default_str();
     app.add_option("-r,--repetitions", repetitions_, "timed runs of each test")
         ->type_name("N")

@@ -51,11 +51,15 @@ class Calibrate final : public Command {
   }
 
   int run() override {
-    // What is wrong with the spec is said before a model is loaded.
+    // What is wrong with the spec or the output is said before a model is loaded.
     const std::vector<Spec> specs = value_or_throw(parse_spec(spec_));
     require(specs.size() == 1, "calibrate", "one mechanism at a time, not " + std::to_string(specs.size()),
             "join profiles by hand");
     const Calibrated what = value_or_throw(find_calibrated(specs[0].name));
+    const bool has_arrays = std::string_view(what.parameter) == "book" || std::string_view(what.parameter) == "stats";
+    require(!has_arrays || arrays() != output_, "-o", "'" + output_ + "' is where the arrays go, beside the profile",
+            "name a .json file");
+    check_outputs({output_, has_arrays ? arrays().string() : ""});
     const auto model = flags_.load();
     value_or_throw(Composition::parse(spec_, model->info(), registry()));
     const std::vector<int32_t> text = tokens_of(*model, file_);

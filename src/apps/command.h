@@ -1,6 +1,7 @@
 // A command of the program: its flags, and what it does.
 #pragma once
 #include <CLI/CLI.hpp>
+#include <initializer_list>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -52,6 +53,13 @@ std::pair<PageType, PageType> page_types(const std::string& text);
 const Tokenizer& tokenizer(const Model& model);
 /// The tokens of a text file, with BOS where the model expects one.
 std::vector<int32_t> tokens_of(const Model& model, const std::string& path);
+
+/// Refuses, before any work, what could not be written when the work is done: files that options name; empty: none.
+/// Throws Error.
+void check_outputs(std::initializer_list<std::string> paths);
+
+/// Whole numbers from `least` on. CLI11's own checks name the largest number there is, which has 309 digits.
+CLI::Validator at_least(int64_t least);
 
 void add_json(CLI::App& app, bool& json);
 /// One JSON document on stdout; bytes that are no UTF-8 become U+FFFD.

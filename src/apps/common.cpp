@@ -1,11 +1,14 @@
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <iostream>
 #include <numeric>
 
 #include "apps/command.h"
 #include "base/threads.h"
+#include "base/whole_file.h"
 #include "lab/files.h"
 
 namespace heed::apps {
@@ -90,6 +93,23 @@ std::vector<int32_t> tokens_of(const Model& model, const std::string& path) {
   auto tokens = words.encode(text, {.special = false, .bos = words.add_bos()});
   require(!tokens.empty(), path.c_str(), "the text is empty", "give a file with text");
   return tokens;
+}
+
+void check_outputs(std::initializer_list<std::string> paths) {
+  for (const std::string& path : paths)
+    if (!path.empty()) value_or_throw(can_be_written(path));
+}
+
+CLI::Validator at_least(int64_t least) {
+  const std::string range = "≥ " + std::to_string(least);
+  return {[=](const std::string& text) -> std::string {
+            char* end = nullptr;
+            errno = 0;
+            const long long number = std::strtoll(text.c_str(), &end, 0);
+            const bool read = errno == 0 && end != text.c_str() && *end == '\0';
+            return read && number >= least ? "" : "'" + text + "' is no whole number " + range;
+          },
+          range};
 }
 
 void add_json(CLI::App& app, bool& json) { app.add_flag("--json", json, "one JSON document on standard output"); }

@@ -50,15 +50,16 @@ class Compare final : public Command {
     app.add_option("--budget", budgets_, "with --all: entries for each KV head, or shares of the prompt")
         ->type_name("LIST")
         ->delimiter(',')
+        ->needs("--all")
         ->capture_default_str();
     app.add_option("-c,--ctx-size", context_,
                    "tokens of the text in all (0: 8192, or what the text or the model's context has)")
         ->type_name("N")
-        ->check(CLI::NonNegativeNumber)
+        ->check(at_least(0))
         ->capture_default_str();
     app.add_option("--score", score_, "of them, how many are fed one by one behind the prompt and scored (0: a quarter)")
         ->type_name("N")
-        ->check(CLI::NonNegativeNumber);
+        ->check(at_least(0));
     app.add_option("--tasks", tasks_, "also niah (asked behind the cut), niah-aware (before it)")
         ->type_name("LIST")
         ->delimiter(',')
@@ -83,6 +84,7 @@ class Compare final : public Command {
   }
 
   int run() override {
+    check_outputs({report_});
     const auto model = flags_.load();
     const std::vector<int32_t> tokens = tokens_of(*model, file_);
     int64_t context = context_;

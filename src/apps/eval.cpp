@@ -52,13 +52,16 @@ class Eval final : public Command {
                    "tokens: of a chunk (ppl, position), of the passage (kld, mass, heads, niah), of prompt and answer "
                    "(ruler, grid, longbench), of the prompt (agreement)")
         ->type_name("N")
-        ->check(CLI::PositiveNumber)
+        ->check(at_least(1))
         ->capture_default_str();
     app.add_option("--attention", attention_, "the mechanism")->type_name("SPEC")->capture_default_str();
-    app.add_option("--chunks", chunks_, "chunks of ppl and position; -1: all")->type_name("N")->capture_default_str();
+    app.add_option("--chunks", chunks_, "chunks of ppl and position; -1: all")
+        ->type_name("N")
+        ->check(CLI::Range(int64_t(-1), int64_t(1) << 40))
+        ->capture_default_str();
     app.add_option("--score", score_, "kld, mass, heads: tokens fed one by one behind the prompt (0: a quarter of -c)")
         ->type_name("N")
-        ->check(CLI::NonNegativeNumber);
+        ->check(at_least(0));
     app.add_option("--query", query_,
                    "ruler, grid, longbench: what a mechanism has when it cuts: blind (the context alone), aware (the "
                    "question too), both (a row of each)")
@@ -72,7 +75,7 @@ class Eval final : public Command {
                    "ruler, grid: lengths in tokens, with commas (-c; grid: a quarter, a half and all of it)")
         ->type_name("LIST")
         ->delimiter(',')
-        ->check(CLI::PositiveNumber);
+        ->check(at_least(1));
     app.add_option("--depths", depths_, "grid: depths of the needle, evenly spread")
         ->type_name("N")
         ->check(CLI::Range(1, 100))
@@ -90,9 +93,7 @@ class Eval final : public Command {
     app.add_option("--metric", metric_, "longbench: how answers are scored")->type_name("NAME")->check(CLI::IsMember(metric_names()));
     app.add_option("--template", template_, "longbench: the prompt, with {context} and {input} in it")
         ->type_name("TEXT");
-    app.add_option("-n,--predict", predict_, "longbench: most tokens of an answer (0: by metric)")
-        ->type_name("N")
-        ->check(CLI::NonNegativeNumber);
+    app.add_option("-n,--predict", predict_, "longbench: most tokens of an answer (0: by metric)")->type_name("N")->check(at_least(0));
     app.add_option("--samples", samples_,
                    "ruler, grid, longbench: write every sample to this file as it is finished, and do not run again "
                    "those that it has")
@@ -103,7 +104,8 @@ class Eval final : public Command {
     add_json(app, json_);
     app.footer(
         "Tasks:\n"
-        "  ppl         perplexity as llama-perplexity has it: the second half of each chunk is scored\n"
+        "  ppl         perplexity as llama-perplexity has it: the second half of each chunk is scored, before anything is "
+        "evicted (kld tells what that costs)\n"
         "  position    loss by place in the chunk\n"
         "  kld, mass   divergence from dense, and its attention mass read, on tokens fed behind the prompt\n"
         "  heads       mass and error of the output against dense, by layer and head\n"
@@ -128,6 +130,8 @@ class Eval final : public Command {
             "as in --longbench qa.jsonl --metric qa_f1");
     require(tasks_.empty() || !file_.empty(), "eval",
             "--file is required for " + (tasks_.empty() ? "" : tasks_.front()), "give a text with -f");
+    require(chunks_ != 0, "--chunks", "0 chunks measure nothing", "-1 takes all");
+    check_outputs({report_, state_});
     const auto model = flags_.load();
     const Tokenizer& words = tokenizer(*model);
     Json out = {{"model", model->path()}, {"attention", attention_}, {"context", context_}};
@@ -138,16 +142,21 @@ class Eval final : public Command {
       tokens = words.encode(text_, {.special = false, .bos = words.add_bos()});
       require(!tokens.empty(), file_.c_str(), "the text is empty", "give a file with text");
     }
-    if (wants("ppl")) ppl(model, tokens, out);
-    if (wants("position")) position(model, tokens, out);
-    if (wants("kld") || wants("mass") || wants("heads") || wants("niah") || wants("niah-aware"))
-      against_dense(model, tokens, out);
-    if (wants("agreement")) agree(model, tokens, out);
-    ruler(model, file, out);
-    if (!longbench_.empty()) longbench(model, file, out);
+    const size_t nothing = out.size();
+    try {
+      if (wants("ppl")) ppl(model, tokens, out);
+      if (wants("position")) position(model, tokens, out);
+      if (wants("kld") || wants("mass") || wants("heads") || wants("niah") || wants("niah-aware"))
+        against_dense(model, tokens, out);
+      if (wants("agreement")) agree(model, tokens, out);
+      ruler(model, file, out);
+      if (!longbench_.empty()) longbench(model, file, out);
+    } catch (const Error&) {  // what other tasks have found is not lost
+      if (out.size() > nothing) tell(out);
+      throw;
+    }
     if (interrupted()) out["interrupted"] = true;
-    if (json_) print(out);
-    else show(out);
+    tell(out);
     if (!report_.empty()) {
       value_or_throw(write_file(report_, eval_report(*model, out, file_.empty() ? longbench_ : file_)));
       std::cerr << "report: " << report_ << '\n';
@@ -157,6 +166,8 @@ class Eval final : public Command {
   }
 
  private:
+  void tell(const Json& out) const { json_ ? print(out) : show(out); }
+
   bool wants(const std::string& task) const { return std::find(tasks_.begin(), tasks_.end(), task) != tasks_.end(); }
 
   /// One row of RULER's tasks or of the grid: what to ask, how often.
@@ -207,6 +218,10 @@ class Eval final : public Command {
         return true;
       }
     });
+    if (all.empty()) {
+      const Json& skipped = out["skipped"];
+      throw Error(Code::Invalid, "ruler", "none of its tasks can be asked, as " + skipped.begin()->get<std::string>());
+    }
     SampleFile::Json key = run_key(*model, text_);
     key["example"] = example_;
     Progress progress("ruler");
@@ -332,14 +347,14 @@ class Eval final : public Command {
 
   void ppl(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, Json& out) {
     // What makes a half-done sum of losses belong to this question and no other.
-    const Json key = {{"model", model->info().hash},
-                      {"attention", attention_},
-                      {"context", context_},
-                      {"kv", flags_.kv},
-                      {"text", tokens.size()}};
+    const Json key = {{"model", model->info().hash}, {"attention", attention_},
+                      {"context", context_},         {"kv", flags_.kv},
+                      {"chunk", flags_.chunk},       {"text", fingerprint(text_)}};
     Perplexity from;
-    if (!state_.empty())
-      if (auto text = read_file(state_)) from = resume(*text, key);
+    if (!state_.empty()) {
+      auto state = read_file(state_);
+      if (state || state.error().code != Code::NotFound) from = resume(value_or_throw(std::move(state)), key);
+    }
     Progress progress("ppl");
     const Perplexity result = perplexity(
         model, flags_.session(attention_), tokens, context_, chunks_, from, [&](const Perplexity& p, double share) {
@@ -361,8 +376,9 @@ class Eval final : public Command {
     if (!state.is_object() || !state.contains("key")) return wrong("it is no state of `heed eval`");
     if (state["key"] != key) return wrong("it belongs to another model, text, context or mechanism");
     try {
-      return {state.at("chunks").get<int64_t>(), state.at("tokens").get<int64_t>(), state.at("sum").get<double>(),
-              state.at("squares").get<double>()};
+      const Perplexity done{state.at("chunks").get<int64_t>(), state.at("tokens").get<int64_t>(),
+                            state.at("sum").get<double>(), state.at("squares").get<double>()};
+      return done.chunks < 0 || done.tokens < 0 ? wrong("it is damaged") : done;
     } catch (const Json::exception&) { return wrong("it is damaged"); }
   }
 

@@ -24,7 +24,7 @@ class Heads final : public Command {
         ->type_name("N")
         ->check(CLI::Range(0, 1000))
         ->capture_default_str();
-    app.add_option("--top", top_, "lines of the table (0: every head)")->type_name("N")->check(CLI::NonNegativeNumber)->capture_default_str();
+    app.add_option("--top", top_, "lines of the table (0: every head)")->type_name("N")->check(at_least(0))->capture_default_str();
     app.add_option("-s,--seed", seed_, "of the needles")->type_name("N");
     add_json(app, json_);
     app.footer(

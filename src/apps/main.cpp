@@ -1,4 +1,7 @@
 // The program: finds the command, reads its flags, runs it, and turns what goes wrong into one line and a status.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <csignal>
 #include <cstdio>
 #include <ctime>
@@ -43,8 +46,9 @@ int unknown_argument(const CLI::App& app, const std::string& command) {
   for (const CLI::Option* option : app.get_options())
     for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
   const std::string near = word.rfind("--", 0) == 0 ? nearest(word, flags) : "";
-  return bad_usage("'" + word + "' is not an argument of `heed " + command + "`",
-                   near.empty() ? "see `heed " + command + " --help`" : "did you mean " + near + "?");
+  const std::string name = command.empty() ? "heed" : "heed " + command;
+  return bad_usage("'" + word + "' is not an argument of `" + name + "`",
+                   near.empty() ? "see `" + name + " --help`" : "did you mean " + near + "?");
 }
 
 int start(int argc, char** argv) {
@@ -76,8 +80,13 @@ int start(int argc, char** argv) {
   try {
     app.parse(arguments);
   } catch (const CLI::Success& e) { return app.exit(e); } catch (const CLI::ExtrasError&) {
-    return unknown_argument(mine ? *mine : app, word);
-  } catch (const CLI::ParseError& e) { return bad_usage(word + ": " + e.what(), "see `heed " + word + " --help`"); }
+    return unknown_argument(mine ? *mine : app, mine ? word : "");
+  } catch (const CLI::ParseError& e) {
+    // A mistyped flag is told before the flag that is missing for it.
+    const bool missing = dynamic_cast<const CLI::RequiredError*>(&e) != nullptr;
+    if (missing && mine && !mine->remaining().empty()) return unknown_argument(*mine, word);
+    return bad_usage(word + ": " + e.what(), "see `heed " + word + " --help`");
+  }
   if (!command) return bad_usage("which command?", "see `heed --help`");
 
   const int status = command->run();
@@ -102,7 +111,15 @@ void on_signal(int number) {
   }
 }
 
+/// A stream that the caller has closed gets a descriptor that refuses to be written to; a file opened later would be it.
+void hold_streams() {
+  int file = 0;
+  while (file >= 0 && file <= 2) file = open("/dev/null", O_RDONLY | O_CLOEXEC);
+  if (file > 2) close(file);
+}
+
 int guarded(int argc, char** argv) {
+  hold_streams();
   struct sigaction action = {};
   action.sa_handler = on_signal;
   sigaction(SIGINT, &action, nullptr);

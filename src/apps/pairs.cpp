@@ -30,11 +30,11 @@ class Pairs final : public Command {
     app.add_option("-c,--ctx-size", context_,
                    "of the text, how many tokens in all: the prompt and those that are scored")
         ->type_name("N")
-        ->check(CLI::PositiveNumber)
+        ->check(at_least(1))
         ->capture_default_str();
     app.add_option("--score", score_, "of them, how many are fed one by one behind the prompt and scored")
         ->type_name("N")
-        ->check(CLI::PositiveNumber)
+        ->check(at_least(1))
         ->capture_default_str();
     app.add_option(
            "--budget", budgets_,
@@ -74,17 +74,17 @@ class Pairs final : public Command {
         {"text", fingerprint({reinterpret_cast<const char*>(text.tokens.data()), text.tokens.size() * sizeof(int32_t)})},
         {"prompt", text.prompt},
         {"scored", text.scored()}};
-    Progress progress("pairs");
-    progress.at(0, "dense");
-    PairRunner runner(model, text, flags_.session("dense"));
-    Json out = {{"model", model->path()},  {"backend", key["backend"]},       {"prompt", text.prompt},
-                {"scored", text.scored()}, {"ppl_dense", runner.dense().ppl}, {"budgets", Json::array()}};
     std::vector<std::vector<std::string>> pairs;
     size_t all = 0, done = 0;
     for (const std::string& budget : budgets_) {
       pairs.push_back(part_of(pairs_at(model, budget), part, parts));
       all += pairs.back().size();
     }
+    Progress progress("pairs");
+    progress.at(0, "dense");
+    PairRunner runner(model, text, flags_.session("dense"));
+    Json out = {{"model", model->path()},  {"backend", key["backend"]},       {"prompt", text.prompt},
+                {"scored", text.scored()}, {"ppl_dense", runner.dense().ppl}, {"budgets", Json::array()}};
     bool failed = false;
     for (size_t b = 0; b < budgets_.size(); ++b) {
       Sum sum;

@@ -43,10 +43,9 @@ class Run final : public Command {
     app.add_option("-n,--predict,--n-predict", predict_,
                    "tokens to generate; -1: until the model ends or its context is full")
         ->type_name("N")
+        ->check(CLI::Range(int64_t(-1), int64_t(1) << 40))
         ->capture_default_str();
-    app.add_option("-c,--ctx-size", context_, "use only the last N tokens of the prompt (0: all)")
-        ->type_name("N")
-        ->check(CLI::NonNegativeNumber);
+    app.add_option("-c,--ctx-size", context_, "use only the last N tokens of the prompt (0: all)")->type_name("N")->check(at_least(0));
     app.add_option("--attention", attention_, "the mechanism (heed list)")->type_name("SPEC")->capture_default_str();
     app.add_option("--temp", sampling_.temperature, "0: always the likeliest token")->capture_default_str();
     app.add_option("--top-k", sampling_.top_k, "draw from the K likeliest (0: all)")->capture_default_str();

@@ -4,6 +4,7 @@
 
 #include "apps/command.h"
 #include "base/npy.h"
+#include "base/whole_file.h"
 #include "lab/progress.h"
 
 namespace heed::apps {
@@ -28,10 +29,10 @@ class TraceCommand final : public Command {
     flags_.declare(app);
     auto* text = app.add_option("-f,--file", file_, "text; - is standard input")->type_name("FILE");
     app.add_option("--tokens", ids_, "token ids [T] instead of text, npy")->type_name("FILE")->excludes(text);
-    app.add_option("-c,--ctx-size", context_, "use the first N tokens only")->type_name("N")->check(CLI::PositiveNumber);
+    app.add_option("-c,--ctx-size", context_, "use the first N tokens only")->type_name("N")->check(at_least(1));
     app.add_option("--prefill", prefill_, "tokens prefilled; the rest is fed one at a time (default: all but one)")
         ->type_name("N")
-        ->check(CLI::PositiveNumber);
+        ->check(at_least(1));
     app.add_option("--attention", attention_, "the mechanism")->type_name("SPEC")->capture_default_str();
     app.add_option("-o,--output", out_, "where the arrays go")->type_name("FILE.npz")->required();
     add_json(app, json_);
@@ -42,6 +43,8 @@ class TraceCommand final : public Command {
 
   int run() override {
     require(!file_.empty() || !ids_.empty(), "trace", "there is no text", "give -f FILE or --tokens ids.npy");
+    value_or_throw(regular_target(out_));
+    check_outputs({out_});
     const auto model = flags_.load();
     std::vector<int32_t> tokens = ids_.empty() ? tokens_of(*model, file_) : read_ids(ids_);
     if (context_ > 0 && context_ < int64_t(tokens.size())) tokens.resize(size_t(context_));

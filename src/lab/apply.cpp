@@ -135,7 +135,7 @@ class Harness {
     require(q.size[1] <= k.size[1], "--q",
             std::to_string(q.size[1]) + " queries over " + std::to_string(k.size[1]) + " keys",
             "queries are the last of the keys' positions");
-    require(in.scale >= 0, "--scale", "is negative");
+    require(in.scale >= 0, "--scale", "is no number from 0 on", "0 stands for 1/sqrt(d)");
     const Tensor& at = in.positions;
     if (!at) return;
     require(at.rank == 1 && at.type == Dtype::I32 && at.size[0] == k.size[1], "--positions",

@@ -159,6 +159,8 @@ void run_tasks(std::shared_ptr<const Model> model, const Passage& passage, const
 double Row::density() const { return std::min({density_prefill, density_kept, density_read}); }
 
 Passage passage(std::vector<int32_t> text, int64_t context, int64_t score) {
+  require(text.size() >= 8, "text", "it has " + std::to_string(text.size()) + " tokens, too few to compare on",
+          "give at least 8");
   require(context >= 8, "-c", std::to_string(context) + " tokens are too few to compare on", "give at least 8");
   require(int64_t(text.size()) >= context, "text",
           "it has " + std::to_string(text.size()) + " tokens, fewer than -c " + std::to_string(context),
@@ -246,6 +248,7 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
 
 Everything every_mechanism(std::shared_ptr<const Model> model, const SessionOptions& options,
                            std::span<const std::string> budgets) {
+  for (const std::string& budget : budgets) value_or_throw(Budget::parse_kept(budget));
   Everything out;
   const auto offer = [&](const std::string& spec) {
     try {

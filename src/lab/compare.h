@@ -72,7 +72,8 @@ struct Comparison {
 inline constexpr int kKeptBins = 96;
 
 /// Specs of every mechanism of the registry that a session of this model can open. One that takes a budget, itself or as a
-/// wrapper (around SnapKV), stands there once for each budget; the others once, with their defaults.
+/// wrapper (around SnapKV), stands there once for each budget; the others once, with their defaults. Throws Error for what
+/// is no budget.
 struct Everything {
   std::vector<std::string> specs;
   std::vector<std::pair<std::string, std::string>> left_out;  // a spec, and why it cannot run

@@ -10,6 +10,8 @@
 namespace heed {
 namespace {
 
+constexpr PairRow::Outcome outcomes[] = {PairRow::Outcome::Ran, PairRow::Outcome::Refused, PairRow::Outcome::Failed};
+
 SessionOptions with(SessionOptions options, const std::string& attention) {
   options.attention = attention;
   return options;
@@ -17,7 +19,9 @@ SessionOptions with(SessionOptions options, const std::string& attention) {
 
 bool is_pair_line(const SampleFile::Json& line) {
   const auto text = [&](const char* field) { return line.contains(field) && line[field].is_string(); };
-  if (!line.is_object() || !text("model") || !text("attention")) return false;
+  if (!line.is_object() || !text("model") || !text("attention") || !text("outcome")) return false;
+  if (std::none_of(std::begin(outcomes), std::end(outcomes), [&](auto o) { return line["outcome"] == name(o); }))
+    return false;
   try {
     pair_row(line);
     return true;
@@ -88,7 +92,7 @@ PairRow pair_row(const SampleFile::Json& line) {
   row.attention = line.at("attention").get<std::string>();
   row.seconds = line.at("seconds").get<double>();
   const auto outcome = line.at("outcome").get<std::string>();
-  for (const auto o : {PairRow::Outcome::Refused, PairRow::Outcome::Failed})
+  for (const auto o : outcomes)
     if (outcome == name(o)) row.outcome = o;
   if (row.outcome != PairRow::Outcome::Ran) {
     row.reason = line.at("reason").get<std::string>(), row.at_once = line.at("at_once").get<bool>();

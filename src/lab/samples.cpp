@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "base/hash.h"
+#include "base/whole_file.h"
 #include "lab/files.h"
 
 namespace heed {
@@ -45,7 +46,10 @@ std::string SampleFile::identity(const Json& line) const {
 SampleFile::SampleFile(const std::string& path, const Form& form) : path_(path), form_(&form) {
   if (path_.empty()) return;
   auto text = read_file(path_);
-  if (!text && text.error().code == Code::NotFound) return;
+  if (!text && text.error().code == Code::NotFound) {
+    value_or_throw(can_be_written(path_));
+    return;
+  }
   const std::string bytes = value_or_throw(std::move(text));
   size_t at = 0;
   for (int64_t number = 1; at < bytes.size(); ++number) {

@@ -23,7 +23,7 @@ class SampleFile {
   static const Form& eval_samples();
 
   /// No file: nothing is kept. A last line without its end (the program was killed) is cut off. Throws Error(Invalid)
-  /// for a line that is not of that form, with its number, and Error(Io).
+  /// for a line that is not of that form, with its number, and where no file can be made; Error(Io).
   explicit SampleFile(const std::string& path, const Form& form = eval_samples());
 
   /// The finished sample with this key, or null. All fields of `key` must be in a line and equal.

@@ -56,6 +56,7 @@ TEST_F(OnModel, PairsAreSharedOutAndNotRunTwice) {
   for (const auto& row : at["rows"])
     EXPECT_NE(row["attention"].get<std::string>().find("quest(budget=50%)"), std::string::npos);
   EXPECT_EQ(pairs(some).out, first.out) << "with the seconds of the first time";
+  expect_complaint(pairs({"--budget", "half"}), 2, "half");
   for (const char* shard : {"0/3", "4/3", "3", "1/2x"}) EXPECT_EQ(pairs({"--shard", shard}).status, 2) << shard;
   EXPECT_EQ(pairs({"--with", "quests"}).status, 2);
 }
@@ -534,6 +535,10 @@ TEST_F(OnModel, BadRequestsSayWhatToDo) {
   expect_complaint(heed({"run", "-m", model_, "-f", write("empty.txt", "")}), 2, "empty");
   expect_complaint(heed({"run", "-m", model_}), 2, "prompt");
   expect_complaint(heed({"run", "-m", model_, "-p", "the", "--temp", "-1"}), 2, "temp");
+  expect_complaint(heed({"run", "-m", model_, "-p", "the", "-n", "-2"}), 2, "--predict");
+  expect_complaint(heed({"eval", "-m", model_, "-f", text_, "--chunks", "0"}), 2, "--chunks");
+  expect_complaint(heed({"compare", "-m", model_, "-f", text_, "--budget", "5%"}), 2, "--all");
+  expect_complaint(heed({"compare", "-m", model_, "-f", text_, "-c", "64", "--all", "--budget", "half"}), 2, "half");
   expect_complaint(heed({"compare", "-m", model_, "-f", text_, "-c", "100000"}), 2, "100000");
   expect_complaint(heed({"eval", "-m", model_, "-f", text_, "-c", "5000"}), 2, "chunk");
 }

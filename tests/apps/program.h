@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -39,13 +40,14 @@ class ProgramTest : public testing::Test {
     return {std::istreambuf_iterator<char>(in), {}};
   }
 
-  /// No shell between: arguments arrive as they are.
-  Outcome heed(std::vector<std::string> arguments) const {
+  /// No shell between: arguments arrive as they are. `to`: where standard output goes; empty: it is closed.
+  Outcome heed(std::vector<std::string> arguments, std::optional<std::string> to = {}) const {
     const std::string out = path(".out"), err = path(".err");
     const pid_t child = fork();
     if (child == 0) {
-      if (!std::freopen("/dev/null", "r", stdin) || !std::freopen(out.c_str(), "w", stdout) ||
-          !std::freopen(err.c_str(), "w", stderr))
+      if (!std::freopen("/dev/null", "r", stdin) ||
+          !std::freopen(to && !to->empty() ? to->c_str() : out.c_str(), "w", stdout) ||
+          !std::freopen(err.c_str(), "w", stderr) || (to && to->empty() && close(STDOUT_FILENO) != 0))
         _exit(99);
       arguments.insert(arguments.begin(), HEED_PROGRAM);
       std::vector<char*> argv;

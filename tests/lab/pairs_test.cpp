@@ -113,6 +113,9 @@ TEST(Pairs, ReachALineAndComeBack) {
   EXPECT_FALSE(pair_lines().valid(line));
   line["model"] = "m";
   EXPECT_TRUE(pair_lines().valid(line));
+  line["outcome"] = "run";
+  EXPECT_FALSE(pair_lines().valid(line));
+  line["outcome"] = "ran";
   line.erase("ppl");
   EXPECT_FALSE(pair_lines().valid(line));
 }
