@@ -6,7 +6,9 @@
 namespace heed::apps {
 
 std::vector<std::string> role_names(uint8_t roles);
-/// The fields of `heed list --json`, and kind, wrapper, equation, identity.
+/// What `heed apply --input` gives it, needed or not, each with its shape: "beta [h, n]: step in (0, 1)".
+std::vector<std::string> inputs_of(const Entry& entry);
+/// The fields of `heed list --json`, and kind, wrapper, equation, identity, inputs.
 Json to_json(const Entry& entry);
 
 }  // namespace heed::apps

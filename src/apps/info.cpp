@@ -1,4 +1,5 @@
 #include <iostream>
+#include <utility>
 
 #include "apps/catalogue.h"
 #include "base/hash.h"
@@ -59,6 +60,8 @@ void print_page(const Entry& e) {
   std::cout << "roles      " << (roles.empty() ? "none" : roles) << (e.wrapper ? " (wraps a keep policy)" : "") << '\n';
   if (e.kind != "mechanism") std::cout << "kind       " << e.kind << ", no --attention\n";
   if (!e.needs.empty()) std::cout << "needs      " << e.needs << '\n';
+  const char* label = "inputs     ";
+  for (const std::string& input : inputs_of(e)) std::cout << std::exchange(label, "           ") << input << '\n';
   if (!e.identity.empty()) std::cout << "is dense   " << e.identity << '\n';
   if (!e.no_identity.empty()) std::cout << "never dense: " << e.no_identity << '\n';
   std::string verified;
@@ -73,8 +76,8 @@ void print_page(const Entry& e) {
 class Info final : public Command {
  public:
   void declare(CLI::App& app) override {
-    app.add_option("name", name_, "a mechanism of `heed list`")->type_name("NAME");
-    app.add_option("-m,--model", model_, "describe this GGUF file")->type_name("FILE");
+    auto* name = app.add_option("name", name_, "a mechanism of `heed list`")->type_name("NAME");
+    app.add_option("-m,--model", model_, "describe this GGUF file")->type_name("FILE")->excludes(name);
     add_json(app, json_);
     app.footer(
         "Examples:\n  heed info                    # this machine\n  heed info snapkv\n  heed info -m model.gguf");

@@ -78,6 +78,18 @@ std::vector<std::string> role_names(uint8_t roles) {
   return out;
 }
 
+std::vector<std::string> inputs_of(const Entry& entry) {
+  std::vector<std::string> out;
+  const auto specs = parse_spec(entry.wrapper ? entry.name + "(snapkv)" : entry.name);
+  if (auto mechanism = make_mechanism(value_or_throw(specs)[0], registry())) {
+    ModelInfo model;
+    model.h = model.g = 1, model.d = model.d_v = 64;
+    out = (*mechanism)->needs(model).inputs;
+  }
+  out.insert(out.end(), entry.apply_inputs.begin(), entry.apply_inputs.end());
+  return out;
+}
+
 Json to_json(const Entry& e) {
   Json params = Json::array();
   for (const ParamInfo& p : e.params)
@@ -93,6 +105,7 @@ Json to_json(const Entry& e) {
               {"kind", e.kind},
               {"wrapper", e.wrapper},
               {"equation", e.equation},
+              {"inputs", inputs_of(e)},
               {"identity", nullptr},
               {"no_identity", nullptr}};
   if (!e.identity.empty()) out["identity"] = e.identity;

@@ -53,7 +53,7 @@ std::string plain(std::string name) {
   return name;
 }
 
-/// "did you mean 'x'?", or the whole choice when nothing is near.
+/// "did you mean 'x'?", or, when nothing is near, the whole choice where a line has room for it.
 std::string suggestion(const std::string& name, const std::vector<std::string>& names) {
   const std::string wanted = plain(name.substr(0, 64));
   std::string best;
@@ -65,6 +65,7 @@ std::string suggestion(const std::string& name, const std::vector<std::string>& 
     if (d < least) least = d, best = candidate;
   }
   if (!best.empty()) return "did you mean '" + best + "'?";
+  if (names.size() > 40) return "`heed list` names them";
   std::string all;
   for (const std::string& candidate : names) all += (all.empty() ? "" : ", ") + candidate;
   return "there are: " + all;

@@ -36,6 +36,8 @@ struct Entry {
   std::string identity;               // the spec at which it equals dense, or
   std::string no_identity;            // why there is none
   std::vector<std::string> verified;  // "identity", "formula", "model", "bench"
+  // Tensors that `heed apply --input` may give and a model has or does without, as in Needs::inputs.
+  std::vector<std::string> apply_inputs;
   std::vector<ParamInfo> params;
   std::function<std::unique_ptr<Mechanism>()> make;
 };

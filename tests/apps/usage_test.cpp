@@ -28,10 +28,17 @@ TEST_F(Usage, WrongCommandLinesNameWhatWasMeant) {
   expect_complaint(heed({"list", "--jsn"}), 2, "did you mean --json");
   expect_complaint(heed({"run", "-m", "x", "--attenton", "dense"}), 2, "did you mean --attention");
   expect_complaint(heed({"run"}), 2, "--model");
+  expect_complaint(heed({"run", "--hepl"}), 2, "did you mean --help");
+  expect_complaint(heed({"-x"}), 2, "argument of `heed`");
+  expect_complaint(heed({"info", "snapkv", "-m", "x"}), 2, "excludes");
+  expect_complaint(heed({"info", "-m", ""}), 2, "heed: '': ");
   expect_complaint(heed({"run", "-m", "x", "-n", "many"}), 2, "many");
   expect_complaint(heed({"eval", "-m", "x", "-f", "y", "--tasks", "pll"}), 2, "pll");
   expect_complaint(heed({"bench", "-m", "x", "-o", "xml"}), 2, "xml");
   expect_complaint(heed({"list", "superfluous"}), 2, "superfluous");
+  for (const char* number : {"-1", "x", "99999999999999999999", "1.5"})
+    expect_complaint(heed({"trace", "-m", "x", "-c", number, "-o", "y"}), 2,
+                     std::string("'") + number + "' is no whole number ≥ 1");
 }
 
 TEST_F(Usage, MissingFilesAreSaidByName) {
@@ -99,10 +106,29 @@ TEST_F(Usage, TheCommittedPageIsTheCataloguesOwn) {
   EXPECT_EQ(read((docs / "mechanisms.md").string()), heed(arguments).out);
 }
 
+TEST_F(Usage, InfoTellsWhatToGiveWithItsShape) {
+  const auto inputs = [&](const char* name) { return heed({"info", name, "--json"}).json()["inputs"]; };
+  EXPECT_EQ(inputs("snapkv"), nlohmann::json::array());
+  EXPECT_EQ(inputs("gdn")[1], "beta [h, n]: step in (0, 1)");
+  EXPECT_EQ(inputs("critical-ada")[0], "output [hidden, h·d_v]: the output matrix") << "a wrapper";
+  EXPECT_NE(heed({"info", "gdn"}).out.find("state [h, d, d_v]"), std::string::npos);
+  // Whatever the catalogue says is to be given is there with a shape.
+  for (const auto& entry : heed({"list", "--json"}).json()) {
+    const std::string needs = entry["needs"];
+    for (size_t at = 0; (at = needs.find("--input ", at)) != std::string::npos; at += 8) {
+      const std::string name = needs.substr(at + 8, needs.find('=', at) - at - 8);
+      bool told = false;
+      for (const std::string line : entry["inputs"]) told |= line.find(name + " [") != std::string::npos;
+      EXPECT_TRUE(told) << entry["name"] << " " << name;
+    }
+  }
+}
+
 TEST_F(Usage, InfoTellsAMechanismAndTheMachine) {
   EXPECT_EQ(heed({"info", "snapkv", "--json"}).json()["name"], "snapkv");
   EXPECT_NE(heed({"info", "snapkv"}).out.find("budget"), std::string::npos);
   expect_complaint(heed({"info", "snapkw"}), 2, "snapkv");
+  expect_complaint(heed({"info", "nothingofthekind"}), 2, "heed list");
   const auto machine = heed({"info", "--json"}).json();
   EXPECT_GE(machine["threads"].get<int>(), 1);
   EXPECT_FALSE(machine["kernels"].empty());

@@ -55,6 +55,7 @@ Entry criticalkv() {
   e.equation = "the top ⌊n / 2⌋ by s, then the best of the rest by (s_j + ε) mean over the group of ‖W_O v_j‖₁";
   e.needs = "a keep policy inside whose scores are weights, and the output matrix";
   e.identity = "criticalkv(snapkv(budget=1.0))";
+  e.apply_inputs = {"output [hidden, h·d_v]: the output matrix"};
   e.verified = {"identity", "formula", "model"};
   return e;
 }
@@ -66,6 +67,7 @@ Entry critical_ada() {
   e.equation = "adakv by s says what each head holds; criticalkv which entries: criticalkv(adakv(port=true))";
   e.needs = "a keep policy inside whose scores are weights, and the output matrix";
   e.identity = "critical-ada(snapkv(budget=1.0))";
+  e.apply_inputs = {"output [hidden, h·d_v]: the output matrix"};
   e.verified = {"identity", "formula", "model"};
   return e;
 }

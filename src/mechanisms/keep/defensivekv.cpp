@@ -112,6 +112,7 @@ Entry defensivekv() {
       "= ‖W_O v_j‖₁; keep the best of the layer's pool";
   e.needs = "the output matrix";
   e.identity = "defensivekv(budget=1.0)";
+  e.apply_inputs = {"output [hidden, h·d_v]: the output matrix"};
   e.verified = {"identity", "formula", "model"};
   return e;
 }

@@ -110,6 +110,7 @@ Entry fastgen() {
   e.needs =
       "the kinds of tokens (a model's vocabulary, or --input tokens=…); sums for each query head beside each entry";
   e.identity = "fastgen(recovered=1)";
+  e.apply_inputs = {"tokens [m]: the class of each token"};
   e.verified = {"identity", "formula", "model"};
   return e;
 }

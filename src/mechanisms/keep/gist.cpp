@@ -95,6 +95,7 @@ Entry gist() {
   e.equation = "i sees j ≤ i unless j < first gist and last gist < i; behind the prompt entries j < first gist go";
   e.needs = "a model trained with gist tokens, and the number of that token";
   e.identity = "gist";
+  e.apply_inputs = {"marks [m]: 1 for a gist token, else 0"};
   e.verified = {"identity", "formula", "model"};
   return e;
 }

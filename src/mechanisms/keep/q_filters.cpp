@@ -54,6 +54,7 @@ Entry q_filters() {
   e.equation = "s_j = f·k_j, f the first right singular vector of the group's queries, f · mean q > 0";
   e.needs = "queries of the prompt";
   e.identity = "q-filters(budget=1.0)";
+  e.apply_inputs = {"filters [g, d]: directions, in place of those of the prompt's queries"};
   e.verified = {"identity", "formula", "model"};
   return e;
 }

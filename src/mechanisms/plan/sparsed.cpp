@@ -84,6 +84,7 @@ Entry sparsed() {
       "the whole prompt; queries and keys of the planning step, where they are others: --input plan_q=…, --input "
       "plan_k=…";
   e.identity = "sparsed(ratio=1)";
+  e.apply_inputs = {"plan_q [h, n, d]: queries of the planning step", "plan_k [g, m, d]: its keys"};
   e.verified = {"identity", "formula", "model"};
   return e;
 }

@@ -109,6 +109,7 @@ Entry spec_attn() {
   e.equation = "A_r = mean over heads of P of row r; read the union over rows of the fewest keys that hold p of A_r";
   e.needs = "attention weights of the last rows of each part; or a draft model's: --input draft=…";
   e.identity = "spec-attn(p=1)";
+  e.apply_inputs = {"draft [rows, m]: weights that the draft model's last rows pay"};
   e.verified = {"identity", "formula", "model"};
   return e;
 }
