@@ -3,6 +3,7 @@
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "model/session.h"
@@ -101,6 +102,13 @@ struct Session::Impl {
   bool replay(const Batch& batch, std::span<const int32_t> ids, std::span<const int32_t> places);
   LayerView view_of(const Batch& batch, int l, Tensor x);
   void layer(Batch& batch, int l, Tensor x);
+  struct Projected;
+  struct NewRows;
+  Projected project_heads(const Batch& batch, int l, Tensor x);
+  std::pair<Tensor, Tensor> read_places(const Batch& batch, LayerStore& entries);
+  NewRows open_panel(const Batch& batch, LayerView& view, bool plain_keys);
+  void enter_heads(const Batch& batch, LayerView& view, const Projected& rows);
+  void leave_heads(const Batch& batch, const LayerView& view, Tensor x);
   void gradients(const std::vector<std::span<const int32_t>>& tokens, const Objective& objective, const Tap& look);
   Tensor forward(Batch& batch, const Backward& gradients);
   void layer_backward(Batch& batch, int l, const Tape& tape, Tensor d_x, const Tap& look);
@@ -132,6 +140,7 @@ struct Session::Impl::Batch {
   Tensor ids, positions, first;  // I32 [T], I32 [T], I64 [sequences + 1]
   Tensor rows;                   // in place of the embeddings of ids
   const Adapter* adapter = nullptr;
+  const Adapter::Layer* adapter_of(int layer) const { return adapter ? &adapter->layers[size_t(layer)] : nullptr; }
   Tensor q_offsets, kv_offsets;  // I64 [sequences · heads + 1]: the new rows, head-major
   Tensor q_pos, kv_pos;          // I32, as those rows
 };

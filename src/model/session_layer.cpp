@@ -43,49 +43,95 @@ LayerView Session::Impl::view_of(const Batch& batch, int l, Tensor x) {
   return view;
 }
 
-void Session::Impl::layer(Batch& batch, int l, Tensor x) {
-  const ModelInfo& m = info();
-  const Kernels& run = *queue.run;
-  const int64_t total = batch.total;
-  const bool decoding = batch.phase == Phase::Decode;
-  LayerStore& entries = store->layer(l);
-  const LayerWeights& w = weights->layers[size_t(l)];
-  const Adapter::Layer* adapter = batch.adapter ? &batch.adapter->layers[size_t(l)] : nullptr;
-  Scratch scope(queue.scratch);
-  LayerView view = view_of(batch, l, x);
+/// A layer's queries, keys and values as they come from its matrices: F32 [T, heads, width].
+struct Session::Impl::Projected {
+  Tensor q, k, v;
+};
 
-  // Queries, keys and values of a token side by side: products that are one where a backend makes it so.
+Session::Impl::Projected Session::Impl::project_heads(const Batch& batch, int l, Tensor x) {
+  const ModelInfo& m = info();
+  // Side by side in a token's row: products that are one where a backend makes it so.
   const int64_t q_width = int64_t(m.h) * m.d, k_width = int64_t(m.g) * m.d, v_width = int64_t(m.g) * m.d_v;
-  const Tensor all_rows = queue.scratch.take(Dtype::F32, {total, q_width + k_width + v_width});
+  const Tensor all_rows = queue.scratch.take(Dtype::F32, {batch.total, q_width + k_width + v_width});
   const auto columns = [&](int64_t first, int64_t width) { return all_rows.slice(1, first, first + width); };
-  const Tensor q_rows = columns(0, q_width), k_rows = columns(q_width, k_width),
-               v_rows = columns(q_width + k_width, v_width);
+  const Tensor q = columns(0, q_width), k = columns(q_width, k_width), v = columns(q_width + k_width, v_width);
   {
     Clock clock(times.products);
-    project(queue, *weights, architecture(), l, x, options.ubatch, q_rows, k_rows, v_rows, adapter);
+    project(queue, *weights, architecture(), l, x, options.ubatch, q, k, v, batch.adapter_of(l));
   }
-  std::optional<Clock> clock(std::in_place, times.rest);
   const auto by_head = [](Tensor rows, int64_t heads, int64_t width) {
     rows.rank = 3;
     rows.size[1] = heads, rows.size[2] = width, rows.stride[1] = width, rows.stride[2] = 1;
     return rows;
   };
-  const Tensor q_heads = by_head(q_rows, m.h, m.d), k_heads = by_head(k_rows, m.g, m.d),
-               v_heads = by_head(v_rows, m.g, m.d_v);
-  const float eps = architecture().norm_eps;
-  const Rope* rope = m.rope(l);
-  const bool plain_keys = store->options().plain_keys && rope;
-  if (decoding) make_room(batch, view);
+  return {by_head(q, m.h, m.d), by_head(k, m.g, m.d), by_head(v, m.g, m.d_v)};
+}
 
-  // Where the new tokens are read: their true positions, or behind what each KV head holds. Heads that hold different
-  // numbers of entries read the same token at different places, so these are numbers for each (token, KV head).
-  Tensor read_at = batch.positions, query_at = batch.positions;
-  if (positions == Read::Positions::Cache) {
-    const Num s = find(batch.first, 1, options.sequences + 1, place() + 1) - 1, i = place() - load(batch.first, s);
-    const Tensor held = entries.pages().length;
-    read_at = compute(queue, Dtype::I32, {total, m.g}, load(held, s * m.g + channel()) + i);
-    query_at = compute(queue, Dtype::I32, {total, m.h}, load(held, s * m.g + floor_div(channel(), m.group())) + i);
+/// Where the new tokens are read, for keys and for queries: their true positions, or behind what each KV head holds. Heads
+/// that hold different numbers of entries read the same token at different places, so these are numbers for each (token,
+/// head).
+std::pair<Tensor, Tensor> Session::Impl::read_places(const Batch& batch, LayerStore& entries) {
+  if (positions != Read::Positions::Cache) return {batch.positions, batch.positions};
+  const ModelInfo& m = info();
+  const Num s = find(batch.first, 1, options.sequences + 1, place() + 1) - 1, i = place() - load(batch.first, s);
+  const Tensor held = entries.pages().length;
+  return {compute(queue, Dtype::I32, {batch.total, m.g}, load(held, s * m.g + channel()) + i),
+          compute(queue, Dtype::I32, {batch.total, m.h}, load(held, s * m.g + floor_div(channel(), m.group())) + i)};
+}
+
+/// Where new keys and values are put before they go to the store.
+struct Session::Impl::NewRows {
+  Ragged k, v;
+  Tensor positions;
+};
+
+/// view.k and view.v, a panel with room for the new keys and values behind what is held, which is read into it.
+Session::Impl::NewRows Session::Impl::open_panel(const Batch& batch, LayerView& view, bool plain_keys) {
+  const ModelInfo& m = info();
+  const Kernels& run = *queue.run;
+  LayerStore& entries = *view.store;
+  const int64_t all = entries.segments(), rows = entries.entries() + batch.total * m.g;
+  for (int64_t s = 0; s < all; ++s) view.key_rows.push_back(entries.length(s) + batch.count[size_t(s / m.g)]);
+  const Tensor old = entries.offsets(queue);
+  const Tensor offsets = compute(queue, Dtype::I64, {all + 1}, load(old, index()) + load(batch.kv_offsets, index()));
+  // Where the old ones of each segment end.
+  const Tensor middle = compute(queue, Dtype::I64, {all + 1}, load(old, index() + 1) + load(batch.kv_offsets, index()));
+  view.k = {.values = queue.scratch.take(panel_type(store->options().k), {rows, m.d}),
+            .offsets = offsets,
+            .ends = {},
+            .heads = m.g,
+            .bound = rows};
+  view.v = view.k;
+  view.v.values = queue.scratch.take(panel_type(store->options().v), {rows, m.d_v});
+  view.k_pos = view.mods.k_pos = queue.scratch.take(Dtype::I32, {rows});
+  NewRows out{view.k, view.v, view.k_pos};
+  for (Ragged* fresh : {&out.k, &out.v}) fresh->offsets = middle, fresh->ends = offsets.slice(0, 1, all + 1);
+  if (entries.entries() > 0) {
+    Ragged k_old = view.k, v_old = view.v;
+    k_old.ends = v_old.ends = middle.slice(0, 0, all);
+    const Read read{.plan = {}, .positions = positions, .rope = m.rope(view.layer)};
+    run.page_read(queue, entries.pages(), plain_keys ? &read : nullptr, k_old, v_old, view.k_pos);
+    if (store->options().bias) {
+      Ragged bias = k_old;
+      bias.values = view.mods.key_bias = compute(queue, Dtype::F32, {rows}, 0);
+      run.column_read(queue, entries.pages(), kBiasColumn, bias);
+    }
   }
+  compute(queue, out.k, load(batch.positions, load(batch.first, floor_div(segment(), m.g)) + place()), out.positions);
+  return out;
+}
+
+/// Queries, keys and values head by head, normed, rotated and in the layer's coordinates: view.q, a prompt's panel, and the
+/// store with the new entries.
+void Session::Impl::enter_heads(const Batch& batch, LayerView& view, const Projected& rows) {
+  const ModelInfo& m = info();
+  const bool decoding = batch.phase == Phase::Decode;
+  LayerStore& entries = *view.store;
+  const LayerWeights& w = weights->layers[size_t(view.layer)];
+  const float eps = architecture().norm_eps;
+  const Rope* rope = m.rope(view.layer);
+  const bool plain_keys = store->options().plain_keys && rope;
+  const auto [read_at, query_at] = read_places(batch, entries);
 
   const Basis none, &basis = view.basis ? *view.basis : none;
   // Queries, keys and values are split together, when all there is to split is known; some then change their basis.
@@ -96,102 +142,89 @@ void Session::Impl::layer(Batch& batch, int l, Tensor x) {
   };
   std::vector<Heads> splits;
   std::vector<Change> changes;
-  const auto split = [&](Tensor rows, Tensor norm, const Rope* turn, Tensor places, const Buffer& matrix, const Ragged& out) {
-    splits.push_back({rows, norm, turn, places, out});
+  const auto split = [&](Tensor from, Tensor norm, const Rope* turn, Tensor places, const Buffer& matrix, const Ragged& out) {
+    splits.push_back({from, norm, turn, places, out});
     if (!matrix) return;
-    splits.back().out = head_major(batch, Dtype::F32, rows.size[1], rows.size[2]);
+    splits.back().out = head_major(batch, Dtype::F32, from.size[1], from.size[2]);
     changes.push_back({splits.back().out, &matrix, out});
   };
 
   // Nobody but attention looks at a prompt's queries, which it rounds to the type of its keys.
   const Dtype k_type = panel_type(store->options().k), v_type = panel_type(store->options().v);
   const bool looked_at = parts() > 0 || tap || tapes;
-  view.q = head_major(batch, decoding || looked_at || k_type != Dtype::BF16 ? Dtype::F32 : row_type(queue, total, w.q),
-                      m.h, m.d);
+  view.q = head_major(
+      batch, decoding || looked_at || k_type != Dtype::BF16 ? Dtype::F32 : row_type(queue, batch.total, w.q), m.h, m.d);
   // One token each: all of it at once.
   const bool one_each = decoding && std::all_of(batch.count.begin(), batch.count.end(), [](int64_t n) { return n == 1; });
   const bool appended = one_each && !plain_keys && !basis.k && !basis.v &&
-                        entries.append_heads(queue, eps, {q_heads, w.q_norm, rope, query_at, view.q},
-                                             {k_heads, w.k_norm, rope, read_at, {}}, {.x = v_heads}, batch.kv_pos);
-  if (!appended) split(q_heads, w.q_norm, rope, query_at, basis.k, view.q);
+                        entries.append_heads(queue, eps, {rows.q, w.q_norm, rope, query_at, view.q},
+                                             {rows.k, w.k_norm, rope, read_at, {}}, {.x = rows.v}, batch.kv_pos);
+  if (appended) return;
+  split(rows.q, w.q_norm, rope, query_at, basis.k, view.q);
   if (plain_keys) {
     view.plain_q = head_major(batch, Dtype::F32, m.h, m.d);
-    splits.push_back({q_heads, w.q_norm, nullptr, {}, view.plain_q});
+    splits.push_back({rows.q, w.q_norm, nullptr, {}, view.plain_q});
   }
 
   // New keys and values, in the panel behind the old ones or, while decoding, on their own.
-  Ragged k_new, v_new;
-  Tensor new_positions = batch.kv_pos;
-  if (decoding) {
-    if (!appended) k_new = head_major(batch, k_type, m.g, m.d), v_new = head_major(batch, v_type, m.g, m.d_v);
+  const NewRows fresh = decoding ? NewRows{head_major(batch, k_type, m.g, m.d), head_major(batch, v_type, m.g, m.d_v),
+                                           batch.kv_pos}
+                                 : open_panel(batch, view, plain_keys);
+  split(rows.v, {}, nullptr, {}, basis.v, fresh.v);
+  Ragged kept = fresh.k;
+  if (plain_keys) {  // the same rows, unrotated
+    kept.values = queue.scratch.take(k_type, {fresh.k.values.size[0], m.d});
+    splits.push_back({rows.k, w.k_norm, nullptr, {}, kept});
+    if (!decoding) splits.push_back({rows.k, w.k_norm, rope, read_at, fresh.k});
   } else {
-    const int64_t all = entries.segments(), rows = entries.entries() + total * m.g;
-    for (int64_t s = 0; s < all; ++s) view.key_rows.push_back(entries.length(s) + batch.count[size_t(s / m.g)]);
-    const Tensor old = entries.offsets(queue);
-    const Tensor offsets = compute(queue, Dtype::I64, {all + 1}, load(old, index()) + load(batch.kv_offsets, index()));
-    // Where the old ones of each segment end.
-    const Tensor middle = compute(queue, Dtype::I64, {all + 1}, load(old, index() + 1) + load(batch.kv_offsets, index()));
-    view.k = {.values = queue.scratch.take(k_type, {rows, m.d}), .offsets = offsets, .ends = {}, .heads = m.g, .bound = rows};
-    view.v = view.k;
-    view.v.values = queue.scratch.take(v_type, {rows, m.d_v});
-    view.k_pos = view.mods.k_pos = new_positions = queue.scratch.take(Dtype::I32, {rows});
-    Ragged k_old = view.k, v_old = view.v;
-    k_old.ends = v_old.ends = middle.slice(0, 0, all);
-    k_new = view.k;
-    k_new.offsets = middle, k_new.ends = offsets.slice(0, 1, all + 1);
-    v_new = k_new;
-    v_new.values = view.v.values;
-    if (entries.entries() > 0) {
-      const Read read{.plan = {}, .positions = positions, .rope = rope};
-      run.page_read(queue, entries.pages(), plain_keys ? &read : nullptr, k_old, v_old, view.k_pos);
-      if (store->options().bias) {
-        Ragged bias = k_old;
-        bias.values = view.mods.key_bias = compute(queue, Dtype::F32, {rows}, 0);
-        run.column_read(queue, entries.pages(), kBiasColumn, bias);
-      }
-    }
-    compute(queue, k_new, load(batch.positions, load(batch.first, floor_div(segment(), m.g)) + place()), new_positions);
+    split(rows.k, w.k_norm, rope, read_at, basis.k, fresh.k);
   }
-  if (!appended) {
-    split(v_heads, {}, nullptr, {}, basis.v, v_new);
-    Ragged kept = k_new;
-    if (plain_keys) {  // the same rows, unrotated
-      kept.values = queue.scratch.take(k_type, {k_new.values.size[0], m.d});
-      splits.push_back({k_heads, w.k_norm, nullptr, {}, kept});
-      if (!decoding) splits.push_back({k_heads, w.k_norm, rope, read_at, k_new});
-    } else {
-      split(k_heads, w.k_norm, rope, read_at, basis.k, k_new);
-    }
-    run.split_heads(queue, batch.first, eps, splits);
-    for (const Change& change : changes) change_basis(queue, change.from, *change.matrix, change.to);
-    entries.append(queue, kept, v_new, new_positions, batch.count);
-  }
+  queue.run->split_heads(queue, batch.first, eps, splits);
+  for (const Change& change : changes) change_basis(queue, change.from, *change.matrix, change.to);
+  entries.append(queue, kept, fresh.v, fresh.positions, batch.count);
+}
 
-  view.out = queue.scratch.take(Dtype::F32, {total * m.h, m.d_v});
-  view.lse = queue.scratch.take(Dtype::F32, {total * m.h});
-  clock.reset();
+/// From attention's output to the residual stream.
+void Session::Impl::leave_heads(const Batch& batch, const LayerView& view, Tensor x) {
+  const ModelInfo& m = info();
+  Ragged out = view.q;
+  out.values = view.out;
+  if (view.basis && view.basis->v) {
+    Ragged back = out;
+    back.values = queue.scratch.take(Dtype::F32, {batch.total * m.h, m.d_v});
+    change_basis(queue, out, view.basis->v_back, back);
+    out = back;
+  }
+  Clock products(times.products);
+  // Of one token a sequence, rows of heads already lie as the token's row.
+  Tensor merged = out.values.reshape({batch.total, int64_t(m.h) * m.d_v});
+  if (std::any_of(batch.count.begin(), batch.count.end(), [](int64_t n) { return n > 1; })) {
+    merged = queue.scratch.take(row_type(queue, batch.total, weights->layers[size_t(view.layer)].o),
+                                {batch.total, int64_t(m.h) * m.d_v});
+    queue.run->merge_heads(queue, out, batch.first, merged);
+  }
+  finish(queue, *weights, architecture(), view.layer, merged, options.ubatch, x, batch.adapter_of(view.layer));
+}
+
+void Session::Impl::layer(Batch& batch, int l, Tensor x) {
+  const ModelInfo& m = info();
+  Scratch scope(queue.scratch);
+  LayerView view = view_of(batch, l, x);
+  const Projected rows = project_heads(batch, l, x);
+  {
+    Clock clock(times.rest);
+    if (batch.phase == Phase::Decode) make_room(batch, view);
+    enter_heads(batch, view, rows);
+    view.out = queue.scratch.take(Dtype::F32, {batch.total * m.h, m.d_v});
+    view.lse = queue.scratch.take(Dtype::F32, {batch.total * m.h});
+  }
   attend(batch, view);
   if (tapes) {
     const Tape& tape = (*tapes)[size_t(l)];
     queue.move(x, tape.x), queue.move(view.q.values, tape.q), queue.move(view.out, tape.out), queue.move(view.lse, tape.lse);
   }
   keep(batch, view);
-  Ragged out = view.q;
-  out.values = view.out;
-  if (basis.v) {
-    Ragged back = out;
-    back.values = queue.scratch.take(Dtype::F32, {total * m.h, m.d_v});
-    change_basis(queue, out, basis.v_back, back);
-    out = back;
-  }
-  Clock products(times.products);
-  // Of one token a sequence, rows of heads already lie as the token's row.
-  Tensor merged = out.values.reshape({total, int64_t(m.h) * m.d_v});
-  if (std::any_of(batch.count.begin(), batch.count.end(), [](int64_t n) { return n > 1; })) {
-    merged = queue.scratch.take(row_type(queue, total, w.o), {total, int64_t(m.h) * m.d_v});
-    run.merge_heads(queue, out, batch.first, merged);
-  }
-  finish(queue, *weights, architecture(), l, merged, options.ubatch, x, adapter);
+  leave_heads(batch, view, x);
 }
 
 void Session::Impl::attend(Batch& batch, LayerView& view) {
