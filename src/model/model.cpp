@@ -73,6 +73,55 @@ struct ModelLoader {
   }
   Tensor vector(const std::string& name, int64_t size) const { return f32(need(name, {size}), name); }
   Tensor may_vector(const std::string& name, int64_t size) const { return f32(may(name, {size}), name); }
+
+  ModelInfo shape() const {
+    ModelInfo m;
+    m.architecture = arch;
+    m.layers = bounded("block_count", 1, 4096);
+    m.hidden = bounded("embedding_length", 1, 1 << 20);
+    m.h = bounded("attention.head_count", 1, 1 << 14);
+    m.g = int(integer("attention.head_count_kv", m.h));
+    if (m.g < 1 || m.h % m.g != 0)
+      throw Error(Code::Corrupt, file.name(),
+                  std::to_string(m.h) + " query heads do not divide over " + std::to_string(m.g) + " KV heads");
+    m.d = int(integer("attention.key_length", m.hidden / m.h));
+    m.d_v = int(integer("attention.value_length", m.d));
+    if (m.d < 1 || m.d > 4096 || m.d_v < 1 || m.d_v > 4096)
+      throw Error(Code::Corrupt, file.name(), "head widths of " + std::to_string(m.d) + " and " + std::to_string(m.d_v));
+    m.context = integer("context_length", 0);
+    m.scale = float(number("attention.scale", 0));
+    m.softcap = float(number("attn_logit_softcapping", 0));
+    m.hash = file.hash();
+    return m;
+  }
+
+  LayerWeights layer(int l, const ModelInfo& m, int feed_forward) const {
+    const auto name = [l](const char* what) { return layer_name(l, what); };
+    const int64_t hidden = m.hidden, q_out = int64_t(m.h) * m.d, k_out = int64_t(m.g) * m.d, v_out = int64_t(m.g) * m.d_v;
+    LayerWeights w;
+    w.attn_norm = vector(name("attn_norm.weight"), hidden);
+    w.ffn_norm = vector(name("ffn_norm.weight"), hidden);
+    w.q = need(name("attn_q.weight"), {q_out, hidden});
+    w.k = need(name("attn_k.weight"), {k_out, hidden});
+    w.v = need(name("attn_v.weight"), {v_out, hidden});
+    w.o = need(name("attn_output.weight"), {hidden, int64_t(m.h) * m.d_v});
+    w.q_bias = may_vector(name("attn_q.bias"), q_out);
+    w.k_bias = may_vector(name("attn_k.bias"), k_out);
+    w.v_bias = may_vector(name("attn_v.bias"), v_out);
+    w.o_bias = may_vector(name("attn_output.bias"), hidden);
+    if (arch == "gemma3" || arch == "qwen3") {
+      w.q_norm = vector(name("attn_q_norm.weight"), m.d);
+      w.k_norm = vector(name("attn_k_norm.weight"), m.d);
+    }
+    if (arch == "gemma3") {
+      w.attn_post_norm = vector(name("post_attention_norm.weight"), hidden);
+      w.ffn_post_norm = vector(name("post_ffw_norm.weight"), hidden);
+    }
+    w.gate = need(name("ffn_gate.weight"), {feed_forward, hidden});
+    w.up = need(name("ffn_up.weight"), {feed_forward, hidden});
+    w.down = need(name("ffn_down.weight"), {hidden, feed_forward});
+    return w;
+  }
 };
 
 Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
@@ -87,23 +136,8 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
     return fail(Code::Unsupported, path, "architecture '" + arch + "' is not known", std::string("known: ") + kKnown);
 
   ModelInfo& m = model->info_;
-  m.architecture = arch;
+  m = load.shape();
   model->name_ = std::string(value_or_throw(file.string("general.name", arch)));
-  m.layers = load.bounded("block_count", 1, 4096);
-  m.hidden = load.bounded("embedding_length", 1, 1 << 20);
-  m.h = load.bounded("attention.head_count", 1, 1 << 14);
-  m.g = int(load.integer("attention.head_count_kv", m.h));
-  if (m.g < 1 || m.h % m.g != 0)
-    return fail(Code::Corrupt, path,
-                std::to_string(m.h) + " query heads do not divide over " + std::to_string(m.g) + " KV heads");
-  m.d = int(load.integer("attention.key_length", m.hidden / m.h));
-  m.d_v = int(load.integer("attention.value_length", m.d));
-  if (m.d < 1 || m.d > 4096 || m.d_v < 1 || m.d_v > 4096)
-    return fail(Code::Corrupt, path, "head widths of " + std::to_string(m.d) + " and " + std::to_string(m.d_v));
-  m.context = load.integer("context_length", 0);
-  m.scale = float(load.number("attention.scale", 0));
-  m.softcap = float(load.number("attn_logit_softcapping", 0));
-  m.hash = file.hash();
   const int feed_forward = load.bounded("feed_forward_length", 1, 1 << 20);
 
   Architecture& a = model->architecture_;
@@ -144,34 +178,7 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path) try {
   model->output_ = load.may("output.weight", {m.vocabulary, m.hidden});
   if (!model->output_) model->output_ = model->embedding_;
   model->final_norm_ = load.vector("output_norm.weight", m.hidden);
-
-  const int64_t hidden = m.hidden, q_out = int64_t(m.h) * m.d, k_out = int64_t(m.g) * m.d, v_out = int64_t(m.g) * m.d_v;
-  for (int l = 0; l < m.layers; ++l) {
-    auto name = [l](const char* what) { return layer_name(l, what); };
-    LayerWeights w;
-    w.attn_norm = load.vector(name("attn_norm.weight"), hidden);
-    w.ffn_norm = load.vector(name("ffn_norm.weight"), hidden);
-    w.q = load.need(name("attn_q.weight"), {q_out, hidden});
-    w.k = load.need(name("attn_k.weight"), {k_out, hidden});
-    w.v = load.need(name("attn_v.weight"), {v_out, hidden});
-    w.o = load.need(name("attn_output.weight"), {hidden, int64_t(m.h) * m.d_v});
-    w.q_bias = load.may_vector(name("attn_q.bias"), q_out);
-    w.k_bias = load.may_vector(name("attn_k.bias"), k_out);
-    w.v_bias = load.may_vector(name("attn_v.bias"), v_out);
-    w.o_bias = load.may_vector(name("attn_output.bias"), hidden);
-    if (gemma || arch == "qwen3") {
-      w.q_norm = load.vector(name("attn_q_norm.weight"), m.d);
-      w.k_norm = load.vector(name("attn_k_norm.weight"), m.d);
-    }
-    if (gemma) {
-      w.attn_post_norm = load.vector(name("post_attention_norm.weight"), hidden);
-      w.ffn_post_norm = load.vector(name("post_ffw_norm.weight"), hidden);
-    }
-    w.gate = load.need(name("ffn_gate.weight"), {feed_forward, hidden});
-    w.up = load.need(name("ffn_up.weight"), {feed_forward, hidden});
-    w.down = load.need(name("ffn_down.weight"), {hidden, feed_forward});
-    model->layers_.push_back(w);
-  }
+  for (int l = 0; l < m.layers; ++l) model->layers_.push_back(load.layer(l, m, feed_forward));
   for (const Gguf::Entry& entry : file.tensors()) model->bytes_ += entry.tensor.bytes();
   // Files without a vocabulary say "none"; they run on token numbers.
   const std::string_view vocabulary = value_or_throw(file.string("tokenizer.ggml.model", "none"));
