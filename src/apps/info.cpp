@@ -77,7 +77,7 @@ class Info final : public Command {
  public:
   void declare(CLI::App& app) override {
     auto* name = app.add_option("name", name_, "a mechanism of `heed list`")->type_name("NAME");
-    app.add_option("-m,--model", model_, "describe this GGUF file")->type_name("FILE")->excludes(name);
+    file_ = app.add_option("-m,--model", model_, "describe this GGUF file")->type_name("FILE")->excludes(name);
     add_json(app, json_);
     app.footer(
         "Examples:\n  heed info                    # this machine\n  heed info snapkv\n  heed info -m model.gguf");
@@ -89,13 +89,14 @@ class Info final : public Command {
       json_ ? print(to_json(*entry)) : print_page(*entry);
       return 0;
     }
-    const Json what = model_.empty() ? machine() : describe(*value_or_throw(Model::load(model_)));
+    const Json what = file_->count() == 0 ? machine() : describe(*value_or_throw(Model::load(model_)));
     json_ ? print(what) : print_pairs(what);
     return 0;
   }
 
  private:
   std::string name_, model_;
+  CLI::Option* file_ = nullptr;
   bool json_ = false;
 };
 

@@ -21,7 +21,7 @@ class List final : public Command {
  public:
   void declare(CLI::App& app) override {
     add_json(app, json_);
-    app.add_option("--role", role_, "only mechanisms with this role: plan, keep, read, edit, state, drive, weights")
+    app.add_option("--role", role_, "only mechanisms with this role")
         ->check(CLI::IsMember({"plan", "keep", "read", "edit", "state", "drive", "weights", "store"}));
     app.add_flag("--page", page_, "the whole catalogue as Markdown, as in docs/mechanisms.md");
     app.add_option("--results", results_, "with --page: files that `heed compare --json` wrote")->type_name("FILE");
