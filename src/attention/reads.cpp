@@ -30,6 +30,11 @@ bool reads_all(const LayerView& at, int dense) {
   return (at.layer < dense && at.model.layers > dense) || at.mods.window > 0;
 }
 
+int seeing_all(const ModelInfo& model, int layer) {
+  while (layer < model.layers && model.window(layer) > 0) ++layer;
+  return layer;
+}
+
 Num held_entries(LayerView& at, const Num& segment, int64_t heads) {
   return load(at.store->pages().length, floor_div(segment * at.store->shape().kv_heads, heads));
 }

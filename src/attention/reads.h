@@ -21,6 +21,10 @@ ParamInfo dense_layers_param(int M::* field, int fallback) {
 /// window already bounds what is read.
 bool reads_all(const LayerView&, int dense);
 
+/// The first layer from this one on that has no sliding window, for readers whose layers choose for others: what a window
+/// hides cannot be chosen. The number of layers if there is none.
+int seeing_all(const ModelInfo&, int layer);
+
 /// For each query head, its row of q times what a block column holds of every block of `block` entries (low == high) or the
 /// most that q · k can be in it (KeyMin and KeyMax): ⌈length / block⌉ numbers, not scaled.
 Ragged block_scores(LayerView&, const Ragged& q, const std::string& low, const std::string& high, int block);

@@ -182,35 +182,66 @@ TEST(Sessions, RecycledAttentionReadsTheLastFullStepsBest) {
   EXPECT_EQ(partial, 9);
 }
 
+// The second filter that is named has a sliding window, and leaves the choice to the next layer.
 TEST(Sessions, OmniKvHandsTheFiltersChoiceOn) {
-  SessionOptions o;
-  o.attention = "omnikv(budget=7,filters=0,wait=1)", o.backend = "reference";
-  Session session(tiny_model(6, 2), o);
-  std::vector<double> most;
-  int handed = 0;
-  session.tap([&](LayerView& at) {
-    if (!at.decoding()) return;
-    if (at.layer < 2) { EXPECT_EQ(at.read.plan.form, Plan::Form::Dense); }
-    if (at.layer == 0) {
-      Observe how;
-      how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each;
-      const Ragged each = at.observe(at.q, how);
-      const int64_t length = each.length(0), group = at.model.group();
-      most.assign(size_t(length), 0.0);
-      for (int64_t s = 0; s < each.segments(); ++s)
-        for (int64_t j = 0; j < length; ++j)
-          for (int64_t member = 0; member < group; ++member)
-            most[size_t(j)] = std::max(most[size_t(j)], double(each.values.at<float>(each.begin(s) + j, member)));
-      for (int64_t j = 50; j < length; ++j) most[size_t(j)] = INFINITY;  // generated
-    }
-    if (at.layer < 2) return;
-    EXPECT_EQ(first_row(at.read.plan), top(most, 7 + at.step() + 1));
-    EXPECT_EQ(at.read.plan.scope, Plan::Scope::Layer);
-    ++handed;
-  });
-  session.prefill(text(50, 4));
-  for (int32_t i = 0; i < 5; ++i) session.decode(i * 5 % 61);
-  EXPECT_EQ(handed, 10);
+  for (const auto& [spec, filter, first] :
+       {std::tuple{"omnikv(budget=7,filters=0,wait=1)", 0, 2}, {"omnikv(budget=7,filters=1,wait=0)", 2, 3}}) {
+    SessionOptions o;
+    o.attention = spec, o.backend = "reference";
+    Session session(tiny_model(6, 2), o);
+    std::vector<double> most;
+    int handed = 0;
+    session.tap([&, filter = filter, first = first](LayerView& at) {
+      if (!at.decoding()) return;
+      if (at.layer < first) { EXPECT_EQ(at.read.plan.form, Plan::Form::Dense); }
+      if (at.layer == filter) {
+        Observe how;
+        how.rows = Observe::Rows::Last, how.heads = Observe::Heads::Each;
+        const Ragged each = at.observe(at.q, how);
+        const int64_t length = each.length(0), group = at.model.group();
+        most.assign(size_t(length), 0.0);
+        for (int64_t s = 0; s < each.segments(); ++s)
+          for (int64_t j = 0; j < length; ++j)
+            for (int64_t member = 0; member < group; ++member)
+              most[size_t(j)] = std::max(most[size_t(j)], double(each.values.at<float>(each.begin(s) + j, member)));
+        for (int64_t j = 50; j < length; ++j) most[size_t(j)] = INFINITY;  // generated
+      }
+      if (at.layer < first) return;
+      EXPECT_EQ(first_row(at.read.plan), top(most, 7 + at.step() + 1));
+      EXPECT_EQ(at.read.plan.scope, Plan::Scope::Layer);
+      ++handed;
+    });
+    session.prefill(text(50, 4));
+    for (int32_t i = 0; i < 5; ++i) session.decode(i * 5 % 61);
+    EXPECT_EQ(handed, 5 * (4 - first)) << spec;
+  }
+}
+
+// Of the two layers that are named, the one with a sliding window names nothing.
+TEST(Sessions, HyLraHandsTheFullLayersChoiceOn) {
+  for (const auto& [spec, full] : {std::pair{"hylra(budget=7,full=1)", 0}, {"hylra(budget=7,full=[1,2])", 2}}) {
+    SessionOptions o;
+    o.attention = spec, o.backend = "reference";
+    Session session(tiny_model(6, 2), o);
+    std::vector<double> mean;
+    int handed = 0;
+    session.tap([&, full = full](LayerView& at) {
+      if (!at.decoding()) return;
+      if (at.layer <= 1 || at.layer == full) {
+        EXPECT_EQ(at.read.plan.form, Plan::Form::Dense);
+      } else {
+        EXPECT_EQ(first_row(at.read.plan), top(mean, 7));
+        EXPECT_EQ(at.read.plan.scope, Plan::Scope::KvHead);
+        ++handed;
+      }
+      if (at.layer != full) return;
+      mean = paid(at, Observe::Heads::GroupMean);
+      mean.back() = INFINITY;  // the newest is always named
+    });
+    session.prefill(text(50, 4));
+    for (int32_t i = 0; i < 5; ++i) session.decode(i * 5 % 61);
+    EXPECT_EQ(handed, full == 0 ? 10 : 5) << spec;
+  }
 }
 
 TEST(Sessions, TokenSelectReadsItsChoiceWithoutGaps) {

@@ -10,7 +10,9 @@ namespace {
 // HyLRA (Ai et al., 2026): full layers are dense and name their top entries, and the layers up to the next full one read
 // these. Which layers are full comes from a profile of the model (how much a layer suffers from sparsity, how much top
 // sets of layers overlap); it is given here. Entries are ranked by what the group pays them on average, and the newest is
-// always among them.
+// always among them. A layer with a sliding window cannot name what it does not see, and has no part in this: the first
+// without one stands for layer 0, and others have no substitute, since where most layers have a window a list made for
+// layers without would make all that is left full.
 struct HyLra final : Mechanism {
   Budget budget;
   Range full;
@@ -21,7 +23,7 @@ struct HyLra final : Mechanism {
         budget_param(&M::budget, "2048",
                      "entries that the other layers read, for each KV head; a fraction is of the prompt"),
         param(&M::full, "full", "range", "[0,4,8,12,16,20,24,28]", "0-3, 2-, [0,4-7], last",
-              "layers that are full; 0 always is"),
+              "layers that are full, among those without a sliding window; the first of these always is"),
     };
   }
 
@@ -33,11 +35,13 @@ struct HyLra final : Mechanism {
   std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<HeldRead>(); }
 
   Read read(LayerView& at) const override {
-    auto& held = static_cast<HeldRead&>(*at.state_held());
-    // A model of one layer has none to hand its choice on to, and reads it itself.
-    const bool alone = at.model.layers == 1, names = at.layer == 0 || full.holds(at.layer, at.model.layers);
-    if (names) held.hold(at.queue, choice(at));
     if (at.mods.window > 0) return {};  // a sliding window already bounds what is read
+    auto& held = static_cast<HeldRead&>(*at.state_held());
+    const int first = seeing_all(at.model, 0);
+    // One layer that sees all has none to hand its choice on to, and reads it itself.
+    const bool alone = seeing_all(at.model, first + 1) == at.model.layers,
+               names = at.layer == first || full.holds(at.layer, at.model.layers);
+    if (names) held.hold(at.queue, choice(at));
     return names && !alone ? Read{} : held.read(at.queue);
   }
 

@@ -40,11 +40,7 @@ struct LycheeDecode final : Mechanism {
   std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<Named>(); }
 
   /// Layers with a sliding window neither name nor read.
-  static int first_layer(const ModelInfo& model) {
-    int layer = 0;
-    while (layer < model.layers && model.window(layer) > 0) ++layer;
-    return layer;
-  }
+  static int first_layer(const ModelInfo& model) { return seeing_all(model, 0); }
   std::vector<int32_t> retrieving(const LayerView& at) const {
     std::vector<int32_t> out;
     const int g = at.model.g, first = first_layer(at.model);

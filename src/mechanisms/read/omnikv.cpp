@@ -11,7 +11,7 @@ namespace {
 
 // OmniKV (Hao et al., 2025): a few filter layers find the prompt tokens that any head looks at; later layers read the last
 // filter's choice and all generated tokens. Layers before the first filter, the filters themselves and the `wait` layers
-// behind each are dense.
+// behind each are dense. A filter with a sliding window cannot choose what it does not see: the next layer without does.
 struct OmniKV final : Mechanism {
   Budget budget;
   Range filters;
@@ -22,7 +22,9 @@ struct OmniKV final : Mechanism {
     return {
         budget_param(&M::budget, "0.067", "prompt tokens read by all heads of a layer; a fraction is of the prompt"),
         param(&M::filters, "filters", "range", "[2,8,18]", "0-3, 2-, [0,4-7], last",
-              "layers that choose (2, 8, 18 suit 32 layers); a model without any of them chooses in every layer"),
+              "layers that choose, or the next without a sliding window (2, 8, 18 suit 32 layers); a model without any "
+              "of "
+              "them chooses in every layer"),
         param(&M::wait, "wait", 1, 0, 1 << 20, "dense layers behind a filter"),
     };
   }
@@ -34,18 +36,20 @@ struct OmniKV final : Mechanism {
   }
   std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<HeldRead>(); }
 
-  /// The last filter at or before a layer, −1 for none.
-  int filter_of(int layer, int layers) const {
-    while (layer >= 0 && !filters.holds(layer, layers)) --layer;
-    return layer;
+  /// The last layer at or before this one that chooses, −1 for none.
+  int filter_of(const ModelInfo& model, int layer) const {
+    int last = -1;
+    for (int l = 0; l <= layer; ++l)
+      if (const int chooses = seeing_all(model, l); filters.holds(l, model.layers) && chooses <= layer) last = chooses;
+    return last;
   }
 
   Read read(LayerView& at) const override {
-    auto& held = static_cast<HeldRead&>(*at.state_held());
-    const int layers = at.model.layers, filter = filter_of(at.layer, layers);
-    const bool shallow = filter_of(layers - 1, layers) < 0;
-    if (filter == at.layer || shallow) held.hold(at.queue, choice(at));
     if (at.mods.window > 0) return {};  // a sliding window already bounds what is read
+    auto& held = static_cast<HeldRead&>(*at.state_held());
+    const int filter = filter_of(at.model, at.layer);
+    const bool shallow = filter_of(at.model, at.model.layers - 1) < 0;
+    if (filter == at.layer || shallow) held.hold(at.queue, choice(at));
     return shallow || (filter >= 0 && at.layer > filter + wait) ? held.read(at.queue) : Read{};
   }
 

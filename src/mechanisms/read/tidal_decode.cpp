@@ -33,12 +33,6 @@ struct TidalDecode final : Mechanism {
   }
   std::unique_ptr<State> open(const ModelInfo&) const override { return std::make_unique<HeldRead>(); }
 
-  /// The first layer from this one on that has no window; the number of layers if there is none.
-  static int seeing_all(const ModelInfo& model, int layer) {
-    while (layer < model.layers && model.window(layer) > 0) ++layer;
-    return layer;
-  }
-
   Read read(LayerView& at) const override {
     auto& held = static_cast<HeldRead&>(*at.state_held());
     const int first = seeing_all(at.model, selection);
