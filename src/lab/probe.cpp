@@ -39,8 +39,13 @@ class Reads {
 
 DenseMass::DenseMass(const ModelInfo& model, int64_t length, int64_t decoded, int layers, int steps)
     : layer_slot_(size_t(model.layers), -1), heads_(model.h), length_(length), width_(int64_t(model.h) * model.d_v) {
-  layers = std::min(layers, model.layers);
-  for (int i = 0; i < layers; ++i) layer_slot_[size_t((2 * i + 1) * model.layers / (2 * layers))] = i;
+  std::vector<int> from;
+  for (int l = 0; l < model.layers; ++l)
+    if (layers >= model.layers || model.window(l) == 0) from.push_back(l);
+  for (int l = 0; from.empty() && l < model.layers; ++l) from.push_back(l);
+  const int all = int(from.size());
+  layers = std::min(layers, all);
+  for (int i = 0; i < layers; ++i) layer_slot_[size_t(from[size_t((2 * i + 1) * all / (2 * layers))])] = i;
   steps = int(std::min<int64_t>(steps, decoded));
   for (int i = 0; i < steps; ++i) steps_.push_back((2 * i + 1) * decoded / (2 * steps));
   values_.assign(size_t(layers) * size_t(steps) * size_t(heads_) * size_t(length), 0.0f);

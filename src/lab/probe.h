@@ -11,7 +11,8 @@ namespace heed {
 /// Dense attention of sampled decode steps in sampled layers, by true position.
 class DenseMass {
  public:
-  /// At most `layers` layers and `steps` of the `decoded` steps, evenly spread.
+  /// At most `layers` layers and `steps` of the `decoded` steps, evenly spread. Where not all layers are asked for, those
+  /// with a sliding window stand back for others: a window bounds what is read, and most mechanisms leave it alone.
   DenseMass(const ModelInfo& model, int64_t length, int64_t decoded, int layers = 6, int steps = 8);
   /// The slot of a layer or a step; −1 when it is not sampled.
   int layer(int l) const { return layer_slot_[size_t(l)]; }

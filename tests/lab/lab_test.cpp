@@ -182,10 +182,37 @@ TEST(Compare, MassOfAUniformAttentionIsTheShareKept) {
   EXPECT_NEAR(result.rows[1].mass_decode, (32 + decoded) / (160 + decoded), 0.05);
 }
 
+TEST(Compare, MassIsSampledWhereNoWindowBoundsWhatIsRead) {
+  ModelInfo shape = small_model()->info();
+  shape.layers = 12, shape.ropes.clear();
+  for (int l = 0; l < 12; ++l) shape.windows.push_back(l % 6 == 5 ? 0 : 16);
+  const auto model = Model::random(shape, 96, Dtype::F32, 5);
+  CompareOptions options;
+  options.attention = {"streaming-llm(sinks=4,window=28)"};
+  const Passage text = passage(random_text(200), 200, 40);
+  const Row some = compare(model, text, options).rows[1];
+  EXPECT_EQ(some.probed_layers, (std::vector<int>{5, 11}));
+  EXPECT_LT(some.mass_decode, 0.5);
+  options.probe_layers = 12;
+  EXPECT_EQ(compare(model, text, options).rows[1].probed_layers.size(), 12u);
+}
+
 TEST(Compare, BadSpecsFailBeforeAnyWork) {
   CompareOptions options;
   options.attention = {"snapkw"};
   EXPECT_THROW(compare(small_model(), passage(random_text(64), 64, 8), options), Error);
+}
+
+TEST(Compare, ATextBeyondTheContextIsRefusedBeforeAnyWork) {
+  // The prompt alone would fit.
+  const Passage passage = heed::passage(random_text(600), 514, 100);
+  bool begun = false;
+  EXPECT_THROW(compare(small_model(), passage, {}, [&](double, const std::string&) { begun = true; }), Error);
+  EXPECT_THROW(trace(small_model(), with("dense"), random_text(513), 400, [&](double) { begun = true; }), Error);
+  EXPECT_THROW(bench(small_model(), with("dense"), {.generate = 500, .depth = 20}, 1), Error);
+  EXPECT_FALSE(begun);
+  EXPECT_EQ(compare(small_model(), heed::passage(random_text(600), 513, 2), {}).rows.size(), 1u)
+      << "the last is not fed";
 }
 
 TEST(Compare, AMechanismThatFailsLeavesTheOthersTheirRows) {
