@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <iostream>
 
 #include "apps/command.h"
@@ -41,7 +42,7 @@ class Run final : public Command {
     app.add_option("-f,--file", file_, "a text that comes first; - is standard input")->type_name("FILE");
     app.add_option("-p,--prompt", prompt_, "text behind it")->type_name("TEXT");
     app.add_option("-n,--predict,--n-predict", predict_,
-                   "tokens to generate; -1: until the model ends or its context is full")
+                   "tokens to generate, until the model ends or its context is full; -1: until then alone")
         ->type_name("N")
         ->check(CLI::Range(int64_t(-1), int64_t(1) << 40))
         ->capture_default_str();
@@ -80,8 +81,10 @@ class Run final : public Command {
     std::vector<int32_t> generated;
     std::string text, stop = "length";
     Utf8Stream stream;
-    const int64_t room = session.reach() > 0 ? session.reach() - int64_t(tokens.size()) : INT64_MAX;
-    const int64_t limit = predict_ < 0 ? room : predict_;
+    // The last token that there is room for is said without being read.
+    const int64_t room = session.reach() > 0 ? session.reach() - int64_t(tokens.size()) + 1 : INT64_MAX;
+    const int64_t limit = predict_ < 0 ? room : std::min(predict_, room);
+    if (limit != predict_) stop = "context";
     begin = now();
     while (int64_t(generated.size()) < limit) {
       if (interrupted()) {
@@ -116,7 +119,8 @@ class Run final : public Command {
     else
       std::cerr << "\nprompt " << tokens.size() << " tokens, " << fixed(prefill_tps, 1) << " t/s; generated "
                 << generated.size() << ", " << fixed(decode_tps, 1) << " t/s; cache " << size_text(double(kv_bytes))
-                << " behind the prompt" << (stop == "interrupted" ? "; interrupted" : "") << '\n';
+                << " behind the prompt" << (stop == "interrupted" ? "; interrupted" : "")
+                << (stop == "context" ? "; the model's context is full" : "") << '\n';
     return stop == "interrupted" ? 130 : 0;
   }
 

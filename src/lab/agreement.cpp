@@ -26,6 +26,7 @@ Agreement generation_agreement(std::shared_ptr<const Model> model, const Session
     SessionOptions how = options;
     how.attention = attention;
     Session session(model, how);
+    session.check_reach(int64_t(prompt.size()) + tokens - 1);  // the last one is not fed
     std::vector<int32_t> out;
     Tensor logits = session.prefill(prompt);
     while (true) {

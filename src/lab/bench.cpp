@@ -1,5 +1,6 @@
 #include "lab/bench.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/random.h"
@@ -43,6 +44,7 @@ BenchResult bench(std::shared_ptr<const Model> model, const SessionOptions& opti
   const int64_t vocabulary = model->info().vocabulary;
   Random random(seed);
   Session start(model, options);
+  start.check_reach(test.depth + std::max(test.prompt, test.generate));
   if (test.depth > 0) start.prefill(random_tokens(random, test.depth, vocabulary), Session::Logits::None);
   BenchResult result{.test = test, .seconds = {}, .times = {}};
   const auto over_heads = [](const std::vector<std::vector<double>>& layers) {

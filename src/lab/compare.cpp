@@ -180,7 +180,9 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
   for (const std::string& name : names) value_or_throw(Composition::parse(name, model->info(), registry()));
   SessionOptions trial = options.session;
   trial.attention = "dense";
-  Session held(model, trial);  // weights stay on a device from one run to the next
+  const int64_t fed = int64_t(passage.tokens.size()) - 1;  // the last one is only predicted
+  Session held(model, trial);                              // weights stay on a device from one run to the next
+  held.check_reach(fed);
   {
     // What a process does once is not the first mechanism's: with a GPU, scratch for a long prompt halved its rate.
     Session first(model, trial);
@@ -191,7 +193,7 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
   for (const std::string& name : names) {
     // Opening a session says what parsing cannot: a mechanism that needs more than a model gives.
     trial.attention = name;
-    Session session(model, trial);
+    Session(model, trial).check_reach(fed);
   }
 
   Comparison out{.rows = {}, .prompt = passage.prompt, .scored = passage.scored()};

@@ -120,6 +120,7 @@ PairRunner::PairRunner(std::shared_ptr<const Model> model, const Passage& passag
       held_(std::make_unique<Session>(model_, with(options, "dense"))),
       distributions_(passage.scored(), model_->info().vocabulary) {
   dense_.attention = "dense";
+  held_->check_reach(int64_t(passage_.tokens.size()) - 1);  // the last one is only predicted
   Session session(model_, with(options_, "dense"));
   feed(session, dense_, true);
 }

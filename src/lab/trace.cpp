@@ -12,6 +12,7 @@ Arrays trace(std::shared_ptr<const Model> model, const SessionOptions& options, 
           std::to_string(prefill) + " of " + std::to_string(total) + " tokens", "give 1…" + std::to_string(total));
   const ModelInfo& m = model->info();
   Session session(model, options);
+  session.check_reach(total);
 
   Buffer losses(Dtype::F32, {total - 1});
   const auto score = [&](int64_t at, std::span<const float> logits) {

@@ -482,6 +482,7 @@ std::vector<int32_t> Session::origins(int layer, int64_t segment) {
 const Model& Session::model() const { return *impl_->model; }
 const Composition& Session::composition() const { return *impl_->composition; }
 int64_t Session::reach() const { return impl_->reach; }
+void Session::check_reach(int64_t length) const { impl_->check_reach(length); }
 Store& Session::store() { return *impl_->store; }
 int64_t Session::kv_bytes(int layer) {
   int64_t bytes = store().layer(layer).bytes();

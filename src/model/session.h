@@ -82,6 +82,8 @@ class Session final {
 
   /// The most tokens that a sequence may have: the model's context, or what a mechanism makes of it; 0: any number.
   int64_t reach() const;
+  /// For long work, before it begins: throws Error(Invalid), as feeding would, when `length` tokens are more than that.
+  void check_reach(int64_t length) const;
   const Model& model() const;
   const Composition& composition() const;
   Store& store();

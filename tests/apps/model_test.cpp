@@ -76,6 +76,14 @@ TEST_F(OnModel, RunIsDeterministicAndKeepsToItsStreams) {
   EXPECT_EQ(plain.out.find("t/s"), std::string::npos);
 }
 
+TEST_F(OnModel, RunStopsWhereTheContextIsFull) {
+  for (const char* limit : {"1000", "-1"}) {
+    const auto json = heed({"run", "-m", model_, "-f", text_, "-n", limit, "--ignore-eos", "--json"}).json();
+    EXPECT_EQ(json["stop"], "context");
+    EXPECT_EQ(json["prompt_tokens"].get<int>() + int(json["tokens"].size()), 512 + 1) << "the last is not read";
+  }
+}
+
 TEST_F(OnModel, RunDrawsByItsSeed) {
   const auto draw = [&](const char* seed) {
     return heed({"run", "-m", model_, "-p", "the", "-n", "16", "--temp", "1.5", "--seed", seed, "--ignore-eos",
