@@ -104,9 +104,8 @@ class Eval final : public Command {
     add_json(app, json_);
     app.footer(
         "Tasks:\n"
-        "  ppl         perplexity as llama-perplexity has it: the second half of each chunk is scored, before anything "
-        "is "
-        "evicted (kld tells what that costs)\n"
+        "  ppl         perplexity as llama-perplexity has it: the second half of each chunk is scored, before "
+        "anything is evicted (kld tells what that costs)\n"
         "  position    loss by place in the chunk\n"
         "  kld, mass   divergence from dense, and its attention mass read, on tokens fed behind the prompt\n"
         "  heads       mass and error of the output against dense, by layer and head\n"

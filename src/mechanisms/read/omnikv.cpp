@@ -22,9 +22,8 @@ struct OmniKV final : Mechanism {
     return {
         budget_param(&M::budget, "0.067", "prompt tokens read by all heads of a layer; a fraction is of the prompt"),
         param(&M::filters, "filters", "range", "[2,8,18]", "0-3, 2-, [0,4-7], last",
-              "layers that choose, or the next without a sliding window (2, 8, 18 suit 32 layers); a model without any "
-              "of "
-              "them chooses in every layer"),
+              "layers that choose, or the next without a sliding window (2, 8, 18 suit 32 layers); a model without "
+              "any of them chooses in every layer"),
         param(&M::wait, "wait", 1, 0, 1 << 20, "dense layers behind a filter"),
     };
   }
