@@ -68,7 +68,10 @@ struct Machine {
 }  // namespace
 
 bool bf16_dots_pay() {
-  static const bool pay = Cpuid(0, 0).b != 0x756e6547;  // "Genu": Intel
+  static const bool pay = [] {
+    const char* said = std::getenv("HEED_BF16_DOTS");  // "other": as on the other makers' machines, for tests
+    return (Cpuid(0, 0).b != 0x756e6547) != (said && std::string_view(said) == "other");  // "Genu": Intel
+  }();
   return pay;
 }
 #elif defined(__aarch64__)
