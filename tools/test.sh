@@ -66,6 +66,7 @@ compiled() {
 # mechanism runs in sessions with a small budget, on the best table too; identities in sessions and evictions beside a mask,
 # recomputed by reference kernels, are left to the release tests. So are recurrences and segments where the number alone is what
 # is tested (two minutes of work), and comparisons with other programs' numbers or with a decomposition's (one and a half).
+# The best table is here the exact one of AVX2, since golden files are of f32; what rounds runs in the kernels' tests.
 sanitized() {
   local left_out='*RealModel*:*GreedyTest.*:Recording.*:Guarded.*:*EveryIdentity*:*EqualsTheUntilMask*:All/Golden.*:Xkv.*:*LongAndShort*:*.*_many'
   # Fuzzing meanwhile: one behind the other, it was the last to end by a minute.

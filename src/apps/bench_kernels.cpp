@@ -37,7 +37,7 @@ int bench_kernels(const std::string& prefix, const std::string& name, int count,
   bool any = false;
   for (size_t t = 0; t < tables.size(); ++t) {
     const Kernels* table = tables[t];
-    const bool like_next = t + 1 < tables.size() && table->attend == tables[t + 1]->attend;  // but for its products
+    const bool like_next = t + 1 < tables.size() && same_but_products(*table, *tables[t + 1]);
     for (const KernelCase& c : kernel_cases(*table, prefix)) {
       if (like_next && c.kernel != "matmul") continue;
       any = true;

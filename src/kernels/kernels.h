@@ -295,7 +295,7 @@ struct Kernels {
   std::string name;           // "reference", "avx2", "avx2-int16", "avx512", "avx512-bf16", "amx", "neon", "cuda"
   bool v_transposed = false;  // the page layout this backend wants for V
   const Memory* memory = &cpu_memory();  // where every tensor that a kernel sees must lie
-  bool rounds = false;                   // whether prompts' products round what they multiply, or more than that
+  bool rounds = false;                   // whether prompts' products round what they multiply to less than f32
   int64_t tile_rows = 512;               // tokens of a prompt whose products are best done at once
   Dtype prompt_rows = Dtype::F32;  // F32 or BF16: what matmul_glu and merge_heads had best write of a prompt's tokens
   int plan_rows = 64;              // queries of a tile, 64 or 128, for which a plan of blocks is fastest
@@ -469,6 +469,8 @@ const Kernels& reference_kernels();
 
 /// The CPU tables that this build holds and this machine can run, best first; never empty on a supported machine.
 std::vector<const Kernels*> cpu_kernels();
+/// Whether two of them differ by the products of prompts alone, as avx2-int16 and avx2 do.
+inline bool same_but_products(const Kernels& a, const Kernels& b) { return a.attend == b.attend; }
 
 /// The table of the NVIDIA GPU that this process uses, or null: cuda_state() says why, or which GPU it is, in one sentence.
 const Kernels* cuda_kernels();

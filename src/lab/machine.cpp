@@ -22,57 +22,49 @@ namespace {
 constexpr int kChains = 10;
 constexpr int64_t kRounds = 2'000'000;
 
-#define HEED_CHAINS(Vector, step)                                                                                       \
-  Vector s0 = {}, s1 = {}, s2 = {}, s3 = {}, s4 = {}, s5 = {}, s6 = {}, s7 = {}, s8 = {}, s9 = {};                      \
-  for (int64_t round = 0; round < rounds; ++round) {                                                                    \
-    s0 = step(s0), s1 = step(s1), s2 = step(s2), s3 = step(s3), s4 = step(s4);                                          \
-    s5 = step(s5), s6 = step(s6), s7 = step(s7), s8 = step(s8), s9 = step(s9);                                          \
-    asm volatile(""                                                                                                     \
-                 : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7), "+v"(s8), "+v"(s9)); \
-  }
-
 #if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) void chains_avx2(int64_t rounds) {
-  __m256 a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
-  asm volatile("" : "+v"(a), "+v"(b));
+/// name(rounds): ten sums, each of which takes step(sum) each round; `a` is as if another each time, so that no product leaves
+/// the loop.
+#define HEED_CHAIN(sum, step) \
+  asm volatile("" : "+v"(a)); \
+  sum = step(sum)
+#define HEED_CHAINS(name, isa, Sum, Operand, of_a, of_b, step)                                                            \
+  __attribute__((target(isa))) void name(int64_t rounds) {                                                                \
+    Operand a = of_a, b = of_b;                                                                                           \
+    asm volatile("" : "+v"(b));                                                                                           \
+    Sum s0 = {}, s1 = {}, s2 = {}, s3 = {}, s4 = {}, s5 = {}, s6 = {}, s7 = {}, s8 = {}, s9 = {};                         \
+    for (int64_t round = 0; round < rounds; ++round) {                                                                    \
+      HEED_CHAIN(s0, step);                                                                                               \
+      HEED_CHAIN(s1, step);                                                                                               \
+      HEED_CHAIN(s2, step);                                                                                               \
+      HEED_CHAIN(s3, step);                                                                                               \
+      HEED_CHAIN(s4, step);                                                                                               \
+      HEED_CHAIN(s5, step);                                                                                               \
+      HEED_CHAIN(s6, step);                                                                                               \
+      HEED_CHAIN(s7, step);                                                                                               \
+      HEED_CHAIN(s8, step);                                                                                               \
+      HEED_CHAIN(s9, step);                                                                                               \
+      asm volatile(""                                                                                                     \
+                   : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7), "+v"(s8), "+v"(s9)); \
+    }                                                                                                                     \
+  }
 #define HEED_STEP(x) _mm256_fmadd_ps(a, b, x)
-  HEED_CHAINS(__m256, HEED_STEP)
+HEED_CHAINS(chains_avx2, "avx2,fma", __m256, __m256, _mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f), HEED_STEP)
 #undef HEED_STEP
-}
-__attribute__((target("avx2"))) void chains_avx2_int16(int64_t rounds) {
-  __m256i a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
-  // As if `a` were another each time: the product would leave the loop.
-#define HEED_STEP(x)                              \
-  ({                                              \
-    asm volatile("" : "+v"(a));                   \
-    _mm256_add_epi32(x, _mm256_madd_epi16(a, b)); \
-  })
-  HEED_CHAINS(__m256i, HEED_STEP)
+#define HEED_STEP(x) _mm256_add_epi32(x, _mm256_madd_epi16(a, b))
+HEED_CHAINS(chains_avx2_int16, "avx2", __m256i, __m256i, _mm256_set1_epi16(3), _mm256_set1_epi16(5), HEED_STEP)
 #undef HEED_STEP
-}
-__attribute__((target("avx512f,avx512vnni"))) void chains_int16(int64_t rounds) {
-  __m512i a = _mm512_set1_epi16(3), b = _mm512_set1_epi16(5);
-  asm volatile("" : "+v"(a), "+v"(b));
-#define HEED_STEP(x) _mm512_dpwssd_epi32(x, a, b)
-  HEED_CHAINS(__m512i, HEED_STEP)
-#undef HEED_STEP
-}
-__attribute__((target("avx512f"))) void chains_avx512(int64_t rounds) {
-  __m512 a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
-  asm volatile("" : "+v"(a), "+v"(b));
 #define HEED_STEP(x) _mm512_fmadd_ps(a, b, x)
-  HEED_CHAINS(__m512, HEED_STEP)
+HEED_CHAINS(chains_avx512, "avx512f", __m512, __m512, _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f), HEED_STEP)
 #undef HEED_STEP
-}
-__attribute__((target("avx512f,avx512bf16"))) void chains_bf16(int64_t rounds) {
-  __m512i ones = _mm512_set1_epi16(0x3f00);
-  asm volatile("" : "+v"(ones));
-  __m512bh pairs;
-  std::memcpy(&pairs, &ones, sizeof pairs);
-#define HEED_STEP(x) _mm512_dpbf16_ps(x, pairs, pairs)
-  HEED_CHAINS(__m512, HEED_STEP)
+#define HEED_STEP(x) _mm512_dpbf16_ps(x, (__m512bh)a, (__m512bh)b)
+HEED_CHAINS(chains_bf16, "avx512f,avx512bf16", __m512, __m512i, _mm512_set1_epi16(0x3f00), a, HEED_STEP)
 #undef HEED_STEP
-}
+#define HEED_STEP(x) _mm512_dpwssd_epi32(x, a, b)
+HEED_CHAINS(chains_int16, "avx512f,avx512vnni", __m512i, __m512i, _mm512_set1_epi16(3), _mm512_set1_epi16(5), HEED_STEP)
+#undef HEED_STEP
+#undef HEED_CHAINS
+#undef HEED_CHAIN
 #elif defined(__aarch64__)
 void chains_neon(int64_t rounds) {
   typedef float Four __attribute__((vector_size(16)));
@@ -83,7 +75,6 @@ void chains_neon(int64_t rounds) {
   }
 }
 #endif
-#undef HEED_CHAINS
 
 double best_gflops(void (*chains)(int64_t), double flops_a_step) {
   double best = 0;

@@ -41,8 +41,7 @@ int main(int argc, char** argv) {
     for (const Check& check : checks) {
       if (check.against == Check::Against::Property) add(oracle, check);
       for (size_t i = 0; i < all.size(); ++i) {
-        // One that is the next but for its products.
-        const bool like_next = i + 1 < all.size() && all[i]->attend == all[i + 1]->attend;
+        const bool like_next = i + 1 < all.size() && same_but_products(*all[i], *all[i + 1]);
         if (all[i] != &oracle && (products || !like_next)) add(*all[i], check);
       }
     }

@@ -6,8 +6,8 @@ namespace heed {
 /// scales (product_tile.h).
 enum class Products { Exact, Rounded };
 
-/// Whether vdpbf16ps multiplies more a second than f32 FMA: AMD's does twice as much; Intel's half, and a quarter of what vpdpwssd
-/// does (GFLOP/s on one Xeon without AMX: 176, 357 and about 700).
+/// Whether vdpbf16ps multiplies more a second than f32 FMA: AMD's does twice as much; Intel's half, while vpdpwssd does 1.7 times as
+/// much (GFLOP/s of two cores of a Xeon without AMX: 165, 345 and 587).
 bool bf16_dots_pay();
 
 }  // namespace heed
