@@ -93,7 +93,7 @@ void matmul_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(4); ++i)
     for (Dtype type : all_types) {
       const int64_t inputs = some_width(random, type), outputs = pick<int64_t>(random, {1, 3, 16, 17, 64, 100}),
-                    tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 70});
+                    tokens = pick<int64_t>(random, {0, 1, 2, 8, 13, 17, 70});
       Weights w(random, type, outputs, inputs);
       const Poisoned x = filled(
           chance(random, 0.7) ? Dtype::F32 : Dtype::BF16, {tokens, inputs}, [&] { return random.normal(); },
@@ -228,6 +228,28 @@ void matmul_of_prompts(const Kernels& run, Random random) {
     }
 }
 
+/// Few tokens and many rows of quantised weights: on a GPU every multiprocessor then has more of them than it adds up at a time.
+void matmul_of_many_rows(const Kernels& run, Random random) {
+  struct Size {
+    int64_t tokens, inputs, rows;
+  };
+  const int64_t multiprocessors = run.name == "cuda" ? 132 : 2;
+  for (const Size& size : {Size{1, 8192, 137}, {1, 768, 70}, {3, 2304, 90}, {8, 4096, 100}, {9, 1024, 60}, {16, 4096, 55}}) {
+    Dtype type = any_type(random);
+    while (!is_block(type)) type = any_type(random);
+    const int64_t inputs = size.inputs, outputs = size.rows * multiprocessors + 1;
+    const Weights w(random, type, outputs, inputs);
+    const Poisoned x = filled(Dtype::F32, {size.tokens, inputs}, [&] { return random.normal(); });
+    Poisoned want(Dtype::F32, {size.tokens, outputs}, random.below(2), random.below(2) * 3), got = want.twin();
+    SCOPED_TRACE(std::string(info(type).name) + " " + w.view.shape() + ", " + std::to_string(size.tokens) + " tokens");
+    Queue queue;
+    oracle().matmul(queue, w.view, x, {}, false, want);
+    run.matmul(queue, w.view, x, {}, false, got);
+    const double rms = longest_row(x) / std::sqrt(double(inputs));
+    expect_close("y", want, got, product(type, rms, largest(x), w.norm(), double(inputs)));
+  }
+}
+
 /// Massive activations, which meet weights of 0 here, take nothing from the numbers beside them.
 void matmul_beside_massive(const Kernels& run, Random random) {
   for (int i = 0; i < cases(20); ++i) {
@@ -254,8 +276,8 @@ void matmul_beside_massive(const Kernels& run, Random random) {
 void matmul_each_equals_reference(const Kernels& run, Random random) {
   for (int i = 0; i < cases(60); ++i) {
     // Matrices of one input may be of different types, as q, k and v are.
-    const int64_t inputs = pick<int64_t>(random, {256, 512}), tokens = pick<int64_t>(random, {0, 1, 2, 5, 17, 70}),
-                  count = random.below(4);
+    const int64_t inputs = pick<int64_t>(random, {256, 512, 768}),
+                  tokens = pick<int64_t>(random, {0, 1, 2, 5, 16, 17, 70}), count = random.below(4);
     std::vector<Weights> w;
     std::vector<Poisoned> bias, want, got;
     std::vector<Linear> oracles, runs;
@@ -546,6 +568,7 @@ std::vector<Check> model_checks() {
   return {{Reference, "matmul", matmul_equals_reference},
           {Reference, "matmul_rounding", matmul_rounds_activations_once},
           {Reference, "matmul_prompts", matmul_of_prompts},
+          {Reference, "matmul_many_rows", matmul_of_many_rows},
           {Reference, "matmul_beside_massive", matmul_beside_massive},
           {Reference, "matmul_each", matmul_each_equals_reference},
           {Reference, "matmul_glu", matmul_glu_equals_reference},

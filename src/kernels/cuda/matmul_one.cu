@@ -10,7 +10,6 @@ namespace {
 /// blocks of twelve, of which the next kernel's may begin to read beside the last one's, made 352 tokens a second of 360
 /// (llama-8b Q4_K behind 8192). Bytes of a warp's ring.
 constexpr int kMostWarps = 24, kRingBytes = 7168;
-constexpr int kMostParts = 3;
 
 /// A warp multiplies two rows at a time, piece by piece; half of its lanes take each.
 template <Dtype kType> struct Pieces {
@@ -41,7 +40,7 @@ struct One {
     float* y;
     int outputs, pairs;
     bool add;
-  } part[kMostParts];  // matrices of one type
+  } part[kMostAtOnce];  // matrices of one type
   const float* x;
   const float* norm;  // weights of a norm of x, or null
   float eps;
@@ -72,7 +71,7 @@ template <Dtype kType> struct Rounded {
   float sum[kHalves<kType> ? 2 : 1][kRuns];  // as dot wants them
 };
 
-/// Eight lanes a run of 32; the rounding of quantise_kernel, of x times the norm's weights. What the norm divides by is one
+/// Eight lanes a run of 32, of x times the norm's weights. What the norm divides by is one
 /// number, which the products are multiplied by; the return value is the sum of squares of this thread's share of x.
 template <Dtype kType>
 __device__ inline float round_runs(const float* x, const float* norm, int runs, int pieces, Rounded<kType>* to) {
@@ -92,29 +91,17 @@ __device__ inline float round_runs(const float* x, const float* norm, int runs, 
         v.x *= by[0], v.y *= by[1], v.z *= by[2], v.w *= by[3];
       }
     }
-    const float most = warp_max(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))), 8);
-    const float by = most > 0 ? __fdividef(127, most) : 0, scale = most * (1.0f / 127);
-    const int c0 = __float2int_rn(v.x * by), c1 = __float2int_rn(v.y * by), c2 = __float2int_rn(v.z * by),
-              c3 = __float2int_rn(v.w * by);
-    const int sum = warp_sum(c0 + c1 + c2 + c3, 4), all = sum + __shfl_xor_sync(~0u, sum, 4);
+    const RoundedFour four = round_four(v);
     Rounded<kType>& piece = to[at / P::kPieceRuns];
-    reinterpret_cast<int*>(eighth < 4 ? piece.low + place : piece.high + place)[eighth % 4] = (c0 & 255) | (c1 & 255) << 8 |
-                                                                                              (c2 & 255) << 16 | c3 << 24;
-    if (eighth == 0) piece.scale[place] = scale;
+    reinterpret_cast<uint32_t*>(eighth < 4 ? piece.low + place : piece.high + place)[eighth % 4] = four.codes;
+    if (eighth == 0) piece.scale[place] = four.scale;
     if constexpr (kHalves<kType>) {
-      if (eighth % 4 == 0) piece.sum[eighth / 4][place] = scale * float(sum);
+      if (eighth % 4 == 0) piece.sum[eighth / 4][place] = four.half;
     } else {
-      if (eighth == 0) piece.sum[0][place] = scale * float(all);
+      if (eighth == 0) piece.sum[0][place] = four.all;
     }
   }
   return squares;
-}
-
-/// 16 bytes to shared memory without waiting; of `from` only the first `bytes` are read, the rest are zeros.
-__device__ inline void copy16(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(bytes)
-               : "memory");
 }
 
 /// The sum of x over the block's threads, for every thread; `sums` is not used before.
@@ -296,7 +283,7 @@ template <Dtype kType> bool one(Queue& queue, const One& a) {
 }  // namespace
 
 bool matmul_one(Queue& queue, std::span<const Linear> each, const Tensor& x, const How& how) {
-  if (each.size() > kMostParts) return false;
+  if (each.size() > kMostAtOnce) return false;
   One a{};
   a.x = x.as<float>();
   a.width = int(x.size[1]);

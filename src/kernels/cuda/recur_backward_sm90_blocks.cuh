@@ -94,8 +94,7 @@ __device__ __forceinline__ void sum_blocks(const Back& a, const BlocksOf& at, ui
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       reinterpret_cast<float2*>(memory + Slots::at_sums)[4 * lane + i] = in_two(before + sum[i]);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(full);
+    warp_arrive(full);
   }
 }
 
@@ -138,10 +137,7 @@ __device__ __forceinline__ void differentiate(const Back& a, const BlocksOf& at,
     const int rows = min(kBlock, at.n - block * kBlock);
     const uint32_t parity = uint32_t(nth) & 1;
     auto await = [&](int i, uint32_t of) { barrier_wait(full + i, of); };
-    auto release = [&](int i) {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + i);
-    };
+    auto release = [&](int i) { warp_arrive(empty + i); };
     if (Gated) await(Slots::count, parity);
     await(Slots::d_out, parity), await(Slots::values, parity);
     if (rows < kBlock) {  // rows of others, or of nobody
@@ -577,7 +573,8 @@ __global__ void __launch_bounds__(384, 1) blocks_kernel(const __grid_constant__ 
   at.s = blockIdx.y, at.n = a.in.qs.length(at.s), at.blocks = (at.n + kBlock - 1) / kBlock, at.first = first_block(a, at.s);
   at.q = a.in.qs.begin(at.s), at.k = a.in.ks.begin(at.s), at.v = a.in.vs.begin(at.s);
   if (threadIdx.x == 0) {
-    for (int i = 0; i <= Slots::count; ++i) barrier_init(full + i, 1), barrier_init(empty + i, 8);
+    for (int i = 0; i <= Slots::count; ++i)
+      barrier_init(full + i, i == Slots::count ? kWarpArrivals : 1), barrier_init(empty + i, 8 * kWarpArrivals);
     barrier_init_fence();
   }
   __syncthreads();

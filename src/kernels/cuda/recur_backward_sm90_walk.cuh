@@ -150,6 +150,7 @@ __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8
         *reinterpret_cast<uint4*>(stage + e / 8 / (kChunk - rows) * kPanel + (rows + e / 8 % (kChunk - rows)) * 128 +
                                   e % 8 * 16) = {};
       proxy_fence();
+      named_sync(1, 128);
     }
     if (at.back) {  // d_out in bf16
       const int half = tid / 64, row = tid % 64;
@@ -194,8 +195,7 @@ __device__ __forceinline__ void make_walk(const Back& a, const Walker& at, uint8
         }
       }
     proxy_fence();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(bar.made + slot);
+    warp_arrive(bar.made + slot);
   }
 }
 
@@ -361,8 +361,7 @@ __device__ __forceinline__ void walk_state(const Back& a, const Walker& at, uint
     }
     pin(state);
     if constexpr (Backward || !W::delta) pin(last);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(bar.done + slot);
+    warp_arrive(bar.done + slot);
   }
   if (tid == 0) bulk_wait_read();
   if (Backward && a.to.state) {
@@ -388,7 +387,8 @@ __global__ void __launch_bounds__(384, 1) walk_kernel(const __grid_constant__ Ba
   at.q = a.in.qs.begin(at.s), at.k = a.in.ks.begin(at.s), at.v = a.in.vs.begin(at.s);
   if (threadIdx.x == 0) {
     for (int i = 0; i < W::stages; ++i)
-      barrier_init(bar.full + i, 1), barrier_init(bar.made + i, 4), barrier_init(bar.done + i, 4);
+      barrier_init(bar.full + i, 1), barrier_init(bar.made + i, 4 * kWarpArrivals),
+          barrier_init(bar.done + i, 4 * kWarpArrivals);
     barrier_init_fence();
   }
   __syncthreads();

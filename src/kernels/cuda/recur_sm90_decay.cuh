@@ -202,8 +202,7 @@ __device__ __forceinline__ void decay_chunks(const Direct& a, const Rows& at, ui
         write_pairs(pairs, made, left);
       }
     proxy_fence();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(bar.made + j % 2);
+    warp_arrive(bar.made + j % 2);
   }
   if (!P::out && at.slice == 0 && quarter == 0)
     *reinterpret_cast<float2*>(a.decays + (int64_t(at.s) * a.parts + at.part) * P::d + channel) = exp_of(whole);

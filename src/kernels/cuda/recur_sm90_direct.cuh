@@ -233,8 +233,7 @@ __device__ __forceinline__ void make_chunks(const Direct& a, const Rows& at, uin
       write_pairs(pairs, to_p);
     }
     proxy_fence();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(bar.made + j % 2);
+    warp_arrive(bar.made + j % 2);
     if (warp == 0) make_numbers();
   }
   if (!P::out && at.slice == 0 && !at.transition) {
@@ -490,8 +489,7 @@ __device__ __forceinline__ void walk_chunks(const Direct& a, const Rows& at, uin
       pin(out), pin(value);
       if constexpr (P::delta) pin(value_low);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(bar.done + j % 2);
+    warp_arrive(bar.done + j % 2);
     if constexpr (P::out) write(0);
     if constexpr (P::rows == 32) write(32);
   }
@@ -579,8 +577,8 @@ __global__ void __launch_bounds__(256 + P::makers, 1) direct_kernel(const __grid
   if (threadIdx.x == 0) {
     for (int i = 0; i < P::stages; ++i) barrier_init(bar.full + i, 1);
     for (int i = 0; i < 2; ++i)
-      barrier_init(bar.made + i, P::makers / 32 + P::delta), barrier_init(bar.done + i, uint32_t(4 * at.groups)),
-          barrier_init(bar.handed + i, 1);
+      barrier_init(bar.made + i, P::makers / 32 * kWarpArrivals + P::delta),
+          barrier_init(bar.done + i, uint32_t(4 * at.groups) * kWarpArrivals), barrier_init(bar.handed + i, 1);
     barrier_init_fence();
   }
   __syncthreads();

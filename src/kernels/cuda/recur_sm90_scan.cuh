@@ -216,8 +216,7 @@ __device__ __forceinline__ void walk(const Job& a, const Place& at, uint8_t* mem
     wgmma_wait<0>();
     pin(state), pin(value), pin(value_low);
     if constexpr (!F::vector) pin(last), pin(last_low);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty + slot);
+    warp_arrive(empty + slot);
   }
 
   States to{nullptr, width, 1};
@@ -250,7 +249,8 @@ __global__ void __launch_bounds__(384, 1) scan_kernel(const __grid_constant__ Jo
   at.groups = min(2, (at.columns - at.slice * kSlice + 63) / 64);
   if (!Out && (at.part == a.parts - 1 || (at.transition && at.part == 0))) return;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S::count; ++i) barrier_init(full + i, 1), barrier_init(empty + i, uint32_t(4 * at.groups));
+    for (int i = 0; i < S::count; ++i)
+      barrier_init(full + i, 1), barrier_init(empty + i, uint32_t(4 * at.groups) * kWarpArrivals);
     barrier_init_fence();
   }
   __syncthreads();

@@ -26,6 +26,20 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
+/// A warp's arrival, when all of its lanes have done what the barrier is for: its count is kWarpArrivals for each warp. One lane
+/// arrives for all. The tool racecheck follows no lane but that one and reports the others' accesses, so for it all of them
+/// arrive (HEED_EVERY_LANE_ARRIVES).
+#ifdef HEED_EVERY_LANE_ARRIVES
+constexpr uint32_t kWarpArrivals = 32;
+__device__ __forceinline__ void warp_arrive(uint64_t* bar) { barrier_arrive(bar); }
+#else
+constexpr uint32_t kWarpArrivals = 1;
+__device__ __forceinline__ void warp_arrive(uint64_t* bar) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(bar);
+}
+#endif
+
 /// Arrives and announces bytes that copies will bring.
 __device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)

@@ -69,127 +69,138 @@ __device__ inline uint32_t spread(uint32_t x, int to) {
   return ((x & 1) | (x & 2) << 7 | (x & 4) << 14 | (x & 8) << 21) << to;
 }
 
+/// What addresses of a type's blocks are multiples of.
+template <Dtype kType> constexpr int kAlign = info(kType).bytes % 16 == 0 ? 16 : info(kType).bytes % 4 == 0 ? 4 : 2;
+/// Runs of 32 in a block, and weights that share a scale.
+template <Dtype kType> constexpr int kBlockRuns = info(kType).block / 32;
+template <Dtype kType> constexpr int kGroup = kHalves<kType> ? 16 : 32;
+
+/// Where a block has the word with the low bits of codes 4 i … 4 i + 3 of its run `in`, and that with their high bits (in
+/// blocks of 32 one word for all i).
+template <Dtype kType> __host__ __device__ constexpr unsigned low_at(unsigned in, unsigned i) {
+  switch (kType) {
+    case Dtype::Q8_0: return 2 + 4 * i;
+    case Dtype::Q4_1: return 4 + 4 * (i % 4);
+    case Dtype::Q5_0: return 6 + 4 * (i % 4);
+    case Dtype::Q5_1: return 8 + 4 * (i % 4);
+    case Dtype::Q2_K: return 16 + in / 4 * 32 + 4 * i;
+    case Dtype::Q3_K: return 32 + in / 4 * 32 + 4 * i;
+    case Dtype::Q4_K: return 16 + in / 2 * 32 + 4 * i;
+    case Dtype::Q5_K: return 48 + in / 2 * 32 + 4 * i;
+    case Dtype::Q6_K: return in / 4 * 64 + in % 2 * 32 + 4 * i;
+    default: return 2 + 4 * (i % 4);
+  }
+}
+template <Dtype kType>
+constexpr bool kHigh = kType == Dtype::Q5_0 || kType == Dtype::Q5_1 || kType == Dtype::Q3_K || kType == Dtype::Q5_K ||
+                       kType == Dtype::Q6_K;
+template <Dtype kType> __host__ __device__ constexpr unsigned high_at(unsigned in, unsigned i) {
+  switch (kType) {
+    case Dtype::Q5_0: return 2;
+    case Dtype::Q5_1: return 4;
+    case Dtype::Q3_K: return 4 * i;
+    case Dtype::Q5_K: return 16 + 4 * i;
+    default: return 128 + in / 4 * 32 + 4 * i;
+  }
+}
+
+/// Codes 4 i … 4 i + 3 of a block's run `in`, of those words.
+template <Dtype kType> __device__ inline uint32_t codes_of(uint32_t low, uint32_t high, unsigned in, unsigned i) {
+  switch (kType) {
+    case Dtype::Q8_0: return low;
+    case Dtype::Q2_K: return low >> (in % 4 * 2) & 0x03030303u;
+    case Dtype::Q3_K: return (low >> (in % 4 * 2) & 0x03030303u) | (high >> in & 0x01010101u) << 2;
+    case Dtype::Q4_K: return low >> (in % 2 * 4) & 0x0f0f0f0fu;
+    case Dtype::Q5_K: return (low >> (in % 2 * 4) & 0x0f0f0f0fu) | (high >> in & 0x01010101u) << 4;
+    case Dtype::Q6_K: return (low >> (in % 4 / 2 * 4) & 0x0f0f0f0fu) | (high >> (in % 4 * 2) & 0x03030303u) << 4;
+    default: break;
+  }
+  const uint32_t nibbles = low >> (i / 4 * 4) & 0x0f0f0f0fu;
+  if (kHigh<kType>) return nibbles | spread(high >> (4 * i), 4);
+  if (kType != Dtype::IQ4_NL) return nibbles;
+  // The table in four words; byte permutation picks by the low three bits, the fourth chooses the half.
+  const uint32_t pick = (nibbles & 7) | (nibbles >> 4 & 0x70) | (nibbles >> 8 & 0x700) | (nibbles >> 12 & 0x7000);
+  const uint32_t a = __byte_perm(0xbfad9881u, 0xf6eaddcfu, pick), c = __byte_perm(0x26190d01u, 0x71594535u, pick);
+  const uint32_t upper_half = (nibbles >> 3 & 0x01010101u) * 255;
+  return (a & ~upper_half) | (c & upper_half);
+}
+
 /// The bytes of run r of a row of whole blocks. In blocks of 256, runs that `share` have the same words.
 template <Dtype kType> struct Raw {
   const uint8_t* block;
   uint32_t head[4], low[8], high[8];  // what a type has of these
 };
 /// Whether run r + kShares has run r's words: of pairs 2i, 2i + 1 (in Q6_K of r % 4 < 2); 0: none has.
-template <Dtype kType> constexpr int kShares = info(kType).block == 32 ? 0 : kType == Dtype::Q6_K ? 2 : 1;
+template <Dtype kType> constexpr int kShares = kBlockRuns<kType> == 1 ? 0 : kType == Dtype::Q6_K ? 2 : 1;
 
-template <Dtype kType, class Words = InGlobal>
-__device__ inline Raw<kType> load_run(const uint8_t* row, unsigned r) {
-  constexpr unsigned bytes = info(kType).bytes, runs = info(kType).block / 32;
-  constexpr int align = bytes % 16 == 0 ? 16 : bytes % 4 == 0 ? 4 : 2;
+/// Of Q4_K and Q5_K: d and that of minima, and behind them, of runs 2 i and 2 i + 1 with `in` one of them, scales and minima side
+/// by side.
+template <Dtype kType, class Words> __device__ inline void load_head(const uint8_t* block, unsigned in, uint32_t (&head)[4]) {
+  if constexpr (kType == Dtype::Q4_K || kType == Dtype::Q5_K) {
+    // Six bits each of scales 0 … 3 and of minima 0 … 3, and above them and in the last word of 4 … 7.
+    Words::template words<kAlign<kType>>(block, head);
+    const unsigned byte = in / 2 % 2 * 16;
+    const uint32_t scales = head[1] >> byte, mins = head[2] >> byte, rest = head[3] >> byte;
+    head[1] = in < 4 ? scales & 0x3f3f : (rest & 0x0f0f) | (scales >> 2 & 0x3030);
+    head[2] = in < 4 ? mins & 0x3f3f : (rest >> 4 & 0x0f0f) | (mins >> 2 & 0x3030);
+  }
+}
+
+template <Dtype kType, class Words = InGlobal> __device__ inline Raw<kType> load_run(const uint8_t* row, unsigned r) {
   const unsigned in = r % 8;
   Raw<kType> out;
-  const uint8_t* b = out.block = row + r / runs * bytes;
-  if constexpr (kType == Dtype::Q8_0) {
-    Words::template words<align>(b + 2, out.low);
-  } else if constexpr (runs == 1) {
-    constexpr int scales = kType == Dtype::Q4_1 || kType == Dtype::Q5_1 ? 4 : 2;
-    constexpr bool fifth = kType == Dtype::Q5_0 || kType == Dtype::Q5_1;
+  const uint8_t* b = out.block = row + r / kBlockRuns<kType> * info(kType).bytes;
+  if constexpr (kBlockRuns<kType> == 1 && kType != Dtype::Q8_0) {
     uint32_t high[1] = {}, low[4];
-    if constexpr (fifth) Words::template words<align>(b + scales, high);
-    Words::template words<align>(b + scales + (fifth ? 4 : 0), low);
-    out.high[0] = high[0];
+    if constexpr (kHigh<kType>) Words::template words<kAlign<kType>>(b + high_at<kType>(in, 0), high);
+    Words::template words<kAlign<kType>>(b + low_at<kType>(in, 0), low);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out.low[i] = low[i];
-  } else if constexpr (kType == Dtype::Q2_K) {
-    Words::template words<align>(b + 16 + in / 4 * 32, out.low);
-  } else if constexpr (kType == Dtype::Q3_K) {
-    Words::template words<align>(b + 32 + in / 4 * 32, out.low);
-    Words::template words<align>(b, out.high);
-  } else if constexpr (kType == Dtype::Q4_K || kType == Dtype::Q5_K) {
-    // d and that of minima; six bits each of scales 0 … 3 and of minima 0 … 3, and above them and in the last word of 4 … 7.
-    // Of a pair of runs, scales and minima side by side.
-    Words::template words<align>(b, out.head);
-    const unsigned byte = in / 2 % 2 * 16;
-    const uint32_t scales = out.head[1] >> byte, mins = out.head[2] >> byte, rest = out.head[3] >> byte;
-    out.head[1] = in < 4 ? scales & 0x3f3f : (rest & 0x0f0f) | (scales >> 2 & 0x3030);
-    out.head[2] = in < 4 ? mins & 0x3f3f : (rest >> 4 & 0x0f0f) | (mins >> 2 & 0x3030);
-    Words::template words<align>(b + (kType == Dtype::Q5_K ? 48 : 16) + in / 2 * 32, out.low);
-    if constexpr (kType == Dtype::Q5_K) Words::template words<align>(b + 16, out.high);
+    for (int i = 0; i < 8; ++i) out.low[i] = low[i % 4], out.high[i] = high[0];
   } else {
-    static_assert(kType == Dtype::Q6_K);
-    Words::template words<align>(b + in / 4 * 64 + in % 2 * 32, out.low);
-    Words::template words<align>(b + 128 + in / 4 * 32, out.high);
+    load_head<kType, Words>(b, in, out.head);
+    Words::template words<kAlign<kType>>(b + low_at<kType>(in, 0), out.low);
+    if constexpr (kHigh<kType>) Words::template words<kAlign<kType>>(b + high_at<kType>(in, 0), out.high);
+    else
+#pragma unroll
+      for (uint32_t& high : out.high) high = 0;
   }
   return out;
 }
 
+struct Affine {
+  float scale, shift;
+};
+/// Of the group-th kGroup weights of a block, with the head of its run.
+template <Dtype kType>
+__device__ inline Affine affine_of(const uint8_t* block, const uint32_t (&head)[4], unsigned group) {
+  if constexpr (kBlockRuns<kType> == 1) {
+    return {half_at(block), kShifted<kType> ? half_at(block + 2) : 0.0f};
+  } else if constexpr (kType == Dtype::Q2_K) {
+    const int both = block[group];
+    return {half_at(block + 80) * float(both & 15), -half_at(block + 82) * float(both >> 4)};
+  } else if constexpr (kType == Dtype::Q3_K) {
+    const uint8_t* scales = block + 96;
+    const unsigned low = scales[group % 8] >> (group / 8 * 4) & 15, high = scales[8 + group % 4] >> (group / 4 * 2) & 3;
+    return {half_at(block + 108) * float(int(low | high << 4) - 32), 0};
+  } else if constexpr (kType == Dtype::Q6_K) {
+    return {half_at(block + 208) * float(int8_t(block[192 + group])), 0};
+  } else {
+    static_assert(kType == Dtype::Q4_K || kType == Dtype::Q5_K);
+    const unsigned byte = group % 2 * 8;
+    return {low_half(head[0]) * float(head[1] >> byte & 255), -low_half(head[0] >> 16) * float(head[2] >> byte & 255)};
+  }
+}
+
 /// Run r, of its bytes.
 template <Dtype kType> __device__ inline Run run_of(const Raw<kType>& raw, unsigned r) {
-  const uint8_t* b = raw.block;
   const unsigned in = r % 8;
   Run out;
-  out.shift[0] = out.shift[1] = 0;
-  if constexpr (kType == Dtype::Q8_0) {
-    out.scale[0] = out.scale[1] = half_at(b);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out.codes[i] = int(raw.low[i]);
-  } else if constexpr (info(kType).block == 32) {
-    out.scale[0] = out.scale[1] = half_at(b);
-    if (kShifted<kType>) out.shift[0] = out.shift[1] = half_at(b + 2);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t low = raw.low[i] & 0x0f0f0f0fu, upper = raw.low[i] >> 4 & 0x0f0f0f0fu;
-      if (kType == Dtype::Q5_0 || kType == Dtype::Q5_1) {
-        low |= spread(raw.high[0] >> (4 * i), 4);
-        upper |= spread(raw.high[0] >> (16 + 4 * i), 4);
-      }
-      if constexpr (kType == Dtype::IQ4_NL) {
-        auto look_up = [](uint32_t nibbles) {
-          // The table in four words; byte permutation picks by the low three bits, the fourth chooses the half.
-          const uint32_t pick = (nibbles & 7) | (nibbles >> 4 & 0x70) | (nibbles >> 8 & 0x700) | (nibbles >> 12 & 0x7000);
-          const uint32_t a = __byte_perm(0xbfad9881u, 0xf6eaddcfu, pick), c = __byte_perm(0x26190d01u, 0x71594535u, pick);
-          const uint32_t upper_half = (nibbles >> 3 & 0x01010101u) * 255;
-          return (a & ~upper_half) | (c & upper_half);
-        };
-        low = look_up(low), upper = look_up(upper);
-      }
-      out.codes[i] = int(low), out.codes[i + 4] = int(upper);
-    }
-  } else if constexpr (kType == Dtype::Q2_K) {
-    const float d = half_at(b + 80), dmin = half_at(b + 82);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int scale = b[2 * in + half];
-      out.scale[half] = d * float(scale & 15);
-      out.shift[half] = -dmin * float(scale >> 4);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out.codes[i] = int(raw.low[i] >> (in % 4 * 2) & 0x03030303u);
-  } else if constexpr (kType == Dtype::Q3_K) {
-    const float d = half_at(b + 108);
-    const uint8_t* scales = b + 96;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const unsigned run = 2 * in + half, low = scales[run % 8] >> (run / 8 * 4) & 15;
-      out.scale[half] = d * float(int(low | (scales[8 + run % 4] >> (run / 4 * 2) & 3) << 4) - 32);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      out.codes[i] = int((raw.low[i] >> (in % 4 * 2) & 0x03030303u) | (raw.high[i] >> in & 0x01010101u) << 2);
-  } else if constexpr (kType == Dtype::Q4_K || kType == Dtype::Q5_K) {
-    out.scale[0] = out.scale[1] = low_half(raw.head[0]) * float(raw.head[1] >> (in % 2 * 8) & 255);
-    out.shift[0] = out.shift[1] = -low_half(raw.head[0] >> 16) * float(raw.head[2] >> (in % 2 * 8) & 255);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      uint32_t codes = raw.low[i] >> (in % 2 * 4) & 0x0f0f0f0fu;
-      if (kType == Dtype::Q5_K) codes |= (raw.high[i] >> in & 0x01010101u) << 4;
-      out.codes[i] = int(codes);
-    }
-  } else {
-    const unsigned quarter = in % 4;
-    const float d = half_at(b + 208);
-    const int8_t* scales = reinterpret_cast<const int8_t*>(b + 192);
-    out.scale[0] = d * float(scales[2 * in]);
-    out.scale[1] = d * float(scales[2 * in + 1]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      out.codes[i] = int((raw.low[i] >> (quarter / 2 * 4) & 0x0f0f0f0fu) | (raw.high[i] >> (quarter * 2) & 0x03030303u) << 4);
-  }
+  for (unsigned i = 0; i < 8; ++i) out.codes[i] = int(codes_of<kType>(raw.low[i], raw.high[i], in, i));
+  const Affine first = affine_of<kType>(raw.block, raw.head, kHalves<kType> ? 2 * in : in);
+  const Affine second = kHalves<kType> ? affine_of<kType>(raw.block, raw.head, 2 * in + 1) : first;
+  out.scale[0] = first.scale, out.scale[1] = second.scale;
+  out.shift[0] = first.shift, out.shift[1] = second.shift;
   return out;
 }
 
@@ -210,7 +221,7 @@ __device__ inline int2 dot_codes(const Run& run, const int4& low, const int4& hi
 }
 
 /// Σ of a run's weights times 32 activations scale · code. sums: Σ scale · code of each half where halves have their own
-/// scales, of all otherwise. (The sums are of the rounded activations: matmul_few.cu says why.)
+/// scales, of all otherwise. (The sums are of the rounded activations: matmul.cuh says why.)
 template <Dtype kType>
 __device__ inline float dot(const Run& run, const int4& low, const int4& high, float scale,
                             const float (&sums)[kHalves<kType> ? 2 : 1]) {
