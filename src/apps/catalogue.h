@@ -6,7 +6,7 @@
 namespace heed::apps {
 
 std::vector<std::string> role_names(uint8_t roles);
-/// What `heed apply --input` gives it, needed or not, each with its shape: "beta [h, n]: step in (0, 1)".
+/// heed::inputs_of it with its defaults; a wrapper is around SnapKV.
 std::vector<std::string> inputs_of(const Entry& entry);
 /// The fields of `heed list --json`, and kind, wrapper, equation, identity, inputs.
 Json to_json(const Entry& entry);

@@ -2,6 +2,7 @@
 
 #include "apps/catalogue.h"
 #include "apps/catalogue_page.h"
+#include "lab/apply.h"
 #include "mechanisms/registry.h"
 
 namespace heed::apps {
@@ -79,15 +80,11 @@ std::vector<std::string> role_names(uint8_t roles) {
 }
 
 std::vector<std::string> inputs_of(const Entry& entry) {
-  std::vector<std::string> out;
-  const auto specs = parse_spec(entry.wrapper ? entry.name + "(snapkv)" : entry.name);
-  if (auto mechanism = make_mechanism(value_or_throw(specs)[0], registry())) {
-    ModelInfo model;
-    model.h = model.g = 1, model.d = model.d_v = 64;
-    out = (*mechanism)->needs(model).inputs;
-  }
-  out.insert(out.end(), entry.apply_inputs.begin(), entry.apply_inputs.end());
-  return out;
+  if (!entry.make) return entry.apply_inputs;
+  const auto specs = value_or_throw(parse_spec(entry.wrapper ? entry.name + "(snapkv)" : entry.name));
+  ModelInfo model;
+  model.h = model.g = 1, model.d = model.d_v = 64;
+  return heed::inputs_of(specs[0], model);
 }
 
 Json to_json(const Entry& e) {

@@ -27,6 +27,32 @@ PageType page_type(Dtype type) {
 
 bool real(Dtype type) { return type == Dtype::F32 || type == Dtype::F64 || type == Dtype::F16 || type == Dtype::BF16; }
 
+/// "w1 [8d, d], b1 [8d]: the first matrix" → w1, b1.
+std::vector<std::string> names_in(const std::string& input) {
+  std::vector<std::string> out;
+  const std::string shapes = input.substr(0, input.find(':'));
+  for (size_t end = shapes.find(" ["); end != std::string::npos; end = shapes.find(" [", end + 1)) {
+    const size_t space = shapes.find_last_of(' ', end - 1);
+    out.push_back(shapes.substr(space + 1, end - space - 1));
+  }
+  return out;
+}
+
+/// Refuses inputs that none of the mechanisms takes.
+void check_names(const std::map<std::string, Tensor>& inputs, const std::string& spec, const ModelInfo& model) {
+  if (inputs.empty()) return;
+  std::vector<std::string> taken;
+  for (const Spec& part : value_or_throw(parse_spec(spec)))
+    for (const std::string& input : inputs_of(part, model))
+      for (std::string& name : names_in(input)) taken.push_back(std::move(name));
+  std::string list;
+  for (const std::string& name : taken) list += (list.empty() ? "" : ", ") + name;
+  for (const auto& [name, tensor] : inputs)
+    require(std::find(taken.begin(), taken.end(), name) != taken.end(), "--input",
+            "'" + name + "' is nothing that " + spec + " takes",
+            list.empty() ? "leave it out: none is taken" : "give " + list);
+}
+
 /// One layer without a model: h heads of n queries over g heads of m keys.
 class Harness {
  public:
@@ -38,6 +64,7 @@ class Harness {
     model_.h = int(h_), model_.g = int(g_), model_.d = int(in.q.size[2]), model_.d_v = int(in.v.size[2]);
     model_.scale = in.scale;
     composition_ = value_or_throw(Composition::parse(spec, model_, registry()));
+    check_names(in.inputs, composition_.text(), model_);
 
     const Dtype type = float_type(in.dtype, "--dtype");
     auto placed = [&](const Tensor& from, Dtype as) {
@@ -315,6 +342,17 @@ const Buffer* ApplyOutput::find(const std::string& name) const {
   for (const auto& [key, buffer] : arrays)
     if (key == name) return &buffer;
   return nullptr;
+}
+
+std::vector<std::string> inputs_of(const Spec& spec, const ModelInfo& model) {
+  std::vector<std::string> out = value_or_throw(make_mechanism(spec, registry()))->needs(model).inputs;
+  const auto add = [&](const auto& self, const Spec& of) -> void {
+    const Entry* entry = value_or_throw(find_entry(of.name, registry()));
+    out.insert(out.end(), entry->apply_inputs.begin(), entry->apply_inputs.end());
+    for (const Spec& inner : of.inner) self(self, inner);
+  };
+  add(add, spec);
+  return out;
 }
 
 Result<ApplyOutput> apply(const std::string& spec, const ApplyInput& input) {

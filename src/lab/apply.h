@@ -27,7 +27,11 @@ struct ApplyOutput {
   const Buffer* find(const std::string& name) const;
 };
 
-/// Errors: shapes that do not fit (which, and what was expected), a bad spec, a missing input.
+/// What `inputs` may give a mechanism, needed or not, each with its shape: "beta [h, n]: step in (0, 1)". Throws Error for a
+/// bad spec.
+std::vector<std::string> inputs_of(const Spec&, const ModelInfo&);
+
+/// Errors: shapes that do not fit (which, and what was expected), a bad spec, a missing input, one that no mechanism takes.
 Result<ApplyOutput> apply(const std::string& spec, const ApplyInput& input);
 
 }  // namespace heed

@@ -465,6 +465,16 @@ TEST_F(OnModel, ApplyGivesAttentionOfArrays) {
   }
   std::filesystem::remove(path("o.npz"));
   expect_complaint(apply({"--input", "g"}), 2, "NAME=FILE");
+  expect_complaint(apply({"--input", "g=" + path("q.npy")}), 2, "none is taken");
+  for (const auto& [spec, names] : {std::pair{"gdn", "g, beta, state"},
+                                    {"kvzap", "x, w1, b1, w2, b2"},
+                                    {"expected-attention-stats", "mean, covariance"},
+                                    {"adakv(critical-ada(snapkv))+sparsed", "output, plan_q, plan_k"}}) {
+    const Outcome refused = heed({"apply", spec, "--q", path("q.npy"), "--k", path("k.npy"), "--v", path("v.npy"), "-o",
+                                  path("o.npz"), "--input", "betta=" + path("q.npy")});
+    expect_complaint(refused, 2, "'betta'");
+    EXPECT_NE(refused.err.find(std::string("give ") + names + ")"), std::string::npos) << refused.err;
+  }
   expect_complaint(apply({"--backend", "abacus"}), 2, "abacus");
   value_or_throw(write_npy(path("k.npy"), Buffer::of<float>({h, n - 1, d}, std::span(x[1]).first(size_t(h * (n - 1) * d)))));
   expect_complaint(apply({}), 2, "v");
