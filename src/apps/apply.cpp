@@ -1,5 +1,6 @@
 #include "lab/apply.h"
 
+#include <algorithm>
 #include <iostream>
 
 #include "apps/command.h"
@@ -30,12 +31,16 @@ class Apply final : public Command {
     app.add_option("--device", device_, "which of the backend's devices, counted from 0")->type_name("N")->check(CLI::Range(0, 1023));
     app.add_option("-s,--seed", seed_, "of mechanisms that draw random numbers")->type_name("N");
     app.add_option("-t,--threads", threads_, "threads; 0: one a core")->type_name("N")->check(CLI::Range(0, 4096));
+    app.add_option("--times", times_, "timed runs behind one that is not counted, beside dense attention; medians")
+        ->type_name("N")
+        ->check(CLI::Range(0, 1000));
     app.add_option("-o,--output", out_, "where the arrays go")->type_name("FILE.npz")->required();
     add_json(app, json_);
     app.footer(
         "Examples:\n"
         "  heed apply \"moba(block=64,topk=4)\" --q q.npy --k k.npy --v v.npy -o out.npz\n"
-        "  heed apply \"snapkv(budget=256)\" --q q.npy --k k.npy --v v.npy --dtype bf16 -o out.npz --json");
+        "  heed apply \"snapkv(budget=256)\" --q q.npy --k k.npy --v v.npy --dtype bf16 -o out.npz --json\n"
+        "  heed apply nsa --q q.npy --k k.npy --v v.npy --input gates=gates.npy --dtype bf16 --times 5 -o out.npz");
   }
 
   int run() override {
@@ -60,6 +65,7 @@ class Apply final : public Command {
     input.causal = !no_causal_, input.scale = scale_, input.backend = backend_, input.device = device_, input.seed = seed_;
     input.dtype = dtype_ == "bf16" ? Dtype::BF16 : dtype_ == "f16" ? Dtype::F16 : Dtype::F32;
     const ApplyOutput output = value_or_throw(heed::apply(spec_, input));
+    const ApplySeconds seconds = timed(input);
 
     std::vector<std::pair<std::string, Tensor>> arrays;
     Json shapes;
@@ -68,13 +74,32 @@ class Apply final : public Command {
       shapes[name] = std::vector<int64_t>(array->size.begin(), array->size.begin() + array->rank);
     }
     value_or_throw(write_npz(out_, arrays));
-    if (json_) print({{"attention", spec_}, {"output", out_}, {"arrays", shapes}});
-    else
+    if (json_) {
+      Json document{{"attention", spec_}, {"output", out_}, {"arrays", shapes}};
+      if (times_ > 0) document["backend"] = backend(backend_, device_).name, document["seconds"] = seconds;
+      print(document);
+    } else {
       for (const auto& [name, shape] : shapes.items()) std::cout << name << ' ' << shape.dump() << '\n';
+      for (const auto& [part, s] : seconds) std::cout << part << ' ' << s * 1e3 << " ms\n";
+    }
     return 0;
   }
 
  private:
+  /// Medians of each part's seconds.
+  ApplySeconds timed(ApplyInput input) const {
+    input.beside_dense = true;
+    std::map<std::string, std::vector<double>> all;
+    for (int i = 0; i < times_; ++i)
+      for (const auto& [part, s] : value_or_throw(heed::apply(spec_, input)).seconds) all[part].push_back(s);
+    ApplySeconds out;
+    for (auto& [part, s] : all) {
+      std::nth_element(s.begin(), s.begin() + int64_t(s.size()) / 2, s.end());
+      out[part] = s[s.size() / 2];
+    }
+    return out;
+  }
+
   /// Positions of any integer type as I32; others and numbers that do not fit are an error.
   Tensor as_i32(const Tensor& from) {
     if (from.type == Dtype::I32) return from;
@@ -96,7 +121,7 @@ class Apply final : public Command {
   bool no_causal_ = false, json_ = false;
   float scale_ = 0;
   uint64_t seed_ = 0;
-  int threads_ = 0;
+  int threads_ = 0, times_ = 0;
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "lab/apply.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "attention/on_host.h"
 #include "attention/plans.h"
@@ -118,6 +119,12 @@ class Harness {
     at.plan.causal = in_.causal;
     at.out = queue_.scratch.take(Dtype::F32, {h_ * n_, model_.d_v}), at.lse = queue_.scratch.take(Dtype::F32, {h_ * n_});
     store_->layer(0).append(queue_, at.k, at.v, k_pos_, std::span(&m_, 1));
+    if (in_.beside_dense) {
+      begin();
+      queue_.run->attend(queue_, at.q, at.k, at.v, at.plan, at.mods, at.out, at.lse);
+      lap("dense");
+    }
+    begin();
 
     const int planner = composition_.owner(Role::Plan, 0), reader = composition_.owner(Role::Read, 0),
               keeper = composition_.owner(Role::Keep, 0);
@@ -125,11 +132,15 @@ class Harness {
       Plan plan = enter(at, planner).plan(at);
       plan.causal = in_.causal;
       at.plan = limit_heads(at, plan, at.k, m_, part(planner).heads);
+      lap("plan");
     }
     queue_.run->attend(queue_, at.q, at.k, at.v, at.plan, at.mods, at.out, at.lse);
+    lap("attend");
     density_ = density(queue_, at.plan, at.q, {.panel = &at.k, .pages = nullptr, .read = nullptr}, at.mods);
+    begin();
     for (int p : composition_.edits(0)) at.out = enter(at, p).edit(at);
     for (size_t p = 0; p < states_.size(); ++p) enter(at, int(p)).observe(at);
+    lap("edit");
     if (planner >= 0) export_plan(at);
     if (reader >= 0) read(at, reader);
     if (keeper >= 0) keep(at, keeper);
@@ -195,6 +206,17 @@ class Harness {
     return at;
   }
 
+  void begin() {
+    queue_.memory->finish(queue_.stream);
+    begun_ = std::chrono::steady_clock::now();
+  }
+  /// What began ends, and the next part begins.
+  void lap(const char* name) {
+    const auto before = begun_;
+    begin();
+    output_.seconds[name] += std::chrono::duration<double>(begun_ - before).count();
+  }
+
   const Mechanism& part(int p) const { return *composition_.parts()[size_t(p)].mechanism; }
   const Mechanism& enter(LayerView& at, int p) const {
     at.enter(states_[size_t(p)].get());
@@ -207,7 +229,16 @@ class Harness {
     at.q = {q_, q_offsets_, {}, h_, h_ * n_}, at.k = {k_, k_offsets_, {}, g_, g_ * m_},
     at.v = {v_, k_offsets_, {}, g_, g_ * m_};
     at.out = queue_.scratch.take(Dtype::F32, {h_ * n_, model_.d_v});
+    begin();
     const Tensor state = enter(at, p).recur(at);
+    lap("state");
+    if (in_.beside_dense) {
+      const Tensor lse = queue_.scratch.take(Dtype::F32, {h_ * n_}),
+                   out = queue_.scratch.take(Dtype::F32, {h_ * n_, model_.d_v});
+      begin();
+      queue_.run->attend(queue_, at.q, at.k, at.v, {}, at.mods, out, lse);
+      lap("dense");
+    }
     add("out", Dtype::F32, {h_, n_, model_.d_v}, at.out);
     add("state", Dtype::F32, {h_, model_.d, model_.d_v}, state);
     return std::move(output_);
@@ -220,12 +251,14 @@ class Harness {
     const Tensor ends = compute(queue_, Dtype::I64, {h_}, (index() + 1) * n_);
     at.q = {q_, offsets, ends, h_, h_ * n_};
     at.q_pos = at.mods.q_pos = q_pos_;
+    begin();
     at.read.plan = limit_heads(at, enter(at, reader).read(at).plan, prompt.k, m_, part(reader).heads);
     at.out = prompt.out, at.lse = prompt.lse;
     queue_.run->attend_store(queue_, at.q, store_->layer(0).pages(), at.read, at.mods, at.out, at.lse);
     // Edits of other mechanisms are the prompt's, and done.
     if (has(composition_.parts()[size_t(reader)].roles, Role::Edit))
       compute(queue_, at.q, load(enter(at, reader).edit(at), index()), at.out);
+    lap("read");
     std::vector<std::vector<int32_t>> tokens(static_cast<size_t>(h_));
     const Plan plan = host_(at.read.plan);
     const Ragged q = host_.segments(at.q), k = host_.segments(prompt.k);
@@ -242,6 +275,7 @@ class Harness {
   }
 
   void keep(LayerView& at, int keeper) {
+    begin();
     const auto& policy = static_cast<const KeepPolicy&>(enter(at, keeper));
     if (!policy.settle(at)) {
       const Ragged scores = policy.score(at);
@@ -249,6 +283,7 @@ class Harness {
           {queue_, model_, 0, std::span(&scores, 1), at.prompt, policy.kept(), at.state_held()});
       evict(at, policy, scores, counts.select(0, 0));
     }
+    lap("keep");
     std::vector<std::vector<int32_t>> positions;
     for (int64_t head = 0; head < g_; ++head) positions.push_back(store_->layer(0).positions(head));
     add_lists("kept", positions);
@@ -334,6 +369,7 @@ class Harness {
   Read::Positions positions_ = Read::Positions::True;
   std::vector<double> density_;
   ApplyOutput output_;
+  std::chrono::steady_clock::time_point begun_;
 };
 
 }  // namespace

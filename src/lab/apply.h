@@ -18,12 +18,18 @@ struct ApplyInput {
   std::string backend = "auto";
   int device = 0;
   uint64_t seed = 0;
+  bool beside_dense = false;  // time dense attention over the same tensors too
 };
+
+/// What parts of one call took, in seconds, copies to and from the device left out: `plan` (or `state`: all of a recurrence),
+/// `attend`, `edit` with what is observed, `read` and `keep` with their own attention, and `dense`.
+using ApplySeconds = std::map<std::string, double>;
 
 /// Named arrays as interfaces fix them: out, lse, state, plan_block, plan_offsets, plan_index, kept_offsets, kept_index,
 /// read_offsets, read_index, density.
 struct ApplyOutput {
   std::vector<std::pair<std::string, Buffer>> arrays;
+  ApplySeconds seconds;
   const Buffer* find(const std::string& name) const;
 };
 

@@ -463,6 +463,9 @@ TEST_F(OnModel, ApplyGivesAttentionOfArrays) {
         EXPECT_NEAR(arrays.at("lse")->at<float>(head, i), std::log(total), 1e-4);
       }
   }
+  EXPECT_FALSE(apply({"--json"}).json().contains("seconds"));
+  const auto seconds = apply({"--times", "2", "--json"}).json()["seconds"];
+  for (const char* part : {"attend", "dense", "edit"}) EXPECT_TRUE(seconds[part].is_number()) << seconds;
   std::filesystem::remove(path("o.npz"));
   expect_complaint(apply({"--input", "g"}), 2, "NAME=FILE");
   expect_complaint(apply({"--input", "g=" + path("q.npy")}), 2, "none is taken");

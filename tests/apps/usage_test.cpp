@@ -106,6 +106,33 @@ TEST_F(Usage, TheCommittedPageIsTheCataloguesOwn) {
   EXPECT_EQ(read((docs / "mechanisms.md").string()), heed(arguments).out);
 }
 
+// A mechanism is said to be measured when a row of docs/results has its speed on a model, or its times on tensors.
+TEST_F(Usage, WhatIsSaidToBeMeasuredHasARow) {
+  const std::filesystem::path results = std::filesystem::path(HEED_TEST_DATA) / "../../docs/results";
+  std::set<std::string> measured;
+  const auto enter = [&](const nlohmann::json& row) {
+    const bool speeds = row.value("prefill_tps", nlohmann::json()).is_number() &&
+                        row.value("decode_tps", nlohmann::json()).is_number();
+    if (!speeds && !row.contains("ms")) return;
+    const std::string spec = row["attention"];
+    for (size_t at = 0, end; at < spec.size(); at = end + 1) {
+      end = std::min(spec.find_first_of("(),+=", at), spec.size());
+      measured.insert(spec.substr(at, end - at));
+    }
+  };
+  for (const auto& file : std::filesystem::directory_iterator(results)) {
+    std::ifstream text(file.path());
+    if (file.path().extension() == ".json")
+      for (const auto& row : nlohmann::json::parse(text)) enter(row);
+    else if (file.path().filename().string().starts_with("tensors-"))
+      for (std::string line; std::getline(text, line);) enter(nlohmann::json::parse(line));
+  }
+  for (const auto& entry : heed({"list", "--json"}).json()) {
+    const std::vector<std::string> verified = entry["verified"];
+    EXPECT_EQ(std::ranges::count(verified, "bench") > 0, measured.contains(entry["name"])) << entry["name"];
+  }
+}
+
 TEST_F(Usage, InfoTellsWhatToGiveWithItsShape) {
   const auto inputs = [&](const char* name) { return heed({"info", name, "--json"}).json()["inputs"]; };
   EXPECT_EQ(inputs("snapkv"), nlohmann::json::array());

@@ -85,7 +85,7 @@ Entry gemfilter() {
       "s_j = mean_k(Σ over heads of q_last · k_j) in layer l; read the k best tokens alone, at positions 0 … k − 1";
   e.needs = "the prompt fed through the first layers before; it should end with the question";
   e.identity = "gemfilter(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -98,7 +98,7 @@ Entry kvcompose() {
       "layers share one pool of c_r = mean over heads of the r-th largest s";
   e.needs = "the prompt read a second time";
   e.identity = "kvcompose(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -109,7 +109,7 @@ Entry kvzip() {
       "best of all layers and heads";
   e.needs = "the prompt fed again, part by part: two to three times its cost";
   e.identity = "kvzip(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -112,7 +112,7 @@ Entry act() {
   e.equation = "A_ij ← β A_ij for j in S = {c_j > thr} minus its first; the rest takes what is freed in proportion";
   e.needs = "column means of the prompt; a second, two-part attention; choose heads with heads= and layers=";
   e.identity = "act(beta=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

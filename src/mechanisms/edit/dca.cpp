@@ -121,7 +121,7 @@ Entry dca() {
       "min(2s − 1, c) for older ones; one softmax";
   e.needs = "keys kept before rotation; in prompts attention in three parts";
   e.identity = "dca(chunk=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -142,7 +142,7 @@ Entry ring() {
   e.equation = "rank r: merge over s of attend(Q_r, K_(r−s), V_(r−s)), keys and values passed on at each step";
   e.needs = "nothing; prompts only";
   e.identity = "ring(ranks=4)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

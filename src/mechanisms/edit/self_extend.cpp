@@ -89,7 +89,7 @@ Entry self_extend() {
   e.equation = "j with i − j < w at distance i − j, others at ⌊i / g⌋ + w − ⌊w / g⌋ − ⌊j / g⌋; one softmax";
   e.needs = "keys kept before rotation; in prompts attention twice";
   e.identity = "self-extend(window=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

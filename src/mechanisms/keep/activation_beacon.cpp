@@ -58,7 +58,7 @@ Entry activation_beacon() {
       "of a window that has ended beacons stay";
   e.needs = "rows of q, k and v at beacons from a trained model's own matrices";
   e.identity = "activation-beacon(window=1000000000,ratio=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -81,7 +81,7 @@ Entry adakv() {
   e.equation = "B_i = round((1 − α) c_i + ⌊α B⌋), c_i = how many of the layer's g·B best scores lie in head i";
   e.needs = "a keep policy inside";
   e.identity = "adakv(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

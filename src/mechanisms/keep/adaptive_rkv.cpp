@@ -107,7 +107,7 @@ Entry adaptive_rkv() {
       "over i of the block and t of D of cos(k_i, k_t), where it is above its row's mean";
   e.needs = "the weights of the last rows beside each entry; while it cuts, n² numbers";
   e.identity = "adaptive-rkv(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -192,7 +192,7 @@ Entry block_evict() {
   e.equation = "H ← first B entries; for each next block X: H ← top B of H ∪ X by the inner score of H ∪ X";
   e.needs = "a keep policy inside";
   e.identity = "block-evict(keydiff(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -137,7 +137,7 @@ Entry cake() {
       "s_j = pool_5(mean_i P_ij + γ var_i P_ij), mean over the group; b_l = w + share of H^(1/τ1) V^(1/τ2) · N (B − w)";
   e.needs = "nothing";
   e.identity = "cake(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

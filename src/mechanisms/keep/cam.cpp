@@ -101,7 +101,7 @@ Entry cam() {
       " = Σ over decoded tokens of P";
   e.needs = "a keep policy inside that cuts while decoding: when=every(512)";
   e.identity = "cam(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

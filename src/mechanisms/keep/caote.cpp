@@ -37,7 +37,7 @@ Entry caote() {
   e.equation = "c_j = a_j / (1 − a_j) ‖Σ a v − v_j‖, a = the inner score / its sum; evict the lowest c";
   e.needs = "a keep policy inside whose scores are weights: h2o, tova, snapkv";
   e.identity = "caote(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -58,7 +58,7 @@ Entry capkv() {
   e.equation = "s_j = w_j v_j^T (I + Σ w v v^T)^-1 v_j, w_j = e^(τ (cos(k_j, R μ) − max)), mean over the group";
   e.needs = "queries of the prompt";
   e.identity = "capkv(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

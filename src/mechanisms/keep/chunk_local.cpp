@@ -38,7 +38,7 @@ Entry chunk_local() {
       "of every chunk of c entries keep the top max(1, ⌊c r⌋) by the inner score, r the budget's share of the text";
   e.needs = "a keep policy inside";
   e.identity = "chunk-local(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -31,7 +31,7 @@ Entry chunkkv() {
   e.equation = "s(chunk) = mean over its entries of Σ over KV heads of the inner score; keep the best chunks";
   e.needs = "a keep policy inside";
   e.identity = "chunkkv(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

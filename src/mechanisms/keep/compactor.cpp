@@ -61,7 +61,7 @@ Entry compactor() {
   e.equation = "s_j = r z(leverage_j) + z(noncausal_j), z over all entries of the layer, r the share that goes";
   e.needs = "queries of the prompt";
   e.identity = "compactor(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

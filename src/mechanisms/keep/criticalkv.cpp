@@ -56,7 +56,7 @@ Entry criticalkv() {
   e.needs = "a keep policy inside whose scores are weights, and the output matrix";
   e.identity = "criticalkv(snapkv(budget=1.0))";
   e.apply_inputs = {"output [hidden, h·d_v]: the output matrix"};
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -68,7 +68,7 @@ Entry critical_ada() {
   e.needs = "a keep policy inside whose scores are weights, and the output matrix";
   e.identity = "critical-ada(snapkv(budget=1.0))";
   e.apply_inputs = {"output [hidden, h·d_v]: the output matrix"};
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -46,7 +46,7 @@ Entry cur() {
   e.equation = "keep the top B of (‖k_j‖² / Σ_block ‖k‖²) (‖v_j‖² / Σ_block ‖v‖²)";
   e.needs = "nothing";
   e.identity = "cur(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -113,7 +113,7 @@ Entry defensivekv() {
   e.needs = "the output matrix";
   e.identity = "defensivekv(budget=1.0)";
   e.apply_inputs = {"output [hidden, h·d_v]: the output matrix"};
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -35,7 +35,7 @@ Entry dms() {
   e.equation = "keep {j : s_j ≥ τ} ∪ the last w";
   e.needs = "a keep policy inside whose scores have an absolute scale";
   e.identity = "dms(knorm)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -38,7 +38,7 @@ Entry duo_attention() {
   e.equation = "streaming heads keep {0 … s − 1} ∪ the last r entries; the others keep all";
   e.needs = "which heads stream (heads=, a profile): `heed heads` finds those that retrieve";
   e.identity = "duo-attention(recent=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -75,7 +75,7 @@ Entry entropy_chunk() {
       "of the budget to the best others";
   e.needs = "a keep policy inside";
   e.identity = "entropy-chunk(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

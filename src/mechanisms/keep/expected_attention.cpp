@@ -165,7 +165,7 @@ Entry expected_attention() {
   e.equation = "z_j = R μ·k_j / √d + k_j^T R S R^T k_j / 2d; s_j = (mean over the group of softmax z_j + ε) ‖v_j‖";
   e.needs = "queries of the prompt";
   e.identity = "expected-attention(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -95,7 +95,7 @@ Entry fast_kvzip() {
       " best of all layers and heads";
   e.needs = "a trained gate for each layer and its hidden states: --input x=…, w_q=…, b_q=…, w_k=…, b=…, fixed_k=…";
   e.no_identity = "the gate is an input; with budget=1.0 it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

@@ -111,7 +111,7 @@ Entry fastgen() {
       "the kinds of tokens (a model's vocabulary, or --input tokens=…); sums for each query head beside each entry";
   e.identity = "fastgen(recovered=1)";
   e.apply_inputs = {"tokens [m]: the class of each token"};
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -43,7 +43,7 @@ Entry finch() {
   e.equation = "s_j = mean over the question's rows i and the group of i P_ij, i the keys before the row";
   e.needs = "the question at the prompt's end, `window` tokens of it";
   e.identity = "finch(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -123,7 +123,7 @@ Entry forcing_kv() {
       "keep the first frame, the last, and of the segments between the share of least mean_t cos(k_t, k_t + frame)";
   e.needs = "which heads are static (static=)";
   e.identity = "forcing-kv(share=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

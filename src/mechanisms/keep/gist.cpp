@@ -96,7 +96,7 @@ Entry gist() {
   e.needs = "a model trained with gist tokens, and the number of that token";
   e.identity = "gist";
   e.apply_inputs = {"marks [m]: 1 for a gist token, else 0"};
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

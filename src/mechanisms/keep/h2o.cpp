@@ -91,7 +91,7 @@ Entry h2o() {
   e.equation = "A_j += Σ_i P_ij each step; evict the lowest A outside the last r·B entries";
   e.needs = "column sums of the whole prompt";
   e.identity = "h2o(budget=1.0,when=prompt)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -102,7 +102,7 @@ Entry a2sf() {
   e.equation = "A_j ← α A_j + P_ij at every query i; evict the lowest A";
   e.needs = "column sums of the whole prompt";
   e.identity = "a2sf(budget=1.0,when=prompt)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -112,7 +112,7 @@ Entry observed_attention() {
   e.equation = "keep the top B of Σ_i P_ij / number of queries i that see key j";
   e.needs = "column sums of the whole prompt";
   e.identity = "observed-attention(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

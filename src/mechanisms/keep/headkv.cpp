@@ -78,7 +78,7 @@ Entry headkv() {
   e.equation = "n_h = round(S_h ⌊b / β⌋ N g + b − ⌊b / β⌋) + w, b = B − w, S = head scores that add up to 1";
   e.needs = "a keep policy inside, and head scores (`heed heads`)";
   e.identity = "headkv(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

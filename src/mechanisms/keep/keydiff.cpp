@@ -26,7 +26,7 @@ Entry keydiff() {
   e.equation = "keep the top B of −cos(k_j, mean_i k_i / ‖k_i‖)";
   e.needs = "nothing";
   e.identity = "keydiff(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -43,7 +43,7 @@ Entry kivi() {
   e.equation = "code = round((x − min) / s), s = (max − min) / (2^b − 1); keys by channel, values by entry";
   e.needs = "a second layout of pages";
   e.identity = "kivi(residual=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -32,7 +32,7 @@ Entry knorm() {
   e.equation = "keep the top B of −‖k_j‖₂";
   e.needs = "nothing";
   e.identity = "knorm(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

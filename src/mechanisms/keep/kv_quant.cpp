@@ -48,7 +48,7 @@ Entry made(std::string name, std::string title) {
   if (Rotated) e.equation = "(H q)·(H k) = q·k, Σ p v = H Σ p (H v), H = H^T = H^-1; " + e.equation;
   e.needs = "a second layout of pages";
   e.identity = name + "(residual=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -51,7 +51,7 @@ Entry kvzap() {
   e.equation = "s_j = W x_j + b, or W₂ GELU(W₁ x_j + b₁) + b₂; keep the top B, or with dms what reaches τ";
   e.needs = "a trained network for each layer and its hidden states: --input x=…, w1=…, b1=…";
   e.no_identity = "the network is an input; with budget=1.0 it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

@@ -70,7 +70,7 @@ Entry lagkv() {
       "values, ranked in its partition";
   e.needs = "nothing";
   e.identity = "lagkv(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

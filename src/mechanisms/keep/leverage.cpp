@@ -63,7 +63,7 @@ Entry leverage() {
   e.equation = "s_j = y_j^T (Σ y y^T + λ I)^-1 y_j, y_j = Φ^T (k_j − mean k), k before rotation";
   e.needs = "nothing";
   e.identity = "leverage(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

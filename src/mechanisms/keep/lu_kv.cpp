@@ -79,7 +79,7 @@ Entry lu_kv() {
   e.equation = "n_h = ⌊(1 − lost_h) L⌋, and 1 more for the largest remainders until Σ n_h = round(Σ (1 − lost_h) L)";
   e.needs = "a keep policy inside, and a calibrated curve (lost=) for the budget";
   e.identity = "lu-kv(expected-attention(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

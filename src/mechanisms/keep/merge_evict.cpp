@@ -91,7 +91,7 @@ Entry merge_evict() {
       "+ ‖v_t‖)";
   e.needs = "a keep policy inside";
   e.identity = "merge-evict(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

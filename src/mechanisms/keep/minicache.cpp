@@ -91,7 +91,7 @@ Entry minicache() {
       "‖y‖ e";
   e.needs = "pages that two layers hold; the same entries in both";
   e.identity = "minicache(from=1000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -68,7 +68,7 @@ Entry moa() {
   e.equation = "head h keeps the first s and the last ⌈(α_h + β_h N) / b⌉ b entries";
   e.needs = "a plan: a band for each KV head";
   e.identity = "moa(alpha=[1000000000])";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -68,7 +68,7 @@ Entry noncausal() {
       "s_j = pool_3(mean over the group of Σ_i softmax_j(q_i·k_j) ‖v_j‖), i and j in one tile of 256, unmasked";
   e.needs = "queries of the prompt";
   e.identity = "noncausal(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

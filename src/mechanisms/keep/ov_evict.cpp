@@ -126,7 +126,7 @@ Entry ov_evict() {
       "/ age";
   e.needs = "two numbers beside each entry";
   e.identity = "ov-evict(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -139,7 +139,7 @@ Entry kvcrush() {
       "first stays, b in all";
   e.needs = "two numbers beside each entry";
   e.identity = "kvcrush(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -53,7 +53,7 @@ Entry polar_rope() {
       "alike";
   e.needs = "a second layout of pages";
   e.identity = "polar-rope(residual=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -51,7 +51,7 @@ Entry pyramidkv() {
   e.equation = "snapkv, with n_l = round(hi − l (hi − lo) / (N − 1)), lo = B / β, hi = 2 B − lo";
   e.needs = "nothing";
   e.identity = "pyramidkv(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

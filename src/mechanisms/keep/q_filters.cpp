@@ -55,7 +55,7 @@ Entry q_filters() {
   e.needs = "queries of the prompt";
   e.identity = "q-filters(budget=1.0)";
   e.apply_inputs = {"filters [g, d]: directions, in place of those of the prompt's queries"};
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

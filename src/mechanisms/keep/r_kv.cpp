@@ -103,7 +103,7 @@ Entry r_kv() {
       "s_j = λ pool_7(mean_i softmax_j max over the group of q_i·k_j / √d) − (1 − λ) softmax_j mean_i cos(k_i, k_j)";
   e.needs = "the last queries";
   e.identity = "r-kv(budget=1.0,when=prompt)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -40,7 +40,7 @@ Entry random() {
   e.equation = "keep the top B of uniform draws";
   e.needs = "nothing";
   e.identity = "random(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

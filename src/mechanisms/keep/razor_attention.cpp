@@ -86,7 +86,7 @@ Entry razor_attention() {
       "mean value, logit bias log N";
   e.needs = "a logit bias beside each entry; which heads retrieve (heads=, a profile): `heed heads` finds them";
   e.identity = "razor-attention(recent=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

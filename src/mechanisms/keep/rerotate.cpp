@@ -26,7 +26,7 @@ Entry rerotate() {
   e.equation = "the i-th entry that stays is rotated at i: k_i ← R(i − p_i) k_i";
   e.needs = "a keep policy inside, and keys kept before rotation";
   e.identity = "rerotate(snapkv(budget=1.0))";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -56,7 +56,7 @@ Entry simlayerkv() {
       "last 1023";
   e.needs = "nothing";
   e.identity = "simlayerkv(threshold=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -46,7 +46,7 @@ Entry snapkv() {
       "s_j = pool_k(mean over the last w rows i and the group of P_ij); keep top (C − w) of j < L − w, and the last w";
   e.needs = "nothing";
   e.identity = "snapkv(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -131,7 +131,7 @@ Entry spatten() {
       "1 kept";
   e.needs = "column sums of the whole prompt";
   e.identity = "spatten(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

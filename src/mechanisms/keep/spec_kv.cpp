@@ -34,7 +34,7 @@ Entry spec_kv() {
       "and the last w";
   e.needs = "drafted tokens at the end of the prompt; without them it votes as SnapKV does";
   e.identity = "spec-kv(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

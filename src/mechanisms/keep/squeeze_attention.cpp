@@ -147,7 +147,7 @@ Entry squeeze_attention() {
       "the rest";
   e.needs = "a keep policy inside; the residual stream, and another product with the output matrix in prompts";
   e.identity = "squeeze-attention(snapkv(budget=1.0),share=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -49,7 +49,7 @@ Entry streaming_llm() {
   e.equation = "keep {0 … s − 1} ∪ the last r entries; key i of the cache is rotated at i";
   e.needs = "keys kept before rotation";
   e.identity = "streaming-llm(window=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

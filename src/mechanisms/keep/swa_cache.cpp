@@ -39,7 +39,7 @@ Entry swa_cache() {
   e.equation = "of a layer with window w keep the last w − 1 entries: a query at i sees j > i − w";
   e.needs = "nothing";
   e.identity = "swa-cache";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -112,7 +112,7 @@ Entry think() {
       "are 0";
   e.needs = "nothing";
   e.identity = "think(share=0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -122,7 +122,7 @@ Entry leank() {
   e.equation = "channels outside the mask are 0 in all keys but the first s and the last r";
   e.needs = "a trained mask: --input channels=…";
   e.no_identity = "the mask is an input; with recent of all keys it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

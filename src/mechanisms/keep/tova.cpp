@@ -32,7 +32,7 @@ Entry tova() {
   e.equation = "keep the top B of mean over heads of P_last,j";
   e.needs = "nothing";
   e.identity = "tova(budget=1.0,when=prompt)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -71,7 +71,7 @@ Entry trimmed_llama() {
   e.equation = "all layers keep the union over the first layer's query heads of the top ρ of Σ_i P_ij";
   e.needs = "a number beside each entry for each query head";
   e.identity = "trimmed-llama(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

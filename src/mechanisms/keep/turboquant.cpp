@@ -61,7 +61,7 @@ Entry turboquant() {
       "y = Π x / ‖x‖, Π a random rotation; y_i → the nearest of 2^b Lloyd–Max points of f(t) ~ (1 − t²)^((d − 3) / 2)";
   e.needs = "a second layout of pages";
   e.identity = "turboquant(residual=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -61,7 +61,7 @@ Entry zipvl() {
   e.equation = "p = the fewest entries whose Σ_i P_ij make up τ n; keep the top p of Σ_i P_ij / rows that see j";
   e.needs = "column sums of the whole prompt";
   e.identity = "zipvl(tau=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -68,7 +68,7 @@ Entry a_shape() {
   e.equation = "i sees j ≤ i iff j < sinks or i − j < local";
   e.needs = "nothing";
   e.identity = "a-shape(local=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -78,7 +78,7 @@ Entry tri_shape() {
   e.equation = "a-shape; the last rows see all";
   e.needs = "the whole prompt";
   e.identity = "tri-shape(local=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -89,7 +89,7 @@ Entry triangle_mix() {
   e.equation = "tri-shape in layers ≥ from, dense below";
   e.needs = "the whole prompt";
   e.identity = "triangle-mix(local=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -80,7 +80,7 @@ Entry block_attention() {
   e.equation = "a token of document D sees D's tokens before it; the query sees all";
   e.needs = "the whole prompt, and where documents begin";
   e.identity = "block_attention(block=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -90,7 +90,7 @@ Entry blockrank() {
   e.equation = "a token of document D sees the instruction and D's tokens before it; the query sees all";
   e.needs = "the whole prompt, and where documents begin";
   e.identity = "blockrank(block=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

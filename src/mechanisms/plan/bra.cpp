@@ -46,7 +46,7 @@ Entry bra() {
   e.equation = "A = Q^r (K^r)^T of region means over all heads; a region reads its top-k regions by A";
   e.needs = "the whole prompt, the same entries in all heads";
   e.identity = "bra(topk=1000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

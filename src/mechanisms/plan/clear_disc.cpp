@@ -45,7 +45,7 @@ Entry clear_disc() {
   e.equation = "(y, x) sees (y', x') iff (y − y')² + (x − x')² < r²; text sees all and is seen by all";
   e.needs = "nothing";
   e.identity = "clear-disc(radius=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -13,7 +13,7 @@ Entry dense() {
   Entry e = entry<Dense>("dense", "Attention Is All You Need", "Vaswani et al., 2017, arXiv 1706.03762", 2017, 0);
   e.equation = "o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j ≤ i";
   e.identity = "dense";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

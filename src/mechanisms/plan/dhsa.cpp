@@ -82,7 +82,7 @@ Entry dhsa() {
   e.equation = "S = mean_h(q of a tile) · mean_h(k of a chunk) √length; read the top ⌈density · visible⌉ chunks";
   e.needs = "the whole prompt, the same entries in all heads";
   e.identity = "dhsa(density=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

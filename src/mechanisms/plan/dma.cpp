@@ -78,7 +78,7 @@ Entry dma() {
   e.equation = "b_j = e^(A softplus(W v_j)); read the top k of b_j, j ≤ i; logit = q·k s + b_j";
   e.needs = "trained weights: --input w_dt=…, --input a=…";
   e.no_identity = "its weights are inputs; with A = 0 and topk of all keys it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

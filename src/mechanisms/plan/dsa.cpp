@@ -66,7 +66,7 @@ Entry dsa() {
   e.equation = "I_ij = Σ_h w_ih max(0, q^I_ih · k^I_j); read the top k of I_i, all heads the same";
   e.needs = "a trained indexer: --input index_q=…, --input index_k=…, --input index_w=…";
   e.no_identity = "the indexer is an input; with topk of all keys it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

@@ -59,7 +59,7 @@ Entry flashblock() {
   e.equation = "o = merge(attention of q inside its block, attention of an earlier step's q before the block)";
   e.needs = "an earlier step: --input cached_q=…";
   e.no_identity = "it takes another step's queries; with the step's own it is dense attention of blocks";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

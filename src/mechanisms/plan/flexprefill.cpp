@@ -165,7 +165,7 @@ Entry flexprefill() {
       "that hold γ";
   e.needs = "the whole prompt";
   e.identity = "flexprefill(gamma=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

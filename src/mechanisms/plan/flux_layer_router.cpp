@@ -106,7 +106,7 @@ Entry flux_layer_router() {
       "a = MLP(mean over heads and the first and last p queries of q); dense if a₁ > a₀, else j < s or i − j < w";
   e.needs = "a trained router: --input w1=…, b1=… to w5=…, b5=…; the whole prompt";
   e.no_identity = "the router is an input; one that says a₁ > a₀ is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

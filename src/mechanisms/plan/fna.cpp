@@ -91,7 +91,7 @@ Entry fna() {
   e.equation = "on each axis of the map: start = clamp(i − ⌊w / 2⌋, 0, L − w); i sees start … start + w − 1";
   e.needs = "nothing";
   e.identity = "fna(width=32,window=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -104,7 +104,7 @@ Entry freeswim() {
       "(t, y, x) sees (t', y', x') in the window of (2 d_h + 1) × (2 d_w + 1) around it, moved inward; every t'";
   e.needs = "nothing";
   e.identity = "freeswim(half_width=1000000,half_height=1000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

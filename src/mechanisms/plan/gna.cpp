@@ -43,7 +43,7 @@ Entry gna() {
   e.equation = "in a dilation group: c = min(s ⌊i / s⌋ + s − 1, L − 1), i sees max(c − w + 1, 0) … i";
   e.needs = "nothing";
   e.identity = "gna(window=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

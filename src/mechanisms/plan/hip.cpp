@@ -138,7 +138,7 @@ Entry hip() {
       "single blocks; sinks and window besides";
   e.needs = "the whole prompt";
   e.identity = "hip(topk=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -99,7 +99,7 @@ Entry landmark() {
   e.needs = "a model trained with landmark tokens; the whole prompt, the same entries in all heads";
   e.no_identity =
       "landmarks carry no value; where each landmark's logit is the log-sum-exp of its block, the rest is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

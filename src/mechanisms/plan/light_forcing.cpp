@@ -116,7 +116,7 @@ Entry light_forcing() {
       "blocks; σ_i = σ − α_i β, β so that all chunks leave out the target";
   e.needs = "the whole prompt";
   e.identity = "light_forcing(sparsity=0,target=0,topk=1000000000,frame=16,block=16)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -124,7 +124,7 @@ Entry minference() {
       "block-sparse: top-k of mean q · mean k; a-shape: j < sinks or i − j < local";
   e.needs = "the whole prompt, and which heads have which pattern";
   e.identity = "minference(columns=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

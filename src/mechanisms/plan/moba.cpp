@@ -64,7 +64,7 @@ Entry moba() {
   e.equation = "gate(i, J) = q_i · mean(k_J); read the own block and the best topk − 1 earlier ones";
   e.needs = "the whole prompt";
   e.identity = "moba(topk=1000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -59,7 +59,7 @@ Entry mosa() {
   e.equation = "I = top T/ρ of r; o_i = r_i softmax over j in I, j ≤ i of (q·k s) v for i in I, else 0";
   e.needs = "a trained router: --input router=…";
   e.no_identity = "the router is an input; with sparsity=1 and r = 1 it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

@@ -55,7 +55,7 @@ Entry nats() {
   e.equation = "i sees j ≤ i iff j is global, or local and i ≤ the next global token, or sliding and i ≤ j + W";
   e.needs = "types of tokens from a trained projection: --input types=…";
   e.no_identity = "the types are an input; with all of them global it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

@@ -119,7 +119,7 @@ Entry nsa() {
       "trained gates: --input gates=…; the learned compression, if it is not the mean: --input compressed_k=…, "
       "--input compressed_v=…";
   e.no_identity = "gates are inputs; with gates (0, 1, 0) and topk of all blocks it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

@@ -111,7 +111,7 @@ Entry proxyattn() {
       "share of blocks that hold γ of its last queries' mass";
   e.needs = "the whole prompt, the same entries in all heads";
   e.identity = "proxyattn(gamma=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

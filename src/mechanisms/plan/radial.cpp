@@ -92,7 +92,7 @@ Entry radial() {
       "every (128 / it)-th D";
   e.needs = "the whole prompt";
   e.identity = "radial(frame=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -148,7 +148,7 @@ Entry rectified_spaattn() {
       "mean(v_J) over unread J with |q·k| > |δq·k| + |q·δk|, R = 1 − Σ P_J";
   e.needs = "the whole prompt";
   e.identity = "rectified_spaattn(remain=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

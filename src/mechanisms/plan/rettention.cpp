@@ -77,7 +77,7 @@ Entry rettention() {
       "− ρ o_M";
   e.needs = "the last dense step: --input dense_q=…, --input dense_k=…, --input dense_v=…";
   e.no_identity = "it takes another step's statistics; with the step's own, and no drift, it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

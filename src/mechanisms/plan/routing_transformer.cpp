@@ -82,7 +82,7 @@ Entry routing_transformer() {
       "causal attention";
   e.needs = "trained centroids: --input centroids=…";
   e.no_identity = "centroids are inputs; one cluster of all tokens is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

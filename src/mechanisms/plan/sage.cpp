@@ -168,7 +168,7 @@ Entry sage() {
       "o = Σ P̂ V̂ / Σ P, P = e^(s − max so far)";
   e.needs = "nothing; logits are written out, so it is slower than dense attention";
   e.identity = "sage(codes=f32,weights=f32)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

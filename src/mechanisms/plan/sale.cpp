@@ -104,7 +104,7 @@ Entry sale() {
       "read block J iff max of e^(s q₄·k₄) / Σ over first and latest keys of e^(s q·k) > τ, or it is one of those";
   e.needs = "the whole prompt";
   e.identity = "sale(tau=0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -79,7 +79,7 @@ Entry sample_attention() {
   e.equation = "c_j = Σ over sampled rows of P_ij; read the smallest set with Σ c ≥ α of all, and i − j < ⌈r_w m⌉";
   e.needs = "the whole prompt";
   e.identity = "sample_attention(alpha=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -92,7 +92,7 @@ Entry seer_attention() {
   e.equation = "G = softmax(R(mean q) · R([max k, min k] W) / √d) over blocks; read G > t";
   e.needs = "a trained gate, and queries and keys before rotation: --input w_k=…, --input plain_q=…, --input plain_k=…";
   e.no_identity = "the gate is an input; with threshold=0 it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

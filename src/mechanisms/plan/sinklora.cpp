@@ -55,7 +55,7 @@ Entry sinklora() {
   e.equation = "i sees j ≤ i iff ⌊(i + o) / n_g⌋ = ⌊(j + o) / n_g⌋, o = 0 or n_g / 2 by head, or j < s";
   e.needs = "the whole prompt; a model trained so";
   e.identity = "sinklora(groups=1,shifted=0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

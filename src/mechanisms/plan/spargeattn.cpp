@@ -70,7 +70,7 @@ Entry spargeattn() {
       "blocks of unlike rows";
   e.needs = "the whole prompt";
   e.identity = "spargeattn(tau=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -85,7 +85,7 @@ Entry sparsed() {
       "plan_k=…";
   e.identity = "sparsed(ratio=1)";
   e.apply_inputs = {"plan_q [h, n, d]: queries of the planning step", "plan_k [g, m, d]: its keys"};
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

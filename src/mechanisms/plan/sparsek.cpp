@@ -64,7 +64,7 @@ Entry sparsek() {
   e.equation = "read i − j < w, and the top k of u_j + ε j among the keys before";
   e.needs = "a trained score of each token: --input importance=…";
   e.no_identity = "importance is an input; with topk + window of all keys it is dense";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

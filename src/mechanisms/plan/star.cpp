@@ -44,7 +44,7 @@ Entry star() {
   e.equation = "t sees j ≤ t iff j < anchor or j ≥ b ⌊t / b⌋; the query sees all";
   e.needs = "the whole prompt";
   e.identity = "star(block=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -71,7 +71,7 @@ Entry stochastic_sa() {
   e.equation = "i sees j ≤ i iff |rank(i) − rank(j)| ≤ w / 2, rank a random order of the layer's tokens";
   e.needs = "the whole prompt";
   e.identity = "stochastic-sa(window=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

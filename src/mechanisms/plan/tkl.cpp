@@ -34,7 +34,7 @@ Entry tkl() {
   e.equation = "i sees c b − o ≤ j < (c + 1) b + o, c = ⌊i / b⌋";
   e.needs = "nothing";
   e.identity = "tkl(chunk=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

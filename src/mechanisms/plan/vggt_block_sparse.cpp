@@ -67,7 +67,7 @@ Entry vggt_block_sparse() {
       "P = softmax(mean q · mean k s); read the max(#(Σ P ≤ cdf), ⌊n (1 − ratio)⌋) largest, and special tokens";
   e.needs = "the whole prompt";
   e.identity = "vggt_block_sparse(sparse_ratio=0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

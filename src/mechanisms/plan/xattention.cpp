@@ -125,7 +125,7 @@ Entry xattention() {
       "M[I, J] = Σ softmax_c(Σ_u q_{aS+S−1−u} · k_{cS+u} s / S); read the largest M of a row until they hold τ of it";
   e.needs = "the whole prompt";
   e.identity = "xattention(threshold=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

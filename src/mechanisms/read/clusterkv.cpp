@@ -174,7 +174,7 @@ Entry clusterkv() {
   e.equation = "clusters of cosine k-means in order of Σ over the group of q · centroid, until B entries are read";
   e.needs = "a number beside each entry, and a centroid for every 80";
   e.identity = "clusterkv(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
@@ -185,7 +185,7 @@ Entry squeezed_attention() {
   e.equation = "S_i = e^(q·c_i s) / Σ_j N_j e^(q·c_j s); read the clusters with S_i ≥ T, and the latest";
   e.needs = "a number beside each entry, and a centroid for every 20";
   e.identity = "squeezed-attention(threshold=0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -81,7 +81,7 @@ Entry double_sparsity() {
   e.equation = "C = top d / f of Σ_i |q_ic k_ic|; read the top B of Σ_{c ∈ C} q_c k_jc";
   e.needs = "the queries of the prompt";
   e.identity = "double-sparsity(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -62,7 +62,7 @@ Entry hylra() {
       "full layers: dense, S = top-k_j of mean over the group of P_j; layers up to the next full one: attend over S";
   e.needs = "all entries in all layers: goes with no policy that drops some";
   e.identity = "hylra(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

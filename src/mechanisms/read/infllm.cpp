@@ -98,7 +98,7 @@ Entry infllm() {
       "keys kept before rotation, a number beside each entry for each query head; all entries in all layers: goes "
       "with no policy that drops some";
   e.identity = "infllm(local=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -47,7 +47,7 @@ Entry kinetics() {
   e.equation = "score(block) = mean over the group of q · mean key; read sinks, the latest entries and the best blocks";
   e.needs = "a column of means: 1 / block of the keys in f32";
   e.identity = "kinetics(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -83,7 +83,7 @@ Entry loki() {
   e.equation = "W the r main directions of a KV head's keys; read the top B of W^T q · W^T k_j";
   e.needs = "the keys of the prompt, and d² numbers for each KV head";
   e.identity = "loki(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -138,7 +138,7 @@ Entry long_heads() {
       "keys kept before rotation, the last queries, a number beside each entry for each query head; all entries in "
       "all layers: goes with no policy that drops some";
   e.identity = "long-heads(chunks=1000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -116,7 +116,7 @@ Entry lserve() {
       "Σ_c max(q_c min_c, q_c max_c)";
   e.needs = "which heads stream (streaming=); bounds of every 16 keys, a flag beside each entry for each query head";
   e.identity = "lserve(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

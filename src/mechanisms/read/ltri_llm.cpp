@@ -86,7 +86,7 @@ Entry ltri_llm() {
       "spans of the largest q · mean key";
   e.needs = "a number beside each entry; in prompts a map of every stretch";
   e.identity = "ltri_llm(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -112,7 +112,7 @@ Entry lychee_decode() {
   e.equation = "retrieval heads: dense, I_h = top-k_j of mean over the group of q · k_j; sparse heads: attend over I_h";
   e.needs = "all entries in all layers, and which heads retrieve";
   e.identity = "lychee-decode(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

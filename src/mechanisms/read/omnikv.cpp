@@ -81,7 +81,7 @@ Entry omnikv() {
       "generated tokens";
   e.needs = "all entries in all layers: goes with no policy that drops some";
   e.identity = "omnikv(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -153,7 +153,7 @@ Entry pqcache() {
       "the latest";
   e.needs = "two numbers beside each entry, and 64 centroids for each half of a KV head's channels";
   e.identity = "pqcache(topk=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

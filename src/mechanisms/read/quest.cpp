@@ -51,7 +51,7 @@ Entry quest() {
   e.equation = "score(page) = Σ_c max(q_c min_c, q_c max_c); read the top ⌈B / page⌉ pages, the last one among them";
   e.needs = "two columns of bounds: 2 / page of the keys";
   e.identity = "quest(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

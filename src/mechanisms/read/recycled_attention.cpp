@@ -63,7 +63,7 @@ Entry recycled_attention() {
       "every S-th step: dense, a_j = max over the group of P_j; others: attend over the top K of a, newer tokens first";
   e.needs = "a number beside each entry";
   e.identity = "recycled-attention(stride=1)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

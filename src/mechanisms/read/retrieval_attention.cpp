@@ -42,7 +42,7 @@ Entry retrieval_attention() {
   e.equation = "read {0 … s − 1}, the last w and what was generated, and the top K of q · k_j over the rest";
   e.needs = "nothing";
   e.identity = "retrieval-attention(topk=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

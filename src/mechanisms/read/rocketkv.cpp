@@ -98,7 +98,7 @@ Entry rocketkv() {
       "the group of q, C its largest channels; read the top of mean a";
   e.needs = "two columns of bounds: 2 / page of the keys";
   e.identity = "rocketkv(budget=1000000000)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

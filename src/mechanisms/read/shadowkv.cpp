@@ -93,7 +93,7 @@ Entry shadowkv() {
       "(lowest min cos(k, l)) and the latest";
   e.needs = "a column of means, 1 / chunk of the keys in f32, and a number beside each entry";
   e.identity = "shadowkv(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

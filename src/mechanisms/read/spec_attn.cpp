@@ -110,7 +110,7 @@ Entry spec_attn() {
   e.needs = "attention weights of the last rows of each part; or a draft model's: --input draft=…";
   e.identity = "spec-attn(p=1)";
   e.apply_inputs = {"draft [rows, m]: weights that the draft model's last rows pay"};
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

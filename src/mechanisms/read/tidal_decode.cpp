@@ -63,7 +63,7 @@ Entry tidal_decode() {
   e.equation = "layer 2 and a correction layer: dense, and I_h = top-B_j of q·k_j; other layers: attend over I_h";
   e.needs = "all entries in all layers: goes with no policy that drops some";
   e.identity = "tidal-decode(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

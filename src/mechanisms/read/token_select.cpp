@@ -64,7 +64,7 @@ Entry token_select() {
       "rotated at i";
   e.needs = "keys kept before rotation; all entries in all layers: goes with no policy that drops some";
   e.identity = "token-select(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

@@ -75,7 +75,7 @@ Entry triforce() {
   e.equation = "behind the prompt: chunk 0 and the top B / 8 − 1 of q_last · mean key; read those and what came since";
   e.needs = "a number beside each entry for each query head";
   e.identity = "triforce(budget=1.0)";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 

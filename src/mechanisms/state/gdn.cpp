@@ -84,7 +84,7 @@ Entry gdn() {
   e.equation = "S' = e^g S; S = S' + k (β (v − S'ᵀ k))ᵀ; o = Sᵀ q / √d";
   e.needs = "g and beta of a trained layer: --input g=…, --input beta=…";
   e.no_identity = "a recurrence with a bounded state cannot equal softmax attention";
-  e.verified = {"formula"};
+  e.verified = {"formula", "bench"};
   return e;
 }
 

@@ -49,7 +49,7 @@ Entry vattention() {
   e.equation = "a KV head of t entries holds ⌈bytes(t) / page⌉ · page bytes, end to end in a range reserved once";
   e.needs = "memory whose address space can be reserved";
   e.identity = "vattention";
-  e.verified = {"identity", "formula", "model"};
+  e.verified = {"identity", "formula", "model", "bench"};
   return e;
 }
 
