@@ -60,7 +60,7 @@ def main():
     options.add_argument("--backend", default="auto")
     options.add_argument("--tokens", type=int, default=4096)
     options.add_argument("--times", type=int, default=5)
-    o = options.parse_args()
+    o = options.parse_intermixed_args()
     n = o.tokens
     with tempfile.TemporaryDirectory() as folder:
         def saved(name, array):

@@ -65,6 +65,7 @@ class Apply final : public Command {
     input.causal = !no_causal_, input.scale = scale_, input.backend = backend_, input.device = device_, input.seed = seed_;
     input.dtype = dtype_ == "bf16" ? Dtype::BF16 : dtype_ == "f16" ? Dtype::F16 : Dtype::F32;
     const ApplyOutput output = value_or_throw(heed::apply(spec_, input));
+    for (const std::string& note : output.notes) std::cerr << "heed: " << note << '\n';
     const ApplySeconds seconds = timed(input);
 
     std::vector<std::pair<std::string, Tensor>> arrays;

@@ -39,19 +39,19 @@ std::vector<std::string> names_in(const std::string& input) {
   return out;
 }
 
-/// Refuses inputs that none of the mechanisms takes.
-void check_names(const std::map<std::string, Tensor>& inputs, const std::string& spec, const ModelInfo& model) {
-  if (inputs.empty()) return;
-  std::vector<std::string> taken;
+/// What to say of inputs that none of the mechanisms takes: a wrong name, as a rule.
+std::vector<std::string> unused_inputs(const std::map<std::string, Tensor>& inputs, const std::string& spec,
+                                       const ModelInfo& model) {
+  std::vector<std::string> taken, notes;
   for (const Spec& part : value_or_throw(parse_spec(spec)))
     for (const std::string& input : inputs_of(part, model))
       for (std::string& name : names_in(input)) taken.push_back(std::move(name));
   std::string list;
-  for (const std::string& name : taken) list += (list.empty() ? "" : ", ") + name;
+  for (const std::string& name : taken) list.append(list.empty() ? "" : ", ").append(name);
   for (const auto& [name, tensor] : inputs)
-    require(std::find(taken.begin(), taken.end(), name) != taken.end(), "--input",
-            "'" + name + "' is nothing that " + spec + " takes",
-            list.empty() ? "leave it out: none is taken" : "give " + list);
+    if (std::find(taken.begin(), taken.end(), name) == taken.end())
+      notes.push_back("--input '" + name + "' is not read: " + spec + " takes " + (list.empty() ? "none" : list));
+  return notes;
 }
 
 /// One layer without a model: h heads of n queries over g heads of m keys.
@@ -65,7 +65,7 @@ class Harness {
     model_.h = int(h_), model_.g = int(g_), model_.d = int(in.q.size[2]), model_.d_v = int(in.v.size[2]);
     model_.scale = in.scale;
     composition_ = value_or_throw(Composition::parse(spec, model_, registry()));
-    check_names(in.inputs, composition_.text(), model_);
+    if (!in.inputs.empty()) output_.notes = unused_inputs(in.inputs, composition_.text(), model_);
 
     const Dtype type = float_type(in.dtype, "--dtype");
     auto placed = [&](const Tensor& from, Dtype as) {

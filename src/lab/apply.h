@@ -30,6 +30,7 @@ using ApplySeconds = std::map<std::string, double>;
 struct ApplyOutput {
   std::vector<std::pair<std::string, Buffer>> arrays;
   ApplySeconds seconds;
+  std::vector<std::string> notes;  // inputs that nothing reads
   const Buffer* find(const std::string& name) const;
 };
 
@@ -37,7 +38,7 @@ struct ApplyOutput {
 /// bad spec.
 std::vector<std::string> inputs_of(const Spec&, const ModelInfo&);
 
-/// Errors: shapes that do not fit (which, and what was expected), a bad spec, a missing input, one that no mechanism takes.
+/// Errors: shapes that do not fit (which, and what was expected), a bad spec, a missing input.
 Result<ApplyOutput> apply(const std::string& spec, const ApplyInput& input);
 
 }  // namespace heed
