@@ -266,6 +266,11 @@ class Decode {
     shared_.push_back(s);
   }
 
+  /// A loop of its own, so that it runs in vectors.
+  static void fill_rows(const char** to, const char* row, int64_t bytes, int count) {
+    for (int i = 0; i < count; ++i) to[i] = row + i * bytes;
+  }
+
   /// The next entries of the walk that lie in one layout.
   bool gather(const Shared& s, Walk& walk, Run& run, Batch& batch) const {
     Entries& e = batch.entries;
@@ -281,11 +286,9 @@ class Decode {
       const int first = int(run.first % kPage), count = int(std::min<int64_t>({run.count, kPage - first, kPage - e.count}));
       const int64_t k_bytes = row_bytes(layout.k, d_), v_bytes = row_bytes(layout.v, d_v_);
       const int at = e.count;
-      for (int i = 0; i < count; ++i) {
-        e.k[at + i] = page + layout.k_at + (first + i) * k_bytes;
-        e.v[at + i] = page + layout.v_at + (first + i) * v_bytes;
-        e.key[at + i] = int32_t(run.first + i);
-      }
+      fill_rows(e.k + at, page + layout.k_at + first * k_bytes, k_bytes, count);
+      fill_rows(e.v + at, page + layout.v_at + first * v_bytes, v_bytes, count);
+      for (int i = 0, key = int(run.first); i < count; ++i) e.key[at + i] = key + i;
       e.part[e.parts++] = {page, first, at, count};
       if (mods_.window > 0) {
         const auto* from = reinterpret_cast<const int32_t*>(page + layout.position_at) + first;
@@ -388,34 +391,58 @@ class Decode {
     return out;
   }
 
+  /// Dots → logits in log2 of row r, −∞ where an entry is not seen; their highest, lane by lane.
+  F masked(const Shared& s, const Entries& e, int r, bool causal, bool window, float* x) const {
+    const F hidden = set(-kInfinity);
+    F top = hidden;
+    for (int j = 0; j < e.count; j += kLanes) {
+      F logit = load(x + j) * set(s.factor[r]);
+      if (mods_.softcap > 0) logit = set(mods_.softcap) * tanh(logit * set(1 / mods_.softcap));
+      if (has_bias_) logit = logit + load(e.bias + j);
+      logit = logit * set(kLog2e);
+      if (causal) logit = where(less_equal(load(e.key + j), set(s.limit[r])), logit, hidden);
+      if (window)
+        logit = where(less(set(s.position[r]) - load(e.position + j), set(float(mods_.window))), logit, hidden);
+      if (e.count - j < kLanes) logit = where(first(e.count - j), logit, hidden);
+      store(x + j, logit);
+      top = max(top, logit);
+    }
+    return top;
+  }
+
   /// Dots → weights, of the row's highest logit so far, or `apart`: of the highest of these, zeros behind the last. keep:
   /// what each row's earlier sums are worth now; worth: what these weights are.
   void weigh(const Shared& s, const Entries& e, bool apart, float* scores, Softmax state, float* keep, float* worth) const {
     const bool causal = plan_.causal && float(e.key[e.count - 1]) > s.limit_low;
     const bool window = mods_.window > 0 && s.position_high - e.position_low >= float(mods_.window);
+    const bool as_they_are = mods_.softcap <= 0 && !has_bias_ && !causal && !window && e.count % kLanes == 0;
     const F hidden = set(-kInfinity);
+    const int count = e.count, rows = s.rows;
     alignas(64) float sums[16] = {}, tops[16] = {};
-    for (int r = 0; r < s.rows; ++r) {
-      float* x = scores + r * kScoreRow;
+    // Rows are independent of each other: two loops, so that one row's sum over lanes is made while others are under way.
+    for (int r = 0; r < rows; ++r) {
+      float* const x = scores + r * kScoreRow;
       F top = hidden;
-      for (int j = 0; j < e.count; j += kLanes) {
-        F logit = load(x + j) * set(s.factor[r]);
-        if (mods_.softcap > 0) logit = set(mods_.softcap) * tanh(logit * set(1 / mods_.softcap));
-        if (has_bias_) logit = logit + load(e.bias + j);
-        logit = logit * set(kLog2e);
-        if (causal) logit = where(less_equal(load(e.key + j), set(s.limit[r])), logit, hidden);
-        if (window)
-          logit = where(less(set(s.position[r]) - load(e.position + j), set(float(mods_.window))), logit, hidden);
-        if (e.count - j < kLanes) logit = where(first(e.count - j), logit, hidden);
-        store(x + j, logit);
-        top = max(top, logit);
+      if (as_they_are) {
+        const F factor = set(s.factor[r] * kLog2e);
+        for (int j = 0; j < count; j += kLanes) {
+          const F logit = load(x + j) * factor;
+          store(x + j, logit);
+          top = max(top, logit);
+        }
+      } else {
+        top = masked(s, e, r, causal, window, x);
       }
       tops[r] = hmax(top);
-      const float high = apart ? tops[r] : std::max(state.high[r], tops[r]), shift = high > -kInfinity ? high : 0;
+    }
+    for (int r = 0; r < rows; ++r) {
+      float* const x = scores + r * kScoreRow;
+      const float high = apart ? tops[r] : std::max(state.high[r], tops[r]);
+      const F shift = set(high > -kInfinity ? high : 0);
       F sum = zero();
       int j = 0;
-      for (; j < e.count; j += kLanes) {
-        const F weight = exp2(load(x + j) - set(shift));
+      for (; j < count; j += kLanes) {
+        const F weight = exp2(load(x + j) - shift);
         sum = sum + weight;
         store(x + j, weight);
       }
