@@ -7,14 +7,14 @@
 //   values   a word is one channel of four entries, lanes are sixteen channels
 //
 //   step     32 channels
-//   Q        [d / 4 words][rows][high, low], a word each, in the order of `channel_at`
+//   Q        [⌈d / 64⌉][rows][high, low][16 words], words in the order of `channel_at`
 //   W        [8 rows of high bytes, 8 of low ones][64 entries]; words of four entries are in the order of `word_at`
 //   V        [16 words of 4 entries][even channels, odd channels][16], of a step
 #pragma once
 #include <array>
-#include <utility>
 
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/unrolled.h"
 
 namespace heed::HEED_ISA {
 
@@ -50,7 +50,7 @@ HEED_INLINE __m512i four_rows(const char* a, const char* b, const char* c, const
   return _mm512_inserti32x4(x, sixteen(d), 3);
 }
 
-/// Four words, from byte `at` on, of sixteen rows: word by word to out [4] vectors that lie `step` bytes apart.
+/// Four words, from byte `at` on, of sixteen rows (a row's last ones may lie behind its end): word by word to out [4] vectors that lie `step` bytes apart.
 HEED_INLINE void turn_rows(const char* const rows[16], int64_t at, uint8_t* out, int64_t step) {
   __m512i x[4], y[4];
 #pragma GCC unroll 4
@@ -66,7 +66,7 @@ HEED_INLINE void turn_rows(const char* const rows[16], int64_t at, uint8_t* out,
 /// A byte for each code: vector k has codes k, k + 8 / Bits, … of each word.
 template <int Bits>
 HEED_INLINE void open_words(__m512i x, __m512i (&out)[8 / Bits]) {
-  const __m512i one = _mm512_set1_epi8((1 << Bits) - 1);
+  const __m512i one = _mm512_set1_epi8(char((1 << Bits) - 1));
 #pragma GCC unroll 4
   for (int k = 0; k < 8 / Bits; ++k)
     out[k] = Bits == 8 ? x : _mm512_and_si512(k == 0 ? x : _mm512_srli_epi32(x, unsigned(k * Bits)), one);
@@ -88,51 +88,58 @@ HEED_INLINE __m512i mixed(const int8_t* from) {
   return _mm512_permutexvar_epi8(_mm512_load_si512(order.data()), _mm512_loadu_si512(from));
 }
 
-/// f(0) … f(n − 1), each number a constant: sums that f names by it stay in registers. (A loop that is unrolled later leaves
-/// them in memory, g++ 12.)
-template <int n, class Fn>
-HEED_INLINE void unrolled(Fn&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, i>()), ...);
-  }(std::make_integer_sequence<int, n>());
-}
-#define HEED_UNROLLED __attribute__((always_inline))
-
-/// Dots of `R` rows of Q with `N` · 16 entries over `words` words of a page, from codes [words][N][16] and q of the first
-/// word on: finish(r, n, dots) takes those of row r and the n-th sixteen entries.
+/// Dots of `R` rows of Q with the codes [words][N][16] of `N` · 16 entries, over Q's words from `first` up to `last`:
+/// finish(r, n, dots) takes those of row r and the n-th sixteen entries.
 template <int Bits, int R, int N, class Finish>
-HEED_INLINE void key_products(const uint8_t* codes, const uint32_t* q, int words, Finish&& finish) {
+HEED_INLINE void key_products(const uint8_t* codes, const uint32_t* q, int first, int last, Finish&& finish) {
+  constexpr int kWide = 8 / Bits;
   __m512i high[R * N], low[R * N];
-  unrolled<R * N>([&](auto i) HEED_UNROLLED { high[i] = low[i] = _mm512_setzero_si512(); });
-  for (int w = 0; w < words; ++w, codes += 64 * N, q += 8 / Bits * 2 * R) {
-    __m512i open[N][8 / Bits];
-    unrolled<N>([&](auto n) HEED_UNROLLED { open_words<Bits>(_mm512_load_si512(codes + 64 * n), open[n]); });
-    unrolled<8 / Bits * R>([&](auto i) HEED_UNROLLED {
-      constexpr int k = i / R, r = i % R;
-      const __m512i h = four_at(q + 2 * i), l = four_at(q + 2 * i + 1);
-      unrolled<N>([&](auto n) HEED_UNROLLED {
-        add_codes(high[r * N + n], open[n][k], h), add_codes(low[r * N + n], open[n][k], l);
+  unrolled<R * N>([&](auto i) HEED_LAMBDA { high[i] = low[i] = _mm512_setzero_si512(); });
+  for (int t = first; t < last;) {
+    const uint32_t* x = q + t / 16 * (32 * R) + t % 16;
+    for (const int end = std::min(last, t / 16 * 16 + 16); t < end; t += kWide, x += kWide, codes += 64 * N) {
+      __m512i open[N][kWide];
+      unrolled<N>([&](auto n) HEED_LAMBDA { open_words<Bits>(_mm512_load_si512(codes + 64 * n), open[n]); });
+      unrolled<kWide * R>([&](auto i) HEED_LAMBDA {
+        constexpr int k = i / R, r = i % R;
+        const __m512i h = four_at(x + 32 * r + k), l = four_at(x + 32 * r + 16 + k);
+        unrolled<N>([&](auto n) HEED_LAMBDA {
+          add_codes(high[r * N + n], open[n][k], h), add_codes(low[r * N + n], open[n][k], l);
+        });
       });
-    });
+    }
   }
-  unrolled<R * N>([&](auto i) HEED_UNROLLED { finish(i / N, i % N, join(high[i], low[i])); });
+  unrolled<R * N>([&](auto i) HEED_LAMBDA { finish(i / N, i % N, join(high[i], low[i])); });
 }
 
 /// W · V of a step for `R` rows, w the first of them: finish(r, even channels' sums, odd ones').
 template <int R, class Finish>
 HEED_INLINE void value_products(const int8_t* w, const uint8_t* v, Finish&& finish) {
-  __m512i high[2 * R], low[2 * R];
-  unrolled<2 * R>([&](auto i) HEED_UNROLLED { high[i] = low[i] = _mm512_setzero_si512(); });
-  for (int i = 0; i < 16; ++i) {
-    const __m512i even = _mm512_load_si512(v + i * 128), odd = _mm512_load_si512(v + i * 128 + 64);
-    unrolled<R>([&](auto r) HEED_UNROLLED {
-      const __m512i h = four_at(w + r * 64 + i * 4), l = four_at(w + (kCodeRows + r) * 64 + i * 4);
-      add_codes(high[2 * r], even, h), add_codes(high[2 * r + 1], odd, h);
-      add_codes(low[2 * r], even, l), add_codes(low[2 * r + 1], odd, l);
+  constexpr int kTurns = R == 1 ? 4 : R == 2 ? 2 : 1;  // sixteen sums, or one has to wait for itself
+  __m512i high[2 * R * kTurns], low[2 * R * kTurns];
+  unrolled<2 * R * kTurns>([&](auto i) HEED_LAMBDA { high[i] = low[i] = _mm512_setzero_si512(); });
+  for (int i = 0; i < 16; i += kTurns)
+    unrolled<kTurns>([&](auto turn) HEED_LAMBDA {
+      const __m512i even = _mm512_load_si512(v + (i + turn) * 128), odd = _mm512_load_si512(v + (i + turn) * 128 + 64);
+      unrolled<R>([&](auto r) HEED_LAMBDA {
+        const int8_t* of = w + r * 64 + (i + turn) * 4;
+        const __m512i h = four_at(of), l = four_at(of + kCodeRows * 64);
+        constexpr int at = 2 * (turn * R + r);
+        add_codes(high[at], even, h), add_codes(high[at + 1], odd, h);
+        add_codes(low[at], even, l), add_codes(low[at + 1], odd, l);
+      });
     });
-  }
-  unrolled<R>([&](auto r) HEED_UNROLLED {
-    finish(r, join(high[2 * r], low[2 * r]), join(high[2 * r + 1], low[2 * r + 1]));
+  unrolled<R>([&](auto r) HEED_LAMBDA {
+    F sums[2];
+    unrolled<2>([&](auto half) HEED_LAMBDA {
+      __m512i h = high[2 * r + half], l = low[2 * r + half];
+      unrolled<kTurns - 1>([&](auto turn) HEED_LAMBDA {
+        constexpr int at = 2 * ((turn + 1) * R + r) + half;
+        h = _mm512_add_epi32(h, high[at]), l = _mm512_add_epi32(l, low[at]);
+      });
+      sums[half] = join(h, l);
+    });
+    finish(r, sums[0], sums[1]);
   });
 }
 
@@ -145,7 +152,8 @@ HEED_INLINE void turn_codes(const char* const from[4], int64_t offset, __m512i& 
     for (int i = 0; i < 64; ++i) out[size_t(i)] = uint8_t(i % 4 * 16 + (Bits == 2 ? i / 8 : i / 4));
     return out;
   }();
-  const __m512i order = _mm512_load_si512(turned.data()), x = _mm512_permutexvar_epi8(order, four_rows(from[0], from[1], from[2], from[3], offset));
+  const __m512i order = _mm512_load_si512(turned.data()),
+                x = _mm512_permutexvar_epi8(order, four_rows(from[0], from[1], from[2], from[3], offset));
   if constexpr (Bits == 8) {
     even = x, odd = _mm512_permutexvar_epi8(order, four_rows(from[0], from[1], from[2], from[3], offset + 16));
   } else if constexpr (Bits == 4) {
@@ -167,17 +175,13 @@ HEED_INLINE void split_whole(F a, F b, int8_t* high, int8_t* low) {
   _mm256_storeu_si256((__m256i*)high, _mm512_cvtepi16_epi8(upper));
 }
 
-/// A row of W and its low bytes, from x [64]; vectors of what they stand for, added up.
-HEED_INLINE F split_weights(const F x[4], int8_t* high, int8_t* low) {
-  __m512i whole[4];
-  for (int i = 0; i < 4; ++i) whole[i] = _mm512_cvtps_epi32(x[i]);
-  const __m512i a = _mm512_packs_epi32(whole[0], whole[1]), b = _mm512_packs_epi32(whole[2], whole[3]);
+/// A row of W and its low bytes, from x [64] as whole numbers.
+HEED_INLINE void split_weights(const __m512i x[4], int8_t* high, int8_t* low) {
+  const __m512i a = _mm512_packs_epi32(x[0], x[1]), b = _mm512_packs_epi32(x[2], x[3]);
   const __m512i less = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
   _mm512_store_si512(low, _mm512_packus_epi16(_mm512_and_si512(a, less), _mm512_and_si512(b, less)));
   _mm512_store_si512(high, _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
                                               _mm512_srai_epi16(_mm512_add_epi16(b, half), 8)));
-  return _mm512_cvtepi32_ps(
-      _mm512_add_epi32(_mm512_add_epi32(whole[0], whole[1]), _mm512_add_epi32(whole[2], whole[3])));
 }
 /// The sum of each of four vectors.
 HEED_INLINE __m128 sum_rows(const F x[4]) {

@@ -183,7 +183,8 @@ class Decode {
         queue_, code_bytes + floats * int64_t(sizeof(float)), int64_t(pieces_.size()),
         [&](char* memory, int64_t i) {
           auto* numbers = reinterpret_cast<float*>(memory + code_bytes);
-          Worker worker{numbers, numbers + kRows * d_, {}, {}};
+          Worker worker;  // not cleared: batches are kilobytes
+          worker.q = numbers, worker.q_paired = numbers + kRows * d_;
           if (has_codes_) worker.codes.emplace(memory, d_, d_v_);
           float* scales = numbers + 2 * kRows * d_;
           for (Batch& batch : worker.batch) {
@@ -268,7 +269,7 @@ class Decode {
 
   /// A loop of its own, so that it runs in vectors.
   static void fill_rows(const char** to, const char* row, int64_t bytes, int count) {
-    for (int i = 0; i < count; ++i) to[i] = row + i * bytes;
+    for (int i = 0; i < count; ++i, row += bytes) to[i] = row;
   }
 
   /// The next entries of the walk that lie in one layout.

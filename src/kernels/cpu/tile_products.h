@@ -1,9 +1,8 @@
 // The two products of a tile as register blocks: R rows (keys, or channels of V) × W vectors of lanes, the row operand
 // broadcast from memory.
 #pragma once
-#include <utility>
-
 #include "kernels/cpu/tile.h"
+#include "kernels/cpu/unrolled.h"
 
 namespace heed::HEED_ISA {
 
@@ -14,8 +13,6 @@ constexpr int block_rows(int vectors) { return vectors == 2 ? 6 : 12; }
 inline constexpr int kMaxVectors = 4;  // 32 registers: 24 sums
 constexpr int block_rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #endif
-
-#define HEED_LAMBDA __attribute__((always_inline))
 
 struct PlainMath {
   using Element = float;
@@ -35,17 +32,6 @@ struct PairMath {
   static HEED_INLINE __m512i lanes(const uint32_t* p) { return _mm512_loadu_si512(p); }
 };
 #endif
-
-/// f(0) … f(N − 1) with constant arguments. Sums indexed by these stay in registers; g++ 12 unrolls loops too late for that
-/// and clears, copies and reloads all 24 on the stack around every block (a sixth of the time at d = 64).
-template <int N, class Fn, int... I>
-HEED_INLINE void unrolled(Fn&& f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>()), ...);
-}
-template <int N, class Fn>
-HEED_INLINE void unrolled(Fn&& f) {
-  unrolled<N>(f, std::make_integer_sequence<int, N>());
-}
 
 /// s[R][W vectors] = Σ_c k[r][c] · q[c].
 template <class Math, int R, int W>

@@ -40,15 +40,6 @@ template <int Sum, int A, int B>
 HEED_INLINE void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
-/// The same of fours of bytes, unsigned (u) and signed (s).
-template <int Sum, int A, int B>
-HEED_INLINE void tile_dot_us() {
-  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
-}
-template <int Sum, int A, int B>
-HEED_INLINE void tile_dot_su() {
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
-}
 
 }  // namespace heed::HEED_ISA
 
