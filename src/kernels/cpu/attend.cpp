@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <tuple>
 
 #include "base/threads.h"
 #include "kernels/check.h"
@@ -16,6 +17,9 @@ namespace {
 /// Keys of one piece of work when a head has too few rows to share out: decode is split over keys (Flash-Decoding).
 constexpr int64_t kSplit = 1024;
 
+/// Tiles that a worker takes together where they read the same keys, which are then opened once for all.
+constexpr int kTogether = 4;
+
 /// Rows of a task whose queries are gathered by what they read.
 constexpr int kGathered = 512;
 
@@ -25,6 +29,13 @@ struct TaskPart {
   int part = 0;
   int64_t begin = 0, end = 0;  // keys (Dense), entries (other forms); end 0: all
   int64_t index = 0, pieces = 1, first_piece = 0;
+  int64_t cost = 0;
+};
+
+/// Neighbours among the pieces that one worker takes.
+struct Team {
+  int64_t first = 0;
+  int count = 1;
   int64_t cost = 0;
 };
 
@@ -54,8 +65,14 @@ class Attend {
     }
     tasks_ = tile_tasks(plan_, q_, source_.heads(), source_.v_heads(), mods_, true);
     cut();
-    parallel_tiles(queue_, shape_, int64_t(pieces_.size()),
-                   [&](Tile& tile, int64_t i) { work(tile, pieces_[size_t(i)]); });
+    join();
+    shape_.tiles = 1;
+    for (const Team& team : teams_) shape_.tiles = std::max(shape_.tiles, team.count);
+    parallel_tiles(queue_, shape_, int64_t(teams_.size()), [&](Tile& tile, int64_t i) {
+      const Team& team = teams_[size_t(i)];
+      if (team.count > 1) work_together(tile, team);
+      else work(tile, pieces_[size_t(team.first)]);
+    });
   }
 
  private:
@@ -111,8 +128,41 @@ class Attend {
     states_ = floats ? queue_.scratch.take(Dtype::F32, {floats}).as<float>() : nullptr;
     done_ = counters_ ? queue_.scratch.take(Dtype::I64, {counters_}).as<int64_t>() : nullptr;
     std::fill_n(done_, counters_, int64_t(0));
+  }
+
+  /// Puts pieces that read the same keys into teams: the same rows of several heads of a group, and, where tiles begin to read
+  /// at the same key whatever their rows, several tiles of a head. No bit of a row depends on what its tile is joined with.
+  void join() {
+    const bool dense = plan_.form == Plan::Form::Dense, from_one_key = mods_.window <= 0 && !mods_.until,
+               rows_join = dense && from_one_key,
+               heads_join = plan_.parts == 1 && (dense || plan_.scope != Plan::Scope::QueryHead) &&
+                            (from_one_key || !mods_.q_pos);
+    const auto task_of = [&](const TaskPart& piece) -> const TileTask& { return tasks_[size_t(piece.task)]; };
+    const auto place = [&](const TileTask& task) {
+      return std::tuple(task.k_segment, task.v_segment, task.plan_row, task.first, task.head);
+    };
+    const auto rows = [&](const TileTask& task) {
+      return std::tuple(task.first, task.rows, q_.length(task.sequence * q_.heads + task.head));
+    };
+    const auto alike = [&](const TileTask& a, const TileTask& b) {
+      return a.k_segment == b.k_segment && a.v_segment == b.v_segment && a.plan_row == b.plan_row &&
+             (rows_join || rows(a) == rows(b));
+    };
+    if (heads_join)
+      std::stable_sort(pieces_.begin(), pieces_.end(),
+                       [&](const TaskPart& a, const TaskPart& b) { return place(task_of(a)) < place(task_of(b)); });
+    // Only as many together as leave enough to share out.
+    const int most = int(std::clamp<int64_t>(int64_t(pieces_.size()) / (6 * threads()), 1, kTogether));
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      const TaskPart& piece = pieces_[i];
+      Team* const last = heads_join && !teams_.empty() ? &teams_.back() : nullptr;
+      const TaskPart* with = last ? &pieces_[size_t(last->first)] : nullptr;
+      if (with && last->count < most && piece.pieces == 1 && with->pieces == 1 && alike(task_of(*with), task_of(piece)))
+        ++last->count, last->cost += piece.cost;
+      else teams_.push_back({int64_t(i), 1, piece.cost});
+    }
     // The longest first, so that no worker is left alone with one at the end.
-    std::stable_sort(pieces_.begin(), pieces_.end(), [](const TaskPart& a, const TaskPart& b) { return a.cost > b.cost; });
+    std::stable_sort(teams_.begin(), teams_.end(), [](const Team& a, const Team& b) { return a.cost > b.cost; });
   }
 
   void work(Tile& tile, const TaskPart& piece) {
@@ -131,6 +181,41 @@ class Attend {
     for (int64_t i = 1; i < piece.pieces; ++i)
       absorb(all, TileState::at(shared + i * floats, shape_.d_v, lanes.width), shape_.d_v, lanes.width);
     finish(lanes, piece.part, all, lanes.width);
+  }
+
+  void work_together(Tile& tile, const Team& team) {
+    const auto task = [&](int i) -> const TileTask& { return tasks_[size_t(pieces_[size_t(team.first + i)].task)]; };
+    const KeyView keys = source_.view(task(0), mods_);
+    Lanes lanes[kTogether];
+    KeyRange range{std::numeric_limits<int64_t>::max(), 0};
+    int widest = -1;  // of those that read, the one that sees most
+    for (int i = 0; i < team.count; ++i) {
+      const Tile own = tile.of(i);
+      lanes[i] = lanes_of(task(i), q_, keys.size(), mods_, plan_.causal);
+      clear(TileState::at(own.state, shape_.d_v, lanes[i].width), shape_.d_v, lanes[i].width, mods_.weight);
+      if (skipped(lanes[i])) continue;
+      pack_queries(own, lanes[i], q_.values, mods_.row_factor);
+      const KeyRange here = visible(lanes[i], keys, mods_, plan_.causal);
+      if (widest < 0 || here.high > range.high) widest = i;
+      range = {std::min(range.low, here.low), std::max(range.high, here.high)};
+    }
+    if (widest >= 0) {
+      const LogitRule rule = logit_rule(plan_, mods_, keys, plan_.causal);
+      Walk walk(plan_, task(0).plan_row, -1, range.low, range.high);
+      each_chunk(tile, walk, keys, lanes[widest], [&](Chunk& chunk) {
+        const int all = chunk.count;
+        for (int i = 0; i < team.count; ++i) {
+          chunk.count = all;
+          if (plan_.causal)
+            while (chunk.count > 0 && float(chunk.key[chunk.count - 1]) > lanes[i].limit_high) --chunk.count;
+          if (chunk.count == 0 || skipped(lanes[i])) continue;
+          Tile own = tile.of(i);
+          meet(own, lanes[i], chunk, rule, TileState::at(own.state, shape_.d_v, lanes[i].width));
+        }
+      });
+    }
+    for (int i = 0; i < team.count; ++i)
+      finish(lanes[i], 0, TileState::at(tile.of(i).state, shape_.d_v, lanes[i].width), lanes[i].width);
   }
 
   /// Of each block of the plan, in ascending order, the queries that read it become lanes of a tile.
@@ -196,19 +281,28 @@ class Attend {
   }
 
   void fill(Tile& tile, Walk& walk, const LogitRule& rule, const KeyView& keys, const Lanes& lanes, TileState state) const {
-    Chunk chunks[2];
-    if (!keys.gather(walk, lanes, mods_, chunks[0])) return;
     pack_queries(tile, lanes, q_.values, mods_.row_factor);
-    bool more = true;
+    each_chunk(tile, walk, keys, lanes, [&](Chunk& chunk) { meet(tile, lanes, chunk, rule, state); });
+  }
+
+  /// Calls f(chunk) for the walk's keys, open, as far as these lanes see them.
+  template <class Fn>
+  void each_chunk(Tile& tile, Walk& walk, const KeyView& keys, const Lanes& lanes, Fn&& f) const {
+    Chunk chunks[2];
+    bool more = keys.gather(walk, lanes, mods_, chunks[0]);
     for (int i = 0; more; i ^= 1) {
       Chunk& chunk = chunks[i];
       more = keys.gather(walk, lanes, mods_, chunks[i ^ 1]);
       if (more) keys.prefetch(chunks[i ^ 1], shape_);
       keys.open(tile, chunk, true);
-      scores(tile, lanes, chunk);
-      const bool made = logits(tile, lanes, chunk, rule);
-      absorb(tile, lanes, chunk, made, mods_.weight, state, true);
+      f(chunk);
     }
+  }
+
+  void meet(Tile& tile, const Lanes& lanes, const Chunk& chunk, const LogitRule& rule, TileState state) const {
+    scores(tile, lanes, chunk);
+    const bool made = logits(tile, lanes, chunk, rule);
+    absorb(tile, lanes, chunk, made, mods_.weight, state, true);
   }
 
   /// `width`: of the lanes of `state`.
@@ -244,6 +338,7 @@ class Attend {
   TileShape shape_;
   std::vector<TileTask> tasks_;
   std::vector<TaskPart> pieces_;
+  std::vector<Team> teams_;
   std::vector<Offset> state_at_;
   int64_t counters_ = 0;
   float* states_ = nullptr;

@@ -16,9 +16,9 @@ int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t Tile::bytes(const TileShape& shape) {
   const int64_t d = shape.d, d_v = shape.d_v;
-  return round_up(d * kTile * 4) + kChunk * kTile * 4 + kChunk / 2 * kTile * 4 + round_up(kChunk * d * 4) +
-         round_up(kChunk * d_v * 4) + round_up(int64_t(shape.factors) * kTile * 4) +
-         round_up(TileState::floats(int(d_v), kTile) * 4) + round_up(TileState::floats(int(d_v), shape.rows) * 4) +
+  const int64_t own = d * kTile + int64_t(shape.factors) * kTile + TileState::floats(int(d_v), kTile);
+  return shape.tiles * own * 4 + kChunk * kTile * 4 + kChunk / 2 * kTile * 4 + round_up(kChunk * d * 4) +
+         round_up(kChunk * d_v * 4) + round_up(TileState::floats(int(d_v), shape.rows) * 4) +
          round_up(std::max(d, d_v) * 4);
 }
 
@@ -29,18 +29,26 @@ Tile::Tile(const TileShape& of, char* memory) : shape(of) {
     return reinterpret_cast<float*>(at);
   };
   const int64_t d = of.d, d_v = of.d_v;
-  q = take(d * kTile * 4);
+  q = take(of.tiles * d * kTile * 4);
   s = take(kChunk * kTile * 4);
   p = reinterpret_cast<uint32_t*>(take(kChunk / 2 * kTile * 4));
   k_rows = take(kChunk * d * 4);
   v_rows = take(kChunk * d_v * 4);
-  factors = take(int64_t(of.factors) * kTile * 4);
-  state = take(TileState::floats(int(d_v), kTile) * 4);
+  factors = take(of.tiles * int64_t(of.factors) * kTile * 4);
+  state = take(of.tiles * TileState::floats(int(d_v), kTile) * 4);
   states = take(TileState::floats(int(d_v), of.rows) * 4);
   row = take(std::max(d, d_v) * 4);
 }
 
-void pack_queries(Tile& tile, const Lanes& lanes, const Tensor& q, const Tensor& row_factor) {
+Tile Tile::of(int i) const {
+  Tile out = *this;
+  out.q += int64_t(i) * shape.d * kTile;
+  out.factors += int64_t(i) * shape.factors * kTile;
+  out.state += i * TileState::floats(shape.d_v, kTile);
+  return out;
+}
+
+void pack_queries(const Tile& tile, const Lanes& lanes, const Tensor& q, const Tensor& row_factor) {
   const int d = tile.shape.d, width = lanes.width;
   for (int lane = 0; lane < width; ++lane) {
     const int64_t row = lanes.row[lane < lanes.count ? lane : 0];

@@ -16,6 +16,7 @@ struct TileShape {
   int factors = 0;    // r of row_factor
   bool dots = false;  // bf16 operands in pairs, by vdpbf16ps
   int rows = 0;       // whose states a worker keeps beside the tile's own
+  int tiles = 1;      // that a worker takes together
 };
 
 /// The query rows of a tile. Lanes past count repeat the first one.
@@ -67,6 +68,9 @@ struct Tile {
   float* states;   // one of `rows` lanes
   float* row;      // the longer of d and d_v
 
+  /// The i-th of its tiles: q, factors and state of its own, all else shared.
+  Tile of(int i) const;
+
   static int64_t bytes(const TileShape& shape);
   Tile(const TileShape& shape, char* memory);
 };
@@ -82,7 +86,7 @@ struct LogitRule {
 };
 
 /// Packs the lanes' rows of q into tile.q.
-void pack_queries(Tile& tile, const Lanes& lanes, const Tensor& q, const Tensor& row_factor);
+void pack_queries(const Tile& tile, const Lanes& lanes, const Tensor& q, const Tensor& row_factor);
 
 /// tile.s = K Q^T of the chunk: dots, not yet scaled.
 void scores(Tile& tile, const Lanes& lanes, const Chunk& chunk);
