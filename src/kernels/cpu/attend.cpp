@@ -133,10 +133,7 @@ class Attend {
   /// Puts pieces that read the same keys into teams: the same rows of several heads of a group, and, where tiles begin to read
   /// at the same key whatever their rows, several tiles of a head. No bit of a row depends on what its tile is joined with.
   void join() {
-    const bool dense = plan_.form == Plan::Form::Dense, from_one_key = mods_.window <= 0 && !mods_.until,
-               rows_join = dense && from_one_key,
-               heads_join = plan_.parts == 1 && (dense || plan_.scope != Plan::Scope::QueryHead) &&
-                            (from_one_key || !mods_.q_pos);
+    const bool from_one_key = mods_.window <= 0 && !mods_.until, joins = plan_.parts == 1 && (from_one_key || !mods_.q_pos);
     const auto task_of = [&](const TaskPart& piece) -> const TileTask& { return tasks_[size_t(piece.task)]; };
     const auto place = [&](const TileTask& task) {
       return std::tuple(task.k_segment, task.v_segment, task.plan_row, task.first, task.head);
@@ -146,16 +143,16 @@ class Attend {
     };
     const auto alike = [&](const TileTask& a, const TileTask& b) {
       return a.k_segment == b.k_segment && a.v_segment == b.v_segment && a.plan_row == b.plan_row &&
-             (rows_join || rows(a) == rows(b));
+             (from_one_key || rows(a) == rows(b));
     };
-    if (heads_join)
+    if (joins)
       std::stable_sort(pieces_.begin(), pieces_.end(),
                        [&](const TaskPart& a, const TaskPart& b) { return place(task_of(a)) < place(task_of(b)); });
     // Only as many together as leave enough to share out.
     const int most = int(std::clamp<int64_t>(int64_t(pieces_.size()) / (6 * threads()), 1, kTogether));
     for (size_t i = 0; i < pieces_.size(); ++i) {
       const TaskPart& piece = pieces_[i];
-      Team* const last = heads_join && !teams_.empty() ? &teams_.back() : nullptr;
+      Team* const last = joins && !teams_.empty() ? &teams_.back() : nullptr;
       const TaskPart* with = last ? &pieces_[size_t(last->first)] : nullptr;
       if (with && last->count < most && piece.pieces == 1 && with->pieces == 1 && alike(task_of(*with), task_of(piece)))
         ++last->count, last->cost += piece.cost;
