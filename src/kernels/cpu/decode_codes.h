@@ -104,39 +104,39 @@ class CodeReader : CodeRoom, public CodeRows<CodeReader, kCodeStep> {
       const PageSide from = side(0);
       const int64_t all = from.type->bytes(from.width), row = from.type->row_bits(from.width) / 8;
       const bool whole = next->parts == 1 && next->count == kPage;  // with its scales
-      step_ = int((whole ? all / 64 : next->count * row / 64 + next->parts) * kLine / calls) + 1;
+      lines_ = int(((whole ? all / 64 : next->count * row / 64 + next->parts) + calls - 1) / calls);
       if (whole) at_ = from.data, end_ = at_ + all;
-      else left_ = next->parts;
+      else left_ = next->parts, scattered_ = true;
     }
+    /// As many lines in every call, or the processor foresees none of these loops.
     HEED_INLINE void operator()() {
-      for (due_ += step_; due_ >= kLine; due_ -= kLine, at_ += 64) {
-        if (at_ >= end_ && !open()) return;
-        __builtin_prefetch(at_, 0, 2);
-      }
+      if (scattered_) return ask_parts();
+      if (at_ >= end_) return;
+      for (int i = 0; i < lines_; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);  // may go a little past the end
     }
 
    private:
-    static constexpr int kLine = 256;
-
     PageSide side(int part) const {
       char* page = next_->part[part].page;
       return keys_ ? PageSide::keys(*next_->layout, page) : PageSide::values(*next_->layout, page);
     }
-    /// The next part's rows; false behind the last.
-    __attribute__((noinline)) bool open() {
-      if (left_ == 0) return step_ = due_ = 0, false;
-      const int number = next_->parts - left_--;
-      const Entries::Part& part = next_->part[number];
-      const PageSide from = side(number);
-      const int64_t row = from.type->row_bits(from.width) / 8;
-      at_ = from.data + part.first * row, end_ = at_ + part.count * row;
-      return true;
+    __attribute__((noinline)) void ask_parts() {
+      for (int i = 0; i < lines_; ++i, at_ += 64) {
+        if (at_ >= end_) {
+          if (left_ == 0) return;
+          const int number = next_->parts - left_--;
+          const Entries::Part& part = next_->part[number];
+          const PageSide from = side(number);
+          const int64_t row = from.type->row_bits(from.width) / 8;
+          at_ = from.data + part.first * row, end_ = at_ + part.count * row;
+        }
+        __builtin_prefetch(at_, 0, 2);
+      }
     }
 
     const Entries* next_;
-    bool keys_;
-    int left_ = 0;            // parts not begun
-    int due_ = 0, step_ = 0;  // of lines, in 1 / kLine
+    bool keys_, scattered_ = false;
+    int left_ = 0, lines_ = 0;  // parts not begun; lines of a call
     const char *at_ = nullptr, *end_ = nullptr;
   };
 
