@@ -105,14 +105,13 @@ class CodeReader : CodeRoom, public CodeRows<CodeReader, kCodeStep> {
       const int64_t all = from.type->bytes(from.width), row = from.type->row_bits(from.width) / 8;
       const bool whole = next->parts == 1 && next->count == kPage;  // with its scales
       lines_ = int(((whole ? all / 64 : next->count * row / 64 + next->parts) + calls - 1) / calls);
-      if (whole) at_ = from.data, end_ = at_ + all;
+      if (whole) at_ = from.data;
       else left_ = next->parts, scattered_ = true;
     }
     /// As many lines in every call, or the processor foresees none of these loops.
     HEED_INLINE void operator()() {
       if (scattered_) return ask_parts();
-      if (at_ >= end_) return;
-      for (int i = 0; i < lines_; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);  // may go a little past the end
+      for (int i = 0; i < lines_; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);  // goes a little past the end
     }
 
    private:
