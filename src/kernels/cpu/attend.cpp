@@ -130,8 +130,8 @@ class Attend {
     std::fill_n(done_, counters_, int64_t(0));
   }
 
-  /// Puts pieces that read the same keys into teams: the same rows of several heads of a group, and, where tiles begin to read
-  /// at the same key whatever their rows, several tiles of a head. No bit of a row depends on what its tile is joined with.
+  /// Puts pieces that read the same keys into teams: the same rows of several heads of a group, and, where tiles begin to
+  /// read at the same key whatever their rows, several tiles of a head. No bit of a row depends on what its tile is joined with.
   void join() {
     const bool from_one_key = mods_.window <= 0 && !mods_.until, joins = plan_.parts == 1 && (from_one_key || !mods_.q_pos);
     const auto task_of = [&](const TaskPart& piece) -> const TileTask& { return tasks_[size_t(piece.task)]; };

@@ -50,7 +50,8 @@ HEED_INLINE __m512i four_rows(const char* a, const char* b, const char* c, const
   return _mm512_inserti32x4(x, sixteen(d), 3);
 }
 
-/// Four words, from byte `at` on, of sixteen rows (a row's last ones may lie behind its end): word by word to out [4] vectors that lie `step` bytes apart.
+/// Four words, from byte `at` on, of sixteen rows (a row's last ones may lie behind its end): word by word to four vectors
+/// that lie `step` bytes apart.
 HEED_INLINE void turn_rows(const char* const rows[16], int64_t at, uint8_t* out, int64_t step) {
   __m512i x[4], y[4];
 #pragma GCC unroll 4

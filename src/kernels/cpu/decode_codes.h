@@ -95,8 +95,8 @@ class CodeReader : CodeRoom, public CodeRows<CodeReader, kCodeStep> {
     }
   }
 
-  /// Asks for one side of `next`, line after line, spread over so many calls: in the order of memory, which the machine's own
-  /// prefetcher follows, and never many at once, which would fill the buffers that loads need.
+  /// Asks for one side of `next`, line after line, spread over so many calls: in the order of memory, which the machine's
+  /// own prefetcher follows, and never many at once, which would fill the buffers that loads need.
   class Ask {
    public:
     Ask(const Entries* next, bool keys, int calls) : next_(next), keys_(keys) {
@@ -139,8 +139,8 @@ class CodeReader : CodeRoom, public CodeRows<CodeReader, kCodeStep> {
     const char *at_ = nullptr, *end_ = nullptr;
   };
 
-  /// Scores [rows][kScoreRow] of `N` · 16 entries from j on, whose words are turned: finish(r, group, j, sums, scores) adds what
-  /// the sums of a group are worth, `per_group` words of Q (the last may have fewer).
+  /// Scores [rows][kScoreRow] of `N` · 16 entries from j on, whose words are turned: finish(r, group, j, sums, scores) adds
+  /// what the sums of a group are worth, `per_group` words of Q (the last may have fewer).
   template <int Bits, int N, class Finish>
   HEED_INLINE void scores_of(Ask& ask, int j, int per_group, float* scores, Finish finish) const {
     const int words = d_ / 4;
