@@ -8,6 +8,10 @@
 
 #include "model/session.h"
 
+namespace heed {
+struct Passage;
+}
+
 namespace heed::apps {
 
 using Json = nlohmann::ordered_json;
@@ -46,6 +50,9 @@ struct ModelFlags {
   std::shared_ptr<const Model> load() const;
   SessionOptions session(const std::string& attention) const;
 };
+
+/// What a run of a passage depends on beside the mechanism, as fields of a SampleFile's key.
+Json run_key(const ModelFlags& flags, const Model& model, const Passage& passage);
 
 /// "bf16", or "q8,q4" for keys and values apart → how pages are kept. Throws Error(Invalid).
 std::pair<PageType, PageType> page_types(const std::string& text);

@@ -7,8 +7,10 @@
 #include <numeric>
 
 #include "apps/command.h"
+#include "base/hash.h"
 #include "base/threads.h"
 #include "base/whole_file.h"
+#include "lab/compare.h"
 #include "lab/files.h"
 
 namespace heed::apps {
@@ -72,6 +74,17 @@ SessionOptions ModelFlags::session(const std::string& attention) const {
   options.ubatch = ubatch, options.chunk = chunk, options.backend = backend, options.device = device;
   std::tie(options.k, options.v) = page_types(kv);
   return options;
+}
+
+Json run_key(const ModelFlags& flags, const Model& model, const Passage& passage) {
+  const auto& tokens = passage.tokens;
+  return {{"model", hexadecimal(model.info().hash)},
+          {"backend", backend(flags.backend, flags.device).name},
+          {"kv", flags.kv},
+          {"chunk", flags.chunk},
+          {"text", fingerprint({reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(int32_t)})},
+          {"prompt", passage.prompt},
+          {"scored", passage.scored()}};
 }
 
 std::pair<PageType, PageType> page_types(const std::string& text) {

@@ -3,7 +3,10 @@
 #include <iostream>
 
 #include "apps/command.h"
+#include "base/threads.h"
+#include "lab/compare_rows.h"
 #include "lab/files.h"
+#include "lab/machine.h"
 #include "lab/progress.h"
 #include "lab/report.h"
 
@@ -68,6 +71,9 @@ class Compare final : public Command {
         ->type_name("N")
         ->check(CLI::Range(1, 100))
         ->capture_default_str();
+    app.add_option("--rows", rows_file_,
+                   "write every run to this file as it is finished, and do not run again those that it has")
+        ->type_name("FILE.jsonl");
     app.add_option("--report", report_, "a page with charts, in one file")->type_name("FILE.html");
     app.add_option("-o,--output", format_, "md or json")->check(CLI::IsMember({"md", "json"}))->capture_default_str();
     app.add_option("-s,--seed", seed_, "of the order of repetitions and of niah's numbers")->type_name("N");
@@ -80,7 +86,7 @@ class Compare final : public Command {
         "  heed compare -m model.gguf -f book.txt -c 8192 --attention \"streaming-llm(window=1020)\" --attention "
         "\"quest(budget=512)\"\n"
         "  heed compare -m model.gguf -f book.txt -c 16384 --attention \"snapkv(budget=1024)\" --report out.html\n"
-        "  heed compare -m model.gguf -f book.txt -c 8192 --all --budget 5%,20% --report all.html");
+        "  heed compare -m model.gguf -f book.txt -c 8192 --all --budget 5%,20% --rows all.jsonl --report all.html");
   }
 
   int run() override {
@@ -91,36 +97,13 @@ class Compare final : public Command {
     if (context == 0) context = std::min<int64_t>(8192, int64_t(tokens.size()));
     if (context_ == 0 && model->info().context > 0) context = std::min(context, model->info().context);
     const Passage text = passage(tokens, context, score_);
-    CompareOptions options;
-    options.attention = attention_;
-    options.session = flags_.session("dense");
-    options.repetitions = repetitions_;
-    options.tasks = tasks_;
-    options.seed = seed_;
-    options.details = !report_.empty();
-    if (all_) {
-      const Everything every = every_mechanism(model, options.session, budgets_);
-      for (const auto& [spec, reason] : every.left_out) std::cerr << "left out: " << spec << ": " << reason << '\n';
-      options.attention.insert(options.attention.end(), every.specs.begin(), every.specs.end());
-    }
+    SampleFile file(rows_file_, compare_lines());
+    const CompareOptions options = asked(model, text, file);
     Progress progress("compare");
     const Comparison result = compare(model, text, options,
                                       [&](double share, const std::string& name) { progress.at(share, name); });
     progress.clear();
-
-    const auto by_memory = pareto_front(result.rows, [](const Row& r) { return double(r.kv_bytes); });
-    const auto by_time = pareto_front(result.rows, [](const Row& r) { return r.seconds; });
-    Json rows = Json::array();
-    for (size_t i = 0; i < result.rows.size(); ++i) {
-      rows.push_back(row_json(result.rows[i], context));
-      rows.back()["front_memory"] = bool(by_memory[i]), rows.back()["front_time"] = bool(by_time[i]);
-    }
-    json_ || format_ == "json" ? print(rows) : show(*model, result, context);
-    if (!report_.empty() && !result.rows.empty()) {
-      value_or_throw(write_file(
-          report_, report(*model, result, file_, rows.dump(-1, ' ', false, Json::error_handler_t::replace))));
-      std::cerr << "report: " << report_ << '\n';
-    }
+    tell(*model, result, context);
     for (const auto& [spec, reason] : result.failed) std::cerr << "heed: " << spec << " failed: " << reason << '\n';
     if (!result.interrupted) return result.failed.empty() ? 0 : 1;
     std::cerr << "heed: interrupted; " << result.rows.size() << " of the mechanisms were finished\n";
@@ -128,6 +111,43 @@ class Compare final : public Command {
   }
 
  private:
+  CompareOptions asked(const std::shared_ptr<const Model>& model, const Passage& text, SampleFile& file) const {
+    CompareOptions options;
+    options.attention = attention_;
+    options.session = flags_.session("dense");
+    options.repetitions = repetitions_;
+    options.tasks = tasks_;
+    options.seed = seed_;
+    options.details = !report_.empty() || !rows_file_.empty();  // a page may be asked of the file later
+    options.file = &file;
+    options.key = run_key(flags_, *model, text);
+    options.key.update({{"machine", options.key["backend"] == "cuda" ? cuda_state() : cpu_name()},
+                        {"threads", threads()},
+                        {"ubatch", flags_.ubatch},
+                        {"asked", tasks_},
+                        {"seed", seed_}});
+    if (!all_) return options;
+    const Everything every = every_mechanism(model, options.session, budgets_);
+    for (const auto& [spec, reason] : every.left_out) std::cerr << "left out: " << spec << ": " << reason << '\n';
+    options.attention.insert(options.attention.end(), every.specs.begin(), every.specs.end());
+    return options;
+  }
+
+  void tell(const Model& model, const Comparison& result, int64_t context) const {
+    const auto by_memory = pareto_front(result.rows, [](const Row& r) { return double(r.kv_bytes); });
+    const auto by_time = pareto_front(result.rows, [](const Row& r) { return r.seconds; });
+    Json rows = Json::array();
+    for (size_t i = 0; i < result.rows.size(); ++i) {
+      rows.push_back(row_json(result.rows[i], context));
+      rows.back()["front_memory"] = bool(by_memory[i]), rows.back()["front_time"] = bool(by_time[i]);
+    }
+    json_ || format_ == "json" ? print(rows) : show(model, result, context);
+    if (report_.empty() || result.rows.empty()) return;
+    value_or_throw(
+        write_file(report_, report(model, result, file_, rows.dump(-1, ' ', false, Json::error_handler_t::replace))));
+    std::cerr << "report: " << report_ << '\n';
+  }
+
   void show(const Model& model, const Comparison& result, int64_t context) const {
     std::vector<std::string> header = {"<attention", "prefill t/s", "decode t/s",   "KV",
                                        "peak KV",    "density",     "ppl",          "KLD",
@@ -179,7 +199,7 @@ class Compare final : public Command {
   }
 
   ModelFlags flags_;
-  std::string file_, report_, format_ = "md";
+  std::string file_, rows_file_, report_, format_ = "md";
   std::vector<std::string> attention_, tasks_, budgets_ = {"5%", "10%", "20%", "50%"};
   int64_t context_ = 0, score_ = 0;
   int repetitions_ = 1;

@@ -151,9 +151,11 @@ class Eval final : public Command {
       if (wants("agreement")) agree(model, tokens, out);
       ruler(model, file, out);
       if (!longbench_.empty()) longbench(model, file, out);
-    } catch (const Error&) {  // what other tasks have found is not lost
-      if (out.size() > nothing) tell(out);
-      throw;
+    } catch (const Error& e) {  // what other tasks have found is not lost
+      if (e.failure().code != Code::Interrupted) {
+        if (out.size() > nothing) tell(out);
+        throw;
+      }
     }
     if (interrupted()) out["interrupted"] = true;
     tell(out);
@@ -222,7 +224,7 @@ class Eval final : public Command {
       const Json& skipped = out["skipped"];
       throw Error(Code::Invalid, "ruler", "none of its tasks can be asked, as " + skipped.begin()->get<std::string>());
     }
-    SampleFile::Json key = run_key(*model, text_);
+    SampleFile::Json key = sample_key(*model, text_);
     key["example"] = example_;
     Progress progress("ruler");
     double done = 0;
@@ -279,7 +281,7 @@ class Eval final : public Command {
     for (Query query : queries()) {
       const TaskRow row = run_task(model, flags_.session(attention_),
                                    {.task = "longbench", .metric = metric.name, .query = query, .length = context_},
-                                   count, file, run_key(*model, asked), make,
+                                   count, file, sample_key(*model, asked), make,
                                    [&](double share) { progress.at(share, metric.name); });
       if (!row.scores.empty()) out["tasks"].push_back(to_json(row, attention_));
     }
@@ -336,13 +338,15 @@ class Eval final : public Command {
   }
 
   /// What makes a sample belong to this question and no other.
-  SampleFile::Json run_key(const Model& model, std::string_view text) const {
-    return {{"model", hexadecimal(model.info().hash)},
-            {"attention", attention_},
-            {"kv", flags_.kv},
-            {"chunk", flags_.chunk},
-            {"text", fingerprint(text)},
-            {"seed", seed_}};
+  SampleFile::Json sample_key(const Model& model, std::string_view text) const {
+    SampleFile::Json key = {{"model", hexadecimal(model.info().hash)},
+                            {"attention", attention_},
+                            {"kv", flags_.kv},
+                            {"chunk", flags_.chunk},
+                            {"text", fingerprint(text)},
+                            {"seed", seed_}};
+    if (const std::string files = files_of(attention_, model.info()); !files.empty()) key["files"] = files;
+    return key;
   }
 
   void ppl(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, Json& out) {
@@ -406,20 +410,16 @@ class Eval final : public Command {
       options.session = flags_.session(attention_);
       options.question_first = std::string(task) == "niah-aware";
       options.seed = seed_;
-      try {
-        const NiahScore score = niah(model, std::span(text.tokens).subspan(0, size_t(text.prompt)), options);
-        const Interval ci = wilson(score.accuracy, score.runs);
-        out[task] = {{"accuracy", score.accuracy},
-                     {"recall", score.recall},
-                     {"nll", score.nll},
-                     {"runs", score.runs},
-                     {"query", options.question_first ? "aware" : "blind"},
-                     {"low", ci.low},
-                     {"high", ci.high},
-                     {"interval", ci.method}};
-      } catch (const Error& e) {
-        if (e.failure().code != Code::Interrupted) throw;
-      }
+      const NiahScore score = niah(model, std::span(text.tokens).subspan(0, size_t(text.prompt)), options);
+      const Interval ci = wilson(score.accuracy, score.runs);
+      out[task] = {{"accuracy", score.accuracy},
+                   {"recall", score.recall},
+                   {"nll", score.nll},
+                   {"runs", score.runs},
+                   {"query", options.question_first ? "aware" : "blind"},
+                   {"low", ci.low},
+                   {"high", ci.high},
+                   {"interval", ci.method}};
     }
   }
 

@@ -4,7 +4,6 @@
 #include <map>
 
 #include "apps/command.h"
-#include "base/hash.h"
 #include "lab/progress.h"
 #include "mechanisms/registry.h"
 
@@ -66,14 +65,7 @@ class Pairs final : public Command {
     const std::vector<int32_t> tokens = tokens_of(*model, file_);
     const Passage text = passage(tokens, context_, score_);
     SampleFile file(rows_file_, pair_lines());
-    SampleFile::Json key = {
-        {"model", hexadecimal(model->info().hash)},
-        {"backend", heed::backend(flags_.backend, flags_.device).name},
-        {"kv", flags_.kv},
-        {"chunk", flags_.chunk},
-        {"text", fingerprint({reinterpret_cast<const char*>(text.tokens.data()), text.tokens.size() * sizeof(int32_t)})},
-        {"prompt", text.prompt},
-        {"scored", text.scored()}};
+    SampleFile::Json key = run_key(flags_, *model, text);
     std::vector<std::vector<std::string>> pairs;
     size_t all = 0, done = 0;
     for (const std::string& budget : budgets_) {

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "base/random.h"
+#include "lab/compare_rows.h"
 #include "lab/progress.h"
 #include "lab/score.h"
 #include "mechanisms/registry.h"
@@ -20,32 +21,65 @@ struct Baseline {
   double entries = 0, reads = 0, bytes = 0;
 };
 
-struct Timing {
-  double prefill = 0, decode = 0;
-};
-
 class Bench {
  public:
-  Bench(std::shared_ptr<const Model> model, const Passage& passage, const CompareOptions& options)
-      : model_(std::move(model)), passage_(passage), options_(options) {
-    const ModelInfo& m = model_->info();
-    const int64_t decoded = std::max<int64_t>(0, passage_.scored() - 1);
-    base_.mass = std::make_shared<DenseMass>(m, int64_t(passage_.tokens.size()), decoded, options_.probe_layers);
-    base_.distributions = std::make_unique<Distributions>(passage_.scored(), m.vocabulary);
+  /// `names`: dense and others.
+  Bench(std::shared_ptr<const Model> model, const Passage& passage, const CompareOptions& options,
+        std::span<const std::string> names)
+      : model_(std::move(model)), passage_(passage), options_(options), repetitions_(std::max(1, options.repetitions)) {
+    for (const std::string& name : names) {
+      bool all = true;
+      for (int r = 0; r < repetitions_; ++r) all = all && finished(name, r);
+      if (!all) unfinished_.push_back(name);
+      baseline_ = baseline_ || !finished(name, 0);
+    }
   }
 
   std::function<void(double)> progress;
 
-  /// A run that measures quality, and times; the first call is the baseline.
-  Row quality(const std::string& attention, Timing& timing) {
-    const bool dense = !measured_;
+  /// Mechanisms of which a run is not in the file.
+  const std::vector<std::string>& unfinished() const { return unfinished_; }
+  int repetitions() const { return repetitions_; }
+
+  /// A run from the file, or made. Dense comes first; it is made wherever another is that stands against it.
+  TimedRow run(const std::string& attention, int repetition) {
+    const SampleFile::Json* line = finished(attention, repetition);
+    const bool baseline = baseline_ && repetition == 0 && attention == "dense";
+    if (line && !baseline) return timed_row(*line);
+    TimedRow made = repetition == 0 ? quality(attention) : again(attention);
+    if (line) return timed_row(*line);
+    if (options_.file) options_.file->add(key(attention, repetition), to_json(made));
+    return made;
+  }
+
+ private:
+  SampleFile::Json key(const std::string& attention, int repetition) const {
+    SampleFile::Json out = options_.key;
+    out["attention"] = attention, out["repetition"] = repetition;
+    if (const std::string files = files_of(attention, model_->info()); !files.empty()) out["files"] = files;
+    return out;
+  }
+  const SampleFile::Json* finished(const std::string& attention, int repetition) const {
+    return options_.file ? options_.file->find(key(attention, repetition)) : nullptr;
+  }
+
+  /// A run that measures quality, and times; the first one is the baseline.
+  TimedRow quality(const std::string& attention) {
+    const bool dense = !base_.mass;
+    if (dense) {
+      const ModelInfo& m = model_->info();
+      base_.distributions = std::make_unique<Distributions>(passage_.scored(), m.vocabulary);
+      base_.mass = std::make_shared<DenseMass>(m, int64_t(passage_.tokens.size()),
+                                               std::max<int64_t>(0, passage_.scored() - 1), options_.probe_layers);
+    }
     Session session(model_, with(attention));
-    Row row;
+    TimedRow out;
+    Row& row = out.row;
     row.attention = attention;
     Probe probe(session, base_.mass, dense, passage_.prompt, int64_t(passage_.tokens.size()), options_.details);
     std::vector<double> kld, losses;
     int64_t same = 0;
-    timing = walk(session, &probe, row, [&](int64_t i, std::span<const float> logits) {
+    walk(session, &probe, out, [&](int64_t i, std::span<const float> logits) {
       losses.push_back(nll(logits, passage_.tokens[size_t(passage_.prompt + i)]));
       if (dense) base_.distributions->set(i, logits);
       const auto difference = base_.distributions->against(i, logits);
@@ -57,7 +91,7 @@ class Bench {
     row.top1_agree = double(same) / double(std::max<size_t>(1, kld.size()));
     row.density_prefill = mean_of_all(session.density());
     const double entries = held_, reads = mean_of_all(session.read_tokens());
-    if (dense) base_.entries = entries, base_.reads = reads, base_.bytes = double(row.kv_bytes), measured_ = true;
+    if (dense) base_.entries = entries, base_.reads = reads, base_.bytes = double(row.kv_bytes);
     row.kv_share = base_.bytes > 0 ? double(row.kv_bytes) / base_.bytes : 1;
     row.density_kept = base_.entries > 0 ? entries / base_.entries : 1;
     row.density_read = base_.reads > 0 ? reads / base_.reads : 1;
@@ -69,19 +103,28 @@ class Bench {
     row.kld.assign(kld.begin(), kld.end());
     row.probed_layers = base_.mass->layers();
     row.mass_by_head = probe.mass_by_head(), row.error_by_head = probe.error_by_head();
-    return row;
+    run_tasks(row);
+    return out;
   }
 
   /// A run for its times alone.
-  Timing again(const std::string& attention, Row& row) {
+  TimedRow again(const std::string& attention) {
     Session session(model_, with(attention));
-    Row times;
-    const Timing timing = walk(session, nullptr, times, [](int64_t, std::span<const float>) {});
-    row.prefill_times = times.prefill_times, row.decode_times = times.decode_times;
-    return timing;
+    TimedRow out;
+    walk(session, nullptr, out, [](int64_t, std::span<const float>) {});
+    return out;
   }
 
- private:
+  void run_tasks(Row& row) const {
+    for (const std::string& task : options_.tasks) {
+      NiahOptions niah;
+      niah.question_first = task == "niah-aware";
+      niah.session = with(row.attention);
+      niah.seed = options_.seed;
+      row.tasks[task] = heed::niah(model_, std::span(passage_.tokens).subspan(0, size_t(passage_.prompt)), niah);
+    }
+  }
+
   SessionOptions with(const std::string& attention) const {
     SessionOptions out = options_.session;
     out.attention = attention;
@@ -90,16 +133,16 @@ class Bench {
 
   /// Prefill, then one token at a time; the probe's own time is taken off.
   template <class Visit>
-  Timing walk(Session& session, Probe* probe, Row& row, Visit visit) {
+  void walk(Session& session, Probe* probe, TimedRow& run, Visit visit) {
     const double total = double(passage_.tokens.size());
     session.progress([&](int64_t done, int64_t layers) {
       if (progress) progress(double(done) / double(layers) * double(passage_.prompt) / total);
     });
     const auto probed = [&] { return probe ? probe->seconds() : 0.0; };
-    Timing timing;
+    Row& row = run.row;
     double begin = now(), watched = probed();
     Tensor logits = session.prefill(std::span(passage_.tokens).subspan(0, size_t(passage_.prompt)));
-    timing.prefill = now() - begin - (probed() - watched);
+    run.prefill = now() - begin - (probed() - watched);
     const Times behind_prefill = session.times();
     row.prefill_times = behind_prefill;
     row.kv_bytes = session.kv_bytes();
@@ -111,12 +154,11 @@ class Bench {
       if (probe) probe->before(i - 1);
       begin = now(), watched = probed();
       logits = session.decode(passage_.tokens[size_t(passage_.prompt + i - 1)]);
-      timing.decode += now() - begin - (probed() - watched);
+      run.decode += now() - begin - (probed() - watched);
       visit(i, logits.select(0, 0).span<const float>());
       if (progress) progress(double(passage_.prompt + i) / total);
     }
     row.decode_times = session.times() - behind_prefill;
-    return timing;
   }
 
   void describe(Session& session, Row& row) {
@@ -138,19 +180,44 @@ class Bench {
   std::shared_ptr<const Model> model_;
   const Passage& passage_;
   const CompareOptions& options_;
+  int repetitions_;
+  std::vector<std::string> unfinished_;
+  bool baseline_ = false;
   Baseline base_;
-  bool measured_ = false;
   double held_ = 0;
 };
 
-void run_tasks(std::shared_ptr<const Model> model, const Passage& passage, const CompareOptions& options, Row& row) {
-  for (const std::string& task : options.tasks) {
-    NiahOptions niah;
-    niah.question_first = task == "niah-aware";
-    niah.session = options.session;
-    niah.session.attention = row.attention;
-    niah.seed = options.seed;
-    row.tasks[task] = heed::niah(model, std::span(passage.tokens).subspan(0, size_t(passage.prompt)), niah);
+/// Says of each mechanism, before any work, what opening a session tells and parsing cannot; then does what a process does
+/// once, so that it is not the first mechanism's: with a GPU, scratch for a long prompt halved its rate. Weights stay on a
+/// device from one run to the next while the session is there.
+std::unique_ptr<Session> warm_up(const std::shared_ptr<const Model>& model, const Passage& passage, SessionOptions with,
+                                 const std::vector<std::string>& names) {
+  const int64_t fed = int64_t(passage.tokens.size()) - 1;  // the last one is only predicted
+  with.attention = "dense";
+  auto held = std::make_unique<Session>(model, with);
+  held->check_reach(fed);
+  for (const std::string& name : names) {
+    SessionOptions trial = with;
+    trial.attention = name;
+    Session(model, trial).check_reach(fed);
+  }
+  Session first(model, with);
+  const int64_t prompt = std::min(passage.prompt, 2 * backend(with.backend, with.device).tile_rows);
+  first.prefill(std::span(passage.tokens).first(size_t(prompt)));
+  first.decode(passage.tokens[size_t(prompt)]);
+  return held;
+}
+
+/// Medians over the runs of each row.
+void set_rates(const Passage& passage, const std::vector<std::vector<TimedRow>>& runs, std::vector<Row>& rows) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    std::vector<double> prefill, decode;
+    for (const TimedRow& run : runs[i]) prefill.push_back(run.prefill), decode.push_back(run.decode);
+    const double prefilled = std::max(1e-9, quantile(prefill, 0.5)), decoded = std::max(1e-9, quantile(decode, 0.5));
+    Row& row = rows[i];
+    row.prefill_tps = double(passage.prompt) / prefilled;
+    row.decode_tps = passage.scored() > 1 ? double(passage.scored() - 1) / decoded : 0;
+    row.seconds = prefilled + (passage.scored() > 1 ? decoded : 0);
   }
 }
 
@@ -178,57 +245,43 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
   for (const std::string& name : options.attention)
     if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
   for (const std::string& name : names) value_or_throw(Composition::parse(name, model->info(), registry()));
-  SessionOptions trial = options.session;
-  trial.attention = "dense";
-  const int64_t fed = int64_t(passage.tokens.size()) - 1;  // the last one is only predicted
-  Session held(model, trial);                              // weights stay on a device from one run to the next
-  held.check_reach(fed);
-  {
-    // What a process does once is not the first mechanism's: with a GPU, scratch for a long prompt halved its rate.
-    Session first(model, trial);
-    const int64_t prompt = std::min(passage.prompt, 2 * backend(trial.backend, trial.device).tile_rows);
-    first.prefill(std::span(passage.tokens).first(size_t(prompt)));
-    first.decode(passage.tokens[size_t(prompt)]);
-  }
-  for (const std::string& name : names) {
-    // Opening a session says what parsing cannot: a mechanism that needs more than a model gives.
-    trial.attention = name;
-    Session(model, trial).check_reach(fed);
-  }
 
   Comparison out{.rows = {}, .prompt = passage.prompt, .scored = passage.scored()};
-  Bench bench(model, passage, options);
-  std::vector<std::vector<Timing>> timings;  // of each row
-  const double runs = double(names.size()) * std::max(1, options.repetitions);
+  Bench bench(model, passage, options, names);
+  std::vector<std::vector<TimedRow>> runs;  // of each row
   double done = 0;
   std::string current;
+  const auto run = [&](const std::string& name, int repetition) {
+    current = name;
+    return bench.run(name, repetition);
+  };
   bench.progress = [&](double share) {
-    if (progress) progress((done + share) / runs, current);
+    if (progress) progress((done + share) / (double(names.size()) * bench.repetitions()), current);
   };
   try {
-    for (size_t i = 0; i < names.size(); ++i) {
-      current = names[i];
-      Timing timing;
+    std::unique_ptr<Session> held;
+    if (!bench.unfinished().empty()) held = warm_up(model, passage, options.session, bench.unfinished());
+    for (const std::string& name : names) {
       try {
-        Row row = bench.quality(names[i], timing);
-        run_tasks(model, passage, options, row);
-        out.rows.push_back(std::move(row));
-        timings.push_back({timing});
+        TimedRow first = run(name, 0);
+        out.rows.push_back(std::move(first.row));
+        runs.push_back({std::move(first)});
       } catch (const Error& e) {
-        if (i == 0 || e.failure().code == Code::Interrupted) throw;
-        out.failed.emplace_back(names[i], e.what());
+        if (name == "dense" || e.failure().code == Code::Interrupted) throw;
+        out.failed.emplace_back(name, e.what());
       }
       ++done;
     }
     // Further repetitions in an order of their own each time, so that no mechanism always runs on a warmer machine.
     Random random(options.seed);
-    for (int r = 1; r < options.repetitions; ++r) {
+    for (int r = 1; r < bench.repetitions(); ++r) {
       std::vector<size_t> order(out.rows.size());
       std::iota(order.begin(), order.end(), size_t(0));
       for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[size_t(random.below(int64_t(i)))]);
       for (size_t i : order) {
-        current = out.rows[i].attention;
-        timings[i].push_back(bench.again(current, out.rows[i]));
+        runs[i].push_back(run(out.rows[i].attention, r));
+        const Row& last = runs[i].back().row;
+        out.rows[i].prefill_times = last.prefill_times, out.rows[i].decode_times = last.decode_times;
         ++done;
       }
     }
@@ -236,15 +289,7 @@ Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, c
     if (e.failure().code != Code::Interrupted) throw;
     out.interrupted = true;
   }
-  for (size_t i = 0; i < out.rows.size(); ++i) {
-    std::vector<double> prefill, decode;
-    for (const Timing& t : timings[i]) prefill.push_back(t.prefill), decode.push_back(t.decode);
-    Row& row = out.rows[i];
-    const double prefilled = std::max(1e-9, quantile(prefill, 0.5)), decoded = std::max(1e-9, quantile(decode, 0.5));
-    row.prefill_tps = double(passage.prompt) / prefilled;
-    row.decode_tps = passage.scored() > 1 ? double(passage.scored() - 1) / decoded : 0;
-    row.seconds = prefilled + (passage.scored() > 1 ? decoded : 0);
-  }
+  set_rates(passage, runs, out.rows);
   return out;
 }
 

@@ -8,6 +8,7 @@
 
 #include "lab/niah.h"
 #include "lab/probe.h"
+#include "lab/samples.h"
 #include "model/session.h"
 
 namespace heed {
@@ -60,6 +61,10 @@ struct CompareOptions {
   bool details = false;            // what the report draws
   int probe_layers = 6;            // layers in which attention mass and output error are sampled
   uint64_t seed = 0;               // of the order in which repetitions are timed
+  // Every run is added to `file`, if any, as it is finished, and not made again when it is there (compare_lines()). `key`:
+  // what runs depend on beside the mechanism and its repetition. Rows of a file have details only if it was made with them.
+  SampleFile* file = nullptr;
+  SampleFile::Json key;
 };
 
 struct Comparison {
@@ -82,7 +87,8 @@ Everything every_mechanism(std::shared_ptr<const Model> model, const SessionOpti
                            std::span<const std::string> budgets);
 
 /// `progress(share, name)`. Throws Error for bad specs before any work is done, and when dense itself fails; another
-/// mechanism that fails later is told of in `failed`, and the rest go on.
+/// mechanism that fails later is told of in `failed`, and the rest go on. Dense is run again where another mechanism is,
+/// which stands against it, but its row is the file's, if it is there.
 Comparison compare(std::shared_ptr<const Model> model, const Passage& passage, const CompareOptions& options,
                    const std::function<void(double, const std::string&)>& progress = {});
 

@@ -11,6 +11,7 @@
 #include "base/hash.h"
 #include "base/whole_file.h"
 #include "lab/files.h"
+#include "mechanisms/registry.h"
 
 namespace heed {
 namespace {
@@ -29,10 +30,10 @@ bool is_sample(const SampleFile::Json& line) {
 }  // namespace
 
 const SampleFile::Form& SampleFile::eval_samples() {
-  static const Form form = {
-      "sample of `heed eval`",
-      {"model", "attention", "kv", "chunk", "text", "task", "query", "length", "depth", "seed", "example", "index"},
-      is_sample};
+  static const Form form = {"sample of `heed eval`",
+                            {"model", "attention", "files", "kv", "chunk", "text", "task", "query", "length", "depth",
+                             "seed", "example", "index"},
+                            is_sample};
   return form;
 }
 
@@ -87,6 +88,20 @@ void SampleFile::add(const Json& key, const Json& result) {
     throw Error(Code::Io, path_, std::string("cannot be written: ") + std::strerror(errno),
                 "is there space, and may you write here?");
   done_[identity(key)] = std::move(line);
+}
+
+std::string files_of(const std::string& attention, const ModelInfo& model) {
+  if (attention.find('@') == std::string::npos) return {};
+  // A composition says what a profile comes to; what is left are names of arrays.
+  std::string out;
+  const auto add = [&](const auto& self, const Spec& spec) -> void {
+    for (const Spec::Setting& s : spec.settings)
+      if (s.value[0] == '@') out += fingerprint(value_or_throw(read_file(s.value.substr(1))));
+    for (const Spec& inner : spec.inner) self(self, inner);
+  };
+  const std::string text = value_or_throw(Composition::parse(attention, model, registry())).text();
+  for (const Spec& spec : value_or_throw(parse_spec(text))) add(add, spec);
+  return fingerprint(text + out);
 }
 
 std::string fingerprint(std::string_view bytes) { return hexadecimal(fnv1a(bytes)); }

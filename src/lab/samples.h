@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "model/model.h"
+
 namespace heed {
 
 /// Lines are objects. What makes a sample the one asked for (model, text, mechanism, task, length, seed, number …) are
@@ -38,6 +40,10 @@ class SampleFile {
   const Form* form_;
   std::map<std::string, Json> done_;  // by identity()
 };
+
+/// Tells apart what the files that a spec names hold, a profile and learnt arrays; empty: it names none. Throws Error for a
+/// bad spec and a file that cannot be read.
+std::string files_of(const std::string& attention, const ModelInfo& model);
 
 /// Tells texts and files apart: FNV-1a of their bytes, 16 hexadecimal digits.
 std::string fingerprint(std::string_view bytes);

@@ -334,6 +334,41 @@ TEST_F(OnModel, CompareGivesOneObjectAMechanism) {
   EXPECT_EQ(html.find("src=\"http"), std::string::npos);
 }
 
+TEST_F(OnModel, CompareDoesNotRunAgainWhatItsFileHas) {
+  const std::string file = path("rows.jsonl"), page = path("page.html");
+  const auto compare = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> all = {"compare", "-m",          model_,   "-f",     text_, "-c",      "200",  "--score",
+                                    "8",       "--attention", "moba()", "--rows", file,  "--tasks", "niah", "--json"};
+    all.insert(all.end(), more.begin(), more.end());
+    return heed(all);
+  };
+  const Outcome first = compare({}), second = compare({"--report", page});
+  ASSERT_EQ(first.status, 0) << first.err;
+  EXPECT_EQ(second.out, first.out) << "with the times of the first";
+  EXPECT_NE(read(page).find("moba()"), std::string::npos);
+  const std::string kept = read(file);
+  EXPECT_EQ(std::count(kept.begin(), kept.end(), '\n'), 2);
+  // Another mechanism stands beside them; what any run depends on makes others of all.
+  const auto three = compare({"--attention", "knorm(budget=40)"}).json();
+  ASSERT_EQ(three.size(), 3u);
+  EXPECT_EQ(three[0]["decode_tps"], first.json()[0]["decode_tps"]);
+  const std::string lines = read(file);
+  EXPECT_EQ(lines.substr(0, kept.size()), kept);
+  for (const std::vector<std::string>& other : {std::vector<std::string>{"--kv", "q8"},
+                                                {"--ubatch", "32"},
+                                                {"--chunk", "64"},
+                                                {"-t", "1"},
+                                                {"--tasks", "niah-aware"},
+                                                {"--seed", "7"}}) {
+    const std::string before = read(file);
+    ASSERT_EQ(compare(other).status, 0);
+    const std::string after = read(file);
+    EXPECT_EQ(std::count(after.begin(), after.end(), '\n'), std::count(before.begin(), before.end(), '\n') + 2) << other[0];
+  }
+  write("rows.jsonl", kept + "{\"model\": \"m\"}\n");
+  expect_complaint(compare({}), 2, "rows.jsonl:3");
+}
+
 TEST_F(OnModel, CompareAllRunsWhatTheModelCanRun) {
   const Outcome outcome = heed(
       {"compare", "-m", model_, "-f", text_, "-c", "160", "--score", "8", "--all", "--budget", "40,50%", "--json"});

@@ -7,7 +7,7 @@
 
 #include "base/random.h"
 #include "lab/bench.h"
-#include "lab/compare.h"
+#include "lab/compare_rows.h"
 #include "lab/files.h"
 #include "lab/perplexity.h"
 #include "lab/report.h"
@@ -255,6 +255,62 @@ TEST(Compare, KeepsRowsDoneWhenStopped) {
   ASSERT_EQ(result.rows.size(), 1u);
   EXPECT_EQ(result.rows[0].attention, "dense");
   EXPECT_GT(result.rows[0].prefill_tps, 0);
+}
+
+TEST(Compare, StoppedBeforeAnythingIsFinishedHasNoRows) {
+  interrupt();
+  const Comparison result = compare(small_model(), passage(random_text(64), 64, 8), CompareOptions());
+  clear_interrupt();
+  EXPECT_TRUE(result.interrupted);
+  EXPECT_TRUE(result.rows.empty());
+}
+
+TEST(Compare, TakesFinishedRunsFromItsFile) {
+  const std::string path = testing::TempDir() + "heed-rows.jsonl", profile = testing::TempDir() + "heed-rows.json";
+  std::remove(path.c_str());
+  value_or_throw(write_file(profile, "{\"attention\": \"tova(budget=16)\"}"));
+  const auto model = small_model();
+  const Passage text = passage(random_text(96), 96, 16);
+  CompareOptions options;
+  options.attention = {"streaming-llm(sinks=4,window=12)", "@" + profile};
+  options.details = true;
+  options.repetitions = 2;
+  const Comparison alone = compare(model, text, options);
+  std::vector<std::string> ran;  // names as they come, each once in a row
+  const auto compared = [&] {
+    ran.clear();
+    SampleFile file(path, compare_lines());
+    options.file = &file;
+    return compare(model, text, options, [&](double, const std::string& name) {
+      if (ran.empty() || ran.back() != name) ran.push_back(name);
+      if (name[0] == '@' && ran.size() == 3) interrupt();
+    });
+  };
+  EXPECT_TRUE(compared().interrupted) << "in the third mechanism's first run";
+  clear_interrupt();
+  const Comparison rest = compared();
+  clear_interrupt();
+  ASSERT_GE(ran.size(), 4u) << "dense for its distributions, the third, and all of them for a second time: "
+                            << testing::PrintToString(ran);
+  EXPECT_EQ((std::vector<std::string>{ran[0], ran[1]}), (std::vector<std::string>{"dense", "@" + profile}));
+  const Comparison again = compared();
+  EXPECT_EQ(ran, std::vector<std::string>());
+  ASSERT_EQ(rest.rows.size(), 3u);
+  ASSERT_EQ(again.rows.size(), 3u);
+  for (size_t i = 0; i < 3; ++i) {
+    const Row &x = rest.rows[i], &y = again.rows[i], &z = alone.rows[i];
+    EXPECT_EQ(to_json(TimedRow{x, 0, 0}), to_json(TimedRow{y, 0, 0}))
+        << x.attention << ": whatever the report draws, and times";
+    EXPECT_EQ(std::tie(x.attention, x.prefill_tps, x.decode_tps, x.seconds),
+              std::tie(y.attention, y.prefill_tps, y.decode_tps, y.seconds));
+    EXPECT_EQ(std::tie(x.ppl, x.kld, x.kv_share, x.kept, x.kept_where, x.mass_by_head, x.probed_layers),
+              std::tie(z.ppl, z.kld, z.kv_share, z.kept, z.kept_where, z.mass_by_head, z.probed_layers))
+        << "as in a comparison without a file";
+  }
+  value_or_throw(write_file(profile, "{\"attention\": \"tova(budget=17)\"}"));
+  EXPECT_NE(compared().rows[2].kld, again.rows[2].kld) << "the name is the same, what it names is not";
+  EXPECT_EQ(ran.front(), "dense");
+  std::remove(path.c_str()), std::remove(profile.c_str());
 }
 
 TEST(Compare, SaysWhatWasNotExercised) {
