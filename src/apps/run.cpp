@@ -78,39 +78,18 @@ class Run final : public Command {
     progress.clear();
     const int64_t kv_bytes = session.kv_bytes();
 
-    std::vector<int32_t> generated;
-    std::string text, stop = "length";
-    Utf8Stream stream;
-    // The last token that there is room for is said without being read.
-    const int64_t room = session.reach() > 0 ? session.reach() - int64_t(tokens.size()) + 1 : INT64_MAX;
-    const int64_t limit = predict_ < 0 ? room : std::min(predict_, room);
-    if (limit != predict_) stop = "context";
     begin = now();
-    while (int64_t(generated.size()) < limit) {
-      if (interrupted()) {
-        stop = "interrupted";
-        break;
-      }
-      const int32_t token = sampler(logits.select(0, 0).span<const float>());
-      if (words.is_end(token) && !ignore_eos_) {
-        stop = "end";
-        break;
-      }
-      generated.push_back(token);
-      emit(text, words.is_control(token) ? "" : stream.push(words.piece(token)));
-      if (int64_t(generated.size()) == limit) break;
-      logits = session.decode(token);
-    }
-    emit(text, stream.finish());
+    const Generated said = generate(session, logits, words);
     const double decode = now() - begin;
     if (!json_) std::cout << std::endl;
 
+    const std::vector<int32_t>& generated = said.tokens;
     const double prefill_tps = double(tokens.size()) / std::max(1e-9, prefill);
     const double decode_tps = generated.size() > 1 ? double(generated.size() - 1) / std::max(1e-9, decode) : 0;
     if (json_)
-      print({{"text", text},
+      print({{"text", said.text},
              {"tokens", generated},
-             {"stop", stop},
+             {"stop", said.stop},
              {"attention", attention_},
              {"prompt_tokens", tokens.size()},
              {"prefill_tps", prefill_tps},
@@ -119,12 +98,45 @@ class Run final : public Command {
     else
       std::cerr << "\nprompt " << tokens.size() << " tokens, " << fixed(prefill_tps, 1) << " t/s; generated "
                 << generated.size() << ", " << fixed(decode_tps, 1) << " t/s; cache " << size_text(double(kv_bytes))
-                << " behind the prompt" << (stop == "interrupted" ? "; interrupted" : "")
-                << (stop == "context" ? "; the model's context is full" : "") << '\n';
-    return stop == "interrupted" ? 130 : 0;
+                << " behind the prompt" << (said.stop == "interrupted" ? "; interrupted" : "")
+                << (said.stop == "context" ? "; the model's context is full" : "") << '\n';
+    return said.stop == "interrupted" ? 130 : 0;
   }
 
  private:
+  struct Generated {
+    std::vector<int32_t> tokens;
+    std::string text, stop = "length";
+  };
+
+  /// Draws tokens behind the prompt, whose logits these are, and shows them as they come.
+  Generated generate(Session& session, Tensor logits, const Tokenizer& words) {
+    Sampler sampler(sampling_);
+    Generated out;
+    Utf8Stream stream;
+    // The last token that there is room for is said without being read.
+    const int64_t room = session.reach() > 0 ? session.reach() - int64_t(session.tokens().size()) + 1 : INT64_MAX;
+    const int64_t limit = predict_ < 0 ? room : std::min(predict_, room);
+    if (limit != predict_) out.stop = "context";
+    while (int64_t(out.tokens.size()) < limit) {
+      if (interrupted()) {
+        out.stop = "interrupted";
+        break;
+      }
+      const int32_t token = sampler(logits.select(0, 0).span<const float>());
+      if (words.is_end(token) && !ignore_eos_) {
+        out.stop = "end";
+        break;
+      }
+      out.tokens.push_back(token);
+      emit(out.text, words.is_control(token) ? "" : stream.push(words.piece(token)));
+      if (int64_t(out.tokens.size()) == limit) break;
+      logits = session.decode(token);
+    }
+    emit(out.text, stream.finish());
+    return out;
+  }
+
   std::vector<int32_t> prompt_tokens(const Tokenizer& words) const {
     std::string text = file_.empty() ? "" : value_or_throw(read_file(file_));
     text += prompt_;
