@@ -508,8 +508,8 @@ TEST_F(OnModel, ApplyGivesAttentionOfArrays) {
   EXPECT_EQ(noted.status, 0) << noted.err;
   EXPECT_NE(noted.err.find("--input 'g' is not read: dense takes none"), std::string::npos) << noted.err;
   std::filesystem::remove(path("o.npz"));
-  expect_complaint(heed({"apply", "gdn", "--q", path("q.npy"), "--k", path("k.npy"), "--v", path("v.npy"), "-o", path("o.npz"),
-                         "--input", "betta=" + path("q.npy")}),
+  expect_complaint(heed({"apply", "gdn", "--q", path("q.npy"), "--k", path("k.npy"), "--v", path("v.npy"), "-o",
+                         path("o.npz"), "--input", "betta=" + path("q.npy")}),
                    2, "g");
   expect_complaint(apply({"--backend", "abacus"}), 2, "abacus");
   value_or_throw(write_npy(path("k.npy"), Buffer::of<float>({h, n - 1, d}, std::span(x[1]).first(size_t(h * (n - 1) * d)))));
