@@ -21,5 +21,5 @@ quietly cmake --preset fuzz -B build-lint -DCMAKE_UNITY_BUILD=OFF
 mapfile -t sources < <(git ls-files -- 'src/*.cpp' 'tests/*.cpp' ':!tests/fuzz/replay.cpp' | sort)
 say "static checks of ${#sources[@]} files"
 printf '%s\n' "${sources[@]}" | xargs -P "$(jobs_here)" -n 4 \
-  clang-tidy-19 -p build-lint --quiet --warnings-as-errors='*' 2> >(grep -v 'warnings generated' >&2 || true) || failed=1
+  clang-tidy-19 -p build-lint --quiet --warnings-as-errors='*' --extra-arg=-DHEED_PROGRAM='"heed"' 2> >(grep -v 'warnings generated' >&2 || true) || failed=1
 exit $failed

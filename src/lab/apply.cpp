@@ -48,9 +48,11 @@ std::vector<std::string> unused_inputs(const std::map<std::string, Tensor>& inpu
       for (std::string& name : names_in(input)) taken.push_back(std::move(name));
   std::string list;
   for (const std::string& name : taken) list.append(list.empty() ? "" : ", ").append(name);
+  const auto note = [&](const std::string& name) {
+    return "--input '" + name + "' is not read: " + spec + " takes " + (list.empty() ? "none" : list);
+  };
   for (const auto& [name, tensor] : inputs)
-    if (std::find(taken.begin(), taken.end(), name) == taken.end())
-      notes.push_back("--input '" + name + "' is not read: " + spec + " takes " + (list.empty() ? "none" : list));
+    if (std::find(taken.begin(), taken.end(), name) == taken.end()) notes.push_back(note(name));
   return notes;
 }
 

@@ -73,8 +73,6 @@ class CodeRows {
   }
 
  protected:
-  CodeRows(int d, int d_v) : d_(d), d_v_(d_v) {}
-
   /// Keys by channel: for each run of entries that share scales, whose room is scale and low [d], the query rows times these
   /// (scaled [rows][d]) and visit(first entry, count, base), base [16] being rows · low, zeros behind. False, nothing visited,
   /// where runs are short.
@@ -116,6 +114,9 @@ class CodeRows {
   float unit_[kDecodeRows];           // of a rounded row
 
  private:
+  friend Reader;
+  CodeRows(int d, int d_v) : d_(d), d_v_(d_v) {}
+
   static bool reads(const PageType& type, int width) {
     using Codes = PageType::Codes;
     return type.quantised() && (type.codes == Codes::Range || type.codes == Codes::Signed) && width % Step == 0 &&
