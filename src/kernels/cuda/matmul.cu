@@ -4,8 +4,8 @@ namespace heed::cuda {
 
 namespace {
 
-/// Measured on an H200, 4096 → 14336: quantised weights of 16 tokens take 38 to 65 µs in matmul_few and 87 to 94 µs through
-/// panels; bf16 ones of 8 tokens 160 µs in matmul_rows, and of 16 tokens 43 µs through cuBLASLt.
+/// Measured on an H200, 4096 → 14336: quantised weights of 16 tokens take 38 to 65 µs in matmul_few, and 64 tokens 87 to 94 µs
+/// through panels; bf16 ones of 8 tokens 160 µs in matmul_rows, and 47 µs through cuBLASLt.
 bool is_few(const Linear& l, int64_t tokens) {
   return tokens <= (is_block(l.w.type) ? 16 : l.w.type == Dtype::BF16 ? 1 : 8);
 }
