@@ -6,22 +6,15 @@
 Triton compiles for minutes at first: TRITON_CACHE_DIR keeps what it compiled.
 """
 import sys
+import events
 import torch
 import torch.nn.functional as F
 
 TOKENS, HEADS, D = 32768, 16, 128
 
 
-def median_ms(f, times=9):
-    for _ in range(3):
-        f()
-    out = []
-    for _ in range(times):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(2_000_000)  # hides what the host does
-        a.record(); f(); b.record(); b.synchronize()
-        out.append(a.elapsed_time(b))
-    return sorted(out)[len(out) // 2]
+def median_ms(f):
+    return events.median_ms(f, times=9, hidden=2_000_000)
 
 
 def problem(name):

@@ -3,6 +3,7 @@
     python3 bench/peers/torch_cuda.py [dense] [flex] [copy] [LIBRARY.so] [backward LIBRARY.so]
 """
 import ctypes, sys, warnings
+import events
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,15 +12,7 @@ warnings.filterwarnings("ignore")
 
 
 def median_ms(f, times=15):
-    for _ in range(3):
-        f()
-    out = []
-    for _ in range(times):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(500_000)  # hides what the host does
-        a.record(); f(); b.record(); b.synchronize()
-        out.append(a.elapsed_time(b))
-    return sorted(out)[len(out) // 2]
+    return events.median_ms(f, times, hidden=500_000)
 
 
 def inputs(batch, heads, kv, n, d, dv):

@@ -1,12 +1,12 @@
 #include "lab/apply.h"
 
-#include <algorithm>
 #include <iostream>
 
 #include "apps/command.h"
 #include "base/npy.h"
 #include "base/threads.h"
 #include "base/whole_file.h"
+#include "lab/score.h"
 
 namespace heed::apps {
 namespace {
@@ -94,10 +94,7 @@ class Apply final : public Command {
     for (int i = 0; i < times_; ++i)
       for (const auto& [part, s] : value_or_throw(heed::apply(spec_, input)).seconds) all[part].push_back(s);
     ApplySeconds out;
-    for (auto& [part, s] : all) {
-      std::nth_element(s.begin(), s.begin() + int64_t(s.size()) / 2, s.end());
-      out[part] = s[s.size() / 2];
-    }
+    for (const auto& [part, s] : all) out[part] = quantile(s, 0.5);
     return out;
   }
 

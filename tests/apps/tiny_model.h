@@ -72,7 +72,8 @@ struct TinyModel {
       }
       data.resize((data.size() + 31) / 32 * 32);
     };
-    const uint64_t width = uint64_t(hidden), kv = uint64_t(hidden) / uint64_t(h) * uint64_t(g), wide = uint64_t(feed_forward);
+    const uint64_t width = uint64_t(hidden), kv = uint64_t(hidden) / uint64_t(h) * uint64_t(g),
+                   wide = uint64_t(feed_forward);
     tensor("token_embd.weight", {tokens.size(), width}, false);
     tensor("output_norm.weight", {width}, true);
     for (int l = 0; l < layers; ++l) {

@@ -1,4 +1,4 @@
-// Products of block-quantised weights with 2 to 16 tokens, on the tensor cores' 8-bit integers. Bound by reading the weights: every
+// Products of block-quantised weights with up to 16 tokens, on the tensor cores' 8-bit integers. Bound by reading the weights: every
 // warp owns a ring in shared memory that it keeps full, and fills it before the kernels in front are done.
 //
 // A piece, 512 columns of eight rows of weights, is multiplied at once: tokens are the product's rows, rows of weights its columns,
@@ -22,6 +22,8 @@ template <Dtype kType> struct Piece {
   static constexpr int kUnits = (kBytes + 15) / 16 + kAnywhere, kStride = 16 * (kUnits | 1), kSlot = kRows * kStride;
   static constexpr int kStages = kRingBytes / kSlot;
   static_assert(kStages >= 2);
+  /// A warp's scales and least values of a tile's groups, in float4: two rows each.
+  static constexpr int kAffines = kGroups * kRows / 2, kWarpBytes = kStages * kSlot + kAffines * 16;
 };
 
 /// x rounded to 8 bits, a run of 32 at a time: its words 0 … 7 as pairs (i, i + 4), as lanes take them, [run][token][4], and for
@@ -227,8 +229,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) few_kernel(const __grid_co
   const int stride = int(gridDim.x), own = (a.tiles - int(blockIdx.x) + stride - 1) / stride;
   uint8_t* const ring = shared + warp * P::kStages * P::kSlot;
   uint8_t* const behind = shared + warps * P::kStages * P::kSlot;
-  float4* const affine = reinterpret_cast<float4*>(behind) + warp * P::kGroups * 4;
-  float* const sums = reinterpret_cast<float*>(behind + warps * P::kGroups * 64);
+  float4* const affine = reinterpret_cast<float4*>(behind) + warp * P::kAffines;
+  float* const sums = reinterpret_cast<float*>(behind + warps * P::kAffines * 16);
 
   const auto enter = [&](Walk& at, int first) {
     at.first = first, at.tiles = min(a.batch, own - first);
@@ -305,15 +307,15 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) few_kernel(const __grid_co
 
 template <Dtype kType, int kSlices> bool start(Queue& queue, Few& a) {
   using P = Piece<kType>;
-  constexpr int64_t ring = P::kStages * P::kSlot + P::kGroups * 64, others = 1024, item = kRows * 4 * 8 * kSlices;
+  constexpr int64_t own_bytes = P::kWarpBytes, others = 1024, item = kRows * 4 * 8 * kSlices;
   const int blocks = std::min(a.tiles, multiprocessors()), own = int(ceil_div(a.tiles, blocks));
   const int64_t batches = ceil_div(own, std::max<int64_t>(1, kSumBytes / (item * a.pieces)));
   a.batch = int(ceil_div(own, batches)), a.buffers = batches > 1 ? 2 : 1;
   const int64_t sums = a.buffers * a.batch * a.pieces * item;
-  const int64_t warps = std::min<int64_t>(kMostWarps, (int64_t(most_shared()) - others - sums) / ring);
+  const int64_t warps = std::min<int64_t>(kMostWarps, (int64_t(most_shared()) - others - sums) / own_bytes);
   if (warps < 4) return false;
   launch_early(queue, "matmul", few_kernel<kType, kSlices>, dim3(unsigned(blocks)), int(32 * warps),
-               size_t(warps * ring + sums), a);
+               size_t(warps * own_bytes + sums), a);
   return true;
 }
 
